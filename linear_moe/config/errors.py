@@ -1,0 +1,40 @@
+"""The one exception a user's mistake raises; the command line prints it and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """One line for people: `path = value: constraint; did you mean ...? fix`.
+
+    Args:
+        path: dotted config path ("model.moe.top_k"), or a file or command-line argument.
+        value: the offending value; leave out (`...`) where there is none, e.g. a missing file.
+        constraint: what must hold, in words.
+        candidates: valid names; the ones near `value` are offered.
+        fix: what to do about it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        value: object,
+        constraint: str,
+        *,
+        candidates: Iterable[str] = (),
+        fix: str = "",
+    ):
+        self.path, self.value, self.constraint = path, value, constraint
+        candidates = sorted(candidates)
+        self.near = difflib.get_close_matches(str(value), candidates, n=3, cutoff=0.6)
+        head = path if value is ... else f"{path} = {value!r}"
+        parts = [f"{head}: {constraint}"]
+        if self.near:
+            parts.append("did you mean " + " or ".join(repr(n) for n in self.near) + "?")
+        elif candidates:
+            parts.append("valid: " + ", ".join(candidates))
+        if fix:
+            parts.append(fix)
+        super().__init__("; ".join(parts).replace("\n", " "))

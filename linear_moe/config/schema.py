@@ -1,0 +1,154 @@
+"""The whole configuration: one tree of dataclasses. Every field's documentation and constraint is here.
+
+`load.py` turns YAML and overrides into the tree and checks types and
+single-field constraints; `validate.py` checks what holds between fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.mixers.base import MixerConfig
+from linear_moe.modeling.mixers.registry import mixer_config
+
+
+@dataclass
+class MoEConfig:
+    num_experts: int = opt(8, "number of routed experts", ge=1)
+    top_k: int = opt(2, "experts each token is sent to", ge=1)
+    expert_ffn_size: int = opt(256, "hidden size of one expert's SwiGLU", ge=1)
+    shared_ffn_size: int = opt(0, "hidden size of the always-active shared expert; 0: none", ge=0)
+    score: str = opt("softmax", "router score function", choices=("softmax", "sigmoid"))
+    normalize_top_k: bool = opt(True, "divide the chosen experts' scores by their sum")
+    aux_loss: float = opt(0.01, "coefficient of the load-balancing loss (Switch Transformer, eq. 4); 0: off", ge=0)
+    z_loss: float = opt(0.001, "coefficient of the router z-loss (ST-MoE, eq. 5); 0: off", ge=0)
+    experts: str = opt("grouped", "experts' implementation: one grouped GEMM, or a loop (the definition)",
+                       choices=("grouped", "sequential"))
+    dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))
+
+
+@dataclass
+class LayerConfig:
+    """What one symbol of the layer pattern stands for."""
+
+    mixer: MixerConfig | None = opt(None, "token mixer; null: model.mixer (model.attention for the symbol N)")
+    ffn: str | None = opt(None, "channel mixer; null: model.ffn", choices=(None, "moe", "dense"))
+
+
+@dataclass
+class ModelConfig:
+    hidden_size: int = opt(256, "width of the residual stream", ge=1)
+    num_layers: int = opt(4, "number of layers", ge=1)
+    num_heads: int = opt(4, "heads of every mixer that does not set its own num_heads", ge=1)
+    pattern: str = opt("L * 4", 'one symbol per layer; letters, "* n", "+" and brackets: LLLN * 3')
+    mixer: MixerConfig = opt(partial(mixer_config, "gla"), "the mixer of symbol L; `type` names it")
+    attention: MixerConfig = opt(partial(mixer_config, "attention"), "the mixer of symbol N")
+    symbols: dict[str, LayerConfig] = opt(dict, "more symbols, or other meanings of L and N: {M: {mixer: {type: mamba2}}}")
+    ffn: str = opt("moe", "channel mixer of every layer whose symbol sets none", choices=("moe", "dense"))
+    ffn_size: int = opt(1024, "hidden size of a dense SwiGLU", ge=1)
+    moe: MoEConfig = opt(MoEConfig, "mixture of experts")
+    vocab_size: int | None = opt(None, "rows of the embedding; null: the tokenizer's size, up to a multiple of vocab_multiple", ge=1)
+    vocab_multiple: int = opt(128, "see vocab_size", ge=1)
+    tie_embeddings: bool = opt(False, "one matrix for embedding and head")
+    norm_eps: float = opt(1e-5, "RMSNorm epsilon", gt=0)
+    init_std: float = opt(0.02, "standard deviation of the initial weights", gt=0)
+    scale_output_init: bool = opt(True, "divide the init of residual output projections by sqrt(2 * num_layers)")
+
+
+@dataclass
+class ParallelConfig:
+    """Data parallelism is what the world size leaves: world / (tensor * pipeline)."""
+
+    tensor: int = opt(1, "tensor-parallel ranks (heads, FFN columns, vocabulary)", ge=1)
+    tensor_sequence: bool | None = opt(None, "shard activations between tensor-parallel regions by tokens; null: when tensor > 1")
+    pipeline: int = opt(1, "pipeline stages", ge=1)
+    expert: int = opt(1, "ranks that share out the routed experts", ge=1)
+    expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1)
+
+
+@dataclass
+class TokenizerConfig:
+    type: str = opt("bpe", "bytes: 256 byte tokens; bpe: byte-level BPE trained on the corpus; hf: a Hugging Face tokenizer folder",
+                    choices=("bytes", "bpe", "hf"))
+    path: str | None = opt(None, "folder of an hf tokenizer")
+    vocab_size: int = opt(4096, "size of a trained bpe vocabulary", ge=258)
+
+
+@dataclass
+class DataConfig:
+    corpus: str = opt("stdlib", "stdlib: the running interpreter's standard library; synthetic: random tokens, for benchmarks; else a file or "
+                                "folder of text files, or the prefix of an indexed dataset made by `linear-moe data`")
+    tokenizer: TokenizerConfig = opt(TokenizerConfig, "tokenizer")
+    validation_fraction: float = opt(0.02, "share of the files held out for validation", ge=0, le=0.5)
+    cache: str = opt("runs/data", "folder of tokenized corpora, keyed by corpus and tokenizer")
+    isolate_documents: bool = opt(False, "reset recurrent states, attention, convolutions and positions at document boundaries (packing)")
+    workers: int = opt(0, "loader worker processes per rank", ge=0)
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = opt(1e-3, "peak learning rate", gt=0)
+    beta1: float = opt(0.9, "AdamW", ge=0)
+    beta2: float = opt(0.95, "AdamW", ge=0)
+    eps: float = opt(1e-8, "AdamW", gt=0)
+    weight_decay: float = opt(0.1, "AdamW; not applied to norms, biases and per-head parameters", ge=0)
+    clip: float = opt(1.0, "gradient-norm clipping; 0: off", ge=0)
+    distributed: bool = opt(True, "shard the optimizer state over the data-parallel ranks (ZeRO-1)")
+    overlap: bool = opt(False, "overlap gradient reduction (and the distributed optimizer's gather) with computation")
+
+
+@dataclass
+class ScheduleConfig:
+    type: str = opt("cosine", "learning-rate decay after the warm-up", choices=("cosine", "wsd", "constant"))
+    warmup_steps: int = opt(20, "linear warm-up from 0", ge=0)
+    min_lr: float = opt(0.0, "final learning rate", ge=0)
+    decay_steps: int | None = opt(None, "cosine: step at which min_lr is reached (null: training.steps); wsd: length of the final decay "
+                                        "(null: a fifth of training.steps)", ge=1)
+
+
+@dataclass
+class TrainingConfig:
+    steps: int = opt(200, "optimizer steps", ge=1)
+    sequence_length: int = opt(256, "tokens per sequence", ge=1)
+    micro_batch: int = opt(4, "sequences per forward pass and rank", ge=1)
+    global_batch: int = opt(8, "sequences per optimizer step over all ranks", ge=1)
+    dtype: str = opt("bf16", "weights and activations; the optimizer keeps fp32", choices=("bf16", "fp32"))
+    recompute: str = opt("none", "activations recomputed in the backward pass", choices=("none", "full"))
+    seed: int = opt(1234, "weights and data order", ge=0)
+    eval_every: int = opt(100, "steps between validations; 0: only at the end", ge=0)
+    eval_batches: int = opt(8, "global batches per validation", ge=1)
+    timeout_minutes: float = opt(10.0, "a collective that waits longer ends the job", gt=0)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = opt(100, "steps between saves; 0: only at the end", ge=0)
+    keep: int = opt(2, "newest checkpoints kept", ge=1)
+
+
+@dataclass
+class LoggingConfig:
+    every: int = opt(1, "steps between log records", ge=1)
+    tensorboard: bool = opt(True, "write TensorBoard events")
+    peak_tflops: float | None = opt(None, "peak bf16 TFLOP/s per device, for MFU; null: known GPUs, else no MFU", gt=0)
+
+
+@dataclass
+class Config:
+    run: str = opt("runs/default", "run folder: resolved config, checkpoints, metrics, tokenizer")
+    model: ModelConfig = opt(ModelConfig, "what is computed")
+    parallel: ParallelConfig = opt(ParallelConfig, "how it is spread")
+    data: DataConfig = opt(DataConfig, "what it reads")
+    optimizer: OptimizerConfig = opt(OptimizerConfig, "AdamW")
+    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over steps")
+    training: TrainingConfig = opt(TrainingConfig, "the loop")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig, "saving")
+    logging: LoggingConfig = opt(LoggingConfig, "what is written about the run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict (YAML- and JSON-ready); loading it again gives an equal tree."""
+        return dataclasses.asdict(self)

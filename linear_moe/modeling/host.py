@@ -1,0 +1,172 @@
+"""What a model asks of its surroundings, and the plain single-process answer.
+
+The model, its layers, mixers and experts are written once against `Host`. Here every group has one member, so `enter`
+and `leave` are identities; `training/host.py` overrides them with Megatron-Core's collectives.
+
+The residual stream is `[tokens, hidden]`. Between `enter` and `leave` a rank sees all tokens and its share of heads or
+columns; outside it sees its share of tokens (all of them unless activations are sharded by tokens).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from linear_moe.config.schema import MoEConfig
+    from linear_moe.modeling.moe.dispatch import Dispatcher
+
+Init = Callable[[Tensor, torch.Generator], Any]
+"""Fills a full (unsharded) fp32 tensor in place from the generator."""
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What every parameter says of itself, as `parameter.spec`: enough to initialise, shard, save and optimise it.
+
+    Attributes:
+        shape: the full, unsharded shape.
+        axes: dimension -> the parallel axis that splits it: "tensor", "expert" (always dimension 0) or "expert_tensor".
+        init: initialiser of the full tensor.
+        decay: whether weight decay applies.
+        fp32: kept in fp32 even in a bf16 model.
+    """
+
+    shape: tuple[int, ...]
+    init: Init
+    axes: Mapping[int, str] = field(default_factory=dict)
+    decay: bool = True
+    fp32: bool = False
+
+
+def normal(std: float) -> Init:
+    return lambda t, g: t.normal_(0.0, std, generator=g)
+
+
+def constant(value: float) -> Init:
+    return lambda t, g: t.fill_(value)
+
+
+class Host:
+    """One process, no groups.
+
+    Args:
+        dtype: of the parameters (None: torch's default); those declared fp32 stay fp32.
+        device: of the parameters (None: torch's current default, so that `torch.device("meta")` works as a context).
+        recompute: recompute layers' activations in the backward pass.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None, recompute: bool = False
+    ):
+        self.dtype, self.device, self.recompute_layers = dtype, device, recompute
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+    def size(self, axis: str) -> int:
+        """Ranks along a parallel axis: "tensor", "expert" or "expert_tensor"."""
+        return 1
+
+    def rank(self, axis: str) -> int:
+        """This rank's place along a parallel axis."""
+        return 0
+
+    def split(self, total: int, axis: str = "tensor") -> int:
+        """This rank's share of `total` heads, columns or experts; the config was checked to divide."""
+        assert total % self.size(axis) == 0, (total, axis, self.size(axis))
+        return total // self.size(axis)
+
+    # -- parameters -----------------------------------------------------------------------------------------------
+    def parameter(
+        self,
+        *shape: int,
+        init: Init,
+        axes: Mapping[int, str] | None = None,
+        decay: bool = True,
+        fp32: bool = False,
+        tokenwise: bool = False,
+    ) -> nn.Parameter:
+        """An uninitialised parameter, this rank's share of full `shape`; see ParameterSpec and `initialize`.
+
+        Args:
+            tokenwise: an unsplit parameter used outside `enter`..`leave`, on this rank's tokens only.
+        """
+        spec = ParameterSpec(tuple(shape), init, dict(axes or {}), decay, fp32)
+        local = [self.split(n, spec.axes[d]) if d in spec.axes else n for d, n in enumerate(shape)]
+        parameter = nn.Parameter(torch.empty(local, dtype=torch.float32 if fp32 else self.dtype, device=self.device))
+        parameter.spec = spec  # type: ignore[attr-defined]
+        return parameter
+
+    # -- tensor parallelism ---------------------------------------------------------------------------------------
+    def enter(self, x: Tensor) -> Tensor:
+        """Begin a tensor-parallel region: this rank's tokens `[n, D]` -> all tokens `[N, D]`; backward sums gradients."""
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """End it: partial sums `[N, D]` -> summed over the tensor ranks, this rank's tokens `[n, D]`."""
+        return y
+
+    def shared(self, weight: Tensor) -> Tensor:
+        """An unsplit parameter used inside a region on this rank's heads only: backward sums its gradient."""
+        return weight
+
+    # -- vocabulary -----------------------------------------------------------------------------------------------
+    def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
+        """`weight [V/tensor, D]`, `tokens [N]` -> this rank's tokens `[n, D]`."""
+        return F.embedding(tokens, weight)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` in fp32."""
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+
+    # -- mixture of experts ---------------------------------------------------------------------------------------
+    def dispatcher(self, config: MoEConfig) -> Dispatcher:
+        """A new token dispatcher for one MoE layer."""
+        from linear_moe.modeling.moe.dispatch import Dispatcher
+
+        return Dispatcher(config.num_experts)
+
+    def router_losses(
+        self, probs: Tensor, logits: Tensor, routing_map: Tensor, config: MoEConfig, layer: int
+    ) -> Tensor:
+        """Attach the router's auxiliary losses to `probs [n, E]`; one process without a training loop has none."""
+        return probs
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+    def recompute(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Run one layer, saving its activations or only its input."""
+        if self.recompute_layers and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, host: Host, seed: int) -> None:
+    """Fill every parameter from its spec. Weights depend on the seed and the parameter's name, not on the layout.
+
+    Each full tensor is drawn from a generator of its own and cut to this rank's share; experts one by one, by global
+    index. (CPU and GPU generators differ, so weights are equal across layouts on one kind of device.)
+    """
+    for name, parameter in model.named_parameters():
+        spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
+        by_expert = spec.axes.get(0) == "expert"
+        count = parameter.shape[0] if by_expert else 1
+        offset = host.rank("expert") * count if by_expert else 0
+        for i in range(count):
+            key = f"{seed}/{name}/{offset + i}".encode()
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
+            shape = spec.shape[1:] if by_expert else spec.shape
+            full = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+            spec.init(full, generator)
+            target = parameter[i] if by_expert else parameter
+            for dim, axis in spec.axes.items():
+                if axis != "expert":
+                    full = full.chunk(host.size(axis), dim - by_expert)[host.rank(axis)]
+            target.copy_(full)

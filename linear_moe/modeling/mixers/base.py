@@ -1,0 +1,136 @@
+"""The contract of a token mixer. Everything else in the code asks a mixer; nothing branches on its name.
+
+A mixer maps the residual stream to itself in three moves: `project` (tokens -> inputs of the recurrence), `mix` (the
+recurrence, or softmax attention) and `output`. Tensors inside are `[B, T, H, D]`; the stream is `[tokens, hidden]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.host import Host
+
+Cache = dict[str, Tensor]
+"""One layer's decoding state, by the names of `Mixer.state_shapes`; mixers update it in place."""
+
+
+@dataclass
+class MixerConfig:
+    """Base of every mixer's config; the fields are the subclass's."""
+
+    type: str = opt("gla", "name of the mixer")
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What a mixer must know of the model around it."""
+
+    hidden_size: int
+    num_heads: int
+    num_layers: int
+    layer: int  # global index of this layer
+    norm_eps: float
+    init_std: float
+    output_init_std: float  # of projections that write into the residual stream
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of one forward pass lie: `batch` rows of `length` tokens.
+
+    Attributes:
+        cu_seqlens: `[documents + 1]` int64 offsets of packed documents, batch = 1; None: every row is one document.
+        max_document: longest packed document, a host integer; None when not packed.
+        positions: `[B, T]` int64 position of each token in its document; None: 0..T-1 in every row. Required when
+            decoding with a cache: then also the slot of each token in a key-value cache.
+    """
+
+    batch: int
+    length: int
+    cu_seqlens: Tensor | None = None
+    max_document: int | None = None
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    tensor_parallel: bool = True
+    sequence_parallel: bool = False
+    packing: bool = True
+    decoding: bool = True
+
+
+class Mixer(nn.Module):
+    """Base class. A subclass sets the class attributes and implements project, mix (or recurrence) and output."""
+
+    Config: ClassVar[type[MixerConfig]] = MixerConfig
+    family: ClassVar[str]  # "decay", "delta", "softmax": the folder of ops it uses
+    formula: ClassVar[str]  # the recurrence in one line of mathematics
+    paper: ClassVar[str]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init__(self, config: Any, dims: Dims, host: Host):
+        super().__init__()
+        self.config, self.dims, self.host = config, dims, host
+
+    @classmethod
+    def validate(cls, config: Any, dims: Dims, tensor: int, path: str) -> None:
+        """Raises ConfigError, naming fields as `path.field`, for sizes this mixer cannot have on `tensor` ranks."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+        """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""
+        raise NotImplementedError
+
+    def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
+        """Inputs of the recurrence -> `[B, T, H, V]`, from and to the state in `cache`."""
+        raise NotImplementedError
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """`o [B, T, H, V]` -> this rank's tokens `[tokens, hidden]`."""
+        raise NotImplementedError
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Decoding state of `batch` rows by name: shape and dtype (None: the model's)."""
+        raise NotImplementedError
+
+    def recurrence_flops(self, length: int) -> float:
+        """Forward FLOPs per token of `mix` over all heads (no projections), at sequence length `length`."""
+        raise NotImplementedError
+
+    def activation_elements(self) -> float:
+        """Elements per token that the backward pass needs from inside this mixer, this rank's heads."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """`x [tokens, hidden]` (this rank's share) -> the same shape."""
+        inputs, gate = self.project(self.host.enter(x), layout, cache)
+        return self.output(self.mix(inputs, layout, cache), gate)
+
+    def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
+        """Zeroed decoding state."""
+        shapes = self.state_shapes(batch, max_length).items()
+        return {name: torch.zeros(shape, dtype=kind or dtype, device=device) for name, (shape, kind) in shapes}
+
+
+class LinearMixer(Mixer):
+    """A mixer whose `mix` is a linear recurrence with one state tensor, `cache["state"] [B, H, K, V]` in fp32."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def recurrence(
+        self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs -> (`o [B, T, H, V]`, final state `[N, H, K, V]` fp32). Calls one op of `modeling/ops`."""
+        raise NotImplementedError
+
+    def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
+        o, state = self.recurrence(inputs, layout, None if cache is None else cache["state"])
+        if cache is not None and state is not cache["state"]:
+            cache["state"].copy_(state)
+        return o

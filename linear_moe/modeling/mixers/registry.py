@@ -1,0 +1,27 @@
+"""The explicit, lazy table of token mixers: a new LSM is one file and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linear_moe.modeling.mixers.base import Mixer, MixerConfig
+
+MIXERS: dict[str, str] = {
+    "attention": "linear_moe.modeling.mixers.attention:Attention",
+    "gated_deltanet": "linear_moe.modeling.mixers.gated_deltanet:GatedDeltaNet",
+    "gla": "linear_moe.modeling.mixers.gla:GatedLinearAttention",
+    "mamba2": "linear_moe.modeling.mixers.mamba2:Mamba2",
+}
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer class called `name`; raises KeyError for an unknown name."""
+    module, _, cls = MIXERS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def mixer_config(name: str, **fields: Any) -> MixerConfig:
+    """The config of mixer `name` with its defaults, changed by `fields`."""
+    return mixer_class(name).Config(type=name, **fields)

@@ -1,0 +1,43 @@
+"""RMSNorm (arXiv 1910.07467), outside and inside tensor-parallel regions, over all features or by group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.modeling.host import Host, constant
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, or over each of its `groups`.
+
+    Args:
+        dim: full (unsplit) size of the last dimension and of the weight.
+        split: None: outside tensor-parallel regions, on this rank's tokens;
+            "shared": inside; one weight for every head, each rank applies it to its own heads;
+            "column": inside; features, weight and groups are split over the tensor ranks.
+        groups: groups of `dim / groups` neighbouring features normalised on their own.
+    """
+
+    def __init__(
+        self, host: Host, dim: int, eps: float = 1e-5, *, split: Literal["column", "shared"] | None = None, groups: int = 1
+    ):
+        super().__init__()
+        assert dim % groups == 0, (dim, groups)
+        self.host, self.eps, self.split, self.group_size = host, eps, split, dim // groups
+        if split == "column":
+            host.split(groups)  # a group must not straddle ranks: its mean would need a collective
+        axes = {0: "tensor"} if split == "column" else {}
+        self.weight = host.parameter(dim, init=constant(1.0), axes=axes, decay=False, tokenwise=split is None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.host.shared(self.weight) if self.split == "shared" else self.weight
+        if self.group_size == x.shape[-1]:
+            return F.rms_norm(x, (self.group_size,), weight, self.eps)
+        grouped = x.unflatten(-1, (-1, self.group_size))
+        return F.rms_norm(grouped, (self.group_size,), None, self.eps).flatten(-2) * weight
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"

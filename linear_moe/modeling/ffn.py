@@ -1,0 +1,50 @@
+"""Channel mixers: dense SwiGLU and mixture of experts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.config.schema import ModelConfig
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Dims
+from linear_moe.modeling.moe.experts import Experts
+from linear_moe.modeling.moe.router import Router
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`: this rank's tokens `[n, D]` -> `[n, D]`."""
+
+    def __init__(self, dims: Dims, ffn_size: int, host: Host):
+        super().__init__()
+        self.host = host
+        self.gate_proj = Linear(host, dims.hidden_size, ffn_size, split="column", std=dims.init_std)
+        self.up_proj = Linear(host, dims.hidden_size, ffn_size, split="column", std=dims.init_std)
+        self.down_proj = Linear(host, ffn_size, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.host.enter(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Router -> dispatch -> experts -> combine, plus the shared expert: `[n, D]` -> `[n, D]`."""
+
+    def __init__(self, config: ModelConfig, dims: Dims, host: Host):
+        super().__init__()
+        moe = config.moe
+        self.router = Router(moe, dims.hidden_size, dims.init_std, dims.layer, host)
+        self.dispatcher = host.dispatcher(moe)
+        self.experts = Experts(moe, dims.hidden_size, dims.init_std, dims.output_init_std, host)
+        self.shared_expert = SwiGLU(dims, moe.shared_ffn_size, host) if moe.shared_ffn_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        probs, routing_map = self.router(x)
+        y = self.dispatcher.combine(self.experts(*self.dispatcher.dispatch(x, probs, routing_map)))
+        return y if self.shared_expert is None else y + self.shared_expert(x)
+
+
+def build_ffn(kind: str, config: ModelConfig, dims: Dims, host: Host) -> nn.Module:
+    """The channel mixer called `kind`: "moe" or "dense"."""
+    return MoE(config, dims, host) if kind == "moe" else SwiGLU(dims, config.ffn_size, host)

@@ -1,0 +1,140 @@
+"""The language model, written once for every host: embedding -> layers -> norm -> head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from linear_moe.config.schema import ModelConfig
+from linear_moe.modeling.ffn import build_ffn
+from linear_moe.modeling.host import Host, normal
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+
+
+def layer_dims(config: ModelConfig, layer: int) -> Dims:
+    """What the mixer and FFN of one layer must know of the model."""
+    scale = 1 / math.sqrt(2 * config.num_layers) if config.scale_output_init else 1.0
+    return Dims(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_layers=config.num_layers,
+        layer=layer,
+        norm_eps=config.norm_eps,
+        init_std=config.init_std,
+        output_init_std=config.init_std * scale,
+    )
+
+
+class Embedding(nn.Module):
+    """Token embedding, vocabulary split over the tensor ranks: `[N]` -> this rank's tokens `[n, D]`."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, std: float, host: Host):
+        super().__init__()
+        self.host = host
+        self.weight = host.parameter(vocab_size, hidden_size, init=normal(std), axes={0: "tensor"})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.host.embed(self.weight, tokens)
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + ffn(norm(x))`, on `[n, D]`."""
+
+    def __init__(self, layer: ResolvedLayer, config: ModelConfig, dims: Dims, host: Host):
+        super().__init__()
+        self.mixer_norm = RMSNorm(host, dims.hidden_size, dims.norm_eps)
+        self.mixer = mixer_class(layer.mixer.type)(layer.mixer, dims, host)
+        self.ffn_norm = RMSNorm(host, dims.hidden_size, dims.norm_eps)
+        self.ffn = build_ffn(layer.ffn, config, dims, host)
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), layout, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """A decoder, or one pipeline stage of it.
+
+    Args:
+        config: the model section of the configuration.
+        vocab_size: rows of the embedding.
+        host: the surroundings.
+        layers: global indices of this stage's layers; None: all.
+        first, last: whether this stage has the embedding, and the final norm and head.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        host: Host,
+        layers: range | None = None,
+        first: bool = True,
+        last: bool = True,
+    ):
+        super().__init__()
+        self.config, self.host, self.vocab_size = config, host, vocab_size
+        pattern = resolve_layers(config)
+        stage = range(config.num_layers) if layers is None else layers
+        self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host) if first else None
+        # Keyed by the global index, so that a parameter has one name in every pipeline stage and in the export.
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(pattern[i], config, layer_dims(config, i), host) for i in stage}
+        )
+        self.norm = RMSNorm(host, config.hidden_size, config.norm_eps) if last else None
+        self.head = None
+        if last and not config.tie_embeddings:
+            self.head = Linear(host, config.hidden_size, vocab_size, split="column", std=config.init_std)
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        layout: Layout,
+        *,
+        hidden: Tensor | None = None,
+        labels: Tensor | None = None,
+        caches: list[Cache] | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: `[B, T]` int64; the first stage's input.
+            layout: batch, length, documents and positions of the tokens.
+            hidden: `[n, D]`, the previous stage's output.
+            labels: `[B, T]` int64 next tokens.
+            caches: decoding state per layer, from `init_caches`; updated in place.
+
+        Returns:
+            Not the last stage: `[n, D]`. With labels: loss per token `[B, T]`, fp32. Else logits `[B, T, V/tensor]`.
+        """
+        if self.embedding is not None:
+            assert tokens is not None
+            hidden = self.embedding(tokens.flatten())
+        assert hidden is not None
+        x = hidden
+        for i, layer in enumerate(self.layers.values()):
+            x = self.host.recompute(layer, x, layout, caches[i] if caches is not None else None)
+        if self.norm is None:
+            return x
+        x = self.host.enter(self.norm(x))
+        logits = self.head(x) if self.head is not None else x @ self.tied_weight().T
+        if labels is None:
+            return logits.unflatten(0, (layout.batch, layout.length))
+        return self.host.cross_entropy(logits, labels.flatten()).view_as(labels)
+
+    def tied_weight(self) -> Tensor:
+        """The embedding `[V/tensor, D]` as the head's weight."""
+        assert self.embedding is not None, "tied embeddings need embedding and head in one stage"
+        return self.embedding.weight
+
+    def init_caches(self, batch: int, max_length: int) -> list[Cache]:
+        """Empty decoding state for `batch` rows of at most `max_length` tokens, one per layer."""
+        first = next(self.parameters())
+        dtype = self.norm.weight.dtype if self.norm is not None else first.dtype
+        return [layer.mixer.init_cache(batch, max_length, dtype, first.device) for layer in self.layers.values()]  # type: ignore[union-attr,operator]

@@ -1,0 +1,43 @@
+"""The router: scores, top-k and weights, one arithmetic for training and inference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.config.schema import MoEConfig
+from linear_moe.modeling.host import Host, normal
+
+
+def scores(logits: Tensor, config: MoEConfig) -> Tensor:
+    """Router logits `[n, E]` -> scores of all experts `[n, E]` in fp32."""
+    logits = logits.float()
+    return logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
+
+
+def route(logits: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Choose the top-k experts of every token.
+
+    Returns:
+        probs `[n, E]` fp32, zero where not chosen, and the boolean routing map `[n, E]`.
+    """
+    top, index = scores(logits, config).topk(config.top_k, dim=-1)
+    if config.normalize_top_k:
+        top = top / (top.sum(-1, keepdim=True) + 1e-20)
+    zeros = torch.zeros_like(logits, dtype=top.dtype)
+    return zeros.scatter(-1, index, top), torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+
+
+class Router(nn.Module):
+    """Linear router in fp32: `x [n, D]` -> (probs `[n, E]`, routing map `[n, E]`), with the host's auxiliary losses."""
+
+    def __init__(self, config: MoEConfig, hidden_size: int, init_std: float, layer: int, host: Host):
+        super().__init__()
+        self.config, self.layer, self.host = config, layer, host
+        self.weight = host.parameter(config.num_experts, hidden_size, init=normal(init_std), tokenwise=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x.float(), self.weight.float())
+        probs, routing_map = route(logits, self.config)
+        return self.host.router_losses(probs, logits, routing_map, self.config, self.layer), routing_map

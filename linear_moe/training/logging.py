@@ -1,0 +1,115 @@
+"""Where a run's numbers go, on rank 0: a progress display, metrics.jsonl and TensorBoard; the same records in all."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+SHOWN = {  # record key -> how the progress display writes it
+    "loss": "loss {:.4f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "tflops_per_device": "{:.3g} TFLOP/s",
+    "learning_rate": "lr {:.2e}",
+    "gradient_norm": "gnorm {:.2f}",
+}
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+
+
+def one_line(record: dict[str, Any]) -> str:
+    """The figures of a step that people watch."""
+    parts = [form.format(record[key]) for key, form in SHOWN.items() if key in record]
+    if "seconds_left" in record:
+        parts.append(f"{duration(record['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+class Logger:
+    """Writes records; every method does nothing on ranks other than 0.
+
+    Args:
+        run: the run folder.
+        steps: total steps, for the progress display.
+        active: whether this is rank 0.
+        tensorboard: write events too.
+        step: step a resumed run starts from.
+    """
+
+    def __init__(self, run: Path, steps: int, *, active: bool, tensorboard: bool, step: int = 0):
+        self.active = active
+        self._file: TextIO | None = None
+        self._writer: Any = None
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+        if not active:
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        self._file = (run / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        if sys.stderr.isatty():
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("train", total=steps, completed=step, figures="")
+            self._bar.start()
+        self.steps = steps
+
+    def message(self, text: str) -> None:
+        """A line for people."""
+        if self.active:
+            self.console.print(text, markup=False)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something that happened: start, save, validation, stop. Goes to metrics.jsonl."""
+        self._write({"event": name, "time": time.time(), **fields})
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One training step's figures; `record["step"]` counts from 1."""
+        if not self.active:
+            return
+        self._write(record)
+        self._scalars("train", record)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], figures=one_line(record))
+        elif time.monotonic() - self._last_line > 5 or record["step"] == self.steps:
+            # Not a terminal: a line now and then instead of a bar.
+            self._last_line = time.monotonic()
+            self.message(f"step {record['step']}/{self.steps}  {one_line(record)}")
+
+    def validation(self, step: int, loss: float, tokens: int) -> None:
+        """A validation's mean loss in nats per token."""
+        self.event("validation", step=step, loss=loss, tokens=tokens)
+        self._scalars("validation", {"step": step, "loss": loss})
+        self.message(f"step {step}: validation loss {loss:.4f} over {tokens:,} tokens")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+
+    def _scalars(self, group: str, record: dict[str, Any]) -> None:
+        if self._writer is not None:
+            for key, value in record.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(f"{group}/{key}", value, record["step"])

@@ -1,0 +1,86 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from linear_moe.config.load import save_config
+from linear_moe.config.schema import Config
+from linear_moe.plan import flops_per_token
+from linear_moe.training import parallel
+from linear_moe.training.checkpoint import load_latest, save
+from linear_moe.training.data import PreparedData, TrainLoader, validation_batches
+from linear_moe.training.faults import StopSignal, check_finite
+from linear_moe.training.logging import Logger
+from linear_moe.training.metrics import Throughput, memory_gib, peak_tflops
+from linear_moe.training.model import build_model
+from linear_moe.training.optimizer import build_optimizer
+from linear_moe.training.schedule import learning_rate, set_learning_rate
+from linear_moe.training.step import Stepper
+
+
+def train(config: Config, data: PreparedData) -> int:
+    """Train from the newest checkpoint, or from the start, to `training.steps`. Returns the exit code."""
+    started = time.perf_counter()
+    stop = StopSignal()
+    groups = parallel.initialize(config)
+    model = build_model(config, data.vocab_size, groups)
+    optimizer = build_optimizer(model, config)
+    run, training = Path(config.run), config.training
+    step = load_latest(config, model, optimizer)
+
+    log = Logger(run, training.steps, active=groups.rank == 0, tensorboard=config.logging.tensorboard, step=step)
+    if groups.rank == 0:
+        save_config(config, run / "config.yaml")
+        data.save_tokenizer(run / "tokenizer")
+    log.event("start", step=step, world=groups.world, torch=torch.__version__)
+    log.message(f"{'resumed at' if step else 'starting at'} step {step} of {training.steps}: {run}")
+
+    batches = TrainLoader(data, config, groups.data_rank, groups.data_size, step * training.global_batch)
+    stepper = Stepper(config, model, optimizer, groups.device, stop)
+    speed = Throughput(
+        tokens_per_step=training.global_batch * training.sequence_length,
+        flops_per_token=flops_per_token(config),
+        devices=groups.world,
+        peak=peak_tflops(config.logging.peak_tflops),
+    )
+    first_step = step + 1
+    laps = 0
+    while step < training.steps:
+        step += 1
+        laps += 1
+        lr = learning_rate(step, config)
+        set_learning_rate(optimizer, lr)
+        result = stepper.train(batches)
+        check_finite(step, result.loss, result.gradient_norm)
+        if step % config.logging.every == 0 or step in (first_step, training.steps):
+            record = {"step": step, "loss": result.loss, "learning_rate": lr, "gradient_norm": result.gradient_norm}
+            if step == first_step:
+                record["first_step_seconds"] = time.perf_counter() - started
+            record |= speed.lap(laps, training.steps - step) | {"memory_gib": memory_gib()} | stepper.router_losses()
+            laps = 0
+            log.step(record)
+
+        done = step == training.steps or result.stop
+        if done or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            path = save(config, step, model, optimizer)
+            log.event("checkpoint", step=step, path=str(path))
+            speed.restart()
+        if step == training.steps or (training.eval_every and step % training.eval_every == 0):
+            validation = stepper.validate(
+                validation_batches(data, config, groups.data_rank, groups.data_size), training.eval_batches
+            )
+            log.validation(step, validation.loss, validation.tokens)
+            speed.restart()
+        if result.stop and step < training.steps:
+            log.event("stopped", step=step, signal=stop.received)
+            log.message(f"stopped after step {step} on a signal; checkpoint saved. Rerun the same command to go on")
+            break
+    log.close()
+    dist.barrier()
+    parallel.destroy()
+    return 0

@@ -1,0 +1,32 @@
+"""`linear-moe train`: every check that needs no process group, then the groups, then the loop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from linear_moe.config.load import load_config
+from linear_moe.config.validate import validate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", help="changes to it: training.steps=100 model.mixer.type=mamba2")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train as the configuration says; rerunning the same command resumes. Returns the exit code."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    config = load_config(args.config, args.overrides)
+    validate(config, world)
+
+    from linear_moe.training import platform
+
+    platform.install()
+
+    from linear_moe.training.checkpoint import check_resume
+    from linear_moe.training.data import prepare_data
+    from linear_moe.training.loop import train
+
+    check_resume(config)
+    return train(config, prepare_data(config))

@@ -1,0 +1,69 @@
+"""What a run reports of itself: records of numbers, and the model's arithmetic per second."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0}
+"""Dense bf16 peak per device, from the vendors' data sheets (SXM parts)."""
+
+
+def peak_tflops(configured: float | None) -> float | None:
+    """Peak bf16 TFLOP/s of this device: as configured, or of a known GPU; None when unknown."""
+    if configured is not None or not torch.cuda.is_available():
+        return configured
+    name = torch.cuda.get_device_name()
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+def memory_gib() -> float:
+    """Peak device memory allocated by this process, or its resident set on a CPU, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+@dataclass
+class Throughput:
+    """Speed of the steps since the last call of `lap`, and time left from a smoothed step time.
+
+    Args:
+        tokens_per_step: over all ranks.
+        flops_per_token: forward and backward, of the whole model.
+        devices: number of ranks.
+        peak: TFLOP/s of one device, for MFU.
+    """
+
+    tokens_per_step: int
+    flops_per_token: float
+    devices: int
+    peak: float | None
+    _last: float = field(default_factory=time.perf_counter)
+    _smoothed: float | None = None
+
+    def restart(self) -> None:
+        """Forget the time since the last lap (validation, saving)."""
+        self._last = time.perf_counter()
+
+    def lap(self, steps: int, steps_left: int) -> dict[str, float]:
+        """Figures of the `steps` steps since the last lap."""
+        now = time.perf_counter()
+        seconds = (now - self._last) / steps
+        self._last = now
+        # The first step compiles and tunes kernels; it would spoil the estimate for a long time.
+        self._smoothed = seconds if self._smoothed is None else min(0.9 * self._smoothed + 0.1 * seconds, 2 * seconds)
+        tokens_per_second = self.tokens_per_step / seconds
+        tflops = tokens_per_second * self.flops_per_token / self.devices / 1e12
+        figures = {
+            "step_seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "tflops_per_device": tflops,
+            "seconds_left": self._smoothed * steps_left,
+        }
+        if self.peak:
+            figures["mfu"] = tflops / self.peak
+        return figures

@@ -1,0 +1,129 @@
+"""One optimizer step, and one validation, on Megatron-Core's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from linear_moe.config.schema import Config
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.training.faults import StopSignal
+
+Batch = dict[str, Any]
+
+
+def layout_of(batch: Batch) -> Layout:
+    """The layout of a micro-batch from the loader: rows, or packed documents as one row."""
+    rows, length = batch["tokens"].shape
+    cu_seqlens = batch.get("cu_seqlens")
+    positions = batch["positions"]
+    if cu_seqlens is None:
+        return Layout(rows, length, positions=positions)
+    return Layout(1, rows * length, cu_seqlens, batch["max_document"], positions.reshape(1, -1))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the counted tokens' losses and their number: Megatron divides by the global number of tokens."""
+    total = (losses.flatten() * loss_mask.flatten()).sum()
+    tokens = loss_mask.sum()
+    return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
+
+
+@dataclass
+class StepResult:
+    """Sums over all ranks: `loss` is the mean per counted token; `tokens` how many were counted."""
+
+    loss: float
+    tokens: int
+    gradient_norm: float = 0.0
+    stop: bool = False
+
+
+class Stepper:
+    """Runs training steps and validations of one model.
+
+    Args:
+        config: the configuration.
+        model: this rank's model chunks, wrapped in DDP.
+        optimizer: Megatron's optimizer, or None where only validations run.
+        device: where batches go.
+        stop: this rank's signals; a step's result says whether any rank received one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: list[torch.nn.Module],
+        optimizer: Any,
+        device: torch.device,
+        stop: StopSignal,
+    ):
+        self.config, self.model, self.optimizer, self.device, self.stop = config, model, optimizer, device, stop
+        training = config.training
+        self.micro_batches = training.global_batch // (training.micro_batch * ps.get_data_parallel_world_size())
+
+    def forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        """Megatron's forward_step_func: one micro-batch through this stage."""
+        batch = to_device(next(batches), self.device)
+        layout = layout_of(batch)
+        shape = (layout.batch, layout.length)
+        losses = model(batch["tokens"].reshape(shape), layout, labels=batch["labels"].reshape(shape))
+        return losses, partial(masked_loss, batch["loss_mask"])
+
+    def _run(self, batches: Iterator[Batch], micro_batches: int, forward_only: bool) -> list[dict[str, Tensor]]:
+        training = self.config.training
+        return get_forward_backward_func()(
+            forward_step_func=self.forward,
+            data_iterator=batches,
+            model=self.model,
+            num_microbatches=micro_batches,
+            seq_length=training.sequence_length,
+            micro_batch_size=training.micro_batch,
+            forward_only=forward_only,
+        )
+
+    def _totals(self, results: list[dict[str, Tensor]]) -> tuple[float, int, bool]:
+        """Loss sum and tokens over the data-parallel ranks' last stages, known to every rank afterwards."""
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        if ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0:
+            for result in results:
+                totals[:2] += result["loss"].double()
+        totals[2] = self.stop.received is not None
+        dist.all_reduce(totals)
+        loss, tokens, stops = totals.tolist()
+        return loss, int(tokens), stops > 0
+
+    def train(self, batches: Iterator[Batch]) -> StepResult:
+        """Forward, backward, reduce, clip, update."""
+        for chunk in self.model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        for chunk in self.model:
+            chunk.train()
+        results = self._run(batches, self.micro_batches, forward_only=False)
+        _, gradient_norm, _ = self.optimizer.step()
+        loss, tokens, stopping = self._totals(results)
+        return StepResult(loss / max(tokens, 1), tokens, float(gradient_norm or 0.0), stopping)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator[Batch], global_batches: int) -> StepResult:
+        """Mean loss over `global_batches` global batches."""
+        for chunk in self.model:
+            chunk.eval()
+        loss, tokens = 0.0, 0
+        for _ in range(global_batches):
+            part, count, _ = self._totals(self._run(batches, self.micro_batches, forward_only=True))
+            loss, tokens = loss + part, tokens + count
+        return StepResult(loss / max(tokens, 1), tokens)

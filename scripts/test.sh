@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sets itself up from nothing and runs everything CI runs: ruff, mypy, pytest (CPU, gloo). Arguments go to pytest.
+#   scripts/test.sh                     all
+#   scripts/test.sh tests/unit -k gla   some
+# GPU tests run with it on a machine with a GPU; slow proofs with `scripts/test.sh -m slow`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+source .venv/bin/activate
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+ruff check .
+mypy linear_moe
+python -m pytest -q "$@"

@@ -23,10 +23,11 @@ linear-moe plan "$config" "${overrides[@]}" --world 2
 
 say "data: tokenizer, tokens, and the bigram model to beat"
 linear-moe data "$config" "${overrides[@]}" --bigram
+mkdir -p "$run"
+linear-moe data "$config" "${overrides[@]}" --bigram --json >"$run/data.json"
 
 say "train, 2 processes"
-linear-moe check "$config" "${overrides[@]}" --world 2
-train() { torchrun --standalone --nproc-per-node 2 -m linear_moe train "$config" "${overrides[@]}"; }
+train() { GPUS=2 bash scripts/launch.sh "$config" "${overrides[@]}"; }
 set -m # the job gets a process group of its own, so that it can be killed whole
 train &
 job=$!
@@ -51,5 +52,18 @@ linear-moe generate "$run/export" --prompt "$prompt" --max-new-tokens 48 --json 
 linear-moe generate "$run/export" --prompt "$prompt" --max-new-tokens 48 --json --no-cache >"$run/uncached.json"
 
 say "result"
-python scripts/quickstart_result.py "$run" "${overrides[@]}"
+python - "$run" <<'PYTHON'
+import json, pathlib, sys
+
+run = pathlib.Path(sys.argv[1])
+records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+loss = [r["loss"] for r in records if r.get("event") == "validation"][-1]
+bigram = json.loads((run / "data.json").read_text())["bigram_loss"]
+starts = [r["step"] for r in records if r.get("event") == "start"]
+cached, uncached = (json.loads((run / f"{name}.json").read_text())["completions"] for name in ("cached", "uncached"))
+print(f"resumed from step {starts[-1]} after kill -9")
+print(f"validation loss {loss:.4f} nats/token, bigram model {bigram:.4f}")
+print(f"greedy text with state cache {'=' if cached == uncached else '!='} without:\n{cached[0]}")
+sys.exit(not (len(starts) == 2 and starts[1] > 0 and loss < bigram and cached == uncached))
+PYTHON
 printf '\nDone in %d:%02d. Next: linear-moe generate %s --prompt "import os"\n' $((SECONDS / 60)) $((SECONDS % 60)) "$run/export"

@@ -13,7 +13,9 @@ class ConfigError(ValueError):
         path: dotted config path ("model.moe.top_k"), or a file or command-line argument.
         value: the offending value; leave out (`...`) where there is none, e.g. a missing file.
         constraint: what must hold, in words.
-        candidates: valid names; the ones near `value` are offered.
+        candidates: valid names; the ones near `value` are offered, or all of them when none is near.
+        near_to: what to compare the candidates with, if not `value`.
+        list_all: offer all candidates in any case.
         fix: what to do about it.
     """
 
@@ -24,16 +26,18 @@ class ConfigError(ValueError):
         constraint: str,
         *,
         candidates: Iterable[str] = (),
+        near_to: str | None = None,
+        list_all: bool = False,
         fix: str = "",
     ):
         self.path, self.value, self.constraint = path, value, constraint
         candidates = sorted(candidates)
-        self.near = difflib.get_close_matches(str(value), candidates, n=3, cutoff=0.6)
+        self.near = difflib.get_close_matches(str(value) if near_to is None else near_to, candidates, n=3, cutoff=0.6)
         head = path if value is ... else f"{path} = {value!r}"
         parts = [f"{head}: {constraint}"]
         if self.near:
             parts.append("did you mean " + " or ".join(repr(n) for n in self.near) + "?")
-        elif candidates:
+        if candidates and (list_all or not self.near):
             parts.append("valid: " + ", ".join(candidates))
         if fix:
             parts.append(fix)

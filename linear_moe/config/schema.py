@@ -92,8 +92,8 @@ class DataConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = opt(1e-3, "peak learning rate", gt=0)
-    beta1: float = opt(0.9, "AdamW", ge=0)
-    beta2: float = opt(0.95, "AdamW", ge=0)
+    beta1: float = opt(0.9, "AdamW", ge=0, lt=1)
+    beta2: float = opt(0.95, "AdamW", ge=0, lt=1)
     eps: float = opt(1e-8, "AdamW", gt=0)
     weight_decay: float = opt(0.1, "AdamW; not applied to norms, biases and per-head parameters", ge=0)
     clip: float = opt(1.0, "gradient-norm clipping; 0: off", ge=0)

@@ -128,6 +128,7 @@ class TrainingConfig:
 class CheckpointConfig:
     every: int = opt(100, "steps between saves; 0: only at the end", ge=0)
     keep: int = opt(2, "newest checkpoints kept", ge=1)
+    last: bool = opt(True, "save after the last step (benchmarks do not)")
 
 
 @dataclass

@@ -65,8 +65,8 @@ def train(config: Config, data: PreparedData) -> int:
             laps = 0
             log.step(record)
 
-        done = step == training.steps or result.stop
-        if done or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        last = step == training.steps and config.checkpoint.last
+        if last or result.stop or (config.checkpoint.every and step % config.checkpoint.every == 0):
             path = save(config, step, model, optimizer)
             log.event("checkpoint", step=step, path=str(path))
             speed.restart()

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Pretraining speed of a configuration on this machine, as one JSON in docs/results/.
+
+Runs `linear-moe train` under torchrun, reads the run's metrics.jsonl, and writes what it saw, with device, versions,
+command and commit. The mean is over the steps after --skip (the first ones compile and tune kernels).
+
+    python scripts/bench/pretrain.py configs/train/a0.3b_2b.yaml --steps 50 --name baseline -- data.corpus=stdlib
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def versions() -> dict[str, str | None]:
+    from importlib import metadata
+
+    found: dict[str, str | None] = {}
+    for package in ("torch", "triton", "megatron-core", "flash-linear-attention", "transformers"):
+        try:
+            found[package.replace("-", "_")] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package.replace("-", "_")] = None
+    import triton  # the one really imported, which PYTHONPATH may have put in front
+
+    found["triton"] = triton.__version__
+    return found
+
+
+def commit() -> str:
+    given = os.environ.get("COMMIT")
+    if given:
+        return given
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def measure(config: str, overrides: list[str], gpus: int, steps: int, skip: int) -> dict[str, Any]:
+    """Train, and summarise the records of the run."""
+    from linear_moe.config.load import load_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        extra = [f"run={folder}/run", f"training.steps={steps}", "training.eval_every=0", "training.eval_batches=1",
+                 "checkpoint.every=0", "checkpoint.last=false", *overrides]  # fmt: skip
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(gpus), "-m", "linear_moe", "train", config]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *launcher[1:], *extra], check=True)
+        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        tree = load_config(config, extra)
+    records = [r for r in lines if "event" not in r]
+    steady = records[skip:]
+    seconds = sum(r["step_seconds"] for r in steady)
+
+    def mean(key: str) -> float:
+        return sum(r[key] * r["step_seconds"] for r in steady) / seconds
+
+    return {
+        "preset": Path(config).stem,
+        "mixer": tree.model.mixer.type,
+        "pattern": tree.model.pattern,
+        "sequence_length": tree.training.sequence_length,
+        "micro_batch": tree.training.micro_batch,
+        "global_batch": tree.training.global_batch,
+        "dtype": tree.training.dtype,
+        "recompute": tree.training.recompute,
+        "overrides": overrides,
+        "steps": steps,
+        "tokens_per_second_per_gpu": mean("tokens_per_second") / gpus,
+        "tflops_per_gpu": mean("tflops_per_device"),
+        "mfu": mean("mfu") if "mfu" in steady[0] else None,
+        "memory_gib": max(r["memory_gib"] for r in records),
+        "first_step_seconds": records[0]["first_step_seconds"],
+        "first_loss": records[0]["loss"],
+        "last_loss": records[-1]["loss"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", help="after --: a.b=c")
+    parser.add_argument("--name", required=True, help="docs/results/NAME.json")
+    parser.add_argument("--folder", default="docs/results")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--skip", type=int, default=10)
+    args = parser.parse_args()
+    row = measure(args.config, args.overrides, args.gpus, args.steps, args.skip)
+    import torch
+
+    result = {
+        "name": args.name,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "gpus": args.gpus,
+        **versions(),
+        "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "rows": [row],
+    }
+    path = Path(args.folder) / f"{args.name}.json"
+    if path.exists():
+        result["rows"] = json.loads(path.read_text())["rows"] + result["rows"]
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,14 @@ class Linear(nn.Linear):
     """
 
     def __init__(
-        self, host: Host, in_features: int, out_features: int, *, split: Split = None, bias: bool = False, std: float = 0.02
+        self,
+        host: Host,
+        in_features: int,
+        out_features: int,
+        *,
+        split: Split = None,
+        bias: bool = False,
+        std: float = 0.02,
     ):
         nn.Module.__init__(self)  # nn.Linear's own would allocate and draw the full weight
         self.host, self.split, self.in_features, self.out_features = host, split, in_features, out_features

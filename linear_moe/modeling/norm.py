@@ -22,7 +22,13 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(
-        self, host: Host, dim: int, eps: float = 1e-5, *, split: Literal["column", "shared"] | None = None, groups: int = 1
+        self,
+        host: Host,
+        dim: int,
+        eps: float = 1e-5,
+        *,
+        split: Literal["column", "shared"] | None = None,
+        groups: int = 1,
     ):
         super().__init__()
         assert dim % groups == 0, (dim, groups)
@@ -41,3 +47,9 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last dimension, as RMSNorm's one fused kernel with fp32 accumulation."""
+    dim = x.shape[-1]
+    return F.rms_norm(x, (dim,), eps=eps / dim) * dim**-0.5

@@ -1,0 +1,29 @@
+"""Published initialisations of the gates of state space models, for `Host.parameter(init=...)`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.host import Init
+
+
+def log_uniform_rate(low: float, high: float) -> Init:
+    """`A_log = log A`, A ~ U(low, high) (Mamba-2, arXiv 2405.21060: U(1, 16))."""
+    return lambda t, g: t.uniform_(low, high, generator=g).log_()
+
+
+def inverse_softplus_step(low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Init:
+    """`dt_bias` such that softplus(dt_bias) is log-uniform in [low, high] (Mamba, arXiv 2312.00752, section 3.6)."""
+
+    def fill(t: Tensor, generator: torch.Generator) -> None:
+        dt = t.uniform_(math.log(low), math.log(high), generator=generator).exp_().clamp_(min=floor)
+        t.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    return fill
+
+
+def uniform(bound: float) -> Init:
+    return lambda t, g: t.uniform_(-bound, bound, generator=g)

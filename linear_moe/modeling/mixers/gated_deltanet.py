@@ -1,0 +1,127 @@
+"""Gated DeltaNet: the delta rule with a scalar decay per head, computed from the token (arXiv 2412.06464)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.ops.delta import delta
+
+MAX_KEY_DIM = 256  # of flash-linear-attention's delta-rule kernels
+
+
+@dataclass
+class GatedDeltaNetConfig(MixerConfig):
+    type: str = opt("gated_deltanet", "name of the mixer")
+    num_heads: int | None = opt(None, "query and key heads; null: model.num_heads", ge=1)
+    num_v_heads: int | None = opt(None, "value heads, a multiple of num_heads; null: num_heads", ge=1)
+    head_dim: int | None = opt(None, "size of a key head; null: 3/4 hidden_size / num_heads, as published", ge=1)
+    expand_v: float = opt(2.0, "size of a value head over head_dim", gt=0)
+    conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1)
+    allow_neg_eigval: bool = opt(
+        False, "beta in (0, 2), so that transitions have negative eigenvalues (arXiv 2411.12537)"
+    )
+
+
+class GatedDeltaNet(LinearMixer):
+    """Weights as in flash-linear-attention's `GatedDeltaNet` under the same names (convolutions `[C, W]` for its
+    `[C, 1, W]`); with num_v_heads, value head i goes with key head i // (num_v_heads / num_heads) as in Qwen3-Next."""
+
+    Config = GatedDeltaNetConfig
+    family = "delta"
+    formula = "S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
+    paper = "arXiv 2412.06464"
+    capabilities = Capabilities(sequence_parallel=True)
+
+    def __init__(self, config: GatedDeltaNetConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads = config.num_heads or dims.num_heads
+        self.num_v_heads = config.num_v_heads or heads
+        self.key_dim = config.head_dim or 3 * dims.hidden_size // (4 * heads)
+        self.value_dim = round(self.key_dim * config.expand_v)
+        self.heads, self.v_heads = host.split(heads), host.split(self.num_v_heads)
+        keys, values = heads * self.key_dim, self.num_v_heads * self.value_dim
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        self.q_proj, self.k_proj, self.v_proj, self.g_proj = column(keys), column(keys), column(values), column(values)
+        self.a_proj, self.b_proj = column(self.num_v_heads), column(self.num_v_heads)
+        per_head = partial(host.parameter, self.num_v_heads, axes={0: "tensor"}, decay=False, fp32=True)
+        self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
+        self.dt_bias = per_head(init=inverse_softplus_step())
+        for name, channels in {"q": keys, "k": keys, "v": values}.items():
+            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: GatedDeltaNetConfig, dims: Dims, tensor: int, path: str) -> None:
+        heads = config.num_heads or dims.num_heads
+        check(f"{path}.num_heads", heads, lambda n: n % tensor == 0, f"must be divisible by parallel.tensor = {tensor}")
+        check(
+            f"{path}.num_v_heads",
+            config.num_v_heads or heads,
+            lambda n: n % heads == 0,
+            f"must be a multiple of num_heads = {heads}",
+        )
+        if config.head_dim is None:
+            check(
+                f"{path}.num_heads",
+                heads,
+                lambda n: n % tensor == 0 and 3 * dims.hidden_size % (4 * n) == 0,
+                f"must divide 3/4 hidden_size = {0.75 * dims.hidden_size:g} unless head_dim is set",
+            )
+        head_dim = config.head_dim or 3 * dims.hidden_size // (4 * heads)
+        check(
+            f"{path}.head_dim",
+            head_dim,
+            lambda n: n <= MAX_KEY_DIM,
+            f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit",
+        )
+        scaled(f"{path}.expand_v", head_dim, config.expand_v, "head_dim")
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        rows = (layout.batch, layout.length, -1)
+        q, k, v = (
+            self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
+            for name in "qkv"
+        )
+        q, k = (l2_norm(t.unflatten(-1, (self.heads, self.key_dim))) for t in (q, k))
+        if self.v_heads != self.heads:
+            q, k = (t.repeat_interleave(self.v_heads // self.heads, dim=2) for t in (q, k))
+        v = v.unflatten(-1, (self.v_heads, self.value_dim))
+        beta = self.b_proj(x).float().sigmoid().view(rows) * (2 if self.config.allow_neg_eigval else 1)
+        g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
+        return {"q": q, "k": k, "v": v, "beta": beta, "g": g.view(rows)}, self.g_proj(x)
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return delta(**inputs, initial_state=initial_state, cu_seqlens=layout.cu_seqlens)
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.o_proj(self.o_norm(o).view_as(gate) * F.silu(gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        state = (batch, self.v_heads, self.key_dim, self.value_dim)
+        return {"state": (state, torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        return 6.0 * self.num_v_heads * self.key_dim * self.value_dim
+
+    def activation_elements(self) -> float:
+        qk, v = self.heads * self.key_dim, self.v_heads * self.value_dim
+        repeated = self.v_heads * self.key_dim
+        # per conv: input and output before SiLU; q, k before the L2 norm and as used; v, o, norm, gate, silu, product;
+        # the kernel's WY factors (64 per head) and, in fp32, a, beta, softplus and g
+        return 2 * (2 * qk + v) + 2 * qk + 2 * repeated + 6 * v + (64 + 2 * 5) * self.v_heads

@@ -1,0 +1,107 @@
+"""Gated linear attention: a decay per key channel, computed from the token (arXiv 2312.06635)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.ops.decay import decay
+
+
+@dataclass
+class GLAConfig(MixerConfig):
+    type: str = opt("gla", "name of the mixer")
+    num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1)
+    expand_k: float = opt(0.5, "width of all heads' keys over hidden_size", gt=0)
+    expand_v: float = opt(1.0, "width of all heads' values over hidden_size", gt=0)
+    gate_rank: int = opt(16, "rank of the decay gate's projection", ge=1)
+    gate_normalizer: float = opt(16.0, "the log decay is logsigmoid(.) over this", gt=0)
+    conv_size: int = opt(0, "taps of a short convolution with SiLU on q, k and v; 0: none", ge=0)
+    qkv_bias: bool = opt(False, "biases in the q, k and v projections")
+
+
+class GatedLinearAttention(LinearMixer):
+    """Weights as in flash-linear-attention's `GatedLinearAttention` under the same names, except `o_norm.weight` for
+    its `g_norm_swish_gate.weight`, and convolutions `[C, W]` for its `[C, 1, W]`."""
+
+    Config = GLAConfig
+    family = "decay"
+    formula = "S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
+    paper = "arXiv 2312.06635"
+    capabilities = Capabilities(sequence_parallel=True)
+
+    def __init__(self, config: GLAConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads = config.num_heads or dims.num_heads
+        keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
+        self.heads, self.key_dim, self.value_dim = host.split(heads), keys // heads, values // heads
+        column = partial(Linear, host, split="column", std=dims.init_std)
+        self.q_proj = column(dims.hidden_size, keys, bias=config.qkv_bias)
+        self.k_proj = column(dims.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = column(dims.hidden_size, values, bias=config.qkv_bias)
+        self.g_proj = column(dims.hidden_size, values)
+        self.gk_proj = nn.Sequential(
+            Linear(host, dims.hidden_size, config.gate_rank, split="shared", std=dims.init_std),
+            column(config.gate_rank, keys, bias=True),
+        )
+        sizes = {"q": keys, "k": keys, "v": values} if config.conv_size else {}
+        for name, channels in sizes.items():
+            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: GLAConfig, dims: Dims, tensor: int, path: str) -> None:
+        keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
+        values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
+        check(
+            f"{path}.num_heads",
+            config.num_heads or dims.num_heads,
+            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
+            f"must divide the key width {keys} and the value width {values}, and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        rows = (layout.batch, layout.length, self.heads, -1)
+        inputs = {}
+        for name in "qkv":
+            y = self.get_submodule(f"{name}_proj")(x)
+            if self.config.conv_size:
+                conv = self.get_submodule(f"{name}_conv1d")
+                y = conv(y.view(layout.batch, layout.length, -1), layout, cache)
+            inputs[name] = y.view(rows)
+        inputs["g"] = F.logsigmoid(self.gk_proj(x).float()).view(rows) / self.config.gate_normalizer
+        return inputs, self.g_proj(x)
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return decay(**inputs, initial_state=initial_state, cu_seqlens=layout.cu_seqlens)
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.o_proj(self.o_norm(o).view_as(gate) * F.silu(gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        state = (batch, self.heads, self.key_dim, self.value_dim)
+        return {"state": (state, torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        heads = self.config.num_heads or self.dims.num_heads
+        return 4.0 * heads * self.key_dim * self.value_dim
+
+    def activation_elements(self) -> float:
+        k, v = self.heads * self.key_dim, self.heads * self.value_dim
+        conv = 2 * (2 * k + v) if self.config.conv_size else 0  # input and pre-activation
+        # q, k; the gate before and after logsigmoid and its running sum, all fp32; low-rank; v, o, norm, gate, silu, product
+        return conv + 2 * k + 2 * 3 * k + self.config.gate_rank + 6 * v + 64 * self.heads

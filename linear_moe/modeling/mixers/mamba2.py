@@ -1,0 +1,121 @@
+"""Mamba-2: state space duality, a scalar decay per head from the step size (arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host, constant
+from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.ops.decay import decay
+
+
+@dataclass
+class Mamba2Config(MixerConfig):
+    type: str = opt("mamba2", "name of the mixer")
+    expand: float = opt(2.0, "inner width over hidden_size", gt=0)
+    head_dim: int = opt(64, "channels of a head; the mixer has expand * hidden_size / head_dim heads", ge=1)
+    state_size: int = opt(128, "size of B and C: the state of one channel", ge=1)
+    num_groups: int = opt(1, "groups of heads that share B, C and the output norm", ge=1)
+    conv_size: int = opt(4, "taps of the short convolutions on x, B and C", ge=1)
+
+
+class Mamba2(LinearMixer):
+    """`z, x, B, C, dt` have projections, and `x, B, C` convolutions, of their own, so that each splits by heads or
+    groups: mamba_ssm's, and Hugging Face's, `in_proj` and `conv1d` are theirs stacked in this order along dimension 0.
+    Other names are the same."""
+
+    Config = Mamba2Config
+    family = "decay"
+    formula = "S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T,  y_t = S_t^T C_t + D x_t"
+    paper = "arXiv 2405.21060"
+    capabilities = Capabilities(sequence_parallel=True)
+
+    def __init__(self, config: Mamba2Config, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        inner, states = round(dims.hidden_size * config.expand), config.num_groups * config.state_size
+        self.num_heads = inner // config.head_dim
+        self.heads, self.groups = host.split(self.num_heads), host.split(config.num_groups)
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        self.z_proj, self.x_proj, self.B_proj, self.C_proj = (
+            column(inner),
+            column(inner),
+            column(states),
+            column(states),
+        )
+        self.dt_proj = column(self.num_heads)
+        for name, channels in {"x": inner, "B": states, "C": states}.items():
+            conv = ShortConv(host, channels, config.conv_size, name=f"conv_{name}", bias=True)
+            self.add_module(f"{name}_conv1d", conv)
+        per_head = partial(host.parameter, self.num_heads, axes={0: "tensor"}, decay=False, fp32=True)
+        self.A_log, self.D = per_head(init=log_uniform_rate(1.0, 16.0)), per_head(init=constant(1.0))
+        self.dt_bias = per_head(init=inverse_softplus_step())
+        self.norm = RMSNorm(host, inner, dims.norm_eps, split="column", groups=config.num_groups)
+        self.out_proj = Linear(host, inner, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: Mamba2Config, dims: Dims, tensor: int, path: str) -> None:
+        inner = scaled(f"{path}.expand", dims.hidden_size, config.expand, "hidden_size")
+        check(
+            f"{path}.head_dim",
+            config.head_dim,
+            lambda n: inner % n == 0 and inner // n % tensor == 0,
+            f"must divide expand * hidden_size = {inner} into a number of heads divisible by parallel.tensor = {tensor}",
+        )
+        heads = inner // config.head_dim
+        check(
+            f"{path}.num_groups",
+            config.num_groups,
+            lambda n: heads % n == 0 and n % tensor == 0,
+            f"must divide the {heads} heads (expand * hidden_size / head_dim) and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        rows = (layout.batch, layout.length, -1)
+        channels, B, C = (
+            self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
+            for name in "xBC"
+        )
+        # head h reads B and C of group h // (heads / groups)
+        k, q = (
+            t.unflatten(-1, (self.groups, self.config.state_size)).repeat_interleave(self.heads // self.groups, dim=2)
+            for t in (B, C)
+        )
+        dt = F.softplus(self.dt_proj(x).float() + self.dt_bias).view(rows)
+        channels = channels.unflatten(-1, (self.heads, self.config.head_dim))
+        v = (channels * dt.unsqueeze(-1)).to(channels.dtype)
+        return {"q": q, "k": k, "v": v, "g": -self.A_log.exp() * dt, "skip": channels}, self.z_proj(x)
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, g, skip = (inputs[name] for name in ("q", "k", "v", "g", "skip"))
+        y, state = decay(q, k, v, g, scale=1.0, initial_state=initial_state, cu_seqlens=layout.cu_seqlens)
+        return (y + self.D.unsqueeze(-1) * skip).to(skip.dtype), state
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.out_proj(self.norm(o.view_as(gate) * F.silu(gate)))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        state = (batch, self.heads, self.config.state_size, self.config.head_dim)
+        return {"state": (state, torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        return 4.0 * self.num_heads * self.config.state_size * self.config.head_dim
+
+    def activation_elements(self) -> float:
+        inner, states = self.heads * self.config.head_dim, self.groups * self.config.state_size
+        repeated = self.heads * self.config.state_size
+        # convs: input and output before SiLU; B, C repeated to heads; x, v, o with skip, z, silu(z), gated, normed;
+        # in fp32, dt before and after softplus, g and its running sum
+        return 2 * (inner + 2 * states) + 2 * repeated + 7 * inner + 2 * 4 * self.heads

@@ -1,0 +1,138 @@
+"""Causal softmax attention with grouped query heads: packed documents, sliding window, key-value cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def visible(
+    length: int,
+    keys: int,
+    device: torch.device,
+    *,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Which keys each query sees, `[1 or B, T, S]` bool: those of its document, not later than it, within `window`."""
+    slots = torch.arange(keys, device=device)
+    at = slots[:length].unsqueeze(0) if positions is None else positions
+    mask = slots <= at.unsqueeze(-1)
+    if window is not None:
+        mask = mask & (slots > at.unsqueeze(-1) - window)
+    if cu_seqlens is not None:
+        document = torch.bucketize(slots, cu_seqlens[1:].to(device), right=True)
+        mask = mask & (document[:length, None] == document)
+    return mask
+
+
+def softmax_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The definition, in fp32: `o_t = sum_s softmax_s(q_t . k_s scale) v_s` over visible s. Arguments as below."""
+    mask = visible(q.shape[1], k.shape[1], q.device, cu_seqlens=cu_seqlens, positions=positions, window=window)
+    k, v = (t.float().repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v).to(q.dtype)
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """PyTorch's packed FlashAttention (torch >= 2.10) and its parameters, which grew from release to release."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor, longest: int, window: int | None
+) -> Tensor | None:
+    """FlashAttention over packed documents, or None where this PyTorch, device or dtype cannot."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or (found := _varlen()) is None:
+        return None
+    varlen_attn, parameters = found
+    extra: dict[str, Any] = {}
+    if "window_size" in parameters:
+        extra["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None and "is_causal" in parameters:
+        extra["is_causal"] = True
+    else:
+        return None
+    if scale is not None:
+        if "scale" not in parameters:
+            return None
+        extra["scale"] = scale
+    if q.shape[2] != k.shape[2]:
+        if "enable_gqa" in parameters:
+            extra["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    offsets = cu_seqlens.to(torch.int32)
+    return varlen_attn(q[0], k[0], v[0], offsets, offsets, longest, longest, **extra).unsqueeze(0)
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_document: int | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] -> o [B, T, H, V]`; G divides H, head h reads group h // (H / G).
+
+    On PyTorch's fused kernels. Packed documents take its variable-length FlashAttention on a GPU in half precision;
+    elsewhere, and with a window or a cache, a dense `[T, S]` mask.
+
+    Args:
+        scale: of the scores; None: 1 / sqrt(D).
+        cu_seqlens: `[documents + 1]` offsets of packed documents, B = 1.
+        max_document: longest document, a host integer; None: T.
+        positions: `[B, T]` positions of the queries when k, v are a cache whose slot s holds position s; None: S = T.
+        window: a query sees itself and the `window - 1` tokens before it; None: all before it.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or (positions is None and q.shape[1] != k.shape[1]):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    if cu_seqlens is not None:
+        if q.shape[0] != 1 or positions is not None:
+            raise ValueError("packed documents need a batch of 1 and no cache")
+        packed = _packed(q, k, v, scale, cu_seqlens, max_document or q.shape[1], window)
+        if packed is not None:
+            return packed
+    plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
+    mask = None
+    if not plain:
+        mask = visible(q.shape[1], k.shape[1], q.device, cu_seqlens=cu_seqlens, positions=positions, window=window)
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else mask.unsqueeze(1),
+        is_causal=plain,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o.transpose(1, 2)

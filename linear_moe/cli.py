@@ -1,0 +1,140 @@
+"""The `linear-moe` command: finds the subcommand, runs it, and turns a user's mistake into one line and exit code 2.
+
+Imports nothing heavy: a subcommand's module, with its `add_arguments(parser)` and `main(args)`, is imported when it is
+the one asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from linear_moe.config.errors import ConfigError
+
+USER_ERROR = 2
+# Of all OSErrors, those that a user mends: missing, forbidden, full, read-only, of the wrong kind.
+USER_ERRNOS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    module: str
+    help: str
+    example: str
+
+
+COMMANDS = {
+    "train": Command(
+        "linear_moe.training.main",
+        "train as a config says; run it under torchrun, and again to resume",
+        "torchrun --nproc-per-node 8 -m linear_moe train configs/models/a0.3b_2b.yaml run=runs/first training.steps=1000",
+    ),
+    "plan": Command(
+        "linear_moe.plan",
+        "parameters, FLOPs, process groups and memory of a config; needs no GPU",
+        "linear-moe plan configs/models/a1b_7b.yaml parallel.expert=8 --world 64",
+    ),
+    "check": Command(
+        "linear_moe.check",
+        "everything that `train` checks before it starts",
+        "linear-moe check configs/models/a0.3b_2b.yaml data.corpus=/data/slimpajama --world 8",
+    ),
+    "data": Command(
+        "linear_moe.training.data.cli",
+        "tokenize text files into an indexed dataset",
+        "linear-moe data --help",
+    ),
+    "export": Command(
+        "linear_moe.inference.export",
+        "write a run's model as a Hugging Face folder",
+        "linear-moe export runs/first exported/first",
+    ),
+    "generate": Command(
+        "linear_moe.inference.generate",
+        "continue a prompt with an exported model",
+        "linear-moe generate exported/first --prompt 'def main('",
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per error, like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (see {self.prog} --help)")
+        raise SystemExit(USER_ERROR)
+
+
+def build_parser(selected: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands; only the `selected` one knows its own arguments."""
+    import linear_moe
+
+    parser = _Parser(prog="linear-moe", description="Pretrain, export and serve language models of linear sequence modelling and MoE.")
+    parser.add_argument("--version", action="version", version=f"linear-moe {linear_moe.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog=f"example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == selected:
+            importlib.import_module(command.module).add_arguments(sub)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parsed arguments; `a.b=c` overrides may stand anywhere after the config, between options too."""
+    selected = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(selected)
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "overrides"):
+        args.overrides = [*args.overrides, *(word for word in rest if not word.startswith("-"))]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def complain(message: str, every_rank: bool = False) -> None:
+    """One line on stderr: from one rank of each node, or from every rank for what may have hit that rank only."""
+    if every_rank and "RANK" in os.environ:
+        message = f"[rank {os.environ['RANK']}] {message}"
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"linear-moe: {message}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. LINEAR_MOE_DEBUG=1 shows the traceback of user errors too."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = os.environ.get("LINEAR_MOE_DEBUG") == "1"
+    try:
+        args = parse(argv)
+        return importlib.import_module(COMMANDS[args.command].module).main(args) or 0
+    except ConfigError as error:
+        if debug:
+            raise
+        complain(str(error))
+        return USER_ERROR
+    except BrokenPipeError:  # `linear-moe plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if debug or error.errno not in USER_ERRNOS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        complain(f"{where}{error.strerror}", every_rank=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,220 @@
+"""What must hold between the fields of a config, checked before any process group, file or model exists."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.schema import Config, ModelConfig, ParallelConfig
+from linear_moe.config.vocabulary import embedding_rows, tokenizer_size, vocab_size
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+
+CORPORA = ("stdlib", "synthetic")
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Process groups of a world, as Megatron-Core's parallel_state makes them (order tp-cp-ep-dp-pp).
+
+    Attributes:
+        data, expert_data: ranks that hold the same weights outside, and inside, the routed experts.
+        groups: axis -> its groups, each a list of ranks. Axes: tensor, data, pipeline, and for the routed experts
+            expert_tensor, expert, expert_data.
+    """
+
+    world: int
+    tensor: int
+    pipeline: int
+    expert: int
+    expert_tensor: int
+    data: int
+    expert_data: int
+    groups: dict[str, list[list[int]]]
+
+
+def smallest_world(parallel: ParallelConfig) -> int:
+    """The fewest ranks that the parallel sizes allow."""
+    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
+
+
+def parallel_layout(config: Config, world: int) -> ParallelLayout:
+    """Sizes and rank groups for `world` ranks; raises ConfigError when the parallel sizes do not divide it."""
+    p = config.parallel
+    for names in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
+        size = math.prod(getattr(p, name) for name in names)
+        if world % size:
+            terms = " * ".join(f"parallel.{name} {getattr(p, name)}" for name in names)
+            fix = f"nearest valid: {_nearest(world, smallest_world(p))}"
+            raise ConfigError("world size", world, f"must be divisible by {terms} = {size}", fix=fix)
+    data, expert_data = world // (p.tensor * p.pipeline), world // (p.expert * p.expert_tensor * p.pipeline)
+    dense = {"tensor": p.tensor, "data": data, "pipeline": p.pipeline}
+    experts = {"expert_tensor": p.expert_tensor, "expert": p.expert, "expert_data": expert_data, "pipeline": p.pipeline}
+    groups = {axis: list(_groups(dense, axis)) for axis in dense}
+    groups |= {axis: list(_groups(experts, axis)) for axis in experts if axis != "pipeline"}
+    return ParallelLayout(world, p.tensor, p.pipeline, p.expert, p.expert_tensor, data, expert_data, groups)
+
+
+def _groups(sizes: dict[str, int], axis: str) -> Iterator[list[int]]:
+    """Groups along `axis` of a grid of ranks whose first axis varies fastest."""
+    strides, stride = {}, 1
+    for name, size in sizes.items():
+        strides[name] = stride
+        stride *= size
+    others = [range(0, size * strides[name], strides[name]) for name, size in reversed(sizes.items()) if name != axis]
+    for offsets in product(*others):
+        yield [sum(offsets) + i * strides[axis] for i in range(sizes[axis])]
+
+
+def validate(config: Config, world: int | None = None, *, files: bool = True) -> None:
+    """Raises ConfigError at the first thing that cannot work.
+
+    Args:
+        config: a tree from `load_config`.
+        world: number of ranks; None leaves out what depends on it.
+        files: also check the corpus, the tokenizer folder and that the run and cache folders can be written.
+    """
+    layers = resolve_layers(config.model)
+    _check_mixers(config, layers)
+    _check_ffn(config, layers)
+    _check_parallel(config, layers)
+    _check_vocabulary(config)
+    _check_schedule(config)
+    if world is not None:
+        _check_batch(config, parallel_layout(config, world))
+    if files:
+        _check_files(config)
+
+
+def mixer_path(model: ModelConfig, symbol: str) -> str:
+    """Dotted path of the mixer that `symbol` stands for."""
+    if symbol in model.symbols and model.symbols[symbol].mixer is not None:
+        return f"model.symbols.{symbol}.mixer"
+    return "model.attention" if symbol == "N" else "model.mixer"
+
+
+def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
+    for i, layer in enumerate(layers):
+        path, cls = mixer_path(config.model, layer.symbol), mixer_class(layer.mixer.type)
+        cls.validate(layer.mixer, layer_dims(config.model, i), config.parallel.tensor, path)
+        for needed, capability, option in (
+            (config.parallel.tensor > 1, "tensor_parallel", "parallel.tensor > 1"),
+            (config.data.isolate_documents, "packing", "data.isolate_documents"),
+        ):
+            if needed and not getattr(cls.capabilities, capability):
+                raise ConfigError(f"{path}.type", layer.mixer.type, f"does not support {option}")
+
+
+def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
+    moe, parallel, kinds = config.model.moe, config.parallel, {layer.ffn for layer in layers}
+    if "dense" in kinds:
+        _check_divisible("model.ffn_size", config.model.ffn_size, "parallel.tensor", parallel.tensor)
+    if "moe" not in kinds:
+        for name in ("expert", "expert_tensor"):
+            if getattr(parallel, name) > 1:
+                raise ConfigError(f"parallel.{name}", getattr(parallel, name), "no layer has experts", fix="set it to 1")
+        return
+    _check_most("model.moe.top_k", moe.top_k, "model.moe.num_experts", moe.num_experts)
+    _check_divisible("model.moe.num_experts", moe.num_experts, "parallel.expert", parallel.expert)
+    _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", parallel.expert_tensor)
+    _check_divisible("model.moe.shared_ffn_size", moe.shared_ffn_size, "parallel.tensor", parallel.tensor)
+    if parallel.tensor > 1 and parallel.tensor_sequence is False:
+        constraint = "experts with parallel.tensor > 1 need activations sharded by tokens"
+        raise ConfigError("parallel.tensor_sequence", False, constraint, fix="set it to true or null")
+
+
+def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
+    parallel = config.parallel
+    _check_divisible("model.num_layers", len(layers), "parallel.pipeline", parallel.pipeline)
+    if config.model.tie_embeddings and parallel.pipeline > 1:
+        constraint = "tied embeddings need embedding and head in one pipeline stage"
+        raise ConfigError("model.tie_embeddings", True, constraint, fix="set it to false, or parallel.pipeline=1")
+    if parallel.tensor_sequence is not False:
+        _check_divisible("training.sequence_length", config.training.sequence_length, "parallel.tensor", parallel.tensor)
+
+
+def _check_vocabulary(config: Config) -> None:
+    rows, tensor = vocab_size(config), config.parallel.tensor
+    if rows % tensor == 0:
+        return
+    if config.model.vocab_size is None:
+        _check_divisible("model.vocab_multiple", config.model.vocab_multiple, "parallel.tensor", tensor)
+    _check_divisible("model.vocab_size", rows, "parallel.tensor", tensor)
+
+
+def _check_schedule(config: Config) -> None:
+    schedule, steps = config.schedule, config.training.steps
+    _check_most("schedule.warmup_steps", schedule.warmup_steps, "training.steps", steps)
+    _check_most("schedule.min_lr", schedule.min_lr, "optimizer.lr", config.optimizer.lr)
+    if schedule.decay_steps is None:
+        return
+    if schedule.type == "cosine" and schedule.decay_steps < schedule.warmup_steps:
+        constraint = f"must be >= schedule.warmup_steps ({schedule.warmup_steps})"
+        raise ConfigError("schedule.decay_steps", schedule.decay_steps, constraint)
+    if schedule.type == "wsd":
+        left = steps - schedule.warmup_steps
+        _check_most("schedule.decay_steps", schedule.decay_steps, "training.steps - schedule.warmup_steps", left)
+
+
+def _check_batch(config: Config, layout: ParallelLayout) -> None:
+    training = config.training
+    size = training.micro_batch * layout.data
+    if training.global_batch % size:
+        constraint = f"must be divisible by training.micro_batch {training.micro_batch} * {layout.data} data-parallel ranks = {size}"
+        fix = f"nearest valid: {_nearest(training.global_batch, size)}"
+        raise ConfigError("training.global_batch", training.global_batch, constraint, fix=fix)
+
+
+def _check_files(config: Config) -> None:
+    data = config.data
+    if data.tokenizer.type == "hf":
+        embedding_rows(config.model, tokenizer_size(data.tokenizer))
+    if data.corpus not in CORPORA and not Path(data.corpus).exists():
+        parts = [Path(f"{data.corpus}{suffix}") for suffix in (".idx", ".bin")]
+        missing = [str(part) for part in parts if not part.is_file()]
+        if len(missing) == 1:
+            raise ConfigError("data.corpus", data.corpus, f"half of an indexed dataset: {missing[0]} does not exist")
+        if missing:
+            constraint = "no such file, folder or indexed dataset"
+            fix = "give a path, or one of " + ", ".join(CORPORA)
+            raise ConfigError("data.corpus", data.corpus, constraint, candidates=CORPORA, fix=fix)
+    _check_writable("run", config.run)
+    if data.corpus != "synthetic":
+        _check_writable("data.cache", data.cache)
+
+
+def _check_writable(path: str, folder: str) -> None:
+    """Really creates and removes a file, in the folder or where it would be made: root passes any permission check."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing, prefix=".linear-moe-") as file:
+            file.write(b"\0")
+    except OSError as error:
+        where = "" if existing == Path(folder).absolute() else f" in {existing}"
+        raise ConfigError(path, folder, f"folder cannot be written: {error.strerror}{where}") from None
+
+
+def _check_divisible(path: str, value: int, by_path: str, by: int) -> None:
+    if value % by:
+        constraint = f"must be divisible by {by_path} = {by}"
+        raise ConfigError(path, value, constraint, fix=f"nearest valid: {_nearest(value, by)}")
+
+
+def _check_most(path: str, value: float, bound_path: str, bound: float) -> None:
+    if value > bound:
+        constraint = f"must be <= {bound_path} = {bound}"
+        raise ConfigError(path, value, constraint, fix=f"nearest valid: {bound}")
+
+
+def _nearest(value: int, multiple: int) -> str:
+    """The multiples around `value`, in words."""
+    below = value // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)

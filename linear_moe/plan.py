@@ -1,0 +1,269 @@
+"""`linear-moe plan`: what a configuration costs, from really building its model on the meta device. No GPU, no groups."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from linear_moe.config.load import load_config
+from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.validate import ParallelLayout, parallel_layout, smallest_world, validate
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.pattern import resolve_layers
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KINDS = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+class RankHost(Host):
+    """Gives parameters the shapes that they have on one rank of a layout; cannot compute."""
+
+    def __init__(self, parallel: ParallelConfig, dtype: torch.dtype):
+        super().__init__(dtype, "meta")
+        self.parallel = parallel
+
+    def size(self, axis: str) -> int:
+        return getattr(self.parallel, axis)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    mixer: str
+    ffn: str
+    params: int
+    active_params: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters are counted once over all ranks; memory is that of the rank that needs most.
+
+    Attributes:
+        active_params: those that one token meets: of the routed experts, top_k.
+        forward_flops: per token, at training.sequence_length; training costs three times that.
+    """
+
+    layers: list[LayerPlan]
+    total_params: int
+    active_params: int
+    active_params_without_embeddings: int
+    forward_flops: float
+    vocab_size: int
+    layout: ParallelLayout
+    memory: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        layout = self.layout
+        sizes = {axis: len(groups[0]) for axis, groups in layout.groups.items()}
+        return {
+            "total_params": self.total_params,
+            "active_params": self.active_params,
+            "active_params_without_embeddings": self.active_params_without_embeddings,
+            "flops_per_token": 3 * self.forward_flops,
+            "forward_flops_per_token": self.forward_flops,
+            "vocab_size": self.vocab_size,
+            "layers": [{"mixer": p.mixer, "ffn": p.ffn, "params": p.params} for p in self.layers],
+            "memory_per_rank_bytes": self.memory,
+            "world": layout.world,
+            "parallel": sizes,
+            "groups": layout.groups,
+        }
+
+
+def make_plan(config: Config, world: int | None = None) -> Plan:
+    """The plan for `world` ranks (None: the fewest possible); raises ConfigError when the config cannot run on them."""
+    world = smallest_world(config.parallel) if world is None else world
+    validate(config, world, files=False)
+    layout = parallel_layout(config, world)
+    rows = vocab_size(config)
+    model = LanguageModel(config.model, rows, Host(DTYPES[config.training.dtype], "meta"))
+    total, active = _count(model, config)
+    outside = sum(p.numel() for name in ("embedding", "head") for p in _parameters(getattr(model, name)))
+    layers = [
+        LayerPlan(layer.mixer.type, layer.ffn, *_count(model.layers[str(i)], config))
+        for i, layer in enumerate(resolve_layers(config.model))
+    ]
+    memory = max((_stage_memory(config, layout, rows, stage) for stage in range(layout.pipeline)), key=lambda m: m["total"])
+    flops = _forward_flops(model, config)
+    return Plan(layers, total, active, active - outside, flops, rows, layout, memory)
+
+
+def flops_per_token(config: Config) -> float:
+    """Model FLOPs per trained token, forward and backward, without recomputation; over all ranks' shares.
+
+    Two FLOPs per active weight that takes part in a matrix product (the embedding's lookup is none) and what the mixers
+    declare for their recurrences at training.sequence_length; the backward pass costs twice the forward pass.
+    """
+    model = LanguageModel(config.model, vocab_size(config), Host(DTYPES[config.training.dtype], "meta"))
+    return 3 * _forward_flops(model, config)
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def _is_expert(parameter: nn.Parameter) -> bool:
+    return "expert" in parameter.spec.axes.values()  # type: ignore[attr-defined]
+
+
+def _active(parameter: nn.Parameter, config: Config) -> int:
+    """Elements of `parameter` that one token meets."""
+    moe = config.model.moe
+    return parameter.numel() * moe.top_k // moe.num_experts if _is_expert(parameter) else parameter.numel()
+
+
+def _count(module: nn.Module, config: Config) -> tuple[int, int]:
+    """(total, active) parameters."""
+    parameters = _parameters(module)
+    return sum(p.numel() for p in parameters), sum(_active(p, config) for p in parameters)
+
+
+def _forward_flops(model: LanguageModel, config: Config) -> float:
+    lookup = None if config.model.tie_embeddings or model.embedding is None else model.embedding.weight
+    products = sum(_active(p, config) for p in model.parameters() if p.dim() >= 2 and p is not lookup)
+    length = config.training.sequence_length
+    return 2.0 * products + sum(layer.mixer.recurrence_flops(length) for layer in model.layers.values())  # type: ignore[union-attr,operator]
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+def _stage_memory(config: Config, layout: ParallelLayout, rows: int, stage: int) -> dict[str, int]:
+    """Bytes by kind on a rank of one pipeline stage."""
+    per_stage = config.model.num_layers // layout.pipeline
+    first, last = stage == 0, stage == layout.pipeline - 1
+    host = RankHost(config.parallel, DTYPES[config.training.dtype])
+    layers = range(stage * per_stage, (stage + 1) * per_stage)
+    model = LanguageModel(config.model, rows, host, layers, first, last)
+
+    weights = gradients = optimizer = 0
+    for p in model.parameters():
+        weights += p.numel() * p.element_size()
+        gradients += p.numel() * 4  # Megatron's DDP accumulates in an fp32 buffer
+        state = 8 if p.dtype == torch.float32 else 12  # Adam's two moments, and an fp32 copy of other weights
+        replicas = layout.expert_data if _is_expert(p) else layout.data
+        optimizer += math.ceil(p.numel() * state / (replicas if config.optimizer.distributed else 1))
+    kinds = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": _activations(config, layout, model, stage),
+    }
+    return kinds | {"total": sum(kinds.values())}
+
+
+def _activations(config: Config, layout: ParallelLayout, model: LanguageModel, stage: int) -> int:
+    """Estimate of what backward passes hold at the peak: micro-batches in flight under 1F1B, and one set of logits."""
+    training, parallel = config.training, config.parallel
+    size = DTYPES[training.dtype].itemsize
+    tokens = training.micro_batch * training.sequence_length
+    token_shards = parallel.tensor if parallel.tensor_sequence is not False else 1
+    stream = config.model.hidden_size / token_shards
+    layers = [size * layer_activation_elements(config, layer, stream) for layer in model.layers.values()]
+    micro_batches = training.global_batch // (training.micro_batch * layout.data)
+    in_flight = min(layout.pipeline - stage, micro_batches)
+    if training.recompute == "full":  # every layer's input, and all of the one being recomputed
+        per_token = in_flight * len(layers) * size * stream + max(layers)
+    else:
+        per_token = in_flight * sum(layers)
+    if model.norm is not None:
+        logits = model.vocab_size / parallel.tensor
+        # The logits, in fp32 again, and the softmax that the loss keeps and turns into the gradient.
+        per_token += size * (stream + config.model.hidden_size) + (size + 4 + 4) * logits
+    return math.ceil(tokens * per_token)
+
+
+def layer_activation_elements(config: Config, layer: nn.Module, stream: float) -> float:
+    """Elements per token that one layer keeps for its backward pass; fp32 ones count twice in a bf16 model.
+
+    Args:
+        layer: a `Layer` built for one rank.
+        stream: elements per token of this rank's residual stream.
+    """
+    model, parallel, hidden = config.model, config.parallel, config.model.hidden_size
+    wide = 4 / DTYPES[config.training.dtype].itemsize
+    elements = 2 * stream + hidden + layer.mixer.activation_elements()  # type: ignore[union-attr,operator]  # two norms, mixer
+    if not hasattr(layer.ffn, "experts"):
+        return elements + hidden + 4 * model.ffn_size / parallel.tensor  # gate, up, silu(gate), product
+    moe = model.moe
+    elements += wide * (stream + 4 * moe.num_experts)  # the router's input and scores
+    # A balanced router sends every rank as many tokens as it has: x, and gate, up, silu(gate), product, weighted product.
+    elements += moe.top_k * (stream * parallel.expert_tensor + 5 * moe.expert_ffn_size * stream / hidden)
+    if moe.shared_ffn_size:
+        elements += hidden + 4 * moe.shared_ffn_size / parallel.tensor
+    return elements
+
+
+# -- command ----------------------------------------------------------------------------------------------------------
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to it")
+    parser.add_argument("--world", type=int, help="number of ranks; default: the fewest that the parallel sizes allow")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    plan = make_plan(config, args.world)
+    if args.json:
+        print(json.dumps(plan.to_json(), indent=2))
+    else:
+        show(plan, config, args.config)
+    return 0
+
+
+def human(number: float, unit: str = "") -> str:
+    """3 significant digits with a decimal prefix: 2.49 B parameters, 1.96 GFLOP."""
+    prefixes = ("", "k", "M", "G" if unit else "B", "T", "P")
+    power = min(int(math.log10(number) // 3), len(prefixes) - 1) if number >= 1 else 0
+    return f"{number / 1000**power:.3g} {prefixes[power]}{unit}".strip()
+
+
+def show(plan: Plan, config: Config, title: str) -> None:
+    """The plan as tables on the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(name: str, *columns: str) -> Table:
+        result = Table(title=name, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+        for i, column in enumerate(columns):
+            result.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        return result
+
+    console = Console()
+    layers = table(f"{title}: {config.model.pattern}", "layer", "mixer", "ffn", "parameters", "active")
+    for i, p in enumerate(plan.layers):
+        layers.add_row(str(i), p.mixer, p.ffn, human(p.params), human(p.active_params))
+    console.print(layers)
+
+    totals = table("Model", "", "")
+    length = config.training.sequence_length
+    for name, value in (
+        ("parameters", human(plan.total_params)),
+        ("active parameters", human(plan.active_params)),
+        ("active without embeddings", human(plan.active_params_without_embeddings)),
+        ("vocabulary", f"{plan.vocab_size:,}"),
+        (f"forward FLOPs per token, length {length}", human(plan.forward_flops, "FLOP")),
+        ("training FLOPs per token", human(3 * plan.forward_flops, "FLOP")),
+    ):
+        totals.add_row(name, value)
+    totals.show_header = False
+    console.print(totals)
+
+    groups = table(f"Process groups, {plan.layout.world} ranks", "axis", "size", "groups", "first group")
+    for axis, ranks in plan.layout.groups.items():
+        members = " ".join(map(str, ranks[0][:8])) + (" ..." if len(ranks[0]) > 8 else "")
+        groups.add_row(axis, str(len(ranks[0])), str(len(ranks)), members)
+    console.print(groups)
+
+    memory = table("Memory of the fullest rank (activations: an estimate)", "kind", "GiB")
+    for kind in KINDS:
+        memory.add_row(kind, f"{plan.memory[kind] / 2**30:.2f}", style="bold" if kind == "total" else "")
+    console.print(memory)

@@ -1,0 +1,54 @@
+"""The only file that builds Megatron-Core's TransformerConfig, and the only place where its words are ours' translation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from linear_moe.config.schema import Config
+from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.training.parallel import tensor_sequence
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """What Megatron's schedules, DDP, gradient finalisation, optimizer and token dispatchers read.
+
+    Our layers do not read it: attention heads and FFN sizes in it stand for nothing.
+    """
+    model, parallel = config.model, config.parallel
+    dtype = DTYPES[config.training.dtype]
+    moe: dict[str, Any] = {}
+    if any(layer.ffn == "moe" for layer in resolve_layers(model)):
+        moe = {
+            "num_moe_experts": model.moe.num_experts,
+            "moe_router_topk": model.moe.top_k,
+            "moe_ffn_hidden_size": model.moe.expert_ffn_size,
+            "moe_token_dispatcher_type": model.moe.dispatcher,
+            "expert_model_parallel_size": parallel.expert,
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=parallel.tensor,  # ours may differ by layer; this must only divide
+        ffn_hidden_size=model.ffn_size,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=tensor_sequence(config),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        deallocate_pipeline_outputs=True,
+        # Gradients are sums over tokens, divided once by the global number of tokens. DDP reads this when it is built.
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        **moe,
+    )

@@ -1,0 +1,103 @@
+"""Process groups from the configuration, which has been validated for this world size before."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from linear_moe.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process's place among all. A stage is a pipeline stage; `data_*` counts the replicas of the model."""
+
+    rank: int
+    world: int
+    tensor_rank: int
+    tensor_size: int
+    data_rank: int
+    data_size: int
+    stage: int
+    stages: int
+    device: torch.device
+
+    @property
+    def first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.stage == self.stages - 1
+
+
+def stage_layers(num_layers: int, stages: int, stage: int) -> range:
+    """Global indices of a pipeline stage's layers."""
+    assert num_layers % stages == 0, (num_layers, stages)
+    per_stage = num_layers // stages
+    return range(stage * per_stage, (stage + 1) * per_stage)
+
+
+def tensor_sequence(config: Config) -> bool:
+    """Whether activations outside tensor-parallel regions are split by tokens over the tensor ranks."""
+    chosen = config.parallel.tensor_sequence
+    return config.parallel.tensor > 1 and chosen is not False
+
+
+def initialize(config: Config) -> Groups:
+    """Start torch.distributed (as torchrun's environment says; without it, one process), Megatron's groups and seeds."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=config.training.timeout_minutes)
+    if not dist.is_initialized():
+        options: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "timeout": timeout}
+        if cuda:
+            options["device_id"] = device
+        if "WORLD_SIZE" not in os.environ:
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(**options)
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    sizes = config.parallel
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+        distributed_timeout_minutes=config.training.timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    seed = config.training.seed
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tensor_rank=ps.get_tensor_model_parallel_rank(),
+        tensor_size=ps.get_tensor_model_parallel_world_size(),
+        data_rank=ps.get_data_parallel_rank(),
+        data_size=ps.get_data_parallel_world_size(),
+        stage=ps.get_pipeline_model_parallel_rank(),
+        stages=ps.get_pipeline_model_parallel_world_size(),
+        device=device,
+    )
+
+
+def destroy() -> None:
+    """Undo `initialize`."""
+    from megatron.core import parallel_state as ps
+
+    ps.destroy_model_parallel()
+    dist.destroy_process_group()

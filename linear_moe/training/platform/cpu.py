@@ -1,0 +1,146 @@
+"""Stand-ins that let Megatron-Core run on CPUs with gloo. Installed only where there is no GPU.
+
+Megatron-Core 0.16 to 0.19 writes `device="cuda"`, asks `torch.cuda` for streams and random states, and compares type
+names with "torch.cuda.FloatTensor". On a machine without CUDA each of these raises; here the CPU answers instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Put all stand-ins in place, once. Must run before `megatron.core` is imported (see `disable_compile`)."""
+    if getattr(torch.cuda, "_linear_moe_stand_in", False):
+        return
+    assert "megatron.core" not in sys.modules, "platform.install() must run before megatron.core is imported"
+    torch.cuda._linear_moe_stand_in = True  # type: ignore[attr-defined]
+    disable_compile()
+    replace_streams()
+    replace_random_state()
+    redirect_factories()
+
+    expose_cuda_type_names()
+    convert_splits()
+
+
+def disable_compile() -> None:
+    """Defect: Megatron decorates small functions with torch.compile while it is imported; on a CPU compiling them
+    costs minutes and a C++ compiler, for nothing.
+    """
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:  # has read the variable already
+        import torch._dynamo
+
+        torch._dynamo.config.disable = True
+
+
+class Stream:
+    """The one stream of a CPU: everything on it has already happened."""
+
+    def wait_stream(self, stream: Stream) -> None: ...
+
+    def record_event(self, event: object = None) -> Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+def replace_streams() -> None:
+    """Defect: the current device, streams and synchronisation are asked of `torch.cuda` unconditionally (collectives,
+    pipeline communication, all-to-all dispatcher).
+    """
+    stream = Stream()
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.synchronize = lambda device=None: None
+    cuda.Stream = lambda *args, **kwargs: stream
+    cuda.current_stream = lambda device=None: stream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def replace_random_state() -> None:
+    """Defect: `model_parallel_cuda_manual_seed` and the random-state tracker know only the CUDA generator. Here the
+    CPU's default generator is "the CUDA generator". (`torch.manual_seed` calls `torch.cuda.manual_seed_all`, so the
+    generator is seeded directly.)
+    """
+    cuda: Any = torch.cuda
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def set_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def redirect_factories() -> None:
+    """Defect: literal `device="cuda"` (token counts of the schedules, norms of clipping) and `.cuda()` (checkpoints)."""
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs["device"] = CPU
+            return factory(*args, **kwargs)
+
+        return create
+
+    for name in ("empty", "ones", "tensor", "zeros"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    original = torch.Tensor.type
+
+    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = typed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def expose_cuda_type_names() -> None:
+    """Defect: the mixed-precision optimizers and clipping accept a parameter or gradient only if `type()` says
+    "torch.cuda.FloatTensor" (or Half, BFloat16). Inside them, and only there, CPU tensors say so.
+    """
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(function)(_cuda_type_names()(function))
+
+    for cls in (optimizer.Float16OptimizerWithFloat16Params, distrib_optimizer.DistributedOptimizer):
+        cls.__init__ = wrapped(cls.__init__)
+    clip = wrapped(clip_grads.clip_grad_by_total_norm_fp32)
+    clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
+
+
+def convert_splits() -> None:
+    """Defect: the all-to-all dispatcher's split sizes become numpy arrays only when they come from a GPU, and
+    `all_to_all_single` does not take tensors.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host

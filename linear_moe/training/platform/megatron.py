@@ -1,0 +1,35 @@
+"""Repairs of Megatron-Core that the parts we use need, on any device. (Those of the optimizer are in `optimizer.py`.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Apply the repairs that the installed release needs."""
+    import megatron.core
+    from packaging.version import Version
+
+    version = Version(megatron.core.__version__)
+    if version < Version("0.19"):
+        repair_all_reduce()
+
+
+def repair_all_reduce() -> None:
+    """Defect, 0.16.1 (right in 0.19.2): `_reduce`, the all-reduce inside `copy_to_...` and `reduce_from_tensor_model_
+    parallel_region`, returns a non-contiguous tensor unreduced (it reduces a contiguous copy and drops it): gradients
+    that arrive transposed or expanded are silently those of one rank. A contiguous one it reduces in place, which also
+    changes a gradient that autograd has handed to another branch.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    def reduce(input_: torch.Tensor, group: Any) -> torch.Tensor:
+        if group.size() == 1:
+            return input_
+        output = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(output, group=group)
+        return output
+
+    mappings._reduce = reduce

@@ -110,7 +110,7 @@ class GatedDeltaNet(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.o_norm(o).view_as(gate) * F.silu(gate))
+        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.v_heads, self.key_dim, self.value_dim)

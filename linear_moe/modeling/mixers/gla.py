@@ -74,15 +74,15 @@ class GatedLinearAttention(LinearMixer):
         )
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
-        rows = (layout.batch, layout.length, self.heads, -1)
+        rows = (layout.batch, layout.length, -1)
         inputs = {}
         for name in "qkv":
-            y = self.get_submodule(f"{name}_proj")(x)
+            y = self.get_submodule(f"{name}_proj")(x).view(rows)
             if self.config.conv_size:
-                conv = self.get_submodule(f"{name}_conv1d")
-                y = conv(y.view(layout.batch, layout.length, -1), layout, cache)
-            inputs[name] = y.view(rows)
-        inputs["g"] = F.logsigmoid(self.gk_proj(x).float()).view(rows) / self.config.gate_normalizer
+                y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
+            inputs[name] = y.unflatten(-1, (self.heads, -1))
+        g = F.logsigmoid(self.gk_proj(x).float()) / self.config.gate_normalizer
+        inputs["g"] = g.view(rows).unflatten(-1, (self.heads, -1))
         return inputs, self.g_proj(x)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class GatedLinearAttention(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.o_norm(o).view_as(gate) * F.silu(gate))
+        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.heads, self.key_dim, self.value_dim)

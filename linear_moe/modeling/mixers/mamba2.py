@@ -104,7 +104,7 @@ class Mamba2(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.out_proj(self.norm(o.view_as(gate) * F.silu(gate)))
+        return self.out_proj(self.norm(o.reshape(gate.shape) * F.silu(gate)))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.heads, self.config.state_size, self.config.head_dim)

@@ -1,0 +1,52 @@
+"""Small mixers for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.mixers.base import Dims, Layout, Mixer
+from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
+
+# Configs that exercise a mixer's options; one not named here is tested with its defaults. All must split over 2 ranks.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "attention": [
+        {},
+        {"num_kv_heads": 2, "qkv_bias": True, "rotary_fraction": 0.5, "window": 3},
+        {"num_kv_heads": 2, "head_dim": 16, "qk_norm": True, "output_gate": True},
+    ],
+    "gated_deltanet": [{}, {"num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True, "conv_size": 3, "head_dim": 8}],
+    "gla": [{}, {"conv_size": 4, "qkv_bias": True, "expand_k": 1.0}],
+    "mamba2": [{"head_dim": 8, "state_size": 8, "num_groups": 2}, {"head_dim": 16, "state_size": 4, "num_groups": 4}],
+}
+CASES = [(name, fields) for name in sorted(MIXERS) for fields in VARIANTS.get(name, [{}])]
+IDS = [f"{name}-{i}" for name in sorted(MIXERS) for i in range(len(VARIANTS.get(name, [{}])))]
+
+
+def dims(hidden: int = 32, heads: int = 4, eps: float = 1e-5) -> Dims:
+    # large weights, so that gates, norms and softmax are far from their linear ranges
+    return Dims(hidden, heads, num_layers=2, layer=0, norm_eps=eps, init_std=0.3, output_init_std=0.2)
+
+
+def build(name: str, fields: dict[str, Any], host: Host | None = None, at: Dims | None = None, tensor: int = 1) -> Mixer:
+    """A checked, initialised mixer."""
+    host, at = host or Host(), at or dims()
+    cls, config = mixer_class(name), mixer_config(name, **fields)
+    cls.validate(config, at, tensor, "model.mixer")
+    mixer = cls(config, at, host)
+    initialize(mixer, host, seed=1)
+    return mixer
+
+
+def stream(batch: int, length: int, hidden: int = 32, seed: int = 0) -> Tensor:
+    return torch.randn(batch * length, hidden, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(lengths: list[int]) -> Layout:
+    """Documents of these lengths, packed into one row."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    return Layout(1, sum(lengths), offsets, max(lengths), positions)

@@ -1,0 +1,182 @@
+"""What every mixer of the registry must do, whatever it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.mixers.base import Layout, LinearMixer, Mixer
+from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
+from tests.tolerances import BF16, DECODE, FP32, assert_close, relative_error
+from tests.unit.mixers.common import CASES, IDS, build, packed, stream
+
+every_case = pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+
+
+class Shard(Host):
+    """One of two tensor ranks, alone in its process: the sum over ranks is the test's."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.tensor_rank = rank
+
+    def size(self, axis: str) -> int:
+        return 2 if axis == "tensor" else 1
+
+    def rank(self, axis: str) -> int:
+        return self.tensor_rank if axis == "tensor" else 0
+
+
+def decode(mixer: Mixer, x: Tensor, batch: int, prefill: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows `x [batch * length, hidden]` through a cache: `prefill` tokens at once, then one by one."""
+    rows = x.view(batch, -1, x.shape[-1])
+    length = rows.shape[1]
+    cache = mixer.init_cache(batch, length + 3, x.dtype, x.device)
+    outputs, start = [], 0
+    with torch.no_grad():
+        for n in [prefill] * bool(prefill) + [1] * (length - prefill):
+            positions = torch.arange(start, start + n).expand(batch, n)
+            y = mixer(rows[:, start : start + n].flatten(0, 1), Layout(batch, n, positions=positions), cache)
+            outputs.append(y.view(batch, n, -1))
+            start += n
+    return torch.cat(outputs, 1).flatten(0, 1), cache
+
+
+@every_case
+def test_causal_and_rows_independent(name: str, fields: dict[str, Any]) -> None:
+    mixer, x = build(name, fields), stream(3, 9)
+    full = mixer(x, Layout(3, 9)).view(3, 9, -1)
+    alone = torch.stack([mixer(row, Layout(1, 9)) for row in x.view(3, 9, -1)])
+    assert_close(full, alone, FP32)
+    changed = x.clone().view(3, 9, -1)
+    changed[:, 5:] += 1.0
+    after = mixer(changed.flatten(0, 1), Layout(3, 9)).view(3, 9, -1)
+    assert_close(after[:, :5], full[:, :5], FP32)
+    assert relative_error(after[:, 5:], full[:, 5:]) > 1e-2
+
+
+@every_case
+def test_packed_equals_separate_documents(name: str, fields: dict[str, Any]) -> None:
+    mixer, lengths = build(name, fields), [5, 1, 9, 2]
+    x = stream(1, sum(lengths)).requires_grad_()
+    weight = stream(1, sum(lengths), seed=1)
+    together = mixer(x, packed(lengths))
+    apart = torch.cat([mixer(document, Layout(1, len(document))) for document in x.split(lengths)])
+    assert_close(together, apart, FP32)
+    inputs = [x, *mixer.parameters()]
+    for a, b in zip(
+        torch.autograd.grad((together * weight).sum(), inputs), torch.autograd.grad((apart * weight).sum(), inputs)
+    ):
+        assert_close(a, b, FP32)
+    assert relative_error(mixer(x, Layout(1, sum(lengths))), apart) > 1e-2  # boundaries matter
+
+
+@every_case
+@pytest.mark.parametrize("prefill", [0, 1, 2, 6])
+def test_decoding_equals_full_forward(name: str, fields: dict[str, Any], prefill: int) -> None:
+    mixer, x = build(name, fields), stream(3, 9)
+    step_by_step, _ = decode(mixer, x, 3, prefill)
+    assert_close(step_by_step, mixer(x, Layout(3, 9)), DECODE)
+
+
+@every_case
+def test_prefill_in_two_pieces(name: str, fields: dict[str, Any]) -> None:
+    mixer, x = build(name, fields), stream(2, 9)
+    rows, cache = x.view(2, 9, -1), mixer.init_cache(2, 16, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        pieces = [
+            mixer(rows[:, a:b].flatten(0, 1), Layout(2, b - a, positions=torch.arange(a, b).expand(2, -1)), cache)
+            for a, b in ((0, 4), (4, 9))
+        ]
+        assert_close(
+            torch.cat([p.view(2, -1, 32) for p in pieces], 1).flatten(0, 1), mixer(x, Layout(2, 9)), DECODE
+        )
+
+
+@every_case
+def test_state_shapes_are_those_used(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = build(name, fields), stream(3, 5)
+    seen = []
+    if isinstance(mixer, LinearMixer):
+        recurrence = mixer.recurrence
+
+        def spy(*args: Any) -> tuple[Tensor, Tensor]:
+            o, state = recurrence(*args)
+            seen.append((tuple(state.shape), state.dtype))
+            return o, state
+
+        monkeypatch.setattr(mixer, "recurrence", spy)
+    shapes = mixer.state_shapes(3, 8)
+    _, cache = decode(mixer, x, 3, prefill=4)
+    assert set(cache) == set(shapes) and all(bool(state.any()) for state in cache.values())
+    assert set(seen) == ({shapes["state"]} if isinstance(mixer, LinearMixer) else set())
+
+
+@every_case
+def test_gradients_reach_every_parameter(name: str, fields: dict[str, Any]) -> None:
+    mixer, x = build(name, fields), stream(2, 7).requires_grad_()
+    (mixer(x, Layout(2, 7)) * stream(2, 7, seed=1)).sum().backward()
+    for parameter_name, parameter in [("x", x), *mixer.named_parameters()]:
+        gradient = parameter.grad
+        assert gradient is not None and bool(gradient.isfinite().all()), parameter_name
+        assert float(gradient.norm()) > 1e-6, parameter_name
+
+
+@every_case
+def test_two_tensor_ranks_equal_one(name: str, fields: dict[str, Any]) -> None:
+    full, x, weight = build(name, fields), stream(2, 7), stream(2, 7, seed=1)
+    shards = [build(name, fields, Shard(rank), tensor=2) for rank in (0, 1)]
+    outputs = [shard(x, Layout(2, 7)) for shard in shards]
+    expected = full(x, Layout(2, 7))
+    assert relative_error(outputs[0], expected) > 1e-2
+    assert_close(outputs[0] + outputs[1], expected, FP32)
+    ((outputs[0] + outputs[1]) * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for key, parameter in full.named_parameters():
+        grads = [dict(shard.named_parameters())[key].grad for shard in shards]
+        axes = parameter.spec.axes  # type: ignore[attr-defined]
+        assert all(g is not None for g in grads) and parameter.grad is not None
+        joined = torch.cat(grads, dim=next(iter(axes))) if axes else grads[0] + grads[1]
+        assert_close(joined, parameter.grad, FP32, key)
+    for key, (shape, _) in full.state_shapes(2, 8).items():
+        local = shards[0].state_shapes(2, 8)[key][0]
+        assert torch.Size(local).numel() * 2 == torch.Size(shape).numel(), key
+
+
+@every_case
+def test_bf16(name: str, fields: dict[str, Any]) -> None:
+    half = build(name, fields, Host(dtype=torch.bfloat16))
+    single = build(name, fields)
+    single.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
+    x = stream(2, 9).bfloat16()
+    actual = half(x, Layout(2, 9))
+    assert actual.dtype == torch.bfloat16
+    assert_close(actual, single(x.float(), Layout(2, 9)), BF16)
+    step_by_step, cache = decode(half, x, 2, prefill=4)
+    assert_close(step_by_step, actual, BF16)
+    assert {k: v.dtype for k, v in cache.items()} == {
+        k: kind or torch.bfloat16 for k, (_, kind) in half.state_shapes(2, 8).items()
+    }
+    for key, parameter in half.named_parameters():
+        expected = torch.float32 if parameter.spec.fp32 else torch.bfloat16  # type: ignore[attr-defined]
+        assert parameter.dtype == expected, key
+
+
+@every_case
+def test_estimates_scale_with_sizes(name: str, fields: dict[str, Any]) -> None:
+    full, shard = build(name, fields), build(name, fields, Shard(0), tensor=2)
+    assert full.recurrence_flops(64) == shard.recurrence_flops(64) > 0  # over all heads
+    assert shard.activation_elements() < full.activation_elements() <= 2 * shard.activation_elements()
+    assert full.recurrence_flops(128) >= full.recurrence_flops(64)
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_declarations(name: str) -> None:
+    cls = mixer_class(name)
+    assert cls.Config().type == name
+    assert cls.formula and cls.paper.startswith("arXiv ") and cls.family
+    assert cls.capabilities.tensor_parallel and cls.capabilities.packing and cls.capabilities.decoding

@@ -127,3 +127,7 @@ class Stepper:
             part, count, _ = self._totals(self._run(batches, self.micro_batches, forward_only=True))
             loss, tokens = loss + part, tokens + count
         return StepResult(loss / max(tokens, 1), tokens)
+
+    def router_losses(self) -> dict[str, float]:
+        """Mean router losses since the last call, over all ranks. Collective."""
+        return self.model[0].module.host.pop_router_losses()  # type: ignore[union-attr]

@@ -52,9 +52,12 @@ def tensor_sequence(config: Config) -> bool:
 
 
 def initialize(config: Config) -> Groups:
-    """Start torch.distributed (as torchrun's environment says; without it, one process), Megatron's groups and seeds."""
+    """Start torch.distributed (as torchrun's environment says; without it, one process) and Megatron's groups; seed.
+
+    Uses torch.distributed as it is where it has been started before.
+    """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=config.training.timeout_minutes)
@@ -79,7 +82,7 @@ def initialize(config: Config) -> Groups:
     )
     seed = config.training.seed
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - Megatron's datasets use the global generator
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return Groups(

@@ -36,17 +36,17 @@ COMMANDS = {
     "train": Command(
         "linear_moe.training.main",
         "train as a config says; run it under torchrun, and again to resume",
-        "torchrun --nproc-per-node 8 -m linear_moe train configs/models/a0.3b_2b.yaml run=runs/first training.steps=1000",
+        "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml data.corpus=/data/slimpajama",
     ),
     "plan": Command(
         "linear_moe.plan",
         "parameters, FLOPs, process groups and memory of a config; needs no GPU",
-        "linear-moe plan configs/models/a1b_7b.yaml parallel.expert=8 --world 64",
+        "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64",
     ),
     "check": Command(
         "linear_moe.check",
         "everything that `train` checks before it starts",
-        "linear-moe check configs/models/a0.3b_2b.yaml data.corpus=/data/slimpajama --world 8",
+        "linear-moe check configs/train/a0.3b_2b.yaml data.corpus=/data/slimpajama --world 8",
     ),
     "data": Command(
         "linear_moe.training.data.cli",
@@ -78,7 +78,8 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
     """The parser of all commands; only the `selected` one knows its own arguments."""
     import linear_moe
 
-    parser = _Parser(prog="linear-moe", description="Pretrain, export and serve language models of linear sequence modelling and MoE.")
+    description = "Pretrain, export and serve language models of linear sequence modelling and mixture of experts."
+    parser = _Parser(prog="linear-moe", description=description)
     parser.add_argument("--version", action="version", version=f"linear-moe {linear_moe.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -1,10 +1,11 @@
-"""`linear-moe plan`: what a configuration costs, from really building its model on the meta device. No GPU, no groups."""
+"""`linear-moe plan`: what a configuration costs, from its model built on the meta device; no GPU, no groups."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,8 @@ def make_plan(config: Config, world: int | None = None) -> Plan:
         LayerPlan(layer.mixer.type, layer.ffn, *_count(model.layers[str(i)], config))
         for i, layer in enumerate(resolve_layers(config.model))
     ]
-    memory = max((_stage_memory(config, layout, rows, stage) for stage in range(layout.pipeline)), key=lambda m: m["total"])
+    stages = [_stage_memory(config, layout, rows, stage) for stage in range(layout.pipeline)]
+    memory = max(stages, key=lambda kinds: kinds["total"])
     flops = _forward_flops(model, config)
     return Plan(layers, total, active, active - outside, flops, rows, layout, memory)
 
@@ -188,12 +190,13 @@ def layer_activation_elements(config: Config, layer: nn.Module, stream: float) -
     """
     model, parallel, hidden = config.model, config.parallel, config.model.hidden_size
     wide = 4 / DTYPES[config.training.dtype].itemsize
-    elements = 2 * stream + hidden + layer.mixer.activation_elements()  # type: ignore[union-attr,operator]  # two norms, mixer
+    elements = 2 * stream + hidden  # inputs of both norms and of the mixer
+    elements += layer.mixer.activation_elements()  # type: ignore[union-attr,operator]
     if not hasattr(layer.ffn, "experts"):
         return elements + hidden + 4 * model.ffn_size / parallel.tensor  # gate, up, silu(gate), product
     moe = model.moe
     elements += wide * (stream + 4 * moe.num_experts)  # the router's input and scores
-    # A balanced router sends every rank as many tokens as it has: x, and gate, up, silu(gate), product, weighted product.
+    # A balanced router sends a rank as many tokens as it has: x; gate, up, silu(gate), their product, the weighted one.
     elements += moe.top_k * (stream * parallel.expert_tensor + 5 * moe.expert_ffn_size * stream / hidden)
     if moe.shared_ffn_size:
         elements += hidden + 4 * moe.shared_ffn_size / parallel.tensor
@@ -218,52 +221,54 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def human(number: float, unit: str = "") -> str:
-    """3 significant digits with a decimal prefix: 2.49 B parameters, 1.96 GFLOP."""
-    prefixes = ("", "k", "M", "G" if unit else "B", "T", "P")
-    power = min(int(math.log10(number) // 3), len(prefixes) - 1) if number >= 1 else 0
-    return f"{number / 1000**power:.3g} {prefixes[power]}{unit}".strip()
+def human(number: float, unit: str = "", base: int = 1000) -> str:
+    """3 significant digits with a prefix: 2.49 B parameters, 1.96 GFLOP, 4.63 GiB (base 1024)."""
+    prefixes = ("", "k", "M", "G", "T", "P") if unit else ("", "k", "M", "B", "T")
+    power = 0
+    while number >= base and power < len(prefixes) - 1:
+        number, power = number / base, power + 1
+    prefix = prefixes[power].upper() + "i" if base == 1024 and power else prefixes[power]
+    return f"{number:.{max(0, 2 - int(math.log10(max(number, 1))))}f} {prefix}{unit}".rstrip()
 
 
 def show(plan: Plan, config: Config, title: str) -> None:
     """The plan as tables on the terminal."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    def table(name: str, *columns: str) -> Table:
-        result = Table(title=name, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    console = Console(highlight=False)
+
+    def show_table(name: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+        table = Table(box=box.SIMPLE_HEAD, show_header=bool(columns[0]))
         for i, column in enumerate(columns):
-            result.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-        return result
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] in ("total", "active without embeddings") else "")
+        console.print(f"[bold cyan]{escape(name)}[/]")
+        console.print(table)
 
-    console = Console()
-    layers = table(f"{title}: {config.model.pattern}", "layer", "mixer", "ffn", "parameters", "active")
-    for i, p in enumerate(plan.layers):
-        layers.add_row(str(i), p.mixer, p.ffn, human(p.params), human(p.active_params))
-    console.print(layers)
+    layers = [(str(i), p.mixer, p.ffn, human(p.params), human(p.active_params)) for i, p in enumerate(plan.layers)]
+    columns = ("layer", "mixer", "ffn", "parameters", "active per token")
+    show_table(f"{title}: {len(layers)} layers, {config.model.pattern}", columns, layers)
 
-    totals = table("Model", "", "")
     length = config.training.sequence_length
-    for name, value in (
+    totals = [
         ("parameters", human(plan.total_params)),
-        ("active parameters", human(plan.active_params)),
+        ("active per token", human(plan.active_params)),
         ("active without embeddings", human(plan.active_params_without_embeddings)),
         ("vocabulary", f"{plan.vocab_size:,}"),
-        (f"forward FLOPs per token, length {length}", human(plan.forward_flops, "FLOP")),
-        ("training FLOPs per token", human(3 * plan.forward_flops, "FLOP")),
-    ):
-        totals.add_row(name, value)
-    totals.show_header = False
-    console.print(totals)
+        ("forward per token", human(plan.forward_flops, "FLOP")),
+        ("training per token", human(3 * plan.forward_flops, "FLOP")),
+    ]
+    show_table(f"Model, at sequence length {length}", ("", ""), totals)
 
-    groups = table(f"Process groups, {plan.layout.world} ranks", "axis", "size", "groups", "first group")
+    groups = []
     for axis, ranks in plan.layout.groups.items():
-        members = " ".join(map(str, ranks[0][:8])) + (" ..." if len(ranks[0]) > 8 else "")
-        groups.add_row(axis, str(len(ranks[0])), str(len(ranks)), members)
-    console.print(groups)
+        members = " ".join(map(str, ranks[0][:6])) + (" ..." if len(ranks[0]) > 6 else "")
+        groups.append((axis, str(len(ranks[0])), str(len(ranks)), members))
+    show_table(f"Process groups, world size {plan.layout.world}", ("axis", "size", "groups", "first group"), groups)
 
-    memory = table("Memory of the fullest rank (activations: an estimate)", "kind", "GiB")
-    for kind in KINDS:
-        memory.add_row(kind, f"{plan.memory[kind] / 2**30:.2f}", style="bold" if kind == "total" else "")
-    console.print(memory)
+    memory = [(kind, human(plan.memory[kind], "B", 1024)) for kind in KINDS]
+    show_table("Memory of the fullest rank; activations are an estimate", ("", ""), memory)

@@ -1,9 +1,9 @@
 """YAML files and `a.b=c` overrides -> one typed tree, every value checked against its field; and back to YAML.
 
-Layers, later ones win: the defaults of `schema.py`, the files a file names under `include` (in order, relative to that
-file), the file itself, the command line's overrides. A layer that changes a mixer's `type` starts that mixer afresh: the
-new mixer's defaults, changed by what this layer and later ones set. Keys that earlier layers set for the old mixer do
-not carry over, even where both mixers know the name.
+Layers, later ones win: the defaults of `schema.py`, the files that a file names under `include` (in order, relative to
+that file), the file itself, the command line's overrides. A layer that changes a mixer's `type` starts that mixer
+afresh: the new mixer's defaults, changed by what this layer and later ones set. Keys that earlier layers set for the
+old mixer do not carry over, even where both mixers know the name.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            if isinstance(key, str):
-                seen.add(key)
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
+                problem = f"key {key_node.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else key_node)
         return super().construct_mapping(node, deep)
 
 
@@ -110,7 +109,7 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> list[Mapping[str, Any]]
         raise ConfigError("config file", str(path), f"cannot be read: {reason}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(str(path), ..., "must hold a mapping of config keys", fix="for example training: {steps: 100}")
+        raise ConfigError(str(path), ..., "must hold a mapping of keys", fix="for example training: {steps: 100}")
     included = values.pop(INCLUDE, [])
     included = [included] if isinstance(included, str) else included
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):

@@ -47,11 +47,15 @@ class ModelConfig:
     pattern: str = opt("L * 4", 'one symbol per layer; letters, "* n", "+" and brackets: LLLN * 3')
     mixer: MixerConfig = opt(partial(mixer_config, "gla"), "the mixer of symbol L; `type` names it")
     attention: MixerConfig = opt(partial(mixer_config, "attention"), "the mixer of symbol N")
-    symbols: dict[str, LayerConfig] = opt(dict, "more symbols, or other meanings of L and N: {M: {mixer: {type: mamba2}}}")
+    symbols: dict[str, LayerConfig] = opt(
+        dict, "more symbols, or other meanings of L and N: {M: {mixer: {type: mamba2}}}"
+    )
     ffn: str = opt("moe", "channel mixer of every layer whose symbol sets none", choices=("moe", "dense"))
     ffn_size: int = opt(1024, "hidden size of a dense SwiGLU", ge=1)
     moe: MoEConfig = opt(MoEConfig, "mixture of experts")
-    vocab_size: int | None = opt(None, "rows of the embedding; null: the tokenizer's size, up to a multiple of vocab_multiple", ge=1)
+    vocab_size: int | None = opt(
+        None, "rows of the embedding; null: the tokenizer's size, up to a multiple of vocab_multiple", ge=1
+    )
     vocab_multiple: int = opt(128, "see vocab_size", ge=1)
     tie_embeddings: bool = opt(False, "one matrix for embedding and head")
     norm_eps: float = opt(1e-5, "RMSNorm epsilon", gt=0)
@@ -64,7 +68,9 @@ class ParallelConfig:
     """Data parallelism is what the world size leaves: world / (tensor * pipeline)."""
 
     tensor: int = opt(1, "tensor-parallel ranks (heads, FFN columns, vocabulary)", ge=1)
-    tensor_sequence: bool | None = opt(None, "shard activations between tensor-parallel regions by tokens; null: when tensor > 1")
+    tensor_sequence: bool | None = opt(
+        None, "shard activations between tensor-parallel regions by tokens; null: when tensor > 1"
+    )
     pipeline: int = opt(1, "pipeline stages", ge=1)
     expert: int = opt(1, "ranks that share out the routed experts", ge=1)
     expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1)
@@ -72,20 +78,28 @@ class ParallelConfig:
 
 @dataclass
 class TokenizerConfig:
-    type: str = opt("bpe", "bytes: 256 byte tokens; bpe: byte-level BPE trained on the corpus; hf: a Hugging Face tokenizer folder",
-                    choices=("bytes", "bpe", "hf"))
+    type: str = opt(
+        "bpe",
+        "bytes: 256 byte tokens; bpe: byte-level BPE trained on the corpus; hf: a Hugging Face tokenizer folder",
+        choices=("bytes", "bpe", "hf"),
+    )
     path: str | None = opt(None, "folder of an hf tokenizer")
     vocab_size: int = opt(4096, "size of a trained bpe vocabulary", ge=258)
 
 
 @dataclass
 class DataConfig:
-    corpus: str = opt("stdlib", "stdlib: the running interpreter's standard library; synthetic: random tokens, for benchmarks; else a file or "
-                                "folder of text files, or the prefix of an indexed dataset made by `linear-moe data`")
+    corpus: str = opt(
+        "stdlib",
+        "stdlib: the running interpreter's standard library; synthetic: random tokens, for benchmarks; else a file or "
+        "folder of text files, or the prefix of an indexed dataset made by `linear-moe data`",
+    )
     tokenizer: TokenizerConfig = opt(TokenizerConfig, "tokenizer")
     validation_fraction: float = opt(0.02, "share of the files held out for validation", ge=0, le=0.5)
     cache: str = opt("runs/data", "folder of tokenized corpora, keyed by corpus and tokenizer")
-    isolate_documents: bool = opt(False, "reset recurrent states, attention, convolutions and positions at document boundaries (packing)")
+    isolate_documents: bool = opt(
+        False, "reset recurrent states, attention, convolutions and positions at document boundaries (packing)"
+    )
     workers: int = opt(0, "loader worker processes per rank", ge=0)
 
 
@@ -106,8 +120,12 @@ class ScheduleConfig:
     type: str = opt("cosine", "learning-rate decay after the warm-up", choices=("cosine", "wsd", "constant"))
     warmup_steps: int = opt(20, "linear warm-up from 0", ge=0)
     min_lr: float = opt(0.0, "final learning rate", ge=0)
-    decay_steps: int | None = opt(None, "cosine: step at which min_lr is reached (null: training.steps); wsd: length of the final decay "
-                                        "(null: a fifth of training.steps)", ge=1)
+    decay_steps: int | None = opt(
+        None,
+        "cosine: step at which min_lr is reached (null: training.steps); wsd: length of the final decay "
+        "(null: a fifth of training.steps)",
+        ge=1,
+    )
 
 
 @dataclass

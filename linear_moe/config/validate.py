@@ -118,11 +118,13 @@ def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
     if "moe" not in kinds:
         for name in ("expert", "expert_tensor"):
             if getattr(parallel, name) > 1:
-                raise ConfigError(f"parallel.{name}", getattr(parallel, name), "no layer has experts", fix="set it to 1")
+                value = getattr(parallel, name)
+                raise ConfigError(f"parallel.{name}", value, "no layer has experts", fix="set it to 1")
         return
     _check_most("model.moe.top_k", moe.top_k, "model.moe.num_experts", moe.num_experts)
     _check_divisible("model.moe.num_experts", moe.num_experts, "parallel.expert", parallel.expert)
-    _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", parallel.expert_tensor)
+    expert_tensor = parallel.expert_tensor
+    _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", expert_tensor)
     _check_divisible("model.moe.shared_ffn_size", moe.shared_ffn_size, "parallel.tensor", parallel.tensor)
     if parallel.tensor > 1 and parallel.tensor_sequence is False:
         constraint = "experts with parallel.tensor > 1 need activations sharded by tokens"
@@ -136,7 +138,8 @@ def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
         constraint = "tied embeddings need embedding and head in one pipeline stage"
         raise ConfigError("model.tie_embeddings", True, constraint, fix="set it to false, or parallel.pipeline=1")
     if parallel.tensor_sequence is not False:
-        _check_divisible("training.sequence_length", config.training.sequence_length, "parallel.tensor", parallel.tensor)
+        length = config.training.sequence_length
+        _check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
 
 
 def _check_vocabulary(config: Config) -> None:
@@ -166,17 +169,18 @@ def _check_batch(config: Config, layout: ParallelLayout) -> None:
     training = config.training
     size = training.micro_batch * layout.data
     if training.global_batch % size:
-        constraint = f"must be divisible by training.micro_batch {training.micro_batch} * {layout.data} data-parallel ranks = {size}"
+        terms = f"training.micro_batch {training.micro_batch} * {layout.data} data-parallel ranks = {size}"
         fix = f"nearest valid: {_nearest(training.global_batch, size)}"
-        raise ConfigError("training.global_batch", training.global_batch, constraint, fix=fix)
+        raise ConfigError("training.global_batch", training.global_batch, f"must be divisible by {terms}", fix=fix)
 
 
 def _check_files(config: Config) -> None:
     data = config.data
     if data.tokenizer.type == "hf":
         embedding_rows(config.model, tokenizer_size(data.tokenizer))
-    if data.corpus not in CORPORA and not Path(data.corpus).exists():
-        parts = [Path(f"{data.corpus}{suffix}") for suffix in (".idx", ".bin")]
+    corpus = Path(data.corpus).expanduser()
+    if data.corpus not in CORPORA and not corpus.exists():
+        parts = [Path(f"{corpus}{suffix}") for suffix in (".idx", ".bin")]
         missing = [str(part) for part in parts if not part.is_file()]
         if len(missing) == 1:
             raise ConfigError("data.corpus", data.corpus, f"half of an indexed dataset: {missing[0]} does not exist")

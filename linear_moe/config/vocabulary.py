@@ -1,4 +1,4 @@
-"""How many tokens the configured tokenizer knows, and how many rows the embedding gets, before any tokenizer is built."""
+"""How many tokens the configured tokenizer knows, and how many rows the embedding gets; builds no tokenizer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def tokenizer_size(config: TokenizerConfig) -> int:
         return 257  # one more for the end of a document
     if config.type == "bpe":
         return config.vocab_size
-    path = "data.tokenizer.path"
+    path, fix = "data.tokenizer.path", "save one with save_pretrained of a fast tokenizer"
     if config.path is None:
         raise ConfigError(path, None, "an hf tokenizer needs its folder", fix=f"set {path}=FOLDER")
     if not Path(config.path).is_dir():
-        raise ConfigError(path, config.path, "is not a folder", fix="save one with AutoTokenizer's save_pretrained")
+        raise ConfigError(path, config.path, "is not a folder", fix=fix)
     fast = Path(config.path) / "tokenizer.json"
     if not fast.is_file():
-        raise ConfigError(path, config.path, "holds no tokenizer.json", fix="save one with AutoTokenizer's save_pretrained")
+        raise ConfigError(path, config.path, "holds no tokenizer.json", fix=fix)
     try:
         content = json.loads(fast.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
@@ -36,7 +36,7 @@ def tokenizer_size(config: TokenizerConfig) -> int:
 
 
 def embedding_rows(model: ModelConfig, tokens: int) -> int:
-    """Rows of the embedding for a tokenizer of `tokens` tokens; raises ConfigError when model.vocab_size is too small."""
+    """Rows of the embedding for a tokenizer of `tokens` tokens; ConfigError when model.vocab_size is too small."""
     if model.vocab_size is None:
         return -(-tokens // model.vocab_multiple) * model.vocab_multiple
     if model.vocab_size < tokens:

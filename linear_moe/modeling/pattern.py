@@ -17,7 +17,9 @@ from linear_moe.modeling.mixers.base import MixerConfig
 PATH = "model.pattern"
 EXAMPLE = "for example LLLN * 3"
 MAX_LAYERS = 100_000  # "L * 10000000000" must not fill the memory before its length is compared
-TOKEN = re.compile(r"\s*(?:(?P<letters>[A-Za-z]+|\"[A-Za-z]*\"|'[A-Za-z]*')|(?P<count>\d{1,12})|(?P<sign>[*+()\[\]])|(?P<end>$))")
+TOKEN = re.compile(
+    r"""\s*(?:(?P<letters>[A-Za-z]+|"[A-Za-z]*"|'[A-Za-z]*')|(?P<count>\d{1,12})|(?P<sign>[*+()\[\]])|(?P<end>$))"""
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Checkpoints on disk, read without a process group and without Megatron-Core.
+
+Layout: `RUN/checkpoints/step_00000100/` holds `checkpoint.json` (step, configuration, data types, every file and its
+size; written last), `.metadata` and `*.distcp` (tensors, in PyTorch's distributed format) and `metadata.json`
+(Megatron-Core's format mark). `RUN/checkpoints/latest` names the folder to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from linear_moe.config.errors import ConfigError
+
+INFO, LATEST, MODEL = "checkpoint.json", "latest", "model."
+FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+def step_name(step: int) -> str:
+    """Name of a step's folder."""
+    return f"step_{step:08d}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that the checkpoint was saved with is there in its full size."""
+    try:
+        files = json.loads((folder / INFO).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    folders = [f for f in checkpoints.iterdir() if re.fullmatch(r"step_\d{8,}", f.name)]
+    return sorted((f for f in folders if is_complete(f)), key=lambda f: int(f.name.removeprefix("step_")))
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint to resume from: the one that `latest` names if it is complete, else the newest complete one.
+
+    Logs a warning where it is not the one that `latest` names. Raises ConfigError where checkpoints exist and none
+    is complete, rather than let a training start again from nothing.
+    """
+    named = None
+    try:
+        named = (checkpoints / LATEST).read_text().strip()
+        if named and is_complete(checkpoints / named):
+            return checkpoints / named
+    except FileNotFoundError:
+        pass
+    complete = complete_checkpoints(checkpoints)
+    if complete:
+        problem = f"names {named}, which is missing or incomplete" if named else "is missing"
+        logger.warning("%s %s: taking the newest complete checkpoint, %s", checkpoints / LATEST, problem, complete[-1].name)
+        return complete[-1]
+    if named:
+        raise ConfigError(
+            str(checkpoints / LATEST), named, "is missing or incomplete, and so is every other checkpoint",
+            fix="delete the checkpoints folder to start again, or choose another run folder",
+        )
+    return None
+
+
+def read_info(checkpoint: Path) -> dict[str, Any]:
+    """`checkpoint.json`: {format, step, samples, optimizer_step, world, config, dtypes, versions, files}."""
+    try:
+        info = json.loads((checkpoint / INFO).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(checkpoint), ..., f"is not a checkpoint ({error})") from None
+    if info.get("format") != FORMAT:
+        raise ConfigError(str(checkpoint), info.get("format"), f"this version reads checkpoint format {FORMAT}")
+    return info
+
+
+def read_tensors(checkpoint: Path, tensors: dict[str, Any], planner: LoadPlanner | None = None) -> None:
+    """Fill `tensors` (by checkpoint key) in place, in this process alone, converting to their data types."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+        dcp.load(tensors, storage_reader=FileSystemReader(checkpoint), planner=planner, no_dist=True)
+
+
+def weight_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Full shape of every model parameter, by name."""
+    tensors = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {
+        key.removeprefix(MODEL): tuple(tensor.size)
+        for key, tensor in tensors.items()
+        if key.startswith(MODEL) and isinstance(tensor, TensorStorageMetadata)
+    }
+
+
+def load_full_weights(checkpoint_folder: str | Path, *, fp32: bool = False) -> dict[str, Tensor]:
+    """Every model parameter, whole, on the CPU, by its name in the model, whatever layout wrote it.
+
+    Args:
+        checkpoint_folder: `RUN/checkpoints/step_...`.
+        fp32: the optimizer's fp32 weights; else each in the data type it was trained in (the same weights, rounded as
+            in training).
+    """
+    folder = Path(checkpoint_folder)
+    dtypes = read_info(folder)["dtypes"]
+    tensors: dict[str, Any] = {
+        MODEL + name: torch.empty(shape, dtype=torch.float32 if fp32 else getattr(torch, dtypes[name]))
+        for name, shape in weight_shapes(folder).items()
+    }
+    read_tensors(folder, tensors)
+    return {key.removeprefix(MODEL): tensor for key, tensor in tensors.items()}

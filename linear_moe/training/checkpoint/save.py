@@ -1,0 +1,204 @@
+"""Saving: all ranks or none, and never over a good checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.schema import Config
+from linear_moe.inference.checkpoint_reader import FORMAT, INFO, LATEST, complete_checkpoints, latest_checkpoint, step_name
+from linear_moe.training.checkpoint import state
+
+
+class SaveError(ConfigError):
+    """A checkpoint could not be written; the ones before it are as they were. Raised alike on all ranks."""
+
+
+def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimizer) -> Path:
+    """Save a checkpoint after optimizer step `step`; collective. Returns its folder.
+
+    It is written to a sibling folder, read back, renamed, and only then named in `latest`; then checkpoints beyond
+    the newest `checkpoint.keep` are removed.
+
+    Megatron-Core's format and planners, but not its `dist_checkpointing.save`: that one writes in forked processes and
+    on rank 0 alone between collectives, and hangs the other ranks when one of those fails, on a full disk for instance
+    (0.16.1 and 0.19.2). PyTorch's writer runs in this process and reports every rank's failure to all.
+
+    Raises:
+        SaveError: no space, no permission, ...; on all ranks. What was written is removed.
+    """
+    checkpoints = Path(config.run) / "checkpoints"
+    final, partial = checkpoints / step_name(step), checkpoints / f".{step_name(step)}.partial"
+    shards = state.main_weights(model, optimizer) | state.moments(model, optimizer)
+    mains = {key: [s for s in parts if is_main_replica(s.replica_id)] for key, parts in shards.items()}
+    tensors = {key: parts for key, parts in mains.items() if parts}
+    needed = _total_bytes([s.data for parts in tensors.values() for s in parts], model)
+    rng = state.rng_object(state.rng_state())
+    info = _info(config, step, model, optimizer)
+    try:
+        _on_rank_0(lambda: _prepare(partial, needed))
+        _write(partial, mcore_to_pyt_state_dict({**tensors, rng.unique_key: [rng]}))
+        _on_rank_0(lambda: _publish(partial, final, info))
+        _on_rank_0(lambda: _prune(checkpoints, config.checkpoint.keep))
+    except OSError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        raise SaveError(str(final), ..., f"checkpoint not saved: {error.strerror or error}", fix=_way_out(checkpoints)) from error
+    return final
+
+
+def _total_bytes(tensors: list[torch.Tensor], model: list[Any]) -> int:
+    """What all ranks will write, with room for the format's own bookkeeping."""
+    local = sum(t.numel() * t.element_size() + 2048 for t in tensors) + 2**16
+    device = next(iter(state.named_parameters(model).values())).device
+    total = torch.tensor(local, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _info(config: Config, step: int, model: list[Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    import megatron.core
+
+    dtypes: list[Any] = [None] * dist.get_world_size()
+    local = {name: str(p.dtype).removeprefix("torch.") for name, p in state.named_parameters(model).items()}
+    dist.all_gather_object(dtypes, local)
+    return {
+        "format": FORMAT,
+        "step": step,
+        "samples": step * config.training.global_batch,
+        "optimizer_step": state.optimizer_step(optimizer),
+        "world": dist.get_world_size(),
+        "config": config.to_dict(),
+        "dtypes": {name: dtype for rank in dtypes for name, dtype in rank.items()},
+        "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
+    }
+
+
+def _on_rank_0(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; its OSError is raised on all ranks."""
+    outcome: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            outcome[0] = OSError(error.errno, error.strerror or str(error))
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _prepare(partial: Path, needed: int) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise OSError(None, f"it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free")
+
+
+class _Writer(FileSystemWriter):
+    """Reports the operating system's error where PyTorch's serialisation hides it behind one of its own."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _system_error(error) from error
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        try:
+            super().finish(metadata, results)
+        except Exception as error:
+            raise _system_error(error) from error
+
+
+def _system_error(error: BaseException) -> BaseException:
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return OSError(link.errno, link.strerror)
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def _write(folder: Path, tensors: dict[str, Any]) -> None:
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    try:
+        dcp.save(tensors, storage_writer=_Writer(folder, thread_count=1, sync_files=True), planner=planner)
+    except CheckpointException as failure:  # the same on every rank
+        errors = [error for error, _ in failure.failures.values()]
+        system = next((error for error in errors if isinstance(error, OSError)), None)
+        if system is None:
+            raise
+        raise system from failure
+
+
+def _publish(partial: Path, final: Path, info: dict[str, Any]) -> None:
+    """Check what was written, complete it, and put it in the place of the last checkpoint."""
+    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    ends: dict[str, int] = {}
+    for part in FileSystemReader(partial).read_metadata().storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    files = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
+    for name, end in ends.items():
+        if files.get(name, 0) < end:
+            raise OSError(None, f"{name} has {files.get(name, 0)} of {end} bytes")
+    _write_text(partial / INFO, json.dumps(info | {"files": files}, indent=1))
+    _sync(partial)
+    aside = final.with_name(f".{final.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    temporary = final.with_name(f".{LATEST}.partial")
+    _write_text(temporary, final.name + "\n")
+    temporary.replace(final.with_name(LATEST))
+    _sync(final.parent)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the folder's own entries (new names) durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints, and what killed saves left behind."""
+    for folder in complete_checkpoints(checkpoints)[:-keep]:
+        (folder / INFO).unlink()  # first: half removed, it must not count as complete
+        shutil.rmtree(folder)
+    for leftover in checkpoints.glob(".step_*"):
+        shutil.rmtree(leftover)
+
+
+def _way_out(checkpoints: Path) -> str:
+    last = latest_checkpoint(checkpoints)
+    kept = f"{last.name} stays valid" if last else "there is no earlier one"
+    return f"{kept}; free some space or change `run`, and rerun the command"

@@ -56,7 +56,8 @@ class Linear(nn.Linear):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if self.split == "row":
             y = self.host.leave(F.linear(x, weight))
             return y if bias is None else y + bias

@@ -1,4 +1,4 @@
-"""Softmax attention: grouped query heads (arXiv 2305.13245), rotary positions (arXiv 2104.09864), QK-norm, output gate."""
+"""Softmax attention with grouped query heads (arXiv 2305.13245) and rotary positions (arXiv 2104.09864)."""
 
 from __future__ import annotations
 
@@ -34,14 +34,18 @@ class AttentionConfig(MixerConfig):
     window: int | None = opt(None, "tokens that a token sees, itself included; null: all before it", ge=1)
 
 
-def rotate(x: Tensor, positions: Tensor, base: float, size: int) -> Tensor:
-    """Rotary embedding of the first `size` features of `x [B, T, H, D]` at `positions [B or 1, T]`.
+def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
+    """`positions [B, T]` -> angles `[B, T, 1, size / 2]` in fp32."""
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    return (positions.float().unsqueeze(-1) * frequencies).unsqueeze(2)
 
-    Feature i is paired with i + size / 2, as in Hugging Face's models. Angles and products are fp32.
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first features of `x [B, T, H, D]`, as many as there are angles, twice.
+
+    Feature i is paired with i + size / 2, as in Hugging Face's models. Products are fp32.
     """
-    frequencies = base ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)
-    angles = (positions.float().unsqueeze(-1) * frequencies).unsqueeze(2)
-    cos, sin = angles.cos(), angles.sin()
+    size = 2 * cos.shape[-1]
     a, b = x[..., : size // 2], x[..., size // 2 : size]
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
     return rotated if size == x.shape[-1] else torch.cat((rotated, x[..., size:]), -1)
@@ -70,7 +74,8 @@ class Attention(Mixer):
         self.v_proj = column(kv_width, bias=config.qkv_bias)
         self.g_proj = column(width) if config.output_gate else None
         head_norm = partial(RMSNorm, host, self.head_dim, dims.norm_eps, split="shared")
-        self.q_norm, self.k_norm = (head_norm(), head_norm()) if config.qk_norm else (None, None)
+        self.q_norm: RMSNorm | None = head_norm() if config.qk_norm else None
+        self.k_norm: RMSNorm | None = head_norm() if config.qk_norm else None
         self.o_proj = Linear(host, width, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -113,7 +118,9 @@ class Attention(Mixer):
             positions = layout.positions
             if positions is None:
                 positions = torch.arange(layout.length, device=x.device).unsqueeze(0)
-            q, k = (rotate(t, positions, self.config.rope_base, self.rotary_dim) for t in (q, k))
+            angles = rotary_angles(positions, self.config.rope_base, self.rotary_dim)
+            cos, sin = angles.cos(), angles.sin()
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return {"q": q, "k": k, "v": v}, None if self.g_proj is None else self.g_proj(x)
 
     def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
@@ -146,5 +153,7 @@ class Attention(Mixer):
 
     def activation_elements(self) -> float:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        # q, k, v as attended to, o, log-sum-exp in fp32; QK-norm's inputs; gate, sigmoid and gated output
-        return 2 * q + 2 * kv + 2 * self.heads + self.config.qk_norm * (q + kv) + (self.g_proj is not None) * 3 * q
+        # q, k, v as attended to, o; in fp32 log-sum-exp, cos and sin; QK-norm's inputs; sigmoid, gated output
+        rotary = 2 * self.rotary_dim if self.config.rope else 0
+        optional = self.config.qk_norm * (q + kv) + self.config.output_gate * 2 * q
+        return 2 * q + 2 * kv + 2 * self.heads + rotary + optional

@@ -19,8 +19,7 @@ from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, L
 from linear_moe.modeling.mixers.checks import check, scaled
 from linear_moe.modeling.norm import RMSNorm, l2_norm
 from linear_moe.modeling.ops.delta import delta
-
-MAX_KEY_DIM = 256  # of flash-linear-attention's delta-rule kernels
+from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 
 
 @dataclass
@@ -122,6 +121,6 @@ class GatedDeltaNet(LinearMixer):
     def activation_elements(self) -> float:
         qk, v = self.heads * self.key_dim, self.v_heads * self.value_dim
         repeated = self.v_heads * self.key_dim
-        # per conv: input and output before SiLU; q, k before the L2 norm and as used; v, o, norm, gate, silu, product;
-        # the kernel's WY factors (64 per head) and, in fp32, a, beta, softplus and g
-        return 2 * (2 * qk + v) + 2 * qk + 2 * repeated + 6 * v + (64 + 2 * 5) * self.v_heads
+        # the convolutions' inputs; q, k before the L2 norm and as used; v, o, norm, gate, its SiLU, product;
+        # the inverse within a chunk of 64 and, in fp32, what beta and g are computed from
+        return 2 * qk + v + 2 * qk + 2 * repeated + 6 * v + (64 + 2 * 8) * self.v_heads

@@ -70,7 +70,7 @@ class GatedLinearAttention(LinearMixer):
             f"{path}.num_heads",
             config.num_heads or dims.num_heads,
             lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
-            f"must divide the key width {keys} and the value width {values}, and be divisible by parallel.tensor = {tensor}",
+            f"must divide the key width {keys} and value width {values} and be divisible by parallel.tensor = {tensor}",
         )
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
@@ -102,6 +102,7 @@ class GatedLinearAttention(LinearMixer):
 
     def activation_elements(self) -> float:
         k, v = self.heads * self.key_dim, self.heads * self.value_dim
-        conv = 2 * (2 * k + v) if self.config.conv_size else 0  # input and pre-activation
-        # q, k; the gate before and after logsigmoid and its running sum, all fp32; low-rank; v, o, norm, gate, silu, product
-        return conv + 2 * k + 2 * 3 * k + self.config.gate_rank + 6 * v + 64 * self.heads
+        conv = 2 * k + v if self.config.conv_size else 0
+        # q, k; in fp32 the gate before and after logsigmoid, clamped and summed up; v, o, norm, gate, its SiLU,
+        # product; scores within a chunk of 64
+        return conv + 2 * k + 2 * 4 * k + self.config.gate_rank + 6 * v + 64 * self.heads

@@ -71,14 +71,14 @@ class Mamba2(LinearMixer):
             f"{path}.head_dim",
             config.head_dim,
             lambda n: inner % n == 0 and inner // n % tensor == 0,
-            f"must divide expand * hidden_size = {inner} into a number of heads divisible by parallel.tensor = {tensor}",
+            f"must divide expand * hidden_size = {inner} into heads divisible by parallel.tensor = {tensor}",
         )
         heads = inner // config.head_dim
         check(
             f"{path}.num_groups",
             config.num_groups,
             lambda n: heads % n == 0 and n % tensor == 0,
-            f"must divide the {heads} heads (expand * hidden_size / head_dim) and be divisible by parallel.tensor = {tensor}",
+            f"must divide the mixer's {heads} heads and be divisible by parallel.tensor = {tensor}",
         )
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
@@ -116,6 +116,6 @@ class Mamba2(LinearMixer):
     def activation_elements(self) -> float:
         inner, states = self.heads * self.config.head_dim, self.groups * self.config.state_size
         repeated = self.heads * self.config.state_size
-        # convs: input and output before SiLU; B, C repeated to heads; x, v, o with skip, z, silu(z), gated, normed;
-        # in fp32, dt before and after softplus, g and its running sum
-        return 2 * (inner + 2 * states) + 2 * repeated + 7 * inner + 2 * 4 * self.heads
+        # the convolutions' inputs; B, C repeated for every head; x, x dt, y, z, silu(z), their product, norm without
+        # and with its weight; in fp32 dt before and after softplus, g, clamped and summed up
+        return inner + 2 * states + 2 * repeated + 8 * inner + 2 * 5 * self.heads

@@ -68,9 +68,9 @@ def test_packed_equals_separate_documents(name: str, fields: dict[str, Any]) -> 
     apart = torch.cat([mixer(document, Layout(1, len(document))) for document in x.split(lengths)])
     assert_close(together, apart, FP32)
     inputs = [x, *mixer.parameters()]
-    for a, b in zip(
-        torch.autograd.grad((together * weight).sum(), inputs), torch.autograd.grad((apart * weight).sum(), inputs)
-    ):
+    actual = torch.autograd.grad((together * weight).sum(), inputs)
+    expected = torch.autograd.grad((apart * weight).sum(), inputs)
+    for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, FP32)
     assert relative_error(mixer(x, Layout(1, sum(lengths))), apart) > 1e-2  # boundaries matter
 
@@ -92,9 +92,7 @@ def test_prefill_in_two_pieces(name: str, fields: dict[str, Any]) -> None:
             mixer(rows[:, a:b].flatten(0, 1), Layout(2, b - a, positions=torch.arange(a, b).expand(2, -1)), cache)
             for a, b in ((0, 4), (4, 9))
         ]
-        assert_close(
-            torch.cat([p.view(2, -1, 32) for p in pieces], 1).flatten(0, 1), mixer(x, Layout(2, 9)), DECODE
-        )
+        assert_close(torch.cat([p.view(2, -1, 32) for p in pieces], 1).flatten(0, 1), mixer(x, Layout(2, 9)), DECODE)
 
 
 @every_case

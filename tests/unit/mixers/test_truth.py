@@ -1,4 +1,4 @@
-"""The mixers against independent implementations: Hugging Face's modules with the same weights, the papers' equations."""
+"""The mixers against independent truth: Hugging Face's modules with the same weights, the papers' equations."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_mamba2_is_hugging_faces(groups: int) -> None:
 
     config = Mamba2Config(
         hidden_size=32, num_heads=8, head_dim=8, state_size=8, n_groups=groups, expand=2, conv_kernel=4, chunk_size=4,
-        num_hidden_layers=1, layer_norm_epsilon=1e-5,
+        num_hidden_layers=1, layer_norm_epsilon=dims().norm_eps,
     )  # fmt: skip
     theirs = Mamba2Mixer(config, layer_idx=0).eval()
     ours = build("mamba2", {"head_dim": 8, "state_size": 8, "num_groups": groups})
@@ -72,8 +72,9 @@ def test_gated_deltanet_is_qwen3_nexts(v_heads: int) -> None:
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
     config = Qwen3NextConfig(
-        hidden_size=32, num_hidden_layers=1, linear_num_key_heads=2, linear_num_value_heads=v_heads, rms_norm_eps=1e-5,
-        linear_key_head_dim=8, linear_value_head_dim=16, linear_conv_kernel_dim=4, layer_types=["linear_attention"],
+        hidden_size=32, num_hidden_layers=1, linear_num_key_heads=2, linear_num_value_heads=v_heads,
+        rms_norm_eps=dims().norm_eps, linear_key_head_dim=8, linear_value_head_dim=16, linear_conv_kernel_dim=4,
+        layer_types=["linear_attention"],
     )  # fmt: skip
     theirs = Qwen3NextGatedDeltaNet(config, layer_idx=0).eval()
     ours = build("gated_deltanet", {"num_heads": 2, "num_v_heads": v_heads, "head_dim": 8})
@@ -85,7 +86,10 @@ def test_gated_deltanet_is_qwen3_nexts(v_heads: int) -> None:
 
     weights = {name: own[name] for name in ("A_log", "dt_bias")}
     weights |= {"norm.weight": own["o_norm.weight"], "out_proj.weight": own["o_proj.weight"]}
-    weights["in_proj_qkvz.weight"], weights["in_proj_ba.weight"] = by_key_head("q", "k", "v", "g"), by_key_head("b", "a")
+    weights["in_proj_qkvz.weight"], weights["in_proj_ba.weight"] = (
+        by_key_head("q", "k", "v", "g"),
+        by_key_head("b", "a"),
+    )
     weights["conv1d.weight"] = torch.cat([own[f"{n}_conv1d.weight"] for n in "qkv"]).unsqueeze(1)
     load(theirs, weights)
     compare(ours, theirs)
@@ -106,9 +110,10 @@ def test_gated_deltanet_is_qwen3_nexts(v_heads: int) -> None:
 )
 def test_attention_is_hugging_faces(family: str, fields: dict[str, Any], options: dict[str, Any]) -> None:
     prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_next": "Qwen3Next"}[family]
-    config = getattr(importlib.import_module(f"transformers.models.{family}.configuration_{family}"), prefix + "Config")(
+    configuration = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+    config = getattr(configuration, prefix + "Config")(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=fields["num_kv_heads"],
-        rms_norm_eps=1e-5, attn_implementation="eager",
+        rms_norm_eps=dims().norm_eps, attn_implementation="eager",
         rope_parameters={
             "rope_type": "default", "rope_theta": fields.get("rope_base", 10000.0),
             "partial_rotary_factor": fields.get("rotary_fraction", 1.0),
@@ -156,7 +161,7 @@ def test_gla_is_the_papers_equations() -> None:
                     key, value = slice(4 * h, 4 * h + 4), slice(8 * h, 8 * h + 8)
                     states[h] = alpha[key, None] * states[h] + torch.outer(k[key], v[value])
                     o = states[h].T @ q[key] / 4**0.5
-                    o = o / (o.square().mean() + 1e-5).sqrt() * w["o_norm.weight"]
+                    o = o / (o.square().mean() + dims().norm_eps).sqrt() * w["o_norm.weight"]
                     heads.append(o * r[value] * torch.sigmoid(r[value]))
                 row.append(w["o_proj.weight"] @ torch.cat(heads))
             outputs.append(torch.stack(row))

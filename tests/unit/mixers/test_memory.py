@@ -1,0 +1,59 @@
+"""`activation_elements` against what autograd saves, the kernels replaced by stand-ins that save what they save."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.modeling import conv
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.mixers.registry import mixer_class
+from tests.unit.mixers.common import CASES, IDS, build, dims
+
+LENGTH, HIDDEN = 64, 256
+
+
+class Saves(torch.autograd.Function):
+    """An op that returns something like its first input and saves the tensors after it."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
+        return torch.zeros_like(like)
+
+
+def recurrence(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, **options: Any) -> tuple[Tensor, None]:
+    """Saves its inputs, the gate's running sum and, where the gate is per channel or a delta rule, 64 a head."""
+    gates = [*args, *(options[name] for name in ("beta", "g") if options.get(name) is not None)]
+    chunk = [torch.empty(*q.shape[:3], 64, dtype=v.dtype)] if gates[-1].ndim == 4 or len(gates) == 2 else []
+    return Saves.apply(v, q, k, v, *gates, torch.empty_like(gates[-1]), *chunk), None
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = mixer_class(name)
+    module = sys.modules[cls.__module__]
+    if hasattr(module, cls.family):
+        monkeypatch.setattr(module, cls.family, recurrence)
+    monkeypatch.setattr(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None))
+    rms_norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731  the GPU's fused kernel
+    monkeypatch.setattr(F, "rms_norm", rms_norm)
+    mixer = build(name, fields, Host(dtype=torch.bfloat16), dims(HIDDEN))
+    x = torch.randn(LENGTH, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    outside = {t.untyped_storage().data_ptr() for t in (x, *mixer.parameters())}
+    saved: dict[int, Any] = {}  # keeps the storages alive, so that no address is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        mixer(x, Layout(1, LENGTH))
+    measured = sum(s.nbytes() for address, s in saved.items() if address not in outside) / 2 / LENGTH
+    assert mixer.activation_elements() == pytest.approx(measured, rel=0.15)

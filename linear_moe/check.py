@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from linear_moe.config.load import load_config
+from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout, smallest_world, validate
 
 
@@ -14,10 +16,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", type=int, help="number of ranks; default: the fewest that the parallel sizes allow")
 
 
+def check(config: Config, world: int) -> None:
+    """Raises ConfigError for anything that would stop `train` on `world` ranks before its first step."""
+    validate(config, world)
+
+    from linear_moe.training.data import check_data
+
+    check_data(config)
+    if (Path(config.run) / "checkpoints").exists():  # only then is the import of Megatron-Core worth its seconds
+        from linear_moe.training import platform
+
+        platform.install()
+
+        from linear_moe.training.checkpoint import check_resume
+
+        check_resume(config)
+
+
 def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     world = smallest_world(config.parallel) if args.world is None else args.world
-    validate(config, world)
+    check(config, world)
     layout = parallel_layout(config, world)
     print(
         f"{args.config}: ok on {world} ranks (tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}; "

@@ -1,4 +1,7 @@
-"""What must hold between the fields of a config, checked before any process group, file or model exists."""
+"""What must hold between the fields of a config, checked before any process group or model exists.
+
+Corpus and tokenizer are checked by `training/data`, a run's checkpoint by `training/checkpoint`; `check.py` calls all.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,10 @@ from pathlib import Path
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import Config, ModelConfig, ParallelConfig
-from linear_moe.config.vocabulary import embedding_rows, tokenizer_size, vocab_size
+from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-
-CORPORA = ("stdlib", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
     Args:
         config: a tree from `load_config`.
         world: number of ranks; None leaves out what depends on it.
-        files: also check the corpus, the tokenizer folder and that the run and cache folders can be written.
+        files: also check that the run folder and the data cache can be written.
     """
     layers = resolve_layers(config.model)
     _check_mixers(config, layers)
@@ -89,7 +90,9 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
     if world is not None:
         _check_batch(config, parallel_layout(config, world))
     if files:
-        _check_files(config)
+        _check_writable("run", config.run)
+        if config.data.corpus != "synthetic":
+            _check_writable("data.cache", config.data.cache)
 
 
 def mixer_path(model: ModelConfig, symbol: str) -> str:
@@ -172,25 +175,6 @@ def _check_batch(config: Config, layout: ParallelLayout) -> None:
         terms = f"training.micro_batch {training.micro_batch} * {layout.data} data-parallel ranks = {size}"
         fix = f"nearest valid: {_nearest(training.global_batch, size)}"
         raise ConfigError("training.global_batch", training.global_batch, f"must be divisible by {terms}", fix=fix)
-
-
-def _check_files(config: Config) -> None:
-    data = config.data
-    if data.tokenizer.type == "hf":
-        embedding_rows(config.model, tokenizer_size(data.tokenizer))
-    corpus = Path(data.corpus).expanduser()
-    if data.corpus not in CORPORA and not corpus.exists():
-        parts = [Path(f"{corpus}{suffix}") for suffix in (".idx", ".bin")]
-        missing = [str(part) for part in parts if not part.is_file()]
-        if len(missing) == 1:
-            raise ConfigError("data.corpus", data.corpus, f"half of an indexed dataset: {missing[0]} does not exist")
-        if missing:
-            constraint = "no such file, folder or indexed dataset"
-            fix = "give a path, or one of " + ", ".join(CORPORA)
-            raise ConfigError("data.corpus", data.corpus, constraint, candidates=CORPORA, fix=fix)
-    _check_writable("run", config.run)
-    if data.corpus != "synthetic":
-        _check_writable("data.cache", data.cache)
 
 
 def _check_writable(path: str, folder: str) -> None:

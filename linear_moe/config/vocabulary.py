@@ -6,33 +6,39 @@ import json
 from pathlib import Path
 
 from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import Config, ModelConfig, TokenizerConfig
+from linear_moe.config.schema import Config, DataConfig, ModelConfig
 
 
-def tokenizer_size(config: TokenizerConfig) -> int:
+def tokenizer_size(data: DataConfig) -> int:
     """Tokens of the tokenizer the config describes; raises ConfigError for a folder that holds none.
 
     A trained BPE may come out smaller than asked for, on a tiny corpus; never larger.
     """
-    if config.type == "bytes":
-        return 257  # one more for the end of a document
-    if config.type == "bpe":
-        return config.vocab_size
-    path, fix = "data.tokenizer.path", "save one with save_pretrained of a fast tokenizer"
-    if config.path is None:
-        raise ConfigError(path, None, "an hf tokenizer needs its folder", fix=f"set {path}=FOLDER")
-    if not Path(config.path).is_dir():
-        raise ConfigError(path, config.path, "is not a folder", fix=fix)
-    fast = Path(config.path) / "tokenizer.json"
-    if not fast.is_file():
-        raise ConfigError(path, config.path, "holds no tokenizer.json", fix=fix)
+    corpus = Path(data.corpus).expanduser()
+    beside = corpus.parent / "tokenizer"  # an indexed dataset's own
+    if data.tokenizer.type == "hf":
+        if data.tokenizer.path is None:
+            path = "data.tokenizer.path"
+            raise ConfigError(path, None, "an hf tokenizer needs its folder", fix=f"set {path}=FOLDER")
+        return _folder_size(Path(data.tokenizer.path))
+    if Path(f"{corpus}.idx").is_file() and beside.is_dir():
+        return _folder_size(beside)
+    return 257 if data.tokenizer.type == "bytes" else data.tokenizer.vocab_size  # bytes, and the end of a document
+
+
+def _folder_size(folder: Path) -> int:
+    """One more than the largest id of a fast tokenizer's folder."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        fix = "save one with save_pretrained of a fast tokenizer"
+        raise ConfigError("data.tokenizer.path", str(folder), "must be a folder with a tokenizer.json", fix=fix)
     try:
-        content = json.loads(fast.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
         return max(ids + [token["id"] for token in content.get("added_tokens", [])]) + 1
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(str(fast), ..., f"is not a tokenizers file: {error!r}") from None
+        raise ConfigError(str(file), ..., f"is not a tokenizer: {error!r}") from None
 
 
 def embedding_rows(model: ModelConfig, tokens: int) -> int:
@@ -47,6 +53,7 @@ def embedding_rows(model: ModelConfig, tokens: int) -> int:
 
 def vocab_size(config: Config) -> int:
     """Rows of the embedding, from the config alone."""
-    if config.model.vocab_size is not None and config.data.tokenizer.type == "hf":
-        return config.model.vocab_size  # so that a plan needs no tokenizer folder
-    return embedding_rows(config.model, tokenizer_size(config.data.tokenizer))
+    rows, data = config.model.vocab_size, config.data
+    if rows is not None and (data.corpus == "synthetic" or data.tokenizer.type == "hf"):
+        return rows  # random tokens have no tokenizer, and a plan needs no tokenizer's folder
+    return embedding_rows(config.model, tokenizer_size(config.data))

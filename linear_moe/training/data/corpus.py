@@ -1,0 +1,170 @@
+"""Where text comes from: which files, in which order, and which of them are for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from linear_moe.config.errors import ConfigError
+
+STDLIB = "stdlib"
+SYNTHETIC = "synthetic"
+SUFFIXES = frozenset(
+    ".txt .text .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .ts .jsx .tsx .html .css .sh "
+    ".sql .rb .php .pl .lua .jl .r .scala .swift .kt .toml .yaml .yml .xml .jsonl".split()
+)
+NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text files: `files` are names relative to `root`, sorted."""
+
+    root: Path
+    files: tuple[str, ...]
+
+    def size(self) -> int:
+        """Bytes."""
+        return sum((self.root / name).stat().st_size for name in self.files)
+
+    def fingerprint(self) -> str:
+        """sha256 over the files' names and contents."""
+        total = hashlib.sha256()
+        for name in self.files:
+            try:
+                with (self.root / name).open("rb") as file:
+                    total.update(os.fsencode(name) + b"\0" + hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise ConfigError("data.corpus", str(self.root / name), f"cannot be read: {error.strerror}") from None
+        return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+    split: str  # "train" or "validation"
+
+
+def open_corpus(value: str) -> Corpus:
+    """The text files that `data.corpus` names. Raises ConfigError if there are none."""
+    if value == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = _walk(root, frozenset({".py"}), NOT_STDLIB)
+        where = f"no Python sources under {root}"
+    else:
+        path = Path(value).expanduser()
+        if path.is_file():
+            return Corpus(path.parent, (path.name,))
+        if not path.is_dir():
+            raise ConfigError(
+                "data.corpus",
+                value,
+                "no such file, folder or indexed dataset (.bin and .idx)",
+                candidates=(STDLIB, SYNTHETIC),
+                fix="or a path",
+            )
+        root, files = path, _walk(path, SUFFIXES, frozenset({"__pycache__"}))
+        where = "the folder holds no text files (.txt, .md, .py, .jsonl, ...)"
+    if not files:
+        raise ConfigError("data.corpus", value, where, fix="give another corpus")
+    return Corpus(root, files)
+
+
+def _walk(root: Path, suffixes: frozenset[str], skip: frozenset[str]) -> tuple[str, ...]:
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+        found += [
+            (Path(folder) / name).relative_to(root).as_posix()
+            for name in files
+            if Path(name).suffix.lower() in suffixes and not name.startswith(".") and (Path(folder) / name).is_file()
+        ]
+    return tuple(sorted(found))
+
+
+def unit_hash(name: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+
+
+def validation_names(names: tuple[str, ...], fraction: float) -> frozenset[str]:
+    """The share of `names` held out: by hash of the name, so that a file stays where it is as others come and go.
+
+    Both sides get at least one name where there are two.
+    """
+    if fraction == 0 or len(names) < 2:
+        return frozenset()
+    ranked = sorted(names, key=unit_hash)
+    count = sum(unit_hash(name) < fraction for name in ranked)
+    return frozenset(ranked[: min(max(count, 1), len(names) - 1)])
+
+
+def documents(corpus: Corpus, fraction: float, skipped: Counter[str] | None = None) -> Iterator[Document]:
+    """All documents in order: one per file, or per line of a .jsonl file.
+
+    Files are held out for validation whole. A corpus of one file gives up its last `fraction` (a .jsonl file: lines
+    chosen by hash). Documents that are empty or not UTF-8 are skipped and counted in `skipped`.
+    """
+    skipped = Counter() if skipped is None else skipped
+    held_out = validation_names(corpus.files, fraction)
+    alone = len(corpus.files) == 1
+    for name in corpus.files:
+        path = corpus.root / name
+        split = "validation" if name in held_out else "train"
+        if path.suffix.lower() == ".jsonl":
+            for line, text in _json_lines(path, skipped):
+                document = f"{name}:{line}"
+                inside = "validation" if alone and unit_hash(document) < fraction else split
+                yield Document(document, text, inside)
+            continue
+        try:
+            text = path.read_bytes().decode("utf-8")  # not read_text: line ends stay as they are
+        except UnicodeDecodeError:
+            skipped["undecodable"] += 1
+            continue
+        if not text:
+            skipped["empty"] += 1
+        elif alone and fraction:
+            cut = text.rfind("\n", 0, int(len(text) * (1 - fraction)) + 1) + 1
+            parts = (("train", text[:cut]), ("validation", text[cut:]))
+            yield from (Document(f"{name}:{part}", piece, part) for part, piece in parts if piece)
+        else:
+            yield Document(name, text, split)
+
+
+def _json_lines(path: Path, skipped: Counter[str]) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError:
+                skipped["undecodable"] += 1
+                continue
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}:{number}", ..., f"not valid JSON: {error.msg}") from None
+            text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}:{number}", ..., 'must be a JSON object with a "text" string')
+            if not text:
+                skipped["empty"] += 1
+            elif _is_unicode(text):
+                yield number, text
+            else:
+                skipped["undecodable"] += 1
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return False
+    return True

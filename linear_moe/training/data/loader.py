@@ -1,0 +1,146 @@
+"""Micro-batches for one data-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from linear_moe.config.schema import Config
+from linear_moe.training.data.dataset import PADDING, Sample, open_dataset, samples_per_epoch
+from linear_moe.training.data.prepare import PreparedData
+
+Batch = dict[str, Any]
+"""A micro-batch of b rows: tokens, labels, positions `[b, T]` int64, loss_mask `[b, T]` fp32; with isolated documents
+also cu_seqlens `[documents + 1]` int64 and max_document (int) of the rows laid end to end, `[1, b * T]`."""
+
+
+def rank_samples(start: int, rank: int, ranks: int, global_batch: int, micro_batch: int) -> Iterator[list[int]]:
+    """A rank's micro-batches, as sample numbers, of the global batch that begins at `start`: ranks take equal runs."""
+    share = global_batch // ranks
+    first = start + rank * share
+    for i in range(first, first + share, micro_batch):
+        yield list(range(i, i + micro_batch))
+
+
+def check_batch(config: Config, ranks: int) -> None:
+    """Raises ValueError unless the global batch divides into micro-batches over `ranks`."""
+    training = config.training
+    if training.global_batch % (training.micro_batch * ranks):
+        raise ValueError(
+            f"global batch {training.global_batch} is no multiple of {training.micro_batch} (micro batch) x {ranks} ranks"
+        )
+
+
+class _Batches:
+    """The numbers of the samples of every micro-batch from `consumed` to the end of the run."""
+
+    def __init__(self, config: Config, rank: int, ranks: int, consumed: int):
+        self.training, self.rank, self.ranks, self.consumed = config.training, rank, ranks, consumed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, end = self.training.global_batch, self.training.steps * self.training.global_batch
+        for start in range(self.consumed, end - size + 1, size):
+            yield from rank_samples(start, self.rank, self.ranks, size, self.training.micro_batch)
+
+
+class Collate:
+    """Samples -> a Batch.
+
+    Documents end after the end-of-document token, and with their row. Where they are isolated, positions count within
+    them, and a position that would predict across their end is not counted (by the datasets' loss_mask).
+    """
+
+    def __init__(self, eod_id: int, isolate: bool):
+        self.eod_id, self.isolate = eod_id, isolate
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        batch: Batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        tokens = batch["tokens"]
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        if self.isolate:
+            cu_seqlens = document_offsets(tokens, self.eod_id)
+            lengths = cu_seqlens.diff()
+            starts = cu_seqlens[:-1].repeat_interleave(lengths)
+            positions = (torch.arange(tokens.numel()) - starts).view_as(tokens)
+            batch |= {"cu_seqlens": cu_seqlens, "max_document": int(lengths.max())}
+        return batch | {"positions": positions.contiguous()}
+
+
+def document_offsets(tokens: Tensor, eod_id: int) -> Tensor:
+    """`tokens [b, T]` -> int64 `[documents + 1]`: where documents begin in `[b * T]`, and its end."""
+    ends = tokens == eod_id
+    ends[:, -1] = True
+    return torch.cat([torch.zeros(1, dtype=torch.int64), ends.flatten().nonzero().flatten() + 1])
+
+
+class TrainLoader:
+    """Iterator of a rank's micro-batches from sample `consumed_samples` to the end of `training.steps`.
+
+    Which samples make up a global batch depends on the data, `training.seed` and `consumed_samples` only, not on the
+    micro batch or the number of ranks. Tensors are on the CPU, in pinned memory where there is a GPU.
+
+    Args:
+        prepared: from `prepare_data` of the same config.
+        config: the configuration.
+        data_parallel_rank, data_parallel_size: this rank's share of every global batch.
+        consumed_samples: samples of earlier steps, over all ranks.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        config: Config,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        consumed_samples: int = 0,
+    ):
+        check_batch(config, data_parallel_size)
+        loader = DataLoader(
+            open_dataset(prepared, config, "train"),
+            batch_sampler=_Batches(config, data_parallel_rank, data_parallel_size, consumed_samples),  # type: ignore[arg-type]
+            num_workers=config.data.workers,
+            collate_fn=Collate(prepared.eod_id, config.data.isolate_documents),
+            pin_memory=torch.cuda.is_available(),
+            # Or it would draw a seed from the global generator, and a resumed run would differ.
+            generator=torch.Generator(),
+        )
+        self._batches = iter(loader)
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+
+def validation_sequences(prepared: PreparedData, config: Config) -> int:
+    """Sequences that a validation scores: `eval_batches` global batches, or the whole set if it is smaller."""
+    wanted = config.training.eval_batches * config.training.global_batch
+    if prepared.synthetic:
+        return wanted
+    if "validation" not in prepared.tokens:
+        raise ValueError("nothing is held out for validation (data.validation_fraction)")
+    return min(wanted, samples_per_epoch(prepared, "validation", config.training.sequence_length))
+
+
+def validation_batches(
+    prepared: PreparedData, config: Config, data_parallel_rank: int, data_parallel_size: int
+) -> Iterator[Batch]:
+    """A rank's micro-batches of one validation: `eval_batches` global batches of the same sequences every time.
+
+    Beyond the end of a small validation set rows are padding: their loss_mask is zero.
+    """
+    check_batch(config, data_parallel_size)
+    training = config.training
+    dataset = open_dataset(prepared, config, "validation")
+    collate = Collate(prepared.eod_id, config.data.isolate_documents)
+    count = validation_sequences(prepared, config)
+    for start in range(0, training.eval_batches * training.global_batch, training.global_batch):
+        for numbers in rank_samples(
+            start, data_parallel_rank, data_parallel_size, training.global_batch, training.micro_batch
+        ):
+            yield collate([dataset[number if number < count else PADDING] for number in numbers])

@@ -1,0 +1,387 @@
+"""`data.corpus` + `data.tokenizer` -> tokenized train and validation sets on disk, made once and verified when used.
+
+A prepared folder `<data.cache>/<key>` holds `tokenizer/`, `train.{bin,idx}`, `validation.{bin,idx}`, `manifest.json`
+and `order/` (Megatron's sample indices). The key hashes everything the tokens depend on. Folders are made under another
+name and renamed when complete, by one process at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.schema import Config, DataConfig
+from linear_moe.training.data import indexed
+from linear_moe.training.data.corpus import STDLIB, SYNTHETIC, Corpus, documents, open_corpus, unit_hash
+from linear_moe.training.data.tokenizer import (
+    BPE_SAMPLE_BYTES,
+    Encoder,
+    check_tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    pieces,
+    tokenizer_key,
+    vocabulary_size,
+)
+
+FORMAT = 1  # part of every key: raise it when the same corpus and tokenizer would give other files
+BATCH = 4_000_000  # characters tokenized at a time
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenized data that is there and has been verified.
+
+    Attributes:
+        train_prefix, validation_prefix: of indexed datasets; None: synthetic data, or nothing held out.
+        tokenizer_folder: Hugging Face tokenizer; None: synthetic data.
+        vocab_size: ids are below it.
+        eod_id: the id that ends every document.
+        fingerprint: names corpus, tokenizer and split: the same fingerprint, the same tokens.
+        cache: where the sample orders are kept.
+        tokens: in each split.
+        held_out: where both prefixes are the same, the share of its documents that validate.
+        summary: counts of what was prepared, for people and `--json`.
+    """
+
+    train_prefix: str | None
+    validation_prefix: str | None
+    tokenizer_folder: str | None
+    vocab_size: int
+    eod_id: int
+    fingerprint: str
+    cache: str
+    tokens: dict[str, int] = field(default_factory=dict)
+    held_out: float = 0.0
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def synthetic(self) -> bool:
+        return self.train_prefix is None
+
+    def prefix(self, split: str) -> str | None:
+        return self.train_prefix if split == "train" else self.validation_prefix
+
+    def sequences(self, split: str, total: int) -> np.ndarray:
+        """Which of a prefix's `total` sequences (documents) belong to the split, int32."""
+        return split_sequences(total, self.held_out, split)
+
+    def save_tokenizer(self, folder: str | Path) -> None:
+        """Copies the tokenizer to `folder`, replacing what is there; synthetic data has none to copy."""
+        if self.tokenizer_folder is not None:
+            shutil.copytree(self.tokenizer_folder, folder, dirs_exist_ok=True)
+
+
+def check_data(config: Config) -> None:
+    """Raises ConfigError for a corpus or tokenizer that cannot be used; reads no text and makes nothing."""
+    data = config.data
+    if data.corpus == SYNTHETIC:
+        if config.model.vocab_size is None:
+            raise ConfigError("model.vocab_size", None, "must be given: the synthetic corpus has no tokenizer")
+        return
+    check_tokenizer(data.tokenizer)
+    prefix = _prefix(data)
+    if prefix is not None:
+        _check_prefix_tokenizer(data, prefix)
+    else:
+        open_corpus(data.corpus)
+
+
+def prepare_data(config: Config, progress: bool = True) -> PreparedData:
+    """Makes, or finds, the tokenized data and the sample orders of the whole run, and verifies both.
+
+    Call it on every rank before the process groups exist: the first one prepares (with a progress bar on stderr), the
+    others wait. Raises ConfigError for a missing, empty, too small or corrupt corpus and for an unusable cache folder.
+    """
+    check_data(config)
+    data = config.data
+    if data.corpus == SYNTHETIC:
+        assert config.model.vocab_size is not None
+        return PreparedData(None, None, None, config.model.vocab_size, 0, SYNTHETIC, data.cache)
+    cache = Path(data.cache)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        prefix = _prefix(data)
+        if prefix is None:
+            prepared = _prepare_text(data, cache, progress)
+        elif (Path(prefix).parent / "manifest.json").is_file():
+            prepared = load_prepared(Path(prefix).parent)  # which may be read-only
+            prepared = replace(prepared, cache=str(cache.resolve() / f"{prepared.fingerprint}-order"))
+        else:
+            prepared = _open_prefix(data, prefix, cache)
+        _check_size(config, prepared)
+        from linear_moe.training.data.dataset import build_orders
+
+        with lock(Path(prepared.cache)):
+            build_orders(prepared, config)
+    except OSError as error:
+        raise ConfigError(
+            "data.cache",
+            data.cache,
+            f"cannot be used: {error.strerror or error}",
+            fix="free some space there, or give another folder",
+        ) from error
+    return prepared
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process at a time; a holder that dies lets go."""
+    with open(folder.parent / f"{folder.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def split_sequences(total: int, held_out: float, split: str) -> np.ndarray:
+    """Which of `total` sequences belong to a split when a share is held out by hash of their number; int32."""
+    numbers = np.arange(total, dtype=np.uint64)
+    if held_out == 0:
+        return numbers.astype(np.int32)
+    # splitmix64's finaliser (Steele, Lea & Flood 2014): a fixed hash of the number
+    mixed = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    chosen = (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(held_out * 2**64))
+    return np.flatnonzero(chosen if split == "validation" else ~chosen).astype(np.int32)
+
+
+def load_prepared(folder: Path) -> PreparedData:
+    """A prepared folder, verified against its manifest; ConfigError if it is damaged."""
+    fix = f"delete {folder}, and it is made again"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        splits, tokenizer = manifest["splits"], manifest["tokenizer_files"]
+        prepared = PreparedData(
+            train_prefix=str(folder / "train"),
+            validation_prefix=str(folder / "validation") if "validation" in splits else None,
+            tokenizer_folder=str(folder / "tokenizer"),
+            vocab_size=manifest["vocab_size"],
+            eod_id=manifest["eod_id"],
+            fingerprint=manifest["fingerprint"],
+            cache=str(folder / "order"),
+            tokens={name: split["tokens"] for name, split in splits.items()},
+            summary={key: manifest[key] for key in ("corpus", "files", "skipped", "tokenizer", "vocab_size", "eod_id")}
+            | {name: {k: split[k] for k in ("documents", "tokens", "bytes")} for name, split in splits.items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(str(folder / "manifest.json"), ..., "missing or corrupt", fix=fix) from error
+    for name, split in splits.items():
+        prefix = str(folder / name)
+        indexed.verify_files(prefix, split["stored"], fix)
+        if indexed.read_index(prefix, fix).tokens != split["tokens"]:
+            raise ConfigError(prefix + ".idx", ..., "corrupt index: not the manifest's number of tokens", fix=fix)
+    for name, expected in tokenizer.items():
+        path = folder / "tokenizer" / name
+        if not path.is_file() or indexed.sha256(path) != expected:
+            raise ConfigError(str(path), ..., "missing or corrupt", fix=fix)
+    return prepared
+
+
+def _key(data: DataConfig, source: str, tokenizer: dict[str, Any]) -> str:
+    parts = {
+        "format": FORMAT,
+        "source": source,
+        "tokenizer": tokenizer,
+        "validation_fraction": data.validation_fraction,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _prepare_text(data: DataConfig, cache: Path, progress: bool) -> PreparedData:
+    corpus = open_corpus(data.corpus)
+    folder = cache.resolve() / _key(data, corpus.fingerprint(), tokenizer_key(data.tokenizer))
+    with lock(folder):
+        if not folder.exists():
+            temporary = folder.with_name(f"{folder.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
+            temporary.mkdir()
+            try:
+                manifest = _tokenize(data, corpus, temporary, progress) | {"fingerprint": folder.name}
+                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return load_prepared(folder)
+
+
+def _tokenize(data: DataConfig, corpus: Corpus, folder: Path, progress: bool) -> dict[str, Any]:
+    """Writes tokenizer, train and validation set to `folder`; returns the manifest."""
+    from linear_moe.training import platform
+
+    platform.install()
+    console = Console(stderr=True, quiet=not progress)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        size, fraction = corpus.size(), data.validation_fraction
+        task = bars.add_task(f"training a {data.tokenizer.type} tokenizer", total=None)
+        tokenizer = make_tokenizer(data.tokenizer, _sample(corpus, fraction, size))
+        tokenizer.save_pretrained(folder / "tokenizer")
+        bars.update(task, description="tokenizing", total=size)
+
+        vocab_size, eod = vocabulary_size(tokenizer), tokenizer.eos_token_id
+        assert isinstance(eod, int)
+        writers = {split: indexed.Writer(str(folder / split), vocab_size) for split in SPLITS}
+        encoder, skipped = Encoder(tokenizer), Counter[str]()
+        batch: list[tuple[str, list[str]]] = []
+        waiting = 0
+
+        def flush() -> None:
+            ids = iter(encoder([piece for _, parts in batch for piece in parts]))
+            for split, parts in batch:
+                written = sum(len(piece.encode()) for piece in parts)
+                writers[split].add(np.concatenate([*(next(ids) for _ in parts), [eod]]), written)
+                bars.advance(task, written)
+            batch.clear()
+
+        for document in documents(corpus, fraction, skipped):
+            batch.append((document.split, list(pieces(document.text))))
+            waiting += len(document.text)
+            if waiting >= BATCH:
+                flush()
+                waiting = 0
+        flush()
+        bars.update(task, completed=size)
+    splits = {split: writer.close() for split, writer in writers.items()}
+    _check_not_empty(data, corpus, splits, skipped)
+    if not splits["validation"]["documents"]:
+        del splits["validation"]
+        for suffix in (".bin", ".idx"):
+            (folder / f"validation{suffix}").unlink()
+    return {
+        "corpus": data.corpus,
+        "files": len(corpus.files),
+        "skipped": dict(skipped),
+        "tokenizer": data.tokenizer.type,
+        "vocab_size": vocab_size,
+        "eod_id": eod,
+        "splits": splits,
+        "tokenizer_files": {p.name: indexed.sha256(p) for p in sorted((folder / "tokenizer").iterdir()) if p.is_file()},
+    }
+
+
+def _sample(corpus: Corpus, fraction: float, size: int) -> Iterator[str]:
+    """The training text, or of a large corpus a fixed part of about BPE_SAMPLE_BYTES, chosen piece by piece by hash."""
+    for document in documents(corpus, fraction):
+        if document.split == "train":
+            for i, piece in enumerate(pieces(document.text)):
+                if size <= BPE_SAMPLE_BYTES or unit_hash(f"{document.name}#{i}") < BPE_SAMPLE_BYTES / size:
+                    yield piece
+
+
+def _check_not_empty(data: DataConfig, corpus: Corpus, splits: dict[str, Any], skipped: Counter[str]) -> None:
+    counts = ", ".join(f"{n} {why}" for why, n in skipped.items())
+    if not any(splits[split]["documents"] for split in SPLITS):
+        raise ConfigError(
+            "data.corpus",
+            data.corpus,
+            f"holds no text ({counts or 'no documents'})",
+            fix="give UTF-8 text files that are not empty",
+        )
+    for split in SPLITS:
+        if not splits[split]["documents"] and (split == "train" or data.validation_fraction):
+            raise ConfigError(
+                "data.corpus",
+                data.corpus,
+                f"too small: nothing is left for the {split} set",
+                fix="give more text, or set data.validation_fraction=0",
+            )
+
+
+def _prefix(data: DataConfig) -> str | None:
+    """The absolute prefix, if `data.corpus` is one of an indexed dataset."""
+    path = Path(data.corpus).expanduser()
+    if path.suffix in (".bin", ".idx") and path.is_file():
+        fix = f"give {path.with_suffix('')}"
+        raise ConfigError("data.corpus", data.corpus, "is one half of an indexed dataset", fix=fix)
+    prefix = str(path.resolve())
+    return prefix if data.corpus != STDLIB and not path.exists() and indexed.exists(prefix) else None
+
+
+def _check_prefix_tokenizer(data: DataConfig, prefix: str) -> None:
+    if data.tokenizer.type != "hf" and not (Path(prefix).parent / "tokenizer").is_dir():
+        raise ConfigError(
+            "data.tokenizer.type",
+            data.tokenizer.type,
+            "an indexed dataset needs the tokenizer it was made with",
+            fix="set data.tokenizer.type=hf and data.tokenizer.path",
+        )
+
+
+def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
+    """An indexed dataset made by somebody else: documents are held out by hash of their number."""
+    index = indexed.read_index(prefix, "make it again, or give another corpus")
+    given = data.tokenizer.path if data.tokenizer.type == "hf" else None
+    folder = str(Path(given).resolve() if given else Path(prefix).parent / "tokenizer")
+    tokenizer = load_tokenizer(folder, "data.tokenizer.path")
+    vocab_size, eod = vocabulary_size(tokenizer), tokenizer.eos_token_id
+    assert isinstance(eod, int)
+    start = np.fromfile(prefix + ".bin", dtype=index.dtype, count=1 << 22)
+    if start.min() < 0 or start.max() >= vocab_size:
+        raise ConfigError(
+            "data.corpus",
+            data.corpus,
+            f"holds token {start.max()}, but the tokenizer has {vocab_size}",
+            fix="give the tokenizer it was made with",
+        )
+    ends = np.cumsum(index.lengths[:64], dtype=np.int64)
+    ends = ends[ends <= len(start)]
+    if data.isolate_documents and len(ends) and not (start[ends - 1] == eod).any():
+        raise ConfigError(
+            "data.isolate_documents",
+            True,
+            f"the dataset's documents do not end with token {eod}",
+            fix="make it again with an end-of-document token",
+        )
+    stats = [os.stat(prefix + suffix) for suffix in (".bin", ".idx")]
+    source = f"{prefix} {[(s.st_size, s.st_mtime_ns) for s in stats]}"
+    key = _key(data, source, {"vocab_size": vocab_size, "eod_id": eod})
+    held = {split: split_sequences(len(index.lengths), data.validation_fraction, split) for split in SPLITS}
+    tokens = {split: int(index.lengths[numbers].sum(dtype=np.int64)) for split, numbers in held.items()}
+    if not data.validation_fraction:
+        del tokens["validation"]
+    return PreparedData(
+        train_prefix=prefix,
+        validation_prefix=prefix if data.validation_fraction else None,
+        tokenizer_folder=folder,
+        vocab_size=vocab_size,
+        eod_id=eod,
+        fingerprint=key,
+        cache=str(cache.resolve() / f"{key}-order"),
+        tokens=tokens,
+        held_out=data.validation_fraction,
+        summary={"corpus": data.corpus, "tokenizer": folder, "vocab_size": vocab_size, "eod_id": eod}
+        | {split: {"documents": len(held[split]), "tokens": n} for split, n in tokens.items()},
+    )
+
+
+def _check_size(config: Config, prepared: PreparedData) -> None:
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < prepared.vocab_size:
+        raise ConfigError(
+            "model.vocab_size", wanted, f"must be at least the tokenizer's {prepared.vocab_size}", fix="leave it out"
+        )
+    length = config.training.sequence_length
+    for split, tokens in prepared.tokens.items():
+        if tokens < length + 1:
+            more = "lower training.sequence_length or give more text"
+            raise ConfigError(
+                "data.corpus",
+                config.data.corpus,
+                f"too small: its {split} set has {tokens} tokens, and one sequence takes {length + 1}",
+                fix=more if split == "train" else f"raise data.validation_fraction, {more}",
+            )

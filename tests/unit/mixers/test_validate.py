@@ -1,0 +1,53 @@
+"""Sizes a mixer cannot have: one line with the field, the constraint and values that work."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from tests.unit.mixers.common import CASES, IDS, dims
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "tensor", "field", "near"),
+    [
+        ("gla", {"num_heads": 3}, 1, "num_heads", [2, 4]),
+        ("gla", {}, 8, "num_heads", [8]),
+        ("gla", {"num_heads": 5, "expand_k": 0.75}, 2, "num_heads", [4, 8]),
+        ("gla", {"expand_v": 0.3}, 1, "expand_v", [9 / 32, 10 / 32]),
+        ("gated_deltanet", {"num_heads": 5}, 1, "num_heads", [4, 6]),
+        ("gated_deltanet", {"num_heads": 6}, 4, "num_heads", [4, 8]),
+        ("gated_deltanet", {"num_v_heads": 6}, 1, "num_v_heads", [4, 8]),
+        ("gated_deltanet", {"head_dim": 300}, 1, "head_dim", [256]),
+        ("gated_deltanet", {"head_dim": 3, "expand_v": 1.5}, 1, "expand_v", [4 / 3, 5 / 3]),
+        ("mamba2", {"head_dim": 48}, 1, "head_dim", [32, 64]),
+        ("mamba2", {"head_dim": 64}, 2, "head_dim", [32]),
+        ("mamba2", {"head_dim": 8, "num_groups": 3}, 1, "num_groups", [2, 4]),
+        ("mamba2", {"head_dim": 8}, 2, "num_groups", [2]),
+        ("attention", {"num_heads": 6}, 1, "num_heads", [4, 8]),
+        ("attention", {"num_heads": 6, "head_dim": 8}, 4, "num_heads", [4, 8]),
+        ("attention", {"num_kv_heads": 3}, 1, "num_kv_heads", [2, 4]),
+        ("attention", {"num_kv_heads": 1}, 2, "num_kv_heads", [2]),
+        ("attention", {"rotary_fraction": 0.3}, 1, "rotary_fraction", [0.25]),
+    ],
+)
+def test_names_field_and_working_values(
+    name: str, fields: dict[str, Any], tensor: int, field: str, near: list[float]
+) -> None:
+    cls = mixer_class(name)
+    with pytest.raises(ConfigError) as caught:
+        cls.validate(mixer_config(name, **fields), dims(), tensor, "model.mixer")
+    message = str(caught.value)
+    assert message.startswith(f"model.mixer.{field} = ") and "\n" not in message
+    offered = [float(n) for n in re.findall(r"[\d.]+", message.split("nearest")[1])]
+    assert offered == pytest.approx(near, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+def test_accepts_what_the_other_tests_run(name: str, fields: dict[str, Any]) -> None:
+    for tensor in (1, 2):
+        mixer_class(name).validate(mixer_config(name, **fields), dims(), tensor, "model.mixer")

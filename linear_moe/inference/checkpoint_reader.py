@@ -66,11 +66,15 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     complete = complete_checkpoints(checkpoints)
     if complete:
         problem = f"names {named}, which is missing or incomplete" if named else "is missing"
-        logger.warning("%s %s: taking the newest complete checkpoint, %s", checkpoints / LATEST, problem, complete[-1].name)
+        logger.warning(
+            "%s %s: taking the newest complete checkpoint, %s", checkpoints / LATEST, problem, complete[-1].name
+        )
         return complete[-1]
     if named:
         raise ConfigError(
-            str(checkpoints / LATEST), named, "is missing or incomplete, and so is every other checkpoint",
+            str(checkpoints / LATEST),
+            named,
+            "is missing or incomplete, and so is every other checkpoint",
             fix="delete the checkpoints folder to start again, or choose another run folder",
         )
     return None

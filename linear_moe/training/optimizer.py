@@ -24,7 +24,7 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them; all tensors of one device and dtype are updated in one call.
         lr, betas, eps, weight_decay: defaults of the groups.
-        adam_w_mode, capturable: accepted for Megatron-Core, which passes Apex's flags; only True and False, respectively.
+        adam_w_mode, capturable: Apex's flags, which Megatron-Core passes; only True and False, respectively.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class AdamW(torch.optim.Optimizer):
 
 
 def use_own_adamw() -> None:
-    """Give Megatron-Core (0.16.1 to 0.19.2) our AdamW in the place of Apex's, unless Transformer Engine or Apex is there.
+    """Give Megatron-Core (0.16.1 to 0.19.2) our AdamW as if it were Apex's, where neither Apex nor TE is installed.
 
-    The defect: without either it falls back on `torch.optim.AdamW`, whose step is a tensor per parameter.
+    The defect: it then falls back on `torch.optim.AdamW`, whose step is a tensor per parameter.
     `DistributedOptimizer.load_state_dict` then gives all parameters one shared step tensor, which each of them
     increments, and a resumed run starts with a step of 1 again, silently.
     """
@@ -135,6 +135,8 @@ def build_optimizer(model: list[Any], config: Config) -> MegatronOptimizer:
     )
     for part in optimizer_parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
+        for p in (p for group in part.optimizer.param_groups for p in group["params"] if not p.is_leaf):
+            p.retain_grad()  # a shard of an fp32 parameter is a view of it; Megatron sets its grad and reads it back
     for group in optimizer.param_groups:
         group["weight_decay"] = o.weight_decay * group["wd_mult"]  # Megatron leaves that to its scheduler
     return optimizer

@@ -12,8 +12,8 @@ def learning_rate(step: int, config: Config) -> float:
     """The learning rate of optimizer step `step`, counted from 1.
 
     Linear warm-up that reaches `optimizer.lr` at step `warmup_steps`; then constant; or cosine to `min_lr` at
-    `decay_steps` (SGDR, arXiv:1608.03983), constant afterwards; or warmup-stable-decay: constant, with a linear decay to
-    `min_lr` over the last `decay_steps` steps of the training (MiniCPM, arXiv:2404.06395; linear as in arXiv:2405.18392).
+    `decay_steps` (SGDR, arXiv:1608.03983), constant afterwards; or warmup-stable-decay: constant, then linear to
+    `min_lr` over the last `decay_steps` steps of the training (MiniCPM, arXiv:2404.06395; arXiv:2405.18392).
     """
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")

@@ -37,7 +37,9 @@ def check_resume(config: Config) -> None:
         unset = path == "vocab_size" and None in (saved.get(path), now.get(path))  # the tokenizer's; shapes will tell
         if saved.get(path) != now.get(path) and path not in FREE and not unset:
             raise ConfigError(
-                f"model.{path}", now.get(path), f"the checkpoint {folder} has {saved.get(path)!r}",
+                f"model.{path}",
+                now.get(path),
+                f"the checkpoint {folder} has {saved.get(path)!r}",
                 fix="set it back, or choose another run folder",
             )
 
@@ -106,7 +108,9 @@ def _check_parameters(folder: Path, model: list[Any]) -> None:
         if expected.get(name) != saved.get(name):
             here, there = (_words(shapes.get(name)) for shapes in (expected, saved))
             raise ConfigError(
-                str(folder), ..., f"is of another model: parameter {name} is {there} there and {here} here",
+                str(folder),
+                ...,
+                f"is of another model: parameter {name} is {there} there and {here} here",
                 fix="choose another run folder",
             )
 

@@ -21,7 +21,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import Config
-from linear_moe.inference.checkpoint_reader import FORMAT, INFO, LATEST, complete_checkpoints, latest_checkpoint, step_name
+from linear_moe.inference.checkpoint_reader import (
+    FORMAT,
+    INFO,
+    LATEST,
+    complete_checkpoints,
+    latest_checkpoint,
+    step_name,
+)
 from linear_moe.training.checkpoint import state
 
 
@@ -59,7 +66,8 @@ def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimiz
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
-        raise SaveError(str(final), ..., f"checkpoint not saved: {error.strerror or error}", fix=_way_out(checkpoints)) from error
+        reason = f"checkpoint not saved: {error.strerror or error}"
+        raise SaveError(str(final), ..., reason, fix=_way_out(checkpoints)) from error
     return final
 
 

@@ -1,4 +1,4 @@
-"""The only file that builds Megatron-Core's TransformerConfig, and the only place where its words are ours' translation."""
+"""The only file that builds Megatron-Core's TransformerConfig: our words into Megatron's."""
 
 from __future__ import annotations
 

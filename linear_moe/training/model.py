@@ -21,7 +21,7 @@ from linear_moe.training.parallel import Groups, stage_layers
 
 
 class MegatronModel(LanguageModel):
-    """One pipeline stage, initialised. Its `config` is Megatron's configuration: that is what Megatron asks a model for.
+    """One pipeline stage, initialised. `config` is Megatron's configuration: Megatron asks every model for it.
 
     Args:
         config: the configuration.

@@ -6,7 +6,7 @@ import torch
 
 
 def install() -> None:
-    """Make Megatron-Core usable here; call it before anything imports `megatron.core`. Calling it again does nothing."""
+    """Make Megatron-Core usable here; call it before anything imports `megatron.core`. Idempotent."""
     from linear_moe.training.platform import cpu
 
     if not torch.cuda.is_available():

@@ -31,6 +31,7 @@ def install() -> None:
 
     expose_cuda_type_names()
     convert_splits()
+    replace_uneven_collectives()
 
 
 def disable_compile() -> None:
@@ -87,7 +88,7 @@ def replace_random_state() -> None:
 
 
 def redirect_factories() -> None:
-    """Defect: literal `device="cuda"` (token counts of the schedules, norms of clipping) and `.cuda()` (checkpoints)."""
+    """Defect: literal `device="cuda"` (token counts of schedules, norms of clipping) and `.cuda()` (checkpoints)."""
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
@@ -144,3 +145,31 @@ def convert_splits() -> None:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def replace_uneven_collectives() -> None:
+    """Defect: with expert tensor parallelism the all-to-all dispatcher gathers and reduce-scatters pieces of different
+    sizes, which gloo refuses; its all-to-all takes them.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def uneven_gather(x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, *args)
+        output = x.new_empty(sum(sizes), *x.shape[1:])
+        copies = torch.cat([x] * group.size())
+        torch.distributed.all_to_all_single(output, copies, sizes, [x.shape[0]] * group.size(), group=group)
+        return output
+
+    def uneven_reduce_scatter(x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(x, group, sizes, *args)
+        parts = x.new_empty(group.size(), sizes[group.rank()], *x.shape[1:])
+        received = [parts.shape[1]] * group.size()
+        torch.distributed.all_to_all_single(parts.flatten(0, 1), x.contiguous(), received, sizes, group=group)
+        return parts.sum(0)
+
+    mappings._gather_along_first_dim = uneven_gather
+    mappings._reduce_scatter_along_first_dim = uneven_reduce_scatter

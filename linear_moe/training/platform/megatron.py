@@ -1,4 +1,4 @@
-"""Repairs of Megatron-Core that the parts we use need, on any device. (Those of the optimizer are in `optimizer.py`.)"""
+"""Repairs that the parts we use of Megatron-Core need on any device. (The optimizer's are in `optimizer.py`.)"""
 
 from __future__ import annotations
 

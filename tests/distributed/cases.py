@@ -1,0 +1,93 @@
+"""What the ranks of the distributed tests run. Imported after `platform.install()`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from linear_moe.config.load import from_dict
+from linear_moe.config.schema import Config
+from linear_moe.config.validate import validate
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.host import ParameterSpec
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.training import parallel
+from linear_moe.training.model import build_model
+from linear_moe.training.optimizer import build_optimizer
+from linear_moe.training.parallel import Groups
+
+ROWS = 4
+LENGTH = 32
+
+
+def start(config: dict[str, Any]) -> tuple[Config, Groups]:
+    tree = from_dict(Config, config)
+    validate(tree, int(os.environ.get("WORLD_SIZE", "1")), files=False)
+    return tree, parallel.initialize(tree)
+
+
+def shard(model: Any, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+    """The full shape, where this rank's share lies in it, and the share of the gradient."""
+    spec: ParameterSpec = parameter.spec
+    offset = [0] * len(spec.shape)
+    for dim, axis in spec.axes.items():
+        offset[dim] = model.host.rank(axis) * parameter.shape[dim]
+    return spec.shape, tuple(offset), parameter.main_grad.clone()
+
+
+def sequences(config: Config, groups: Groups, step: int) -> Iterator[Tensor]:
+    """This replica's micro-batches `[B, T + 1]` of a step: replica r takes every data_size-th."""
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(0, vocab_size(config), (ROWS, LENGTH + 1), generator=generator)
+    yield from rows.split(config.training.micro_batch)[groups.data_rank :: groups.data_size]
+
+
+def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train: the summed loss of every step's tokens on this replica (last stage only), the first step's gradients
+    before clipping, gradient norms and router losses.
+    """
+    tree, groups = start(config)
+    model = build_model(tree, vocab_size(tree), groups)
+    optimizer = build_optimizer(model, tree)
+    result: dict[str, Any] = {"losses": [], "norms": [], "router": []}
+    result |= {"last_stage": groups.last_stage, "data_rank": groups.data_rank}
+
+    def forward(batches: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
+        rows = next(batches)
+        layout = Layout(rows.shape[0], rows.shape[1] - 1)
+        losses = chunk(rows[:, :-1], layout, labels=rows[:, 1:])
+
+        def reduce(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total = losses.sum()
+            return total, torch.tensor(losses.numel(), dtype=torch.int), total.detach().clone()
+
+        return losses, reduce
+
+    for step in range(steps):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=sequences(tree, groups, step),
+            model=model,
+            num_microbatches=ROWS // tree.training.micro_batch // groups.data_size,
+            seq_length=LENGTH,
+            micro_batch_size=tree.training.micro_batch,
+            forward_only=False,
+            force_all_reduce=step == 0,
+        )
+        if step == 0:
+            (chunk,) = model
+            inner = chunk.module
+            result["gradients"] = {name: shard(inner, p) for name, p in inner.named_parameters()}
+        result["losses"].append(sum(losses) if losses else None)
+        _, norm, _ = optimizer.step()
+        result["norms"].append(float(norm))
+        result["router"].append(model[0].module.host.pop_router_losses())
+    return result

@@ -1,0 +1,31 @@
+"""One rank of `harness.run`: runs the cases of a folder and stores what they return."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from linear_moe.training import platform
+
+
+def main(folder: Path) -> None:
+    platform.install()
+    from megatron.core import parallel_state
+
+    from tests.distributed import cases
+
+    for name, (function, arguments) in torch.load(folder / "cases.pt", weights_only=False).items():
+        print(f"case {name} at {time.perf_counter():.1f}", flush=True)
+        result = getattr(cases, function)(**arguments)
+        torch.save(result, folder / f"{name}.{dist.get_rank()}.pt")
+        parallel_state.destroy_model_parallel()
+    dist.barrier()  # a rank that ends early would break the connections of the others
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

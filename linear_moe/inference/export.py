@@ -1,0 +1,234 @@
+"""A training run's weights as a Hugging Face folder: a copy, checked bit for bit by loading it back."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.load import load_config
+from linear_moe.config.schema import Config
+from linear_moe.inference.card import model_card
+from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
+
+if TYPE_CHECKING:
+    from linear_moe.inference.hf import LinearMoEForCausalLM
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EMBEDDING = "embedding.weight"
+
+
+@dataclass
+class LoadedRun:
+    """A run's model at one checkpoint."""
+
+    config: Config
+    checkpoint: Path
+    step: int
+    model: LinearMoEForCausalLM
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` looks like a run folder."""
+    return (path / "config.yaml").is_file()
+
+
+def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> LoadedRun:
+    """The model of a run folder, on the CPU, without Megatron-Core.
+
+    Args:
+        run: the run folder.
+        step: of the checkpoint; None: the latest complete one.
+        dtype: "bf16" or "fp32"; None: as trained. Parameters declared fp32 stay fp32.
+    """
+    from linear_moe.inference.hf import LinearMoEForCausalLM
+
+    if not is_run(run):
+        raise ConfigError("run", str(run), "is not a run folder: it has no config.yaml")
+    config = load_config(run / "config.yaml")
+    checkpoint = find_checkpoint(run, step)
+    weights = load_full_weights(checkpoint, fp32=dtype == "fp32")
+    hf_config = _hf_config(config, run / "tokenizer", weights)
+    with torch.device("meta"):
+        model = LinearMoEForCausalLM(hf_config)
+    kind = DTYPES[dtype or config.training.dtype]
+    for name, parameter in model.model.named_parameters():
+        if name in weights:
+            weights[name] = weights[name].to(torch.float32 if parameter.spec.fp32 else kind)  # type: ignore[attr-defined]
+    try:
+        model.model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError("checkpoint", str(checkpoint), f"does not fit {run / 'config.yaml'}: {reason}") from None
+    model.generation_config = _generation_config(model)
+    return LoadedRun(config, checkpoint, read_info(checkpoint)["step"], model.eval())
+
+
+def find_checkpoint(run: Path, step: int | None) -> Path:
+    """The complete checkpoint of `step`, or the latest; ConfigError if there is none."""
+    folder = run / "checkpoints"
+    if step is None:
+        if (latest := latest_checkpoint(folder)) is None:
+            raise ConfigError("run", str(run), "has no complete checkpoint yet")
+        return latest
+    complete = {read_info(path)["step"]: path for path in complete_checkpoints(folder)}
+    if step not in complete:
+        steps = ", ".join(map(str, complete)) or "none"
+        raise ConfigError("--step", step, f"no complete checkpoint of this step in {run}", fix=f"complete are: {steps}")
+    return complete[step]
+
+
+def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor]) -> Any:
+    """LinearMoEConfig of a run; a run on random tokens has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    from linear_moe.inference.hf import LinearMoEConfig
+
+    if EMBEDDING not in weights:
+        raise ConfigError("checkpoint", ..., f"holds no {EMBEDDING}: not one of a Linear-MoE model")
+    ids: dict[str, Any] = {}
+    if (tokenizer_folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids["pad_token_id"] = ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]
+        ids["tokenizer_size"] = max(tokenizer.get_vocab().values()) + 1  # a vocabulary may have holes
+    return LinearMoEConfig(model=dataclasses.asdict(config.model), vocab_size=len(weights[EMBEDDING]), **ids)
+
+
+def _generation_config(model: LinearMoEForCausalLM) -> Any:
+    """Greedy, and never a padding row of the vocabulary."""
+    from transformers import GenerationConfig
+
+    config = model.config
+    unused = [] if config.tokenizer_size is None else list(range(config.tokenizer_size, config.vocab_size))
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**ids, suppress_tokens=unused or None)
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    say: Callable[[str], Any] = lambda text: None,
+) -> dict[str, Any]:
+    """Write `out`: config, safetensors, tokenizer and model card; it appears complete and verified or not at all.
+
+    Args:
+        step, dtype: see `load_run`.
+        overwrite: replace `out` if it exists.
+        max_shard_size: of a weights file.
+        say: told what is going on.
+
+    Returns:
+        What `--json` prints: out, checkpoint, step, dtype, parameters, tensors, bytes.
+    """
+    if out.exists() and not (overwrite or (out.is_dir() and not any(out.iterdir()))):
+        raise ConfigError("out", str(out), "exists", fix="give --overwrite to replace it")
+    loaded = load_run(run, step, dtype)
+    state = loaded.model.state_dict()
+    size = sum(t.nbytes for t in state.values())
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    say(f"step {loaded.step} of {run}: {len(state)} tensors, {size / 2**20:,.1f} MiB")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(out.parent).free) < size * 1.01 + 2**24:
+            raise OSError(errno.ENOSPC, f"{size:,} bytes to write, {free:,} free")
+        loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if (run / "tokenizer").is_dir():
+            shutil.copytree(run / "tokenizer", temporary, dirs_exist_ok=True)
+        card = model_card(loaded.config, run, loaded.step, loaded.model)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        say("verifying")
+        verify(temporary, state)
+        _replace(temporary, out)
+    except Exception as error:  # safetensors raises its own for a full disk
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full or isinstance(error, OSError):
+            reason = "no space left on the disk" if full else str(error)
+            raise ConfigError("out", str(out), f"cannot be written: {reason}") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "out": str(out),
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.step,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "parameters": sum(t.numel() for t in state.values()),
+        "tensors": len(state),
+        "bytes": size,
+    }
+
+
+def verify(folder: Path, expected: dict[str, Tensor]) -> None:
+    """Load `folder` as a user would; AssertionError unless every tensor is there, bit for bit and of the same dtype."""
+    from transformers import AutoModelForCausalLM
+
+    import linear_moe.inference.hf  # noqa: F401  registers the classes
+
+    actual = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
+    for name, tensor in expected.items():
+        same = actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape
+        bits = [t.contiguous().flatten().view(torch.uint8) for t in (actual[name], tensor)]
+        assert same and torch.equal(*bits), f"{name} changed on the way to disk and back"
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Move a finished folder to `out`, and what was there away."""
+    if not out.exists():
+        os.rename(temporary, out)
+        return
+    old = temporary.with_suffix(".old")
+    os.rename(out, old)
+    os.rename(temporary, out)
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the latest complete one)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as trained")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a weights file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    """`linear-moe export`. Returns the exit code."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    start = time.perf_counter()
+    record = export(
+        args.run,
+        args.out,
+        step=args.step,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        max_shard_size=args.max_shard_size,
+        say=(lambda text: None) if args.json else print,
+    )
+    if args.json:
+        print(json.dumps(record))
+    else:
+        print(f"{args.out}: {record['parameters']:,} parameters in {record['dtype']}, verified bit for bit, "
+              f"{time.perf_counter() - start:.1f} s")
+    return 0

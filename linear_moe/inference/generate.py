@@ -1,0 +1,341 @@
+"""Text from a model: prefill in one chunked pass, then token by token on recurrent states and key-value caches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.inference.cache import prefill
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.model import LanguageModel
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from linear_moe.inference.hf import LinearMoEForCausalLM
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0: the most likely token (greedy); else logits are divided by it.
+        top_k: choose among the k most likely; 0: all.
+        top_p: choose among the fewest most likely tokens that together have this probability.
+        seed: row i of a batch draws from its own generator, seeded with `seed + i`.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature and top_k must be >= 0 and top_p in (0, 1]: {self}")
+
+
+@dataclass
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: new tokens per row, a stop token included.
+        finish: per row "stop" (a stop token) or "length".
+        prefill_seconds, decode_seconds: time of the prompts' pass, and of all later ones.
+        steps: number of later passes.
+        state_bytes: of one row's decoding state at the end; 0 without a cache.
+    """
+
+    tokens: list[list[int]]
+    finish: list[str] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: int = 0
+    state_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all rows, first tokens (which the prefill gives) left out; 0.0 if there were no others."""
+        return (sum(map(len, self.tokens)) - len(self.tokens)) / self.decode_seconds if self.steps else 0.0
+
+
+def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """Choose a token per row of `logits [B, V]`; CPU generators, one per row, so that devices and batches agree."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    values, ids = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    probs = values.softmax(-1)
+    if sampling.top_k:
+        probs[:, sampling.top_k :] = 0
+        probs /= probs.sum(-1, keepdim=True)
+    if sampling.top_p < 1:  # a token stays if those before it have less: the first always does
+        probs[probs.cumsum(-1) - probs >= sampling.top_p] = 0
+    cumulative = probs.cumsum(-1)
+    draw = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
+    index = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+    last = (probs > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(-1, index.minimum(last))[:, 0].tolist()
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    tokenizer_size: int | None = None,
+    stop: Collection[int] = (),
+    use_cache: bool = True,
+    on_token: Callable[[int, int], Any] | None = None,
+) -> Generation:
+    """Continue prompts of any lengths.
+
+    Args:
+        model: a whole model on one device.
+        prompts: token ids, at least one each.
+        max_new_tokens: at most so many per row.
+        sampling: greedy unless told otherwise.
+        tokenizer_size: ids from here on are padding of the vocabulary and never chosen; None: all are tokens.
+        stop: tokens that end a row.
+        use_cache: False recomputes every row's whole text for every token: the definition of what the cache must give.
+        on_token: called with (row, token) as they come.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1: {max_new_tokens}")
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError(f"every prompt needs at least one token; lengths: {[len(p) for p in prompts]}")
+    device = next(model.parameters()).device
+    rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(rows))]
+    result = Generation(tokens=[[] for _ in rows])
+    decoder = _Cached(model, max_new_tokens) if use_cache else _Recomputed(model)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        logits = decoder.prefill(rows)
+        while True:
+            tokens = sample(logits[:, :tokenizer_size], sampling, generators)
+            if not result.steps:
+                result.prefill_seconds, start = time.perf_counter() - start, time.perf_counter()
+            for row, (new, token) in enumerate(zip(result.tokens, tokens, strict=True)):
+                if not new or new[-1] not in stop:
+                    new.append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+            longest = result.steps + 1
+            if longest == max_new_tokens or all(new[-1] in stop for new in result.tokens):
+                break
+            logits = decoder.step(torch.tensor(tokens, device=device))
+            result.steps += 1
+    result.decode_seconds = time.perf_counter() - start
+    result.state_bytes = decoder.state_bytes()
+    result.finish = ["stop" if new[-1] in stop else "length" for new in result.tokens]
+    return result
+
+
+class _Cached:
+    """Logits `[B, V]` after each row's last token, from the decoding state."""
+
+    def __init__(self, model: LanguageModel, new_tokens: int):
+        self.model, self.new_tokens = model, new_tokens
+
+    def prefill(self, rows: list[Tensor]) -> Tensor:
+        logits, self.state = prefill(self.model, rows, self.new_tokens)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.state.advance(self.model, tokens[:, None], last=1)[:, 0]
+
+    def state_bytes(self) -> int:
+        return self.state.bytes_per_sequence()
+
+
+class _Recomputed:
+    """The same logits, from each row's whole text."""
+
+    def __init__(self, model: LanguageModel):
+        self.model = model
+
+    def prefill(self, rows: list[Tensor]) -> Tensor:
+        self.rows = rows
+        return torch.stack([self.model(row[None], Layout(1, len(row)))[0, -1] for row in rows])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.prefill([torch.cat([row, token[None]]) for row, token in zip(self.rows, tokens, strict=True)])
+
+    def state_bytes(self) -> int:
+        return 0
+
+
+class TextStream:
+    """Turns one row's tokens into text as soon as they form whole characters, and writes it."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], Any]):
+        self.tokenizer, self.write = tokenizer, write
+        self.tokens: list[int] = []
+        self.context = self.written = 0  # text of tokens[context:written] is out and decodes the same with what follows
+
+    def put(self, token: int) -> None:
+        self.tokens.append(token)
+        self._flush(final=False)
+
+    def end(self) -> None:
+        self._flush(final=True)
+
+    def _flush(self, final: bool) -> None:
+        before, now = self._text(self.written), self._text(len(self.tokens))
+        if len(now) > len(before) and (final or not now.endswith("\ufffd")):
+            self.write(now[len(before) :])
+            self.context, self.written = self.written, len(self.tokens)
+
+    def _text(self, end: int) -> str:
+        return self.tokenizer.decode(self.tokens[self.context : end], skip_special_tokens=True)
+
+
+def load_model(
+    path: Path, dtype: str | None = None, device: str | None = None, step: int | None = None
+) -> tuple[LinearMoEForCausalLM, Any]:
+    """The model and tokenizer of an exported folder, or of a run folder (its latest checkpoint, or that of `step`).
+
+    Args:
+        dtype: "bf16" or "fp32"; None: as stored.
+        device: None: a GPU if there is one.
+    """
+    from transformers import AutoTokenizer
+
+    from linear_moe.inference.export import DTYPES, is_run, load_run
+    from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
+
+    if is_run(path):
+        model, tokenizer_folder = load_run(path, step, dtype).model, path / "tokenizer"
+    elif not (path / "config.json").is_file():
+        raise ConfigError("model", str(path), "is neither an exported folder nor a run folder")
+    elif (model_type := json.loads((path / "config.json").read_text()).get("model_type")) != LinearMoEConfig.model_type:
+        raise ConfigError("model", str(path), f"holds a {model_type} model", fix="generate with transformers instead")
+    else:
+        if step is not None:
+            raise ConfigError("--step", step, "is for run folders; an exported folder holds one step")
+        model = LinearMoEForCausalLM.from_pretrained(path, dtype=DTYPES[dtype] if dtype else "auto")
+        tokenizer_folder = path
+    if not (tokenizer_folder / "tokenizer_config.json").is_file():
+        raise ConfigError("model", str(path), "has no tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="exported folder, or run folder")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; give several for a batch")
+    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="the same, from a UTF-8 file")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-cache", action="store_true", help="recompute the whole text for every token")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: latest)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of streamed text")
+
+
+def main(args: argparse.Namespace) -> int:
+    """`linear-moe generate`. Returns the exit code."""
+    prompts = [*args.prompt, *(_read(path) for path in args.prompt_file)]
+    if not prompts:
+        raise ConfigError("--prompt", ..., "is needed", fix="or --prompt-file FILE")
+    if args.max_new_tokens < 1:
+        raise ConfigError("--max-new-tokens", args.max_new_tokens, "must be >= 1")
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    except ValueError as error:
+        raise ConfigError("sampling", ..., str(error)) from None
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, tokenizer = load_model(args.model, args.dtype, args.device, args.step)
+    tokens = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if not ids:
+            raise ConfigError("--prompt", prompt, "has no tokens")
+    stream = TextStream(tokenizer, _print) if len(prompts) == 1 and not args.json else None
+    if stream is not None:
+        _print(prompts[0])
+    eos = model.generation_config.eos_token_id
+    result = generate(
+        model.model,
+        tokens,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        tokenizer_size=model.config.tokenizer_size,
+        stop=() if args.ignore_eos or eos is None else {eos} if isinstance(eos, int) else set(eos),
+        use_cache=not args.no_cache,
+        on_token=None if stream is None else lambda row, token: stream.put(token),
+    )
+    if stream is not None:
+        stream.end()
+        _print("\n")
+    _report(args.json, model, tokenizer, prompts, tokens, result, cache=not args.no_cache)
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError("--prompt-file", str(path), f"cannot be read: {reason}") from None
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _report(
+    as_json: bool,
+    model: LinearMoEForCausalLM,
+    tokenizer: Any,
+    prompts: list[str],
+    tokens: Iterable[Sequence[int]],
+    result: Generation,
+    cache: bool,
+) -> None:
+    """JSON on standard output; or the texts of a batch there, and the figures on standard error."""
+    completions = [tokenizer.decode(new, skip_special_tokens=True) for new in result.tokens]
+    if as_json:
+        record = {
+            "prompts": prompts,
+            "completions": completions,
+            "tokens": result.tokens,
+            "finish": result.finish,
+            "prompt_tokens": [len(ids) for ids in tokens],
+            "cache": cache,
+            "prefill_seconds": result.prefill_seconds,
+            "decode_seconds": result.decode_seconds,
+            "tokens_per_second": result.tokens_per_second,
+            "state_bytes_per_sequence": result.state_bytes,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        }
+        print(json.dumps(record))
+        return
+    if len(prompts) > 1:
+        for i, (prompt, text) in enumerate(zip(prompts, completions, strict=True)):
+            print(f"--- {i}\n{prompt}{text}")
+    state = f"state {result.state_bytes / 1024:,.1f} KiB per sequence" if cache else "no cache"
+    print(
+        f"prompt {sum(map(len, tokens))} tokens in {result.prefill_seconds:.2f} s; "
+        f"then {result.tokens_per_second:,.1f} tokens/s; {state}; {model.dtype} on {model.device}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,193 @@
+"""The Hugging Face model: `LanguageModel` in one process, under the prefix `model.`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from linear_moe.inference.cache import DecodingState
+from linear_moe.inference.hf.configuration import REMOTE_MODULE, LinearMoEConfig
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.model import LanguageModel
+
+REMOTE_SOURCE = '''"""Loads the model with `trust_remote_code=True`; needs the linear-moe package."""
+
+from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
+
+__all__ = ["LinearMoEConfig", "LinearMoEForCausalLM"]
+'''
+
+
+class LinearMoECache(Cache):
+    """`past_key_values`: recurrent states and key-value caches of all layers, updated in place.
+
+    Attributes:
+        state: the rows' DecodingState.
+        columns: columns of `input_ids` seen so far, left padding included.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, state: DecodingState, columns: int):
+        super().__init__(layers=[])
+        self.state, self.columns = state, columns
+
+    def __len__(self) -> int:
+        return len(self.state.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # it grows
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(len(self.state.positions), device=self.state.positions.device)
+        self.state.select(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a recurrent state cannot forget its last tokens")
+
+    def reset(self) -> None:
+        raise NotImplementedError("start with past_key_values=None instead")
+
+
+def left_padding(mask: Tensor) -> list[int]:
+    """Padding columns before each row's tokens in `mask [B, T]`; ValueError for other padding than on the left."""
+    real = mask.bool()
+    starts = (~real).sum(1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    if not torch.equal(real, columns >= starts[:, None]) or not bool(real[:, -1].all()):
+        raise ValueError(
+            "attention_mask: only left padding can be decoded, and every row needs a token; use padding_side='left'"
+        )
+    return starts.tolist()
+
+
+class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
+    """The model of a training run, for transformers. Parameters declared fp32 stay fp32 whatever `dtype` is loaded."""
+
+    config_class = LinearMoEConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _is_stateful = True
+
+    def __init__(self, config: LinearMoEConfig):
+        super().__init__(config)
+        host = Host()  # dtype and device are torch's defaults, which from_pretrained sets
+        self.model = LanguageModel(config.model_config(), config.vocab_size, host)
+        assert not list(self.model.buffers()), "from_pretrained would not restore non-persistent buffers"
+        if not next(self.model.parameters()).is_meta:
+            initialize(self.model, host, int(torch.randint(2**31, ())))
+            for parameter in self.model.parameters():
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() leaves the cache to forward()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Reached only for parameters that a checkpoint lacks: random ones in their place would be a silent error."""
+        missing = [n for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+        raise ValueError(f"the checkpoint lacks {len(missing)} parameters of the model: {', '.join(missing[:5])} ...")
+
+    def get_input_embeddings(self) -> nn.Module:
+        assert self.model.embedding is not None
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: LinearMoECache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of `input_ids [B, T]`, and the mean next-token loss if labels are given.
+
+        Args:
+            input_ids: tokens; with `past_key_values` only those not seen yet.
+            attention_mask: `[B, T]` (with a cache: `[B, seen + T]`), 0 for padding. Padding on the right only
+                without a cache, where it changes nothing to its left: give it the label -100.
+            past_key_values: what an earlier call with `use_cache` returned; updated in place.
+            labels: `[B, T]`, equal to `input_ids` (shifted here); -100 is ignored.
+            use_cache: return the decoding state as `past_key_values`; not while gradients are recorded.
+            logits_to_keep: compute logits of the last positions only; 0: of all.
+            return_dict: only True is supported.
+            loss_kwargs: for the loss alone (num_items_in_batch of the Trainer).
+        """
+        items = {"num_items_in_batch": loss_kwargs.pop("num_items_in_batch", None)}
+        if not return_dict or any(loss_kwargs.values()):
+            raise ValueError(f"not supported: return_dict={return_dict}, {loss_kwargs}")
+        if past_key_values is not None or use_cache:
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+                raise ValueError("decoding state is updated in place: use torch.no_grad() with use_cache")
+            logits, past_key_values = self._decode(input_ids, attention_mask, past_key_values, logits_to_keep)
+        else:
+            logits = self._full(input_ids, attention_mask, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **items)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _full(self, tokens: Tensor, mask: Tensor | None, keep: int) -> Tensor:
+        """Without a cache: `[B, T, V]`; rows with padding before their tokens one by one, zeros at the padding."""
+        batch, length = tokens.shape
+        if mask is None or not bool((mask[:, 1:] > mask[:, :-1]).any()):  # padding, if any, on the right: never seen
+            return self.model(tokens, Layout(batch, length))[:, -keep:]
+        rows = []
+        for row, start in zip(tokens, left_padding(mask), strict=True):
+            logits = self.model(row[None, start:], Layout(1, length - start))
+            rows.append(F.pad(logits, (0, 0, start, 0)))
+        return torch.cat(rows)[:, -keep:]
+
+    def _decode(
+        self, tokens: Tensor, mask: Tensor | None, cache: LinearMoECache | None, keep: int
+    ) -> tuple[Tensor, LinearMoECache]:
+        """With a cache, a new one if None: logits as `_full` and the cache."""
+        batch, length = tokens.shape
+        if cache is not None:
+            if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
+                raise ValueError("attention_mask: tokens that follow a cache cannot be padding")
+            cache.columns += length
+            return cache.state.advance(self.model, tokens)[:, -keep:], cache
+        starts = [0] * batch if mask is None else left_padding(mask)
+        capacity = length + 256
+        if not any(starts):
+            state = DecodingState.empty(self.model, batch, capacity)
+            return state.advance(self.model, tokens)[:, -keep:], LinearMoECache(state, length)
+        rows, states = [], []
+        for row, start in zip(tokens, starts, strict=True):
+            states.append(DecodingState.empty(self.model, 1, capacity))
+            rows.append(F.pad(states[-1].advance(self.model, row[None, start:]), (0, 0, start, 0))[:, -keep:])
+        return torch.cat(rows), LinearMoECache(DecodingState.stack(states), length)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / f"{REMOTE_MODULE}.py").write_text(REMOTE_SOURCE)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
+        """Nothing to do: `save_pretrained` writes what remote loading needs, and no copy of our sources."""

@@ -1,0 +1,85 @@
+"""Our AdamW = PyTorch's, to fp32 rounding; and bit for bit where both run the same kernel."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.training.adamw import AdamW
+from tests.tolerances import FP32, assert_close
+
+SHAPES = [(7, 5), (1,), (33,), (2, 3, 4), (129,)]
+SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def parameters(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
+
+
+def groups(tensors: list[Tensor]) -> list[dict[str, object]]:
+    """Two groups, as parameters with and without weight decay are."""
+    return [{"params": tensors[:2], "weight_decay": 0.1}, {"params": tensors[2:], "weight_decay": 0.0}]
+
+
+def run(optimizer: torch.optim.Optimizer, tensors: list[Tensor], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for tensor in tensors:
+            tensor.grad = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 + step)
+        optimizer.step()
+
+
+# Not ("plain", bf16): the plain implementation rounds to bf16 after each operation.
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("fused", torch.float32), ("fused", torch.bfloat16), ("plain", torch.float32)]
+)
+def test_equals_torch(kernel: str, dtype: torch.dtype) -> None:
+    ours, theirs = parameters(dtype), parameters(dtype)
+    start = copy.deepcopy(ours)
+    reference = torch.optim.AdamW(groups(theirs), **SETTINGS, fused=kernel == "fused", foreach=False)
+    run(AdamW(groups(ours), **SETTINGS), ours, range(20))
+    run(reference, theirs, range(20))
+    for actual, expected, before in zip(ours, theirs, start, strict=True):
+        assert not torch.equal(actual, before)
+        if kernel == "fused":
+            assert torch.equal(actual, expected)
+        else:
+            assert_close(actual, expected, FP32)
+
+
+def test_state_dict_resumes_exactly() -> None:
+    whole, half = parameters(torch.float32), parameters(torch.float32)
+    run(AdamW(groups(whole), **SETTINGS), whole, range(20))
+    first = AdamW(groups(half), **SETTINGS)
+    run(first, half, range(10))
+    second = AdamW(groups(half), **SETTINGS)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert [group["step"] for group in second.param_groups] == [10, 10]
+    run(second, half, range(10, 20))
+    for actual, expected in zip(half, whole, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_parameters_without_gradient_stay() -> None:
+    tensors = parameters(torch.float32)
+    optimizer = AdamW(tensors, **SETTINGS, weight_decay=0.5)
+    tensors[0].grad = torch.ones_like(tensors[0])
+    before = tensors[1].detach().clone()
+    optimizer.step()
+    assert torch.equal(tensors[1], before) and tensors[1] not in optimizer.state
+    assert optimizer.param_groups[0]["step"] == 1
+
+
+def test_refuses_what_it_does_not_do() -> None:
+    tensors = parameters(torch.float32)
+    for flag in ({"adam_w_mode": False}, {"capturable": True}):
+        with pytest.raises(ValueError):
+            AdamW(tensors, **flag)
+    with pytest.raises(ValueError):
+        AdamW(tensors).step(lambda: None)

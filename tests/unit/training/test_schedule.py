@@ -1,0 +1,52 @@
+"""Learning-rate schedules against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from linear_moe.config.schema import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
+from linear_moe.training.schedule import learning_rate, set_learning_rate
+
+
+def config(**schedule: object) -> Config:
+    return Config(
+        optimizer=OptimizerConfig(lr=1.0),
+        schedule=ScheduleConfig(**{"warmup_steps": 10, "min_lr": 0.2} | schedule),  # type: ignore[arg-type]
+        training=TrainingConfig(steps=110),
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # Half way of the cosine the mean of peak and floor; a quarter of the way (1 + cos 45°) / 2 of the difference.
+        (
+            {"type": "cosine"},
+            {1: 0.1, 5: 0.5, 10: 1.0, 35: 0.2 + 0.8 * 0.8535533905932737, 60: 0.6, 110: 0.2, 500: 0.2},
+        ),
+        ({"type": "cosine", "decay_steps": 60}, {10: 1.0, 35: 0.6, 60: 0.2, 61: 0.2, 110: 0.2}),
+        ({"type": "wsd"}, {5: 0.5, 10: 1.0, 88: 1.0, 99: 0.6, 110: 0.2}),
+        ({"type": "wsd", "decay_steps": 40}, {10: 1.0, 70: 1.0, 80: 0.8, 110: 0.2}),
+        ({"type": "constant"}, {1: 0.1, 10: 1.0, 110: 1.0}),
+        ({"type": "constant", "warmup_steps": 0}, {1: 1.0}),
+        ({"type": "cosine", "warmup_steps": 0, "decay_steps": 2}, {1: 0.6, 2: 0.2}),
+        ({"type": "wsd", "decay_steps": 500}, {10: 1.0, 60: 0.6, 110: 0.2}),  # longer than the run: all after warm-up
+        ({"type": "cosine", "decay_steps": 10}, {10: 1.0, 11: 0.2}),  # nothing left after the warm-up
+    ],
+)
+def test_values(schedule: dict[str, object], expected: dict[int, float]) -> None:
+    for step, value in expected.items():
+        assert learning_rate(step, config(**schedule)) == pytest.approx(value, rel=1e-12), step
+
+
+def test_steps_count_from_one() -> None:
+    with pytest.raises(ValueError):
+        learning_rate(0, config())
+
+
+def test_set_learning_rate() -> None:
+    class Optimizer:
+        param_groups = [{"lr": 1.0}, {"lr": 2.0}]
+
+    set_learning_rate(Optimizer, 0.5)
+    assert [group["lr"] for group in Optimizer.param_groups] == [0.5, 0.5]

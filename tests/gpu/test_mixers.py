@@ -1,0 +1,67 @@
+"""Every mixer on the GPU's kernels in bf16, against the CPU in fp32 with the same weights and inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.mixers.base import Layout, Mixer
+from tests.tolerances import BF16, assert_close
+from tests.unit.mixers.common import CASES, IDS, build, dims, packed, stream
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HIDDEN = 128
+TOKENS = 200
+
+
+def pair(name: str, fields: dict[str, Any]) -> tuple[Mixer, Mixer]:
+    """The same bf16 weights on the GPU, and in fp32 on the CPU."""
+    at = replace(dims(HIDDEN), norm_eps=0.1)  # see dims: conditioned for bf16
+    cpu = build(name, fields, Host(dtype=torch.bfloat16), at)
+    single = build(name, fields, None, at)
+    single.load_state_dict({key: value.float() for key, value in cpu.state_dict().items()})
+    return cpu.cuda(), single
+
+
+def run(mixer: Mixer, x: Tensor, layout: Layout, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient of the input, and all parameters' gradients in one vector."""
+    x = x.clone().requires_grad_()
+    y = mixer(x, layout)
+    gradients = torch.autograd.grad((y * weight.to(y)).sum(), [x, *mixer.parameters()])
+    return y, gradients[0], torch.cat([g.flatten().float() for g in gradients[1:]])
+
+
+@pytest.mark.parametrize("layout", [Layout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+def test_forward_and_backward(name: str, fields: dict[str, Any], layout: Layout) -> None:
+    gpu, cpu = pair(name, fields)
+    x, weight = stream(1, TOKENS, HIDDEN).bfloat16(), stream(1, TOKENS, HIDDEN, seed=1).bfloat16()
+    moved = {key: None if (t := getattr(layout, key)) is None else t.cuda() for key in ("cu_seqlens", "positions")}
+    actual = run(gpu, x.cuda(), replace(layout, **moved), weight)
+    expected = run(cpu, x.float(), layout, weight)
+    assert actual[0].dtype == torch.bfloat16
+    for what, a, b in zip(("output", "input gradient", "parameter gradients"), actual, expected, strict=True):
+        assert_close(a, b, BF16, what)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+def test_decoding(name: str, fields: dict[str, Any]) -> None:
+    gpu, cpu = pair(name, fields)
+    x = stream(2, 80, HIDDEN).bfloat16()
+    rows, cache = x.cuda().view(2, 80, HIDDEN), gpu.init_cache(2, 90, torch.bfloat16, torch.device("cuda"))
+    outputs, start = [], 0
+    for n in [70] + [1] * 10:
+        positions = torch.arange(start, start + n, device="cuda").expand(2, n)
+        piece = rows[:, start : start + n].flatten(0, 1)
+        outputs.append(gpu(piece, Layout(2, n, positions=positions), cache).view(2, n, HIDDEN))
+        start += n
+    assert_close(torch.cat(outputs, 1).flatten(0, 1), cpu(x.float(), Layout(2, 80)), BF16)

@@ -69,7 +69,7 @@ def bigram_loss(prepared: PreparedData, config: Config) -> float:
     """Its cross-entropy in nats per token on exactly the positions that a validation of the model scores."""
     if prepared.synthetic:
         raise ConfigError("data.corpus", config.data.corpus, "random tokens have no bigram baseline")
-    if prepared.validation_prefix is None:
+    if not prepared.has_validation:
         raise ConfigError("data.validation_fraction", 0.0, "nothing is held out to score the bigram model on")
     model = Bigram(training_tokens(prepared), prepared.vocab_size)
     loss, counted = 0.0, 0.0

@@ -31,7 +31,7 @@ def check_batch(config: Config, ranks: int) -> None:
     training = config.training
     if training.global_batch % (training.micro_batch * ranks):
         raise ValueError(
-            f"global batch {training.global_batch} is no multiple of {training.micro_batch} (micro batch) x {ranks} ranks"
+            f"global batch {training.global_batch} is no multiple of micro batch {training.micro_batch} x {ranks}"
         )
 
 
@@ -122,7 +122,7 @@ def validation_sequences(prepared: PreparedData, config: Config) -> int:
     wanted = config.training.eval_batches * config.training.global_batch
     if prepared.synthetic:
         return wanted
-    if "validation" not in prepared.tokens:
+    if not prepared.has_validation:
         raise ValueError("nothing is held out for validation (data.validation_fraction)")
     return min(wanted, samples_per_epoch(prepared, "validation", config.training.sequence_length))
 
@@ -136,9 +136,9 @@ def validation_batches(
     """
     check_batch(config, data_parallel_size)
     training = config.training
+    count = validation_sequences(prepared, config)
     dataset = open_dataset(prepared, config, "validation")
     collate = Collate(prepared.eod_id, config.data.isolate_documents)
-    count = validation_sequences(prepared, config)
     for start in range(0, training.eval_batches * training.global_batch, training.global_batch):
         for numbers in rank_samples(
             start, data_parallel_rank, data_parallel_size, training.global_batch, training.micro_batch

@@ -74,6 +74,11 @@ class PreparedData:
     def synthetic(self) -> bool:
         return self.train_prefix is None
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out (data.validation_fraction > 0)."""
+        return self.synthetic or self.validation_prefix is not None
+
     def prefix(self, split: str) -> str | None:
         return self.train_prefix if split == "train" else self.validation_prefix
 

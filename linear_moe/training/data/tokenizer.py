@@ -57,7 +57,7 @@ def tokenizer_key(config: TokenizerConfig) -> dict[str, Any]:
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """The configured tokenizer. `texts` is what a `bpe` is trained on; that and `bytes` restore any UTF-8 text exactly."""
+    """The configured tokenizer; `texts` trains a `bpe`. That and `bytes` restore any UTF-8 text exactly."""
     if config.type == "hf":
         assert config.path is not None
         return load_tokenizer(config.path, "data.tokenizer.path")

@@ -1,0 +1,54 @@
+"""Recurrences with a diagonal transition: linear attention, retention, GLA, Mamba2, HGRN2 and their kin."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from linear_moe.modeling.ops.decay import chunk, gpu, reference
+from linear_moe.modeling.ops.decay.decode import step
+from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes
+
+__all__ = ["decay", "step"]
+
+_IMPLEMENTATIONS = {"reference": reference.decay, "chunk": chunk.decay, "gpu": gpu.decay}
+
+
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t  (GLA, arXiv 2312.06635).
+
+    Args:
+        q, k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        g: log-decay, at most 0 (minus infinity forgets everything): `[B, T, H]`, one per head; `[B, T, H, K]`, one per
+            key channel; None: no decay.
+        scale: K**-0.5 unless given.
+        initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
+        cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
+        backend: "reference", "chunk", "gpu" (flash-linear-attention) or "auto": the kernels for 16-bit tensors on
+            CUDA where installed, else "chunk". With T = 1, an `initial_state`, no `cu_seqlens` and gradients
+            disabled, "auto" is one step of decoding: it UPDATES `initial_state` IN PLACE and returns it.
+
+    Returns:
+        `o [B, T, H, V]` in v's dtype and the final state `[N, H, K, V]` in fp32; both differentiable in every input.
+
+    Raises:
+        ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
+    """
+    gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape)))}
+    check_inputs(q, k, v, gates, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
+        assert initial_state is not None
+        return step(q, k, v, g, state=initial_state, scale=scale)
+    implementation = choose(backend, _IMPLEMENTATIONS, v, gpu.unsupported(q, v))
+    return implementation(q, k, v, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

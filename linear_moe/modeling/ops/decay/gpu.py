@@ -1,0 +1,44 @@
+"""The decay family on CUDA: the kernels of flash-linear-attention, imported at the first call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from linear_moe.modeling.ops.dispatch import fla
+
+# The kernels subtract cumulative sums of gates, which ruins small gates after huge ones; exp(-80) is nothing already.
+MIN_GATE = -80.0
+
+
+def unsupported(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these inputs; None: they can."""
+    return None
+
+
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `linear_moe.modeling.ops.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80."""
+    inputs = {
+        "q": q.to(v.dtype),
+        "k": k.to(v.dtype),
+        "v": v,
+        "scale": scale,
+        "initial_state": initial_state,
+        "output_final_state": True,
+        "cu_seqlens": cu_seqlens,
+    }
+    if g is not None:
+        inputs["g"] = g.float().clamp(min=MIN_GATE)
+    if g is not None and g.ndim == 4:
+        o, state = fla("ops.gla").chunk_gla(**inputs)
+    else:
+        o, state = fla("ops.simple_gla").chunk_simple_gla(**inputs)
+    return o.to(v.dtype), state

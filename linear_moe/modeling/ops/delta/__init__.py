@@ -1,0 +1,58 @@
+"""Recurrences with the delta rule: DeltaNet and Gated DeltaNet."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from linear_moe.modeling.ops.delta import chunk, gpu, reference
+from linear_moe.modeling.ops.delta.decode import step
+from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes
+
+__all__ = ["delta", "step"]
+
+_IMPLEMENTATIONS = {"reference": reference.delta, "chunk": chunk.delta, "gpu": gpu.delta}
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """S' = exp(g_t) S_{t-1},  S_t = S' + beta_t k_t (v_t - k_t^T S')^T,  o_t = scale * q_t S_t.
+
+    DeltaNet (arXiv 2406.06484) without g, Gated DeltaNet (arXiv 2412.06464) with it. q and k are used as given:
+    the recurrence is stable for beta |k|^2 <= 2, so callers normalise k.
+
+    Args:
+        q, k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        beta: `[B, T, H]`, the strength of the write.
+        g: `[B, T, H]` log-decay, at most 0 (minus infinity forgets everything); None: no decay.
+        scale: K**-0.5 unless given.
+        initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
+        cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
+        backend: "reference", "chunk", "gpu" (flash-linear-attention) or "auto": the kernels for 16-bit tensors on
+            CUDA where installed, else "chunk". With T = 1, an `initial_state`, no `cu_seqlens` and gradients
+            disabled, "auto" is one step of decoding: it UPDATES `initial_state` IN PLACE and returns it.
+
+    Returns:
+        `o [B, T, H, V]` in v's dtype and the final state `[N, H, K, V]` in fp32; both differentiable in every input.
+
+    Raises:
+        ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
+    """
+    per_head = (tuple(q.shape[:3]),)
+    check_inputs(q, k, v, {"beta": (beta, per_head), "g": (g, per_head)}, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
+        assert initial_state is not None
+        return step(q, k, v, beta, g, state=initial_state, scale=scale)
+    implementation = choose(backend, _IMPLEMENTATIONS, v, gpu.unsupported(q, v))
+    return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

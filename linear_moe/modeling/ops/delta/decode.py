@@ -1,0 +1,25 @@
+"""One token of the delta family, for decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *, state: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs as `delta` with T = 1, no gradients.
+
+    Returns:
+        `o [B, 1, H, V]` in v's dtype, and `state` itself.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if g is not None:
+        state.mul_(g[:, 0, :, None, None].float().exp())
+    key = k[:, 0, :, :, None].float()
+    write = beta[:, 0, :, None, None].float() * (v[:, 0, :, None, :].float() - key.mT @ state)
+    state.addcmul_(key, write)
+    o = (q[:, 0, :, None, :].float() * scale) @ state  # [B, H, 1, V]
+    return o.transpose(1, 2).to(v.dtype), state

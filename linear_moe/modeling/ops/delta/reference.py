@@ -1,0 +1,40 @@
+"""The definition of the delta family, token by token in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops.packing import separately, start_state
+
+
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `linear_moe.modeling.ops.delta.delta`."""
+    state = start_state(q, v, initial_state, cu_seqlens)
+    inputs: list[Any] = [None if x is None else x.float() for x in (q.float() * scale, k, v, beta, g)]
+    o, state = _tokens(*inputs, state) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)
+    return o.to(v.dtype), state
+
+
+def _tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(q.shape[1]):
+        if g is not None:
+            state = g[:, t, :, None, None].exp() * state
+        read = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+        write = beta[:, t, :, None] * (v[:, t] - read)
+        state = state + k[:, t, :, :, None] * write[:, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, dim=1), state

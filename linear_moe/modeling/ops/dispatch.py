@@ -1,0 +1,109 @@
+"""Input checks and choice of implementation, the same for every family of recurrences."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "chunk", "gpu")
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, tuple[Tensor | None, Sequence[tuple[int, ...]]]],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises ValueError for shapes and dtypes that no implementation takes.
+
+    Args:
+        gates: name -> (tensor, the shapes it may have).
+    """
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(f"q and k must both be [B, T, H, K], got {tuple(q.shape)} and {tuple(k.shape)}")
+    batch, length, heads, key_dim = q.shape
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {(batch, length, heads)}, got {tuple(v.shape)}")
+    if length == 0:
+        raise ValueError("T must be at least 1")
+    for name, (gate, shapes) in gates.items():
+        if gate is not None and tuple(gate.shape) not in shapes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(gate.shape)}")
+    for name, x in {"q": q, "k": k, "v": v, **{name: gate for name, (gate, _) in gates.items()}}.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    sequences = batch
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, length)
+        sequences = len(cu_seqlens) - 1
+    shape = (sequences, heads, key_dim, v.shape[-1])
+    if initial_state is not None and (tuple(initial_state.shape) != shape or initial_state.dtype != torch.float32):
+        raise ValueError(
+            f"initial_state must be float32 {shape}, got {initial_state.dtype} {tuple(initial_state.shape)}"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """Raises ValueError unless these are offsets of packed documents. Values are read on CPU only: no device sync."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int64:
+        raise ValueError(f"cu_seqlens must be int64 [documents + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if batch != 1:
+        raise ValueError(f"packed documents (cu_seqlens) need B = 1, got B = {batch}")
+    if cu_seqlens.device.type != "cpu":
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {length}, got {offsets}")
+
+
+def decodes(length: int, state: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    """Whether a call with backend "auto" is one step of decoding, which updates the state in place."""
+    return length == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
+
+
+def choose(
+    backend: str,
+    implementations: dict[str, Callable[..., tuple[Tensor, Tensor]]],
+    v: Tensor,
+    unsupported: str | None,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The implementation that `backend` names.
+
+    "auto" is the kernels for 16-bit tensors on CUDA when they are installed and take the shapes, else "chunk": the
+    kernels multiply in bf16 or tf32, so tensors kept in fp32 get fp32 arithmetic.
+
+    Args:
+        unsupported: why the kernels cannot take these inputs; None if they can.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        fits = v.is_cuda and v.dtype != torch.float32 and unsupported is None and has_fla()
+        return implementations["gpu" if fits else "chunk"]
+    if backend == "gpu":
+        if not v.is_cuda:
+            raise ValueError(f"backend 'gpu' needs CUDA tensors, got tensors on {v.device}")
+        if unsupported is not None:
+            raise ValueError(f"backend 'gpu': {unsupported}")
+    return implementations[backend]
+
+
+@cache
+def has_fla() -> bool:
+    """Whether flash-linear-attention and triton are installed; a broken installation raises when it is used."""
+    return find_spec("fla") is not None and find_spec("triton") is not None
+
+
+def fla(module: str) -> ModuleType:
+    """Imports `fla.<module>`, late: it needs triton."""
+    if not has_fla():
+        raise ImportError("the GPU kernels need flash-linear-attention and triton: pip install 'linear-moe[gpu]'")
+    return importlib.import_module(f"fla.{module}")

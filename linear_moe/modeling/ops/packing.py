@@ -1,0 +1,114 @@
+"""How sequences are cut: into documents for the references, into chunks for the chunkwise implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_CHUNK = 64
+MIN_CHUNK = 16
+
+
+def separately(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor | None],
+    initial_state: Tensor,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Runs `function(*inputs, state) -> (output, final state)` on each packed document `[1, length, ...]` alone."""
+    outputs, states = [], []
+    offsets = cu_seqlens.tolist()
+    for document, (start, end) in enumerate(pairwise(offsets)):
+        state = initial_state[document : document + 1]
+        if end > start:
+            output, state = function(*(None if x is None else x[:, start:end] for x in inputs), state)
+            outputs.append(output)
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.cat(states)
+
+
+class Chunks:
+    """Cuts `[B, T, H, ...]` into `[N, B*H, C, ...]`: N chunks of C tokens, padded with zeros.
+
+    Packed documents each begin a chunk of their own, so no chunk holds tokens of two. Zeros must be neutral in the
+    recurrence that uses this: no decay, no update.
+    """
+
+    def __init__(self, x: Tensor, cu_seqlens: Tensor | None):
+        self.batch, self.length, self.heads = x.shape[:3]
+        self.slots: Tensor | None = None  # [T] place of each token in the padded sequence, when packed
+        if cu_seqlens is None:
+            self.size = chunk_size(self.length)
+            self.count = -(-self.length // self.size)
+            self.spans = [(0, self.count)]
+            return
+        offsets = cu_seqlens.cpu()
+        lengths = offsets.diff()
+        self.size = chunk_size(-(-self.length // max(int((lengths > 0).sum()), 1)))
+        ends = lengths.add(self.size - 1).floor_divide(self.size).cumsum(0)
+        firsts = F.pad(ends[:-1], (1, 0))
+        self.count = int(ends[-1])
+        self.spans = list(zip(firsts.tolist(), ends.tolist(), strict=True))
+        shift = (firsts * self.size - offsets[:-1]).repeat_interleave(lengths)
+        self.slots = (torch.arange(self.length) + shift).to(x.device)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[B, T, H, ...]` -> `[N, B*H, C, ...]`."""
+        if self.slots is not None:
+            x = x.new_zeros(1, self.count * self.size, *x.shape[2:]).index_copy(1, self.slots, x)
+        elif self.count * self.size != self.length:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.count * self.size - self.length))
+        x = x.unflatten(1, (self.count, self.size)).movedim((1, 3), (0, 2))
+        return x.reshape(self.count, self.batch * self.heads, self.size, *x.shape[4:])
+
+    def join(self, x: Tensor) -> Tensor:
+        """`[N, B*H, C, D]` -> `[B, T, H, D]`."""
+        x = x.unflatten(1, (self.batch, self.heads)).movedim((0, 2), (1, 3)).flatten(1, 2)
+        return x[:, : self.length] if self.slots is None else x.index_select(1, self.slots)
+
+    def scan(self, advance: Callable[[int, Tensor], Tensor], initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the recurrence over chunks: `advance(n, state)` maps the state before chunk n to the state after it.
+
+        Args:
+            initial_state: `[sequences, H, K, V]`.
+
+        Returns:
+            The states before every chunk `[N, B*H, K, V]`, and the final states `[sequences, H, K, V]`.
+        """
+        starts = initial_state.reshape(len(self.spans), -1, *initial_state.shape[2:]).unbind()
+        before, final = [], []
+        for state, (first, end) in zip(starts, self.spans, strict=True):
+            for n in range(first, end):
+                before.append(state)
+                state = advance(n, state)
+            final.append(state)
+        return torch.stack(before), torch.stack(final).reshape(initial_state.shape)
+
+
+def chunk_size(length: int) -> int:
+    """A power of two, near the length of short sequences."""
+    return min(MAX_CHUNK, max(MIN_CHUNK, 1 << (length - 1).bit_length()))
+
+
+def start_state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """`initial_state`, or zeros `[sequences, H, K, V]` in fp32."""
+    if initial_state is not None:
+        return initial_state
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return q.new_zeros(sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def segment_sums(g: Tensor) -> Tensor:
+    """`g [..., C]` -> `[..., C, C]`: g[j+1] + ... + g[i] at (i, j), minus infinity where j > i.
+
+    Summed, never subtracted: differences of cumulative sums lose the small gates that follow large ones (and make NaN
+    of infinite ones), here and in the gradient.
+    """
+    size = g.shape[-1]
+    ones = torch.ones(size, size, dtype=torch.bool, device=g.device)
+    sums = g[..., None].expand(*g.shape, size).masked_fill(ones.triu(), 0.0).cumsum(-2)
+    return sums.masked_fill(ones.triu(1), float("-inf"))

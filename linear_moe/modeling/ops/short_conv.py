@@ -1,0 +1,132 @@
+"""Short causal depthwise convolution over tokens, with a state: the last W - 1 inputs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
+
+ACTIVATIONS = ("silu", None)
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y[t] = activation(bias + sum_w weight[:, w] x[t - (W - 1) + w]); before a document: its state, or zeros.
+
+    Uses the kernels of flash-linear-attention on CUDA where installed. Sums in fp32.
+
+    Args:
+        x: `[B, T, C]`.
+        weight: `[C, W]`, the last column for the token itself.
+        bias: `[C]`.
+        activation: "silu" or None.
+        state: `[N, C, W - 1]`, the inputs before each sequence, oldest first; N is B, or the number of documents.
+            With T = 1, no `cu_seqlens` and gradients disabled it is UPDATED IN PLACE and returned.
+        cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
+
+    Returns:
+        `y [B, T, C]` in x's dtype and the final state `[N, C, W - 1]` in the dtype of `state` (x's if None); both
+        differentiable in every input.
+
+    Raises:
+        ValueError: shapes or an activation that do not fit.
+    """
+    _check(x, weight, bias, activation, state, cu_seqlens)
+    width = weight.shape[1]
+    if state is not None and decodes(x.shape[1], state, cu_seqlens):
+        window = torch.cat([state, x.mT.to(state.dtype)], dim=-1)  # [B, C, W]
+        state.copy_(window[..., 1:])
+        y = (window.float() * weight.float()).sum(-1)[:, None]
+        return _finish(y, bias, activation).to(x.dtype), state
+    if x.is_cuda and width > 1 and has_fla():
+        return _kernel(x, weight, bias, activation, state, cu_seqlens)
+    if state is None:
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        state = x.new_zeros(sequences, x.shape[2], width - 1)
+    before = state.mT.float()  # [N, W - 1, C]
+    if cu_seqlens is None:
+        inputs = torch.cat([before, x.float()], dim=1)
+        final = inputs[:, inputs.shape[1] - (width - 1) :]
+        y = _convolve(inputs, weight.float())
+    else:
+        y, final = _packed(x.float(), weight.float(), before, cu_seqlens)
+    return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
+
+
+def _packed(x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """One convolution over all documents, each preceded by its state: `before [documents, W - 1, C]`."""
+    documents, history, channels = before.shape
+    offsets = cu_seqlens.cpu()
+    places = torch.arange(history) + (offsets[:-1] + history * torch.arange(documents))[:, None]
+    ends = (offsets[1:] + history * torch.arange(1, documents + 1))[:, None]
+    tokens = torch.arange(x.shape[1]) + history * torch.arange(1, documents + 1).repeat_interleave(offsets.diff())
+    places, ends, tokens = places.to(x.device), ends.to(x.device), tokens.to(x.device)
+    inputs = x.new_zeros(x.shape[1] + history * documents, channels)
+    inputs = inputs.index_copy(0, places.flatten(), before.reshape(-1, channels)).index_copy(0, tokens, x[0])
+    final = inputs[ends - history + torch.arange(history, device=x.device)]
+    return _convolve(inputs[None], weight).index_select(1, tokens - history), final
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """`x [B, W - 1 + T, C]` -> `[B, T, C]`. A sum of shifted products: much faster than conv1d with groups on CPU."""
+    length = x.shape[1] - weight.shape[1] + 1
+    y = x[:, :length] * weight[:, 0]
+    for w in range(1, weight.shape[1]):
+        y = torch.addcmul(y, x[:, w : w + length], weight[:, w])
+    return y
+
+
+def _finish(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    y = y if bias is None else y + bias.float()
+    return y if activation is None else F.silu(y)
+
+
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y, final = fla("modules.causal_conv1d").causal_conv1d(
+        x=x,
+        weight=weight,
+        bias=bias,
+        initial_state=None if state is None else F.pad(state, (1, 0)),  # its state has W inputs, the oldest unused
+        output_final_state=True,
+        activation=activation,
+        cu_seqlens=cu_seqlens,
+    )
+    return y.to(x.dtype), final[..., 1:].to(x.dtype if state is None else state.dtype)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    if x.ndim != 3 or x.shape[1] == 0 or weight.ndim != 2 or weight.shape[0] != x.shape[2]:
+        raise ValueError(f"x must be [B, T, C] and weight [C, W], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != x.shape[2:]:
+        raise ValueError(f"bias must be [C] = {tuple(x.shape[2:])}, got {tuple(bias.shape)}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
+    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    shape = (sequences, x.shape[2], weight.shape[1] - 1)
+    if state is not None and tuple(state.shape) != shape:
+        raise ValueError(f"state must be [N, C, W - 1] = {shape}, got {tuple(state.shape)}")

@@ -1,0 +1,101 @@
+"""The CUDA kernels against the references: outputs, states and every gradient, in bf16.
+
+One shape per op: every further shape compiles every kernel again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops.dispatch import has_fla
+from linear_moe.modeling.ops.short_conv import short_conv
+from tests.tolerances import BF16, FP32, assert_close
+from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.usefixtures("no_autotuning"),
+]
+needs_fla = pytest.mark.skipif(not has_fla(), reason="needs flash-linear-attention")
+
+LENGTH, HEADS, DIM = 200, 2, 64
+OFFSETS = [0, 0, 5, 70, 134, 134, LENGTH]  # empty, short, a chunk and one token, a whole chunk, empty, partial
+
+
+def to_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Activations in bf16; gates, beta and the state in fp32, as the mixers give them."""
+    return {n: x.cuda().to(torch.bfloat16 if n in ("q", "k", "v", "x") else torch.float32) for n, x in inputs.items()}
+
+
+def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, case: str) -> None:
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, (case, name)
+        assert_close(actual[name], expected[name], tolerance, f"{case} {name}")
+
+
+@needs_fla
+@pytest.mark.parametrize(("family", "gate"), VARIANTS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_match_reference(family: str, gate: str | None, packed: bool) -> None:
+    cu_seqlens = torch.tensor(OFFSETS, device="cuda") if packed else None
+    shape = (1 if packed else 2, LENGTH, HEADS, DIM, DIM)
+    inputs = to_gpu(make_inputs(family, gate, shape, sequences=len(OFFSETS) - 1 if packed else None))
+    actual = run(OPS[family], inputs, backend="gpu", cu_seqlens=cu_seqlens)
+    compare(actual, run(OPS[family], inputs, backend="reference", cu_seqlens=cu_seqlens), BF16, f"{family} {gate}")
+
+
+@needs_fla
+@pytest.mark.parametrize(("family", "gate"), VARIANTS)
+def test_auto_takes_the_kernels_for_bf16_and_keeps_fp32_exact(
+    family: str, gate: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(family, gate, (2, LENGTH, HEADS, DIM, DIM))
+    exact = {n: x.cuda() for n, x in inputs.items()}
+    compare(run(OPS[family], exact), run(OPS[family], exact, backend="reference"), FP32, f"{family} {gate} fp32")
+    half = to_gpu(inputs)
+    compare(run(OPS[family], half), run(OPS[family], half, backend="gpu"), 1e-3, f"{family} {gate} bf16")
+
+
+@needs_fla
+@pytest.mark.parametrize(("family", "gate"), [v for v in VARIANTS if v[1] is not None])
+def test_kernels_with_extreme_gates(family: str, gate: str) -> None:
+    inputs = to_gpu(make_inputs(family, gate, (2, LENGTH, HEADS, DIM, DIM)))
+    for every, value in ((2, 0.0), (7, -50.0), (31, -1e30), (67, float("-inf"))):
+        inputs["g"][:, 3::every] = value
+    actual = run(OPS[family], inputs, backend="gpu")
+    compare(actual, run(OPS[family], inputs, backend="reference"), BF16, f"{family} {gate}")
+
+
+@pytest.mark.parametrize(("family", "gate"), VARIANTS)
+def test_step_updates_the_state_in_place(family: str, gate: str | None) -> None:
+    inputs = to_gpu(make_inputs(family, gate, (2, 1, HEADS, DIM, DIM)))
+    with torch.no_grad():
+        expected = OPS[family](**inputs, backend="reference")
+        o, state = OPS[family](**inputs)
+    assert state is inputs["initial_state"]
+    assert_close(state, expected[1], FP32)
+    assert_close(o, expected[0], BF16)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_short_conv_matches_cpu(packed: bool, activation: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    channels, width = HEADS * DIM, 4
+    inputs = {
+        "x": torch.randn(1 if packed else 2, LENGTH, channels, generator=generator).bfloat16(),
+        "weight": torch.randn(channels, width, generator=generator),
+        "bias": torch.randn(channels, generator=generator),
+        "state": torch.randn(len(OFFSETS) - 1 if packed else 2, channels, width - 1, generator=generator).bfloat16(),
+    }
+    cu_seqlens = torch.tensor(OFFSETS) if packed else None
+    conv = partial(short_conv, activation=activation)
+    expected = run(conv, inputs, cu_seqlens=cu_seqlens)
+    on_gpu = {name: x.cuda() for name, x in inputs.items()}
+    actual = run(conv, on_gpu, cu_seqlens=None if cu_seqlens is None else cu_seqlens.cuda())
+    compare(actual, expected, BF16, f"short_conv {activation}")

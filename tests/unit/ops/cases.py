@@ -1,0 +1,61 @@
+"""Inputs and gradients of the recurrences, for the CPU and the GPU tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.delta import delta
+
+OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"decay": decay, "delta": delta}
+
+VARIANTS = [("decay", None), ("decay", "scalar"), ("decay", "vector"), ("delta", None), ("delta", "scalar")]
+"""Every family with every form of its gate."""
+
+
+def make_inputs(
+    family: str,
+    gate: str | None,
+    shape: tuple[int, int, int, int, int],
+    *,
+    sequences: int | None = None,
+    with_state: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """fp32 inputs by argument name; `shape` is (B, T, H, K, V)."""
+    batch, length, heads, key_dim, value_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    inputs = {
+        "q": normal(batch, length, heads, key_dim),
+        "k": normal(batch, length, heads, key_dim),
+        "v": normal(batch, length, heads, value_dim),
+    }
+    if family == "delta":
+        inputs["k"] = F.normalize(inputs["k"], dim=-1)
+        inputs["beta"] = normal(batch, length, heads).sigmoid()
+    if gate is not None:
+        inputs["g"] = F.logsigmoid(normal(batch, length, heads, *([key_dim] if gate == "vector" else [])))
+    if with_state:
+        inputs["initial_state"] = normal(sequences or batch, heads, key_dim, value_dim)
+    return inputs
+
+
+def run(
+    function: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], **options: object
+) -> dict[str, Tensor]:
+    """Output, final state, and the gradients of a loss of both with respect to every input, by name."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    output, state = function(**leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((x.float() * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in (output, state))
+    assert isinstance(loss, Tensor)
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"output": output, "final_state": state, **{f"d {n}": x for n, x in zip(leaves, gradients, strict=True)}}

@@ -61,14 +61,14 @@ class DecodingState:
                 new[name][tuple(slice(n) for n in tensor.shape)] = tensor
         self.layers = grown
 
-    def advance(self, model: LanguageModel, tokens: Tensor, last: int | None = None) -> Tensor:
-        """Feed the next tokens of every row, `[B, T]` int64; returns logits `[B, T, V]` (of the `last` positions)."""
+    def advance(self, model: LanguageModel, tokens: Tensor, keep: int = 0) -> Tensor:
+        """Feed the next tokens of every row, `[B, T]` int64; returns logits `[B, T, V]` (of the last `keep` if > 0)."""
         batch, length = tokens.shape
         self.reserve(model, self.length + length)
         positions = self.positions[:, None] + torch.arange(length, device=tokens.device)
-        logits = model(tokens, Layout(batch, length, positions=positions), caches=self.layers)
+        logits = model(tokens, Layout(batch, length, positions=positions), caches=self.layers, keep=keep)
         self.positions, self.length = self.positions + length, self.length + length
-        return logits if last is None else logits[:, -last:]
+        return logits
 
 
 def prefill(model: LanguageModel, rows: Sequence[Tensor], room: int) -> tuple[Tensor, DecodingState]:
@@ -87,6 +87,6 @@ def prefill(model: LanguageModel, rows: Sequence[Tensor], room: int) -> tuple[Te
     logits, states = [], []
     for tokens in groups:
         state = DecodingState.empty(model, len(tokens), max(lengths) + room)
-        logits.append(state.advance(model, tokens, last=1)[:, 0])
+        logits.append(state.advance(model, tokens, keep=1)[:, 0])
         states.append(state)
     return torch.cat(logits), states[0] if len(states) == 1 else DecodingState.stack(states)

@@ -153,7 +153,7 @@ class _Cached:
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        return self.state.advance(self.model, tokens[:, None], last=1)[:, 0]
+        return self.state.advance(self.model, tokens[:, None])[:, 0]
 
     def state_bytes(self) -> int:
         return self.state.bytes_per_sequence()
@@ -167,7 +167,7 @@ class _Recomputed:
 
     def prefill(self, rows: list[Tensor]) -> Tensor:
         self.rows = rows
-        return torch.stack([self.model(row[None], Layout(1, len(row)))[0, -1] for row in rows])
+        return torch.stack([self.model(row[None], Layout(1, len(row)), keep=1)[0, 0] for row in rows])
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.prefill([torch.cat([row, token[None]]) for row, token in zip(self.rows, tokens, strict=True)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from linear_moe.config.schema import ModelConfig
@@ -100,6 +99,7 @@ class LanguageModel(nn.Module):
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
         caches: list[Cache] | None = None,
+        keep: int = 0,
     ) -> Tensor:
         """Run this stage.
 
@@ -109,6 +109,7 @@ class LanguageModel(nn.Module):
             hidden: `[n, D]`, the previous stage's output.
             labels: `[B, T]` int64 next tokens.
             caches: decoding state per layer, from `init_caches`; updated in place.
+            keep: logits of each row's last `keep` positions only, which is all that generation needs; 0: of all.
 
         Returns:
             Not the last stage: `[n, D]`. With labels: loss per token `[B, T]`, fp32. Else logits `[B, T, V/tensor]`.
@@ -123,9 +124,11 @@ class LanguageModel(nn.Module):
         if self.norm is None:
             return x
         x = self.host.enter(self.norm(x))
+        if keep:
+            x = x.unflatten(0, (layout.batch, layout.length))[:, -keep:].flatten(0, 1)
         logits = self.head(x) if self.head is not None else x @ self.tied_weight().T
         if labels is None:
-            return logits.unflatten(0, (layout.batch, layout.length))
+            return logits.unflatten(0, (layout.batch, -1))
         return self.host.cross_entropy(logits, labels.flatten()).view_as(labels)
 
     def tied_weight(self) -> Tensor:

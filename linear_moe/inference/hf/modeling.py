@@ -79,6 +79,11 @@ def left_padding(mask: Tensor) -> list[int]:
     return starts.tolist()
 
 
+def _pad(logits: Tensor, length: int) -> Tensor:
+    """`[1, T, V]` -> `[1, length, V]` with zeros on the left."""
+    return F.pad(logits, (0, 0, length - logits.shape[1], 0))
+
+
 class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
     """The model of a training run, for transformers. Parameters declared fp32 stay fp32 whatever `dtype` is loaded."""
 
@@ -156,12 +161,11 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """Without a cache: `[B, T, V]`; rows with padding before their tokens one by one, zeros at the padding."""
         batch, length = tokens.shape
         if mask is None or not bool((mask[:, 1:] > mask[:, :-1]).any()):  # padding, if any, on the right: never seen
-            return self.model(tokens, Layout(batch, length))[:, -keep:]
+            return self.model(tokens, Layout(batch, length), keep=keep)
         rows = []
         for row, start in zip(tokens, left_padding(mask), strict=True):
-            logits = self.model(row[None, start:], Layout(1, length - start))
-            rows.append(F.pad(logits, (0, 0, start, 0)))
-        return torch.cat(rows)[:, -keep:]
+            rows.append(_pad(self.model(row[None, start:], Layout(1, length - start), keep=keep), keep or length))
+        return torch.cat(rows)
 
     def _decode(
         self, tokens: Tensor, mask: Tensor | None, cache: LinearMoECache | None, keep: int
@@ -172,16 +176,16 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
             if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
                 raise ValueError("attention_mask: tokens that follow a cache cannot be padding")
             cache.columns += length
-            return cache.state.advance(self.model, tokens)[:, -keep:], cache
+            return cache.state.advance(self.model, tokens, keep), cache
         starts = [0] * batch if mask is None else left_padding(mask)
         capacity = length + 256
         if not any(starts):
             state = DecodingState.empty(self.model, batch, capacity)
-            return state.advance(self.model, tokens)[:, -keep:], LinearMoECache(state, length)
+            return state.advance(self.model, tokens, keep), LinearMoECache(state, length)
         rows, states = [], []
         for row, start in zip(tokens, starts, strict=True):
             states.append(DecodingState.empty(self.model, 1, capacity))
-            rows.append(F.pad(states[-1].advance(self.model, row[None, start:]), (0, 0, start, 0))[:, -keep:])
+            rows.append(_pad(states[-1].advance(self.model, row[None, start:], keep), keep or length))
         return torch.cat(rows), LinearMoECache(DecodingState.stack(states), length)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

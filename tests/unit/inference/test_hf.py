@@ -169,10 +169,13 @@ def test_logits_to_keep() -> None:
     model = build("hybrid")
     tokens = torch.tensor([prompt(12)])
     with torch.no_grad():
-        full = model(tokens).logits
         for use_cache in (True, False):
-            assert_close(model(tokens, logits_to_keep=2, use_cache=use_cache).logits, full[:, -2:], FP32)
-    assert full.shape == (1, 12, VOCAB)
+            for mask in (None, torch.tensor([[0] + 11 * [1]])):
+                options = {"attention_mask": mask, "use_cache": use_cache}
+                every = model(tokens, **options).logits
+                assert_close(model(tokens, logits_to_keep=2, **options).logits, every[:, -2:], FP32)
+                assert every.shape == (1, 12, VOCAB) and (mask is None) == bool(every[0, 0].any())
+    assert_close(every[0, 1:], model(tokens[:, 1:]).logits[0], FP32)
 
 
 def test_a_checkpoint_that_lacks_a_parameter_is_refused(tmp_path: Path) -> None:
@@ -219,7 +222,8 @@ def test_loads_and_generates_without_megatron_installed(tmp_path: Path) -> None:
     """Registered by an import; and by the exported folder's own module. What the latter saved loads the same way."""
     model = build("hybrid")
     model.save_pretrained(tmp_path / "a")
-    paths = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(Path(__file__).parents[3])}
+    path = os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])
+    paths = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": path}
     expected = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False).tolist()
     for arguments in ([tmp_path / "a", "remote", tmp_path / "b"], [tmp_path / "b", "import"]):
         command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]

@@ -228,7 +228,8 @@ def human(number: float, unit: str = "", base: int = 1000) -> str:
     while number >= base and power < len(prefixes) - 1:
         number, power = number / base, power + 1
     prefix = prefixes[power].upper() + "i" if base == 1024 and power else prefixes[power]
-    return f"{number:.{max(0, 2 - int(math.log10(max(number, 1))))}f} {prefix}{unit}".rstrip()
+    digits = max(0, 2 - int(math.log10(number))) if power else 0
+    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
 
 
 def show(plan: Plan, config: Config, title: str) -> None:

@@ -50,7 +50,7 @@ def parallel_layout(config: Config, world: int) -> ParallelLayout:
     p = config.parallel
     for names in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
         size = math.prod(getattr(p, name) for name in names)
-        if world % size:
+        if world < 1 or world % size:
             terms = " * ".join(f"parallel.{name} {getattr(p, name)}" for name in names)
             fix = f"nearest valid: {_nearest(world, smallest_world(p))}"
             raise ConfigError("world size", world, f"must be divisible by {terms} = {size}", fix=fix)

@@ -58,7 +58,8 @@ def tiny(**sections: Any) -> Config:
 
 
 def test_parameters_by_hand() -> None:
-    plan = make_plan(tiny(model={"pattern": "NNND", "symbols": {"D": {"mixer": {"type": "attention"}, "ffn": "dense"}}}))
+    symbols = {"D": {"mixer": {"type": "attention"}, "ffn": "dense"}}
+    plan = make_plan(tiny(model={"pattern": "NNND", "symbols": symbols}))
     attention, norms = 4 * 32 * 32, 2 * 32
     expert = 3 * 32 * 24
     moe, moe_active, dense = 8 * 32 + 8 * expert, 8 * 32 + 2 * expert, 3 * 32 * 48

@@ -4,7 +4,7 @@
 Runs `linear-moe train` under torchrun, reads the run's metrics.jsonl, and writes what it saw, with device, versions,
 command and commit. The mean is over the steps after --skip (the first ones compile and tune kernels).
 
-    python scripts/bench/pretrain.py configs/train/a0.3b_2b.yaml --steps 50 --name baseline -- data.corpus=stdlib
+    python scripts/bench/pretrain.py configs/train/a0.3b_2b.yaml --steps 50 --name baseline data.corpus=stdlib
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def measure(config: str, overrides: list[str], gpus: int, steps: int, skip: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", help="after --: a.b=c")
+    parser.add_argument("overrides", nargs="*", help="a.b=c")
     parser.add_argument("--name", required=True, help="docs/results/NAME.json")
     parser.add_argument("--folder", default="docs/results")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", type=int, default=10)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     row = measure(args.config, args.overrides, args.gpus, args.steps, args.skip)
     import torch
 

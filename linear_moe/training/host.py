@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.host import Host, Init
@@ -60,7 +58,6 @@ class MegatronHost(Host):
             "expert": ps.get_expert_model_parallel_rank(),
             "expert_tensor": ps.get_expert_tensor_parallel_rank(),
         }
-        self._recomputing = False
         # Load-balancing loss, z-loss, and how many were added.
         self._router_totals = torch.zeros(3, dtype=torch.float32, device=device)
 
@@ -150,8 +147,8 @@ class MegatronHost(Host):
             moe_aux_loss_coeff=1.0,
         )
         z = z_loss_func(logits, 1.0 / ranks)
-        if not self._recomputing:
-            self._router_totals += torch.stack([balance, z, torch.full_like(z, 1.0 / ranks)]).detach()
+        # A layer that is recomputed adds itself twice, with its count.
+        self._router_totals += torch.stack([balance, z, torch.full_like(z, 1.0 / ranks)]).detach()
         return MoEAuxLossAutoScaler.apply(probs, (config.aux_loss * balance + config.z_loss * z) * tokens)
 
     def pop_router_losses(self) -> dict[str, float]:
@@ -164,25 +161,6 @@ class MegatronHost(Host):
         dist.all_reduce(totals)
         balance, z, count = totals.tolist()
         return {"load_balancing_loss": balance / count, "router_z_loss": z / count} if count else {}
-
-    def recompute(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        if not (self.recompute_layers and torch.is_grad_enabled()):
-            return function(*args)
-        return checkpoint(
-            function,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (contextlib.nullcontext(), self._second_forward()),
-        )
-
-    @contextlib.contextmanager
-    def _second_forward(self) -> Iterator[None]:
-        self._recomputing = True
-        try:
-            yield
-        finally:
-            self._recomputing = False
 
 
 class MegatronDispatcher(Dispatcher):

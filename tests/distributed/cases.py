@@ -17,6 +17,8 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training import parallel
+from linear_moe.training.host import MegatronHost
+from linear_moe.training.megatron_config import transformer_config
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.parallel import Groups
@@ -91,3 +93,37 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
         result["norms"].append(float(norm))
         result["router"].append(model[0].module.host.pop_router_losses())
     return result
+
+
+def host_of(config: dict[str, Any]) -> MegatronHost:
+    tree, groups = start(config)
+    return MegatronHost(transformer_config(tree), groups.device)
+
+
+def strided_gradients(config: dict[str, Any], weight: Tensor, factors: list[Tensor]) -> dict[str, Tensor]:
+    """Sums over the tensor ranks of tensors that are not contiguous: a transposed one, and gradients that arrive
+    transposed (of a weight) and expanded (of an input).
+    """
+    host = host_of(config)
+    factor = factors[host.rank("tensor")]
+    weight = weight.requires_grad_()
+    (host.shared(weight).T * factor).sum().backward()
+    x = torch.zeros(weight.shape, requires_grad=True)
+    (host.enter(x).sum() * factor.sum()).backward()
+    return {"transposed": weight.grad, "expanded": x.grad, "left": host.leave(factor.T)}
+
+
+def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor]) -> dict[str, Tensor]:
+    """Tokens through experts that multiply by their number + 1; and the gradients of tokens and probabilities."""
+    tree, groups = start(config)
+    host = MegatronHost(transformer_config(tree), groups.device)
+    tokens = x[groups.rank].requires_grad_()
+    chosen = routing_map[groups.rank]
+    probs = (chosen / chosen.sum(-1, keepdim=True)).requires_grad_()
+    dispatcher = host.dispatcher(tree.model.moe)
+    sent, counts, weights = dispatcher.dispatch(tokens, probs, chosen)
+    first = host.rank("expert") * len(counts)
+    expert = torch.repeat_interleave(torch.arange(first, first + len(counts)), counts)
+    y = dispatcher.combine(sent * (expert + 1).unsqueeze(-1) * weights.unsqueeze(-1))
+    y.square().sum().backward()
+    return {"y": y.detach(), "counts": counts, "dx": tokens.grad, "dprobs": probs.grad * chosen}

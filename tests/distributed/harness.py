@@ -41,7 +41,8 @@ def run(world: int, cases: dict[str, Case], timeout: float = 120.0) -> dict[str,
         launcher += ["--rdzv_endpoint=localhost:0", "--max_restarts=0"]
         command = [sys.executable, *(launcher if world > 1 else []), "-m", "tests.distributed.worker", folder]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
+        env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         with open(Path(folder, "output"), "w+") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

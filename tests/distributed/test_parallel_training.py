@@ -43,7 +43,8 @@ def config(model: dict[str, Any], parallel: dict[str, Any], **sections: dict[str
 
 HYBRID = {"pattern": "LN", "symbols": {"N": {"ffn": "dense"}}}
 DENSE = {"ffn": "dense"}
-MODELS: dict[str, dict[str, Any]] = {name: {"mixer": mixer} for name, mixer in MIXERS.items()} | {"hybrid": HYBRID, "dense": DENSE}
+MODELS: dict[str, dict[str, Any]] = {name: {"mixer": mixer} for name, mixer in MIXERS.items()}
+MODELS |= {"hybrid": HYBRID, "dense": DENSE}
 TP2 = {"tensor": 2}
 
 # name -> (model, parallel sizes, other sections)

@@ -1,0 +1,64 @@
+"""The Megatron host's collectives and dispatchers where training might not notice: strides, ranks without tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run
+from tests.distributed.test_parallel_training import config
+from tests.tolerances import FP32, assert_close
+
+EXPERTS, TOKENS, WIDTH = 4, 8, 32
+
+
+def routing(only: int | None) -> torch.Tensor:
+    """Two experts per token; or all tokens to the pair that begins with `only`, so that other ranks get none."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(TOKENS, EXPERTS, generator=generator).topk(2).indices
+    if only is not None:
+        chosen = torch.tensor([only, only + 1]).expand(TOKENS, 2)
+    return torch.zeros(TOKENS, EXPERTS, dtype=torch.bool).scatter(1, chosen, True)
+
+
+ROUTINGS = {"mixed": routing(None), "first-rank": routing(0), "second-rank": routing(2)}
+FACTORS = [torch.randn(WIDTH, 8, generator=torch.Generator().manual_seed(rank)) for rank in (0, 1)]
+X = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[Any]]:
+    replicated = config({"ffn": "dense"}, {"tensor": 2, "tensor_sequence": False})
+    cases: dict[str, Any] = {
+        "strided": ("strided_gradients", {"config": replicated, "weight": torch.randn(8, WIDTH), "factors": FACTORS})
+    }
+    for dispatcher in ("alltoall", "allgather"):
+        tree = config({}, {"expert": 2})
+        tree["model"]["moe"] = tree["model"]["moe"] | {"dispatcher": dispatcher}
+        for name, chosen in ROUTINGS.items():
+            cases[f"{dispatcher}-{name}"] = ("dispatch", {"config": tree, "x": list(X), "routing_map": [chosen] * 2})
+    return run(2, cases)
+
+
+def test_sums_over_tensor_ranks_of_strided_tensors(results: dict[str, list[Any]]) -> None:
+    for rank in results["strided"]:
+        assert_close(rank["transposed"], sum(FACTORS).T, FP32, "gradient of a shared weight")
+        assert_close(rank["expanded"], sum(FACTORS).sum().expand(8, WIDTH), FP32, "gradient of a region's input")
+        assert_close(rank["left"], sum(FACTORS).T, FP32, "output of a region")
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_dispatch(results: dict[str, list[Any]], dispatcher: str, name: str) -> None:
+    chosen = ROUTINGS[name]
+    factors = torch.arange(1.0, EXPERTS + 1)
+    for rank, result in enumerate(results[f"{dispatcher}-{name}"]):
+        scale = (chosen * factors).sum(1, keepdim=True) / 2  # every token goes to two experts, half and half
+        y = X[rank] * scale
+        assert_close(result["y"], y, FP32, "outputs")
+        assert_close(result["dx"], 2 * y * scale, FP32, "gradient of the tokens")
+        dprobs = (2 * y * X[rank]).sum(1, keepdim=True) * factors * chosen
+        assert_close(result["dprobs"], dprobs, FP32, "gradient of the probabilities")
+        assert result["counts"].tolist() == (2 * chosen.sum(0))[2 * rank : 2 * rank + 2].tolist()

@@ -57,6 +57,7 @@ class MegatronModel(LanguageModel):
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
         caches: list[Cache] | None = None,
+        keep: int = 0,
     ) -> Tensor:
         """As LanguageModel.forward, but `hidden` comes from the schedule and goes to it as `[T / tensor, B, D]`.
 
@@ -65,7 +66,7 @@ class MegatronModel(LanguageModel):
         if not self.pre_process:
             assert self._received is not None and hidden is None
             hidden = self._received.flatten(0, 1)
-        output = super().forward(tokens, layout, hidden=hidden, labels=labels, caches=caches)
+        output = super().forward(tokens, layout, hidden=hidden, labels=labels, caches=caches, keep=keep)
         if self.post_process:
             return output
         sent = output.view(-1, self.micro_batch, output.shape[-1])

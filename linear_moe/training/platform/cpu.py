@@ -113,7 +113,7 @@ def _cuda_type_names() -> Iterator[None]:
         result = original(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
-    torch.Tensor.type = typed  # type: ignore[method-assign]
+    torch.Tensor.type = typed  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

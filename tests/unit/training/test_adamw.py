@@ -79,7 +79,7 @@ def test_parameters_without_gradient_stay() -> None:
 def test_refuses_what_it_does_not_do() -> None:
     tensors = parameters(torch.float32)
     for flag in ({"adam_w_mode": False}, {"capturable": True}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="CUDA graph"):
             AdamW(tensors, **flag)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="closure"):
         AdamW(tensors).step(lambda: None)

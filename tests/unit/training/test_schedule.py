@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from linear_moe.config.schema import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
 from linear_moe.training.schedule import learning_rate, set_learning_rate
@@ -36,17 +37,16 @@ def config(**schedule: object) -> Config:
 )
 def test_values(schedule: dict[str, object], expected: dict[int, float]) -> None:
     for step, value in expected.items():
-        assert learning_rate(step, config(**schedule)) == pytest.approx(value, rel=1e-12), step
+        assert learning_rate(step, config(**schedule)) == pytest.approx(value, rel=1e-10), step
 
 
 def test_steps_count_from_one() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="counted from 1"):
         learning_rate(0, config())
 
 
 def test_set_learning_rate() -> None:
-    class Optimizer:
-        param_groups = [{"lr": 1.0}, {"lr": 2.0}]
-
-    set_learning_rate(Optimizer, 0.5)
-    assert [group["lr"] for group in Optimizer.param_groups] == [0.5, 0.5]
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 1.0}, {"params": weights[1:], "lr": 2.0}])
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]

@@ -1,0 +1,193 @@
+"""What the ranks of the checkpoint tests run. Imported after `platform.install()`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.schema import Config
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.host import ParameterSpec
+from linear_moe.training.checkpoint import SaveError, load_latest, save
+from linear_moe.training.faults import StopSignal
+from linear_moe.training.model import build_model
+from linear_moe.training.optimizer import build_optimizer
+from linear_moe.training.parallel import Groups
+from linear_moe.training.schedule import learning_rate, set_learning_rate
+from linear_moe.training.step import Stepper
+from tests.distributed.cases import start
+
+
+class Trainer:
+    """A model, its optimizer, and random batches that depend on the step alone."""
+
+    def __init__(self, config: Config, groups: Groups):
+        self.config, self.groups = config, groups
+        self.model = build_model(config, vocab_size(config), groups)
+        self.optimizer = build_optimizer(self.model, config)
+        self.stepper = Stepper(config, self.model, self.optimizer, groups.device, StopSignal())
+
+    def batches(self, step: int) -> Iterator[dict[str, Any]]:
+        t = self.config.training
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randint(0, vocab_size(self.config), (t.global_batch, t.sequence_length + 1), generator=generator)
+        positions = torch.arange(t.sequence_length).expand(t.micro_batch, -1)
+        for part in rows.split(t.micro_batch)[self.groups.data_rank :: self.groups.data_size]:
+            mask = torch.ones(t.micro_batch, t.sequence_length)
+            yield {"tokens": part[:, :-1], "labels": part[:, 1:], "loss_mask": mask, "positions": positions}
+
+    def run(self, steps: range) -> list[tuple[float, float]]:
+        """Train; every step's loss and gradient norm."""
+        results = []
+        for step in steps:
+            set_learning_rate(self.optimizer, learning_rate(step, self.config))
+            result = self.stepper.train(self.batches(step))
+            results.append((result.loss, result.gradient_norm))
+        return results
+
+    def save(self, step: int) -> Path:
+        return save(self.config, step, self.model, self.optimizer)
+
+    def load(self) -> int:
+        return load_latest(self.config, self.model, self.optimizer)
+
+    def weights(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """This rank's parameters, and where they lie in the full ones."""
+        (chunk,) = self.model
+        inner = chunk.module
+        found = {}
+        for name, parameter in inner.named_parameters():
+            spec: ParameterSpec = parameter.spec
+            offset = [0] * len(spec.shape)
+            for dim, axis in spec.axes.items():
+                offset[dim] = inner.host.rank(axis) * parameter.shape[dim]
+            found[name] = (tuple(offset), parameter.detach().clone())
+        return found
+
+
+def draw() -> list[float]:
+    """The next number of every random generator, and of Megatron's tracker its state."""
+    tracked = [state.double().sum().item() for state in get_cuda_rng_tracker().get_states().values()]
+    return [torch.rand(()).item(), random.random(), float(np.random.rand()), *tracked]  # noqa: NPY002
+
+
+def resume(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
+    """An uninterrupted run, and one resumed from its checkpoint in a model that began otherwise."""
+    tree, groups = start(config)
+    first = Trainer(tree, groups)
+    first.run(range(1, before + 1))
+    draw()
+    first.save(before)
+    numbers = draw()
+    went_on = first.run(range(before + 1, before + after + 1))
+    other = copy.deepcopy(tree)
+    other.training.seed += 1
+    second = Trainer(other, groups)
+    fresh = second.weights()
+    loaded = second.load()
+    numbers_again = draw()
+    resumed = second.run(range(before + 1, before + after + 1))
+    return {
+        "step": loaded,
+        "results": (went_on, resumed),
+        "weights": (first.weights(), second.weights()),
+        "fresh": fresh,
+        "random": (numbers, numbers_again),
+    }
+
+
+def write(config: dict[str, Any], steps: int, after: int) -> dict[str, Any]:
+    """Train, save, train on."""
+    trainer = Trainer(*start(config))
+    trainer.run(range(1, steps + 1))
+    folder = trainer.save(steps)
+    weights = trainer.weights()
+    return {"folder": folder, "weights": weights, "results": trainer.run(range(steps + 1, steps + after + 1))}
+
+
+def rewrite(config: dict[str, Any], run: str, after: int) -> dict[str, Any]:
+    """Resume what another layout saved, save it again at once in `run`, train on."""
+    tree, groups = start(config)
+    trainer = Trainer(tree, groups)
+    step = trainer.load()
+    weights = trainer.weights()
+    again = copy.deepcopy(tree)
+    again.run = run
+    folder = save(again, step, trainer.model, trainer.optimizer)
+    return {"folder": folder, "weights": weights, "results": trainer.run(range(step + 1, step + after + 1))}
+
+
+def load_error(config: dict[str, Any]) -> str:
+    """What loading says of a checkpoint that does not fit."""
+    trainer = Trainer(*start(config))
+    try:
+        trainer.load()
+    except ConfigError as error:
+        return str(error)
+    return "loaded"
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing a file beyond `size` bytes fails in this process, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def free_space(size: int) -> Iterator[None]:
+    """The file system says that `size` bytes are free."""
+    with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=size)):
+        yield
+
+
+def failing_saves(config: dict[str, Any], failures: dict[str, tuple[str, int, int]]) -> dict[str, Any]:
+    """A good save, a failing one per entry of `failures` (kind, bytes, on which rank), a good one, and a resume."""
+    tree, groups = start(config)
+    trainer = Trainer(tree, groups)
+    trainer.run(range(1, 3))
+    trainer.save(2)
+    expected = trainer.weights()
+    kinds = {"file size": file_size_limit, "free space": free_space}
+    errors, folders, states = {}, {}, {}
+    for step, (name, (kind, size, rank)) in enumerate(failures.items(), 3):
+        trainer.run(range(step, step + 1))
+        try:
+            with kinds[kind](size) if groups.rank == rank else contextlib.nullcontext():
+                trainer.save(step)
+            errors[name] = "saved"
+        except SaveError as error:
+            errors[name] = str(error)
+        dist.barrier()
+        folders[name] = sorted(f.name for f in (Path(tree.run) / "checkpoints").iterdir())
+        resumed = Trainer(tree, groups)
+        states[name] = resumed.load() == 2 and all(
+            torch.equal(value, expected[key][1]) for key, (_, value) in resumed.weights().items()
+        )
+    last = trainer.save(100)
+    return {
+        "errors": errors,
+        "folders": folders,
+        "previous is good": states,
+        "last": last.name,
+        "loads": trainer.load(),
+    }

@@ -1,0 +1,316 @@
+"""Checkpoints: exact resume, any layout into any other, torn and failing saves, other models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights
+from tests.distributed.harness import ROOT, run
+from tests.tolerances import FP32, assert_close
+
+AFTER = 20  # steps compared after a resume
+
+
+def config(
+    folder: Path, dtype: str = "fp32", parallel: dict[str, int] | None = None, **sections: Any
+) -> dict[str, Any]:
+    """A hybrid with bf16 or fp32 weights, and fp32 ones (Mamba2's) in either; experts, shared and routed."""
+    tree: dict[str, Any] = {
+        "run": str(folder),
+        "model": {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "pattern": "LN",
+            "mixer": {"type": "mamba2", "head_dim": 16, "num_groups": 2, "state_size": 16},
+            "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "shared_ffn_size": 16},
+        },
+        "training": {"sequence_length": 16, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "steps": 200},
+        "data": {"tokenizer": {"type": "bytes"}},
+        "parallel": parallel or {},
+    }
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section
+    return tree
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+PLAIN = {"optimizer": {"distributed": False}}
+OVERLAP = {"optimizer": {"overlap": True}}
+DTYPES = ("fp32", "bf16")
+RESUME: dict[str, tuple[int, str, dict[str, int], dict[str, Any]]] = {
+    "one": (1, "bf16", {}, {}),
+    "one-fp32": (1, "fp32", {}, {}),
+    "one-plain-fp32": (1, "fp32", {}, PLAIN),
+    "dp2": (2, "bf16", {}, {}),
+    "dp2-fp32-overlap": (2, "fp32", {}, OVERLAP),
+    "dp2-plain": (2, "bf16", {}, PLAIN),
+    "ep2-overlap": (2, "bf16", {"expert": 2}, OVERLAP),
+    "ep2-plain-fp32": (2, "fp32", {"expert": 2}, PLAIN),
+    "tp2": (2, "bf16", {"tensor": 2}, {}),
+    "pp2-fp32": (2, "fp32", {"pipeline": 2}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    root = tmp_path_factory.mktemp("resume")
+    results: dict[str, list[Any]] = {}
+    for world in (1, 2):
+        cases = {}
+        for name, (size, dtype, parallel, sections) in RESUME.items():
+            tree = config(root / name, dtype, parallel, **sections)
+            if size == world:
+                cases[name] = ("resume", {"config": tree, "before": 3, "after": AFTER})
+        results |= run(world, cases)
+    return results
+
+
+@pytest.mark.parametrize("name", RESUME)
+def test_resume_is_exact(resumed: dict[str, list[Any]], name: str) -> None:
+    kinds = set()
+    for rank in resumed[name]:
+        assert rank["step"] == 3
+        went_on, again = rank["results"]
+        assert len(went_on) == AFTER and went_on == again
+        assert len({loss for loss, _ in went_on}) == AFTER
+        expected, actual = rank["weights"]
+        assert expected.keys() == actual.keys()
+        for parameter, (_, value) in expected.items():
+            assert torch.equal(actual[parameter][1], value), parameter
+            kinds.add(value.dtype)
+        changed = [not torch.equal(rank["fresh"][p][1], expected[p][1]) for p in expected]
+        assert all(changed), "the model that resumes must begin with other weights"
+        numbers, numbers_again = rank["random"]
+        assert numbers == numbers_again and len(set(numbers)) > 1
+    assert kinds == {torch.float32} | ({torch.bfloat16} if RESUME[name][1] == "bf16" else set())
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
+    "one": (1, {}, {}),
+    "dp2": (2, {}, {}),
+    "ep2-plain": (2, {"expert": 2}, PLAIN),
+    "tp2": (2, {"tensor": 2}, {}),
+    "tp2-ep2": (2, {"tensor": 2, "expert": 2}, OVERLAP),
+    "tp2-etp2": (2, {"tensor": 2, "expert_tensor": 2}, {}),
+    "pp2": (2, {"pipeline": 2}, {}),
+}
+WRITERS = ("one", "tp2-ep2")
+PAIRS = [(writer, reader) for writer in WRITERS for reader in LAYOUTS if writer != reader]
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
+    root = tmp_path_factory.mktemp("layouts")
+    results: dict[Any, list[Any]] = {"dtype": [request.param]}
+    for writer in WRITERS:
+        world, parallel, sections = LAYOUTS[writer]
+        tree = config(root / writer, request.param, parallel, **sections)
+        results |= run(world, {writer: ("write", {"config": tree, "steps": 3, "after": 3})})
+    for world in (1, 2):
+        cases = {}
+        for writer, reader in PAIRS:
+            size, parallel, sections = LAYOUTS[reader]
+            tree = config(root / writer, request.param, parallel, **sections)
+            if size == world:
+                arguments = {"config": tree, "run": str(root / f"{writer}-{reader}"), "after": 3}
+                cases[f"{writer}-{reader}"] = ("rewrite", arguments)
+        results |= run(world, cases)
+    return results
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole, by PyTorch's own reader."""
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def assert_parts(ranks: list[Any], full: dict[str, Tensor]) -> None:
+    """Every rank's parameters are their part of the full ones, and together they are all."""
+    seen = set()
+    for rank in ranks:
+        for name, (offset, value) in rank["weights"].items():
+            part = full[name][tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))]
+            assert torch.equal(part, value) and part.dtype == value.dtype, name
+            seen.add(name)
+    assert seen == full.keys()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_full_weights(layouts: dict[Any, list[Any]], writer: str) -> None:
+    folder = layouts[writer][0]["folder"]
+    full = load_full_weights(folder)
+    assert_parts(layouts[writer], full)
+    for name, master in load_full_weights(folder, fp32=True).items():
+        assert master.dtype is torch.float32 and torch.equal(master.to(full[name].dtype), full[name])
+
+
+@pytest.mark.parametrize(("writer", "reader"), PAIRS)
+def test_other_layout(layouts: dict[Any, list[Any]], writer: str, reader: str) -> None:
+    """Weights and optimizer state survive the way through another layout bit for bit; training goes on alike."""
+    ranks = layouts[f"{writer}-{reader}"]
+    assert_parts(ranks, load_full_weights(layouts[writer][0]["folder"]))
+    expected, actual = all_tensors(layouts[writer][0]["folder"]), all_tensors(ranks[0]["folder"])
+    assert expected.keys() == actual.keys()
+    assert {key.split(".")[0] for key in expected} == {"model", "optimizer"}
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+        assert value.any(), f"{key} is all zero"
+    if layouts["dtype"] == ["fp32"]:
+        losses = [torch.tensor(side[0]["results"], dtype=torch.float64) for side in (layouts[writer], ranks)]
+        assert_close(losses[1], losses[0], FP32, "losses and norms after the resume")
+
+
+def test_read_without_megatron(layouts: dict[Any, list[Any]]) -> None:
+    code = (
+        "import sys; sys.modules['megatron'] = None\n"
+        "from linear_moe.inference.checkpoint_reader import load_full_weights\n"
+        f"print(len(load_full_weights({str(layouts['one'][0]['folder'])!r})))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(layouts["one"][0]["weights"])
+
+
+# -- torn and failing saves -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints folder of a run with steps 2 and 4, both good."""
+    root = tmp_path_factory.mktemp("torn") / "run"
+    for step in (2, 4):
+        tree = config(root, checkpoint={"keep": 2})
+        run(1, {"write": ("write", {"config": tree, "steps": step, "after": 0})})
+    return root / "checkpoints"
+
+
+@pytest.fixture
+def copied(checkpoints: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints, tmp_path / "checkpoints"))
+
+
+def test_latest(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert [f.name for f in complete_checkpoints(copied)] == ["step_00000002", "step_00000004"]
+    assert latest_checkpoint(copied) == copied / "step_00000004" and not caplog.records
+    (copied / "latest").write_text("step_00000002\n")
+    assert latest_checkpoint(copied) == copied / "step_00000002" and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "damage", ["latest missing", "latest elsewhere", "file missing", "file short", "no info", "bad info"]
+)
+def test_torn_checkpoint_is_not_taken(copied: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    newest = copied / "step_00000004"
+    data = next(newest.glob("*.distcp"))
+    if damage == "latest missing":
+        (copied / "latest").unlink()
+    elif damage == "latest elsewhere":
+        (copied / "latest").write_text("step_00000007\n")
+    elif damage == "file missing":
+        data.unlink()
+    elif damage == "file short":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif damage == "no info":
+        (newest / "checkpoint.json").unlink()
+    else:
+        (newest / "checkpoint.json").write_text('{"files": {')
+    whole = damage.startswith("latest")
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(copied) == copied / ("step_00000004" if whole else "step_00000002")
+    (record,) = caplog.records
+    assert "taking the newest complete checkpoint" in record.getMessage()
+
+
+def test_nothing_complete_is_an_error(copied: Path) -> None:
+    for info in copied.glob("*/checkpoint.json"):
+        info.unlink()
+    with pytest.raises(ConfigError, match="so is every other checkpoint"):
+        latest_checkpoint(copied)
+    assert latest_checkpoint(copied / "elsewhere") is None
+
+
+FAILURES = {  # kind, bytes, rank
+    "data of rank 0": ("file size", 20_000, 0),
+    "data of rank 1": ("file size", 20_000, 1),
+    "at the first byte": ("file size", 0, 1),
+    "no space beforehand": ("free space", 100_000, 0),
+}
+
+
+def test_failing_saves(tmp_path: Path) -> None:
+    tree = config(tmp_path / "run", checkpoint={"keep": 1})
+    (ranks,) = run(2, {"failing": ("failing_saves", {"config": tree, "failures": FAILURES})}, timeout=60).values()
+    for name, (kind, _, _) in FAILURES.items():
+        for rank in ranks:
+            assert rank["errors"][name] == ranks[0]["errors"][name]
+            assert rank["folders"][name] == ["latest", "step_00000002"]
+            assert rank["previous is good"][name]
+        reason = "File too large" if kind == "file size" else "are free"
+        message = ranks[0]["errors"][name]
+        assert reason in message and "step_00000002 stays valid" in message and "\n" not in message
+    assert all(rank["last"] == "step_00000100" and rank["loads"] == 100 for rank in ranks)
+    assert [f.name for f in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["latest", "step_00000100"]
+
+
+# -- other models -----------------------------------------------------------------------------------------------------
+CHECK = "from linear_moe.training import platform; platform.install()\n" + (
+    "import sys, json; from linear_moe.config.load import from_dict; from linear_moe.config.schema import Config\n"
+    "from linear_moe.training.checkpoint import check_resume\n"
+    "for tree in json.loads(sys.argv[1]):\n"
+    "    try: check_resume(from_dict(Config, tree)); print('ok')\n"
+    "    except ValueError as error: print(error)\n"
+)
+
+
+def test_other_model(checkpoints: Path) -> None:
+    """By configuration, before there are process groups; by parameters, before they are read."""
+    same = config(checkpoints.parent)
+    changes: dict[str, Any] = {
+        "ok": {},
+        "model.hidden_size = 64": {"hidden_size": 64},
+        "model.pattern = 'NL'": {"pattern": "NL"},
+        "model.mixer.state_size = 32": {"mixer": same["model"]["mixer"] | {"state_size": 32}},
+        "model.mixer.type = 'gla'": {"mixer": {"type": "gla"}},
+        "model.moe.num_experts = 8": {"moe": same["model"]["moe"] | {"num_experts": 8}},
+    }
+    trees = [same | {"model": same["model"] | change} for change in changes.values()]
+    free = same["model"]["moe"] | {"aux_loss": 0.5, "dispatcher": "allgather", "experts": "sequential"}
+    trees.append(same | {"model": same["model"] | {"moe": free}, "parallel": {"tensor": 2}, "optimizer": {"lr": 1.0}})
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, json.dumps(trees)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *lines, last = done.stdout.splitlines()
+    for line, start in zip(lines, changes, strict=True):
+        assert line.startswith(start), line
+        assert start == "ok" or "step_00000004 has" in line
+    assert last == "ok", "what leaves the weights' meaning alone is no error"
+    cases = {
+        "missing": ("load_error", {"config": same | {"model": same["model"] | {"tie_embeddings": True}}}),
+        "shape": ("load_error", {"config": same | {"model": same["model"] | {"vocab_size": 640}}}),
+        "layer": ("load_error", {"config": same | {"model": same["model"] | {"num_layers": 3, "pattern": "LNN"}}}),
+    }
+    results = run(1, cases)
+    assert "parameter head.weight is 384x32 there and missing here" in results["missing"][0]
+    assert "parameter embedding.weight is 384x32 there and 640x32 here" in results["shape"][0]
+    assert "parameter layers.2." in results["layer"][0] and "missing there" in results["layer"][0]

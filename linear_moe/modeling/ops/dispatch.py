@@ -86,7 +86,7 @@ def choose(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        fits = v.is_cuda and v.dtype != torch.float32 and unsupported is None and has_fla()
+        fits = v.is_cuda and v.element_size() == 2 and unsupported is None and has_fla()
         return implementations["gpu" if fits else "chunk"]
     if backend == "gpu":
         if not v.is_cuda:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import run
-from tests.tolerances import FP32, assert_close
+from tests.tolerances import BF16, FP32, assert_close
 
 # Every mixer with its options on, so that shared and split biases, norms and convolutions are all there.
 MIXERS: dict[str, dict[str, Any]] = {
@@ -45,6 +45,7 @@ HYBRID = {"pattern": "LN", "symbols": {"N": {"ffn": "dense"}}}
 DENSE = {"ffn": "dense"}
 MODELS: dict[str, dict[str, Any]] = {name: {"mixer": mixer} for name, mixer in MIXERS.items()}
 MODELS |= {"hybrid": HYBRID, "dense": DENSE}
+BF16_TRAINING = {"training": {"dtype": "bf16"}}
 TP2 = {"tensor": 2}
 
 # name -> (model, parallel sizes, other sections)
@@ -79,8 +80,9 @@ def case(model: str, parallel: dict[str, Any], sections: dict[str, Any]) -> tupl
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    one = run(1, {name: case(name, {}, {}) for name in MODELS})
-    two = run(2, {name: case(*spec) for name, spec in TWO.items()})
+    one = run(1, {name: case(name, {}, {}) for name in MODELS} | {"bf16": case("gated_deltanet", {}, BF16_TRAINING)})
+    bf16 = {"bf16-tp2-ep2": case("gated_deltanet", {"tensor": 2, "expert": 2}, BF16_TRAINING)}
+    two = run(2, {name: case(*spec) for name, spec in TWO.items()} | bf16)
     four = run(4, {name: case(*spec) for name, spec in FOUR.items()})
     return one | two | four
 
@@ -121,3 +123,10 @@ def test_equals_one_process(results: dict[str, list[Any]], name: str) -> None:
         assert_close(torch.tensor(rank["norms"]), torch.tensor(reference[0]["norms"]), FP32, "gradient norms")
         for step, expected_losses in enumerate(reference[0]["router"]):
             assert rank["router"][step] == pytest.approx(expected_losses, rel=FP32)
+
+
+def test_bf16(results: dict[str, list[Any]]) -> None:
+    """bf16 weights and collectives, fp32 gates and gradients: near the same training in one process."""
+    reference, ranks = results["bf16"], results["bf16-tp2-ep2"]
+    assert_close(losses(ranks), losses(reference), BF16, "losses")
+    assert_close(torch.tensor(ranks[0]["norms"]), torch.tensor(reference[0]["norms"]), BF16, "gradient norms")

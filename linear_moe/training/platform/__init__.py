@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
+@cache
 def install() -> None:
     """Make Megatron-Core usable here; call it before anything imports `megatron.core`. Idempotent."""
     from linear_moe.training.platform import cpu

@@ -19,11 +19,8 @@ CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Put all stand-ins in place, once. Must run before `megatron.core` is imported (see `disable_compile`)."""
-    if getattr(torch.cuda, "_linear_moe_stand_in", False):
-        return
+    """Put all stand-ins in place. Must run before `megatron.core` is imported (see `disable_compile`)."""
     assert "megatron.core" not in sys.modules, "platform.install() must run before megatron.core is imported"
-    torch.cuda._linear_moe_stand_in = True  # type: ignore[attr-defined]
     disable_compile()
     replace_streams()
     replace_random_state()
@@ -47,8 +44,6 @@ def disable_compile() -> None:
 
 class Stream:
     """The one stream of a CPU: everything on it has already happened."""
-
-    def wait_stream(self, stream: Stream) -> None: ...
 
     def record_event(self, event: object = None) -> Stream:
         return self
@@ -76,8 +71,7 @@ def replace_random_state() -> None:
     """
     cuda: Any = torch.cuda
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
 
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -88,7 +82,7 @@ def replace_random_state() -> None:
 
 
 def redirect_factories() -> None:
-    """Defect: literal `device="cuda"` (token counts of schedules, norms of clipping) and `.cuda()` (checkpoints)."""
+    """Defect: literal `device="cuda"`, for token counts of the schedules and norms of clipping."""
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
@@ -100,9 +94,7 @@ def redirect_factories() -> None:
 
         return create
 
-    for name in ("empty", "ones", "tensor", "zeros"):
-        setattr(torch, name, on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.tensor, torch.zeros = on_cpu(torch.tensor), on_cpu(torch.zeros)
 
 
 @contextlib.contextmanager

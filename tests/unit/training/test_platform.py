@@ -1,0 +1,65 @@
+"""The platform layer, each time in a fresh process: it changes torch for good."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
+def test_stand_ins() -> None:
+    done = python(
+        """
+        from linear_moe.training import platform
+        platform.install()
+        import torch
+        zeros, moved = torch.zeros, __import__("megatron.core.tensor_parallel.mappings", fromlist=["_"])
+        repaired = moved._reduce
+        platform.install()
+        assert torch.zeros is zeros and moved._reduce is repaired, "installed twice"
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2, device="meta").device.type == "meta"
+        x = torch.zeros(1)
+        assert x.type() == "torch.FloatTensor", "CUDA type names outside the optimizer"
+        torch.cuda.manual_seed(7)
+        a = torch.rand(3)
+        torch.manual_seed(7)
+        assert torch.equal(torch.rand(3), a)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
+def test_must_come_first() -> None:
+    done = python(
+        """
+        import megatron.core
+        from linear_moe.training import platform
+        platform.install()
+        """
+    )
+    assert done.returncode != 0 and "before megatron.core is imported" in done.stderr
+
+
+def test_machine() -> None:
+    from importlib.metadata import version
+
+    from linear_moe.training.platform.capabilities import machine
+
+    found = machine()
+    assert found.torch == torch.__version__ and found.megatron_core == version("megatron-core")
+    assert (found.devices > 0) == torch.cuda.is_available() == (found.device != "cpu")
+    assert "triton=None" not in str(found)

@@ -16,6 +16,7 @@ from linear_moe.config.validate import validate
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.moe.router import route
 from linear_moe.training import parallel
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import transformer_config
@@ -50,8 +51,10 @@ def sequences(config: Config, groups: Groups, step: int) -> Iterator[Tensor]:
 
 
 def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train: the summed loss of every step's tokens on this replica (last stage only), the first step's gradients
-    before clipping, gradient norms and router losses.
+    """Train, then validate once.
+
+    Returns the summed loss of the tokens of every step and of the validation on this replica (last stage only), the
+    first step's gradients before clipping, gradient norms and router losses.
     """
     tree, groups = start(config)
     model = build_model(tree, vocab_size(tree), groups)
@@ -70,10 +73,7 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
 
         return losses, reduce
 
-    for step in range(steps):
-        for chunk in model:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
+    def run(step: int, **options: bool) -> None:
         losses = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=sequences(tree, groups, step),
@@ -81,17 +81,24 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
             num_microbatches=ROWS // tree.training.micro_batch // groups.data_size,
             seq_length=LENGTH,
             micro_batch_size=tree.training.micro_batch,
-            forward_only=False,
-            force_all_reduce=step == 0,
+            **options,
         )
+        result["losses"].append(sum(losses) if losses else None)
+
+    for step in range(steps):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        run(step, forward_only=False, force_all_reduce=step == 0)
         if step == 0:
             (chunk,) = model
             inner = chunk.module
             result["gradients"] = {name: shard(inner, p) for name, p in inner.named_parameters()}
-        result["losses"].append(sum(losses) if losses else None)
         _, norm, _ = optimizer.step()
         result["norms"].append(float(norm))
         result["router"].append(model[0].module.host.pop_router_losses())
+    with torch.no_grad():
+        run(steps, forward_only=True)
     return result
 
 
@@ -127,3 +134,13 @@ def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor])
     y = dispatcher.combine(sent * (expert + 1).unsqueeze(-1) * weights.unsqueeze(-1))
     y.square().sum().backward()
     return {"y": y.detach(), "counts": counts, "dx": tokens.grad, "dprobs": probs.grad * chosen}
+
+
+def router_losses(config: dict[str, Any], logits: Tensor) -> dict[str, Any]:
+    """The gradient that the router's losses alone give this tensor rank's part of `logits`, and what is logged."""
+    tree, groups = start(config)
+    host = MegatronHost(transformer_config(tree), groups.device)
+    part = logits.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
+    probs, routing_map = route(part, tree.model.moe)
+    (host.router_losses(probs, part, routing_map, tree.model.moe, layer=0) * 0).sum().backward()
+    return {"gradient": part.grad, "logged": host.pop_router_losses()}

@@ -34,6 +34,10 @@ def results() -> dict[str, list[Any]]:
     cases: dict[str, Any] = {
         "strided": ("strided_gradients", {"config": replicated, "weight": torch.randn(8, WIDTH), "factors": FACTORS})
     }
+    for score in ("softmax", "sigmoid"):
+        tree = config({}, {"tensor": 2})
+        tree["model"]["moe"] = tree["model"]["moe"] | {"score": score, "aux_loss": 0.1, "z_loss": 0.01}
+        cases[f"losses-{score}"] = ("router_losses", {"config": tree, "logits": X[0, :, :EXPERTS]})
     for dispatcher in ("alltoall", "allgather"):
         tree = config({}, {"expert": 2})
         tree["model"]["moe"] = tree["model"]["moe"] | {"dispatcher": dispatcher}
@@ -62,3 +66,19 @@ def test_dispatch(results: dict[str, list[Any]], dispatcher: str, name: str) -> 
         dprobs = (2 * y * X[rank]).sum(1, keepdim=True) * factors * chosen
         assert_close(result["dprobs"], dprobs, FP32, "gradient of the probabilities")
         assert result["counts"].tolist() == (2 * chosen.sum(0))[2 * rank : 2 * rank + 2].tolist()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_router_losses(results: dict[str, list[Any]], score: str) -> None:
+    """Tokens times Switch Transformer's equation 4 and ST-MoE's equation 5, over all tokens of the micro-batch."""
+    logits = X[0, :, :EXPERTS].clone().requires_grad_()
+    scores = logits.softmax(1) if score == "softmax" else logits.sigmoid()
+    share = torch.bincount(logits.topk(2).indices.flatten(), minlength=EXPERTS) / (2 * TOKENS)
+    balance = EXPERTS * (share * (scores / scores.sum(1, keepdim=True)).mean(0)).sum()
+    z = logits.logsumexp(1).square().mean()
+    (TOKENS * (0.1 * balance + 0.01 * z)).backward()
+    ranks = results[f"losses-{score}"]
+    assert_close(torch.cat([rank["gradient"] for rank in ranks]), logits.grad, FP32, "gradient of the logits")
+    for rank in ranks:
+        assert rank["logged"]["load_balancing_loss"] == pytest.approx(balance.item(), rel=FP32)
+        assert rank["logged"]["router_z_loss"] == pytest.approx(z.item(), rel=FP32)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
+from linear_moe.config.vocabulary import embedding_rows
 from linear_moe.plan import flops_per_token
 from linear_moe.training import parallel
 from linear_moe.training.checkpoint import load_latest, save
@@ -28,7 +29,7 @@ def train(config: Config, data: PreparedData) -> int:
     started = time.perf_counter()
     stop = StopSignal()
     groups = parallel.initialize(config)
-    model = build_model(config, data.vocab_size, groups)
+    model = build_model(config, embedding_rows(config.model, data.vocab_size), groups)
     optimizer = build_optimizer(model, config)
     run, training = Path(config.run), config.training
     step = load_latest(config, model, optimizer)
@@ -70,7 +71,8 @@ def train(config: Config, data: PreparedData) -> int:
             path = save(config, step, model, optimizer)
             log.event("checkpoint", step=step, path=str(path))
             speed.restart()
-        if step == training.steps or (training.eval_every and step % training.eval_every == 0):
+        validates = step == training.steps or (training.eval_every and step % training.eval_every == 0)
+        if validates and data.has_validation:
             validation = stepper.validate(
                 validation_batches(data, config, groups.data_rank, groups.data_size), training.eval_batches
             )

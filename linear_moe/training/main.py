@@ -7,8 +7,8 @@ import logging
 import os
 import warnings
 
+from linear_moe.check import check
 from linear_moe.config.load import load_config
-from linear_moe.config.validate import validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,18 +27,15 @@ def quiet() -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train as the configuration says; rerunning the same command resumes. Returns the exit code."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    config = load_config(args.config, args.overrides)
-    validate(config, world)
-
     quiet()
+    config = load_config(args.config, args.overrides)
+    check(config, int(os.environ.get("WORLD_SIZE", 1)))
+
     from linear_moe.training import platform
 
     platform.install()
 
-    from linear_moe.training.checkpoint import check_resume
     from linear_moe.training.data import prepare_data
     from linear_moe.training.loop import train
 
-    check_resume(config)
     return train(config, prepare_data(config))

@@ -107,3 +107,22 @@ def fla(module: str) -> ModuleType:
     if not has_fla():
         raise ImportError("the GPU kernels need flash-linear-attention and triton: pip install 'linear-moe[gpu]'")
     return importlib.import_module(f"fla.{module}")
+
+
+def tiled(key_dim: int) -> int:
+    """`key_dim` rounded up to the size that the kernels are given.
+
+    flash-linear-attention 0.6.0's `chunk_bwd_dqkwg`, under Triton 3.7.1 on an H100, has configurations that its tuner
+    may choose for K below 64 and that then give wrong gradients (K = 32) or fault (K = 24). Zero channels change nothing.
+    """
+    return -(-key_dim // 64) * 64
+
+
+def pad_keys(x: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros behind `x` along `dim`, up to `size`."""
+    missing = size - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_zeros(shape)], dim)

@@ -16,6 +16,7 @@ from linear_moe.config.schema import Config
 from linear_moe.inference.checkpoint_reader import latest_checkpoint, read_info, read_tensors, weight_shapes
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.training.checkpoint import state
+from linear_moe.training.checkpoint.collective import on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def check_resume(config: Config) -> None:
 
     Needs no process group; does nothing where there is no checkpoint.
     """
-    folder = latest_checkpoint(Path(config.run) / "checkpoints")
+    folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
     if folder is None:
         return
     saved, now = (dict(_leaves(tree["model"])) for tree in (read_info(folder)["config"], config.to_dict()))
@@ -57,19 +58,16 @@ def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) 
 
     Weights, Adam's moments and step are restored in any layout; the random states only in the one that saved them.
     """
-    found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        found[0] = latest_checkpoint(Path(config.run) / "checkpoints")
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    folder = on_rank_0(lambda: latest_checkpoint(Path(config.run) / "checkpoints"))
+    if folder is None:
         return 0
-    info = load(found[0], model, optimizer)
+    info = load(folder, model, optimizer)
     now = config.to_dict()["parallel"]
     if info["world"] == dist.get_world_size() and info["config"]["parallel"] == now:
         rng = state.rng_object(None)
-        state.set_rng_state(_read(found[0], {rng.unique_key: [rng]})[rng.unique_key][0])
+        state.set_rng_state(_read(folder, {rng.unique_key: [rng]})[rng.unique_key][0])
     elif dist.get_rank() == 0:
-        logger.warning("%s was saved in another layout: the random generators start anew", found[0])
+        logger.warning("%s was saved in another layout: the random generators start anew", folder)
     return info["step"]
 
 

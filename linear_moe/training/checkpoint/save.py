@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from linear_moe.inference.checkpoint_reader import (
     INFO,
     LATEST,
     complete_checkpoints,
-    latest_checkpoint,
     step_name,
 )
 from linear_moe.training.checkpoint import state
+from linear_moe.training.checkpoint.collective import on_rank_0
+
+logger = logging.getLogger(__name__)
 
 
 class SaveError(ConfigError):
@@ -42,9 +44,9 @@ def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimiz
     It is written to a sibling folder, read back, renamed, and only then named in `latest`; then checkpoints beyond
     the newest `checkpoint.keep` are removed.
 
-    Megatron-Core's format and planners, but not its `dist_checkpointing.save`: that one writes in forked processes and
-    on rank 0 alone between collectives, and hangs the other ranks when one of those fails, on a full disk for instance
-    (0.16.1 and 0.19.2). PyTorch's writer runs in this process and reports every rank's failure to all.
+    Megatron-Core's format and planners, but not its `dist_checkpointing.save`: that one writes in forked processes, and
+    on rank 0 alone between collectives, so that the other ranks wait for ever when one of those fails, as on a full
+    disk (0.16.1 and 0.19.2). PyTorch's writer runs in this process and reports every rank's failure to all.
 
     Raises:
         SaveError: no space, no permission, ...; on all ranks. What was written is removed.
@@ -58,16 +60,16 @@ def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimiz
     rng = state.rng_object(state.rng_state())
     info = _info(config, step, model, optimizer)
     try:
-        _on_rank_0(lambda: _prepare(partial, needed))
+        on_rank_0(lambda: _prepare(partial, needed))
         _write(partial, mcore_to_pyt_state_dict({**tensors, rng.unique_key: [rng]}))
-        _on_rank_0(lambda: _publish(partial, final, info))
-        _on_rank_0(lambda: _prune(checkpoints, config.checkpoint.keep))
+        on_rank_0(lambda: _publish(partial, final, info))
     except OSError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         reason = f"checkpoint not saved: {error.strerror or error}"
         raise SaveError(str(final), ..., reason, fix=_way_out(checkpoints)) from error
+    on_rank_0(lambda: _prune(checkpoints, config.checkpoint.keep))
     return final
 
 
@@ -96,19 +98,6 @@ def _info(config: Config, step: int, model: list[Any], optimizer: MegatronOptimi
         "dtypes": {name: dtype for rank in dtypes for name, dtype in rank.items()},
         "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
     }
-
-
-def _on_rank_0(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0; its OSError is raised on all ranks."""
-    outcome: list[OSError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            outcome[0] = OSError(error.errno, error.strerror or str(error))
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
 
 
 def _prepare(partial: Path, needed: int) -> None:
@@ -199,14 +188,17 @@ def _sync(folder: Path) -> None:
 
 def _prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep` complete checkpoints, and what killed saves left behind."""
-    for folder in complete_checkpoints(checkpoints)[:-keep]:
-        (folder / INFO).unlink()  # first: half removed, it must not count as complete
-        shutil.rmtree(folder)
-    for leftover in checkpoints.glob(".step_*"):
-        shutil.rmtree(leftover)
+    try:
+        for folder in complete_checkpoints(checkpoints)[:-keep]:
+            (folder / INFO).unlink()  # first: half removed, it must not count as complete
+            shutil.rmtree(folder)
+        for leftover in checkpoints.glob(".step_*"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        logger.warning("%s: an old checkpoint could not be removed: %s", checkpoints, error)
 
 
 def _way_out(checkpoints: Path) -> str:
-    last = latest_checkpoint(checkpoints)
-    kept = f"{last.name} stays valid" if last else "there is no earlier one"
+    complete = complete_checkpoints(checkpoints)
+    kept = f"{complete[-1].name} stays valid" if complete else "there is no earlier one"
     return f"{kept}; free some space or change `run`, and rerun the command"

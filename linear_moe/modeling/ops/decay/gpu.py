@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from linear_moe.modeling.ops.dispatch import fla
+from linear_moe.modeling.ops.dispatch import fla, pad_keys, tiled
 
 # The kernels subtract cumulative sums of gates, which ruins small gates after huge ones; exp(-80) is nothing already.
 MIN_GATE = -80.0
@@ -26,19 +26,21 @@ def decay(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80."""
+    keys, size = q.shape[-1], tiled(q.shape[-1])
     inputs = {
-        "q": q.to(v.dtype),
-        "k": k.to(v.dtype),
+        "q": pad_keys(q.to(v.dtype), -1, size),
+        "k": pad_keys(k.to(v.dtype), -1, size),
         "v": v,
         "scale": scale,
-        "initial_state": initial_state,
+        "initial_state": None if initial_state is None else pad_keys(initial_state, 2, size),
         "output_final_state": True,
         "cu_seqlens": cu_seqlens,
     }
     if g is not None:
         inputs["g"] = g.float().clamp(min=MIN_GATE)
     if g is not None and g.ndim == 4:
+        inputs["g"] = pad_keys(inputs["g"], -1, size)
         o, state = fla("ops.gla").chunk_gla(**inputs)
     else:
         o, state = fla("ops.simple_gla").chunk_simple_gla(**inputs)
-    return o.to(v.dtype), state
+    return o.to(v.dtype), state[:, :, :keys]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
-from linear_moe.modeling.ops.dispatch import fla
+from linear_moe.modeling.ops.dispatch import fla, pad_keys, tiled
 
 MAX_KEY_DIM = 256
 
@@ -32,13 +32,14 @@ def delta(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.delta.delta`. Products in v's dtype; gates below -80 count as -80."""
+    keys, size = q.shape[-1], tiled(q.shape[-1])
     inputs = {
-        "q": q.to(v.dtype),
-        "k": k.to(v.dtype),
+        "q": pad_keys(q.to(v.dtype), -1, size),
+        "k": pad_keys(k.to(v.dtype), -1, size),
         "v": v,
         "beta": beta,
         "scale": scale,
-        "initial_state": initial_state,
+        "initial_state": None if initial_state is None else pad_keys(initial_state, 2, size),
         "output_final_state": True,
         "cu_seqlens": cu_seqlens,
     }
@@ -47,4 +48,4 @@ def delta(
     else:
         gate = g.float().clamp(min=MIN_GATE)
         o, state = fla("ops.gated_delta_rule").chunk_gated_delta_rule(g=gate, **inputs)
-    return o.to(v.dtype), state
+    return o.to(v.dtype), state[:, :, :keys]

@@ -50,11 +50,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted((f for f in folders if is_complete(f)), key=lambda f: int(f.name.removeprefix("step_")))
 
 
-def latest_checkpoint(checkpoints: Path) -> Path | None:
+def latest_checkpoint(checkpoints: Path, *, warn: bool = True) -> Path | None:
     """The checkpoint to resume from: the one that `latest` names if it is complete, else the newest complete one.
 
-    Logs a warning where it is not the one that `latest` names. Raises ConfigError where checkpoints exist and none
-    is complete, rather than let a training start again from nothing.
+    Logs a warning, unless told not to, where it is not the one that `latest` names. Raises ConfigError where `latest`
+    names one and none is complete, rather than let a training start again from nothing.
     """
     named = None
     try:
@@ -66,9 +66,9 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     complete = complete_checkpoints(checkpoints)
     if complete:
         problem = f"names {named}, which is missing or incomplete" if named else "is missing"
-        logger.warning(
-            "%s %s: taking the newest complete checkpoint, %s", checkpoints / LATEST, problem, complete[-1].name
-        )
+        if warn:
+            message = "%s %s: taking the newest complete checkpoint, %s"
+            logger.warning(message, checkpoints / LATEST, problem, complete[-1].name)
         return complete[-1]
     if named:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import random
 import resource
 import shutil
@@ -16,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
@@ -23,14 +25,20 @@ from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
+from linear_moe.training import model as training_model
 from linear_moe.training.checkpoint import SaveError, load_latest, save
 from linear_moe.training.faults import StopSignal
 from linear_moe.training.model import build_model
-from linear_moe.training.optimizer import build_optimizer
+from linear_moe.training.optimizer import build_optimizer, ddp_config
 from linear_moe.training.parallel import Groups
 from linear_moe.training.schedule import learning_rate, set_learning_rate
 from linear_moe.training.step import Stepper
 from tests.distributed.cases import start
+
+
+def small_buckets(config: Config) -> DistributedDataParallelConfig:
+    """Several buckets, with padding between them, where gradients are reduced during the backward pass."""
+    return dataclasses.replace(ddp_config(config), bucket_size=1000 if config.optimizer.overlap else None)
 
 
 class Trainer:
@@ -38,7 +46,9 @@ class Trainer:
 
     def __init__(self, config: Config, groups: Groups):
         self.config, self.groups = config, groups
-        self.model = build_model(config, vocab_size(config), groups)
+        with mock.patch.object(training_model, "ddp_config", small_buckets):
+            self.model = build_model(config, vocab_size(config), groups)
+        assert (len(self.model[0].buffers[0].buckets) > 1) == config.optimizer.overlap
         self.optimizer = build_optimizer(self.model, config)
         self.stepper = Stepper(config, self.model, self.optimizer, groups.device, StopSignal())
 
@@ -130,6 +140,19 @@ def rewrite(config: dict[str, Any], run: str, after: int) -> dict[str, Any]:
     again.run = run
     folder = save(again, step, trainer.model, trainer.optimizer)
     return {"folder": folder, "weights": weights, "results": trainer.run(range(step + 1, step + after + 1))}
+
+
+def decay(config: dict[str, Any], lr: float) -> dict[str, Any]:
+    """Every parameter before and after a step without gradients, which only weight decay changes."""
+    trainer = Trainer(*start(config))
+    before = {name: value for name, (_, value) in trainer.weights().items()}
+    decays = {name: p.spec.decay for name, p in trainer.model[0].module.named_parameters()}
+    trainer.model[0].zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    set_learning_rate(trainer.optimizer, lr)
+    trainer.optimizer.step()
+    after = {name: value for name, (_, value) in trainer.weights().items()}
+    return {"before": before, "after": after, "decays": decays}
 
 
 def load_error(config: dict[str, Any]) -> str:

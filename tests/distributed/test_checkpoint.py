@@ -101,6 +101,25 @@ def test_resume_is_exact(resumed: dict[str, list[Any]], name: str) -> None:
     assert kinds == {torch.float32} | ({torch.bfloat16} if RESUME[name][1] == "bf16" else set())
 
 
+# -- weight decay -----------------------------------------------------------------------------------------------------
+def test_weight_decay_follows_the_specs(tmp_path: Path) -> None:
+    cases = {
+        f"{kind}-{dtype}": ("decay", {"config": config(tmp_path, dtype, **sections), "lr": 0.5})
+        for kind, sections in {"zero": {}, "plain": PLAIN}.items()
+        for dtype in DTYPES
+    }
+    factor = 1 - 0.5 * 0.1  # lr * weight_decay
+    for ranks in run(1, cases).values():
+        (rank,) = ranks
+        assert set(rank["decays"].values()) == {True, False}
+        for name, decays in rank["decays"].items():
+            before, after = rank["before"][name], rank["after"][name]
+            if decays:
+                assert_close(after, before * factor, FP32 if before.dtype is torch.float32 else 2**-8, name)
+            else:
+                assert torch.equal(after, before), name
+
+
 # -- layouts ----------------------------------------------------------------------------------------------------------
 LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "one": (1, {}, {}),

@@ -154,13 +154,15 @@ def export(
             shutil.copytree(run / "tokenizer", temporary, dirs_exist_ok=True)
         card = model_card(loaded.config, run, loaded.step, loaded.model)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        for path in temporary.iterdir():  # safetensors makes its files private
+            path.chmod((temporary / "config.json").stat().st_mode)
         say("verifying")
         verify(temporary, state)
         _replace(temporary, out)
     except Exception as error:  # safetensors raises its own for a full disk
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full or isinstance(error, OSError):
-            reason = "no space left on the disk" if full else str(error)
+            reason = "no space left on the disk" if full else f"{error.strerror}: {error.filename}"  # type: ignore[attr-defined]
             raise ConfigError("out", str(out), f"cannot be written: {reason}") from error
         raise
     finally:

@@ -45,6 +45,10 @@ class LinearMoEConfig(PretrainedConfig):
             self.tie_word_embeddings = bool(self.model["tie_embeddings"])
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing to do: the model's `save_pretrained` writes what remote loading needs, and no copy of our sources."""
+
     def model_config(self) -> ModelConfig:
         """The model section as its dataclass; raises ConfigError for what this version does not know."""
         if self.model is None:

@@ -60,6 +60,7 @@ def test_folder_has_all_a_user_needs(run: Path, tmp_path: Path, capsys: pytest.C
     card = (out / "README.md").read_text()
     assert "validation loss | 2.5000" in card and "training loss | 2.7500" in card and "pattern: LGMN" in card
     assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert len({p.stat().st_mode for p in out.iterdir()}) == 1  # who may read one file may read all
 
 
 def test_hf_generate_of_an_export_leaves_padding_rows_alone(run: Path, tmp_path: Path) -> None:
@@ -83,6 +84,16 @@ def test_steps_and_incomplete_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="complete are: 10, 20"):
         export(run, tmp_path / "c", step=30)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_on_random_tokens_has_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", "tied", steps=(10,))
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    export(tmp_path / "run", tmp_path / "out")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.tokenizer_size is None and config.eos_token_id is None and config.vocab_size == VOCAB
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "x"]) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
 def test_existing_folder_is_kept_unless_told_otherwise(run: Path, tmp_path: Path) -> None:
@@ -123,6 +134,14 @@ def test_verification_sees_one_changed_bit(run: Path, tmp_path: Path) -> None:
     expected[name].view(torch.int32)[0] ^= 1
     with pytest.raises(AssertionError, match=name):
         module.verify(tmp_path / "out", expected)
+
+
+@pytest.mark.parametrize("out", ["file/out", "file"])
+def test_a_path_that_cannot_be_written(out: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"cannot be written: File exists|exists; give --overwrite"):
+        export(run, tmp_path / out)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ def test_prefill_then_steps_equals_the_full_forward_pass(case: str) -> None:
     assert state.positions.tolist() == [14, 5]
 
 
+def test_selected_rows_go_on_as_they_would_have() -> None:
+    model, rows = build("hybrid").model, [torch.tensor(prompt(n, seed=n)) for n in (9, 4)]
+    with torch.no_grad():
+        _, state = prefill(model, rows, room=1)
+        state.select(torch.tensor([1, 0, 1]))
+        logits = state.advance(model, torch.tensor([[7], [8], [9]]))[:, 0]
+        for actual, row, token in zip(logits, (rows[1], rows[0], rows[1]), (7, 8, 9), strict=True):
+            full = model(torch.cat([row, torch.tensor([token])])[None], Layout(1, len(row) + 1))[0, -1]
+            assert_close(actual, full, DECODE)
+
+
 def test_state_bytes_are_what_the_mixers_declare() -> None:
     model = build("hybrid").model
     state = DecodingState.empty(model, batch=3, capacity=50)

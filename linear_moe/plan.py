@@ -176,8 +176,9 @@ def _activations(config: Config, layout: ParallelLayout, model: LanguageModel, s
         per_token = in_flight * sum(layers)
     if model.norm is not None:
         logits = model.vocab_size / parallel.tensor
-        # The logits, in fp32 again, and the softmax that the loss keeps and turns into the gradient.
-        per_token += size * (stream + config.model.hidden_size) + (size + 4 + 4) * logits
+        # The gradient takes the logits' place; over tensor ranks Megatron's loss makes an fp32 copy and keeps a softmax.
+        copies = size if parallel.tensor == 1 else size + 4 + 4
+        per_token += size * (stream + config.model.hidden_size) + copies * logits
     return math.ceil(tokens * per_token)
 
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from linear_moe.modeling.ops.cross_entropy import cross_entropy
+
 if TYPE_CHECKING:
     from linear_moe.config.schema import MoEConfig
     from linear_moe.modeling.moe.dispatch import Dispatcher
@@ -122,8 +124,8 @@ class Host:
         return F.embedding(tokens, weight)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` in fp32."""
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` in fp32. The backward pass overwrites `logits`."""
+        return cross_entropy(logits, labels)
 
     # -- mixture of experts ---------------------------------------------------------------------------------------
     def dispatcher(self, config: MoEConfig) -> Dispatcher:

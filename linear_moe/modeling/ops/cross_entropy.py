@@ -1,0 +1,51 @@
+"""Cross-entropy over a large vocabulary without fp32 copies of the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**26  # fp32 working space of 256 MiB
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    return [slice(i, i + rows) for i in range(0, logits.shape[0], rows)]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient takes the place of the logits, chunk by chunk, so that they are in memory once, in their own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        normaliser = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        loss = torch.empty_like(normaliser)
+        for rows in _chunks(logits):
+            part = logits[rows].float()
+            normaliser[rows] = part.logsumexp(-1)
+            loss[rows] = normaliser[rows] - part.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+        ctx.save_for_backward(labels, normaliser)
+        ctx.logits = logits.detach()
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        labels, normaliser = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        assert logits is not None, "the logits are gone after one backward pass"
+        for rows in _chunks(logits):
+            p = (logits[rows].float() - normaliser[rows].unsqueeze(-1)).exp_()
+            p.scatter_add_(-1, labels[rows].unsqueeze(-1), p.new_full((p.shape[0], 1), -1.0))
+            logits[rows] = p.mul_(grad[rows].unsqueeze(-1)).to(logits.dtype)
+        return logits, None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """`logits [N, V]`, `labels [N]` int64 -> `log sum_j exp(logits_j) - logits_label`, `[N]` fp32.
+
+    Where a gradient is asked for, the backward pass overwrites `logits`: nothing else may use them after it, and there
+    is only one backward pass.
+    """
+    return _CrossEntropy.apply(logits, labels)

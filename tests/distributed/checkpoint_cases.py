@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
@@ -140,6 +141,12 @@ def rewrite(config: dict[str, Any], run: str, after: int) -> dict[str, Any]:
     again.run = run
     folder = save(again, step, trainer.model, trainer.optimizer)
     return {"folder": folder, "weights": weights, "results": trainer.run(range(step + 1, step + after + 1))}
+
+
+def read_with_megatron(config: dict[str, Any], folder: str) -> dict[str, Tensor]:
+    """All tensors by Megatron-Core's own loader."""
+    start(config)
+    return dist_checkpointing.load_plain_tensors(folder)
 
 
 def decay(config: dict[str, Any], lr: float) -> dict[str, Any]:

@@ -57,11 +57,11 @@ def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimiz
     mains = {key: [s for s in parts if is_main_replica(s.replica_id)] for key, parts in shards.items()}
     tensors = {key: parts for key, parts in mains.items() if parts}
     needed = _total_bytes([s.data for parts in tensors.values() for s in parts], model)
-    rng = state.rng_object(state.rng_state())
+    objects = {o.unique_key: [o] for o in state.saved_objects() if is_main_replica(o.replica_id)}
     info = _info(config, step, model, optimizer)
     try:
         on_rank_0(lambda: _prepare(partial, needed))
-        _write(partial, mcore_to_pyt_state_dict({**tensors, rng.unique_key: [rng]}))
+        _write(partial, mcore_to_pyt_state_dict(tensors | objects))
         on_rank_0(lambda: _publish(partial, final, info))
     except OSError as error:
         if dist.get_rank() == 0:
@@ -148,6 +148,7 @@ def _write(folder: Path, tensors: dict[str, Any]) -> None:
 def _publish(partial: Path, final: Path, info: dict[str, Any]) -> None:
     """Check what was written, complete it, and put it in the place of the last checkpoint."""
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    torch.save({}, partial / "common.pt")  # where 0.16.1 looks for what no rank owns; 0.19.2 has an object for it
     ends: dict[str, int] = {}
     for part in FileSystemReader(partial).read_metadata().storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)

@@ -218,6 +218,11 @@ def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
             group["step"] = step
 
 
+def saved_objects() -> list[ShardedObject]:
+    """This rank's random states; and nothing, under the name where Megatron-Core 0.19.2 looks for what no rank owns."""
+    return [rng_object(rng_state()), ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())]
+
+
 def rng_object(state: dict[str, Any] | None) -> ShardedObject:
     """The random states of this rank; None: to be loaded."""
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))

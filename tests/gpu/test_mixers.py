@@ -17,6 +17,7 @@ from tests.unit.mixers.common import CASES, IDS, build, dims, packed, stream
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("no_autotuning"),
 ]
 HIDDEN = 128
 TOKENS = 200

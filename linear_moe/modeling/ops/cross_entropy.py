@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**26  # fp32 working space of 256 MiB
+CHUNK_ELEMENTS = 2**26  # fp32 working space of the PyTorch version: 256 MiB
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -15,17 +16,35 @@ def _chunks(logits: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, logits.shape[0], rows)]
 
 
+def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits [N, V]`, `labels [N]` -> loss `[N]` and log-normaliser `[N]`, fp32."""
+    loss, normaliser = (torch.empty(len(labels), dtype=torch.float32, device=logits.device) for _ in range(2))
+    for rows in _chunks(logits):
+        part = logits[rows].float()
+        normaliser[rows] = part.logsumexp(-1)
+        loss[rows] = normaliser[rows] - part.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+    return loss, normaliser
+
+
+def backward(logits: Tensor, labels: Tensor, normaliser: Tensor, grad: Tensor) -> None:
+    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`."""
+    for rows in _chunks(logits):
+        p = (logits[rows].float() - normaliser[rows].unsqueeze(-1)).exp_()
+        p.scatter_add_(-1, labels[rows].unsqueeze(-1), p.new_full((p.shape[0], 1), -1.0))
+        logits[rows] = p.mul_(grad[rows].unsqueeze(-1)).to(logits.dtype)
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient takes the place of the logits, chunk by chunk, so that they are in memory once, in their own dtype."""
+    """The gradient takes the place of the logits, so that they are in memory once, in their own dtype."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        normaliser = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        loss = torch.empty_like(normaliser)
-        for rows in _chunks(logits):
-            part = logits[rows].float()
-            normaliser[rows] = part.logsumexp(-1)
-            loss[rows] = normaliser[rows] - part.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1)
+        ctx.backend = None
+        if logits.is_cuda and find_spec("triton") is not None:
+            from linear_moe.modeling.ops import cross_entropy_gpu
+
+            ctx.backend = cross_entropy_gpu
+        loss, normaliser = (ctx.backend.forward if ctx.backend else forward)(logits, labels)
         ctx.save_for_backward(labels, normaliser)
         ctx.logits = logits.detach()
         return loss
@@ -35,10 +54,7 @@ class _CrossEntropy(torch.autograd.Function):
         labels, normaliser = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         assert logits is not None, "the logits are gone after one backward pass"
-        for rows in _chunks(logits):
-            p = (logits[rows].float() - normaliser[rows].unsqueeze(-1)).exp_()
-            p.scatter_add_(-1, labels[rows].unsqueeze(-1), p.new_full((p.shape[0], 1), -1.0))
-            logits[rows] = p.mul_(grad[rows].unsqueeze(-1)).to(logits.dtype)
+        (ctx.backend.backward if ctx.backend else backward)(logits, labels, normaliser, grad)
         return logits, None
 
 
@@ -46,6 +62,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """`logits [N, V]`, `labels [N]` int64 -> `log sum_j exp(logits_j) - logits_label`, `[N]` fp32.
 
     Where a gradient is asked for, the backward pass overwrites `logits`: nothing else may use them after it, and there
-    is only one backward pass.
+    is only one backward pass. Triton kernels on CUDA, PyTorch elsewhere.
     """
     return _CrossEntropy.apply(logits, labels)

@@ -1,0 +1,28 @@
+"""The Triton kernels against PyTorch's cross-entropy of the same logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linear_moe.modeling.ops.cross_entropy import cross_entropy
+from tests.tolerances import BF16, FP32, assert_close
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.mark.parametrize("vocabulary", [100, 4096, 151936])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
+def test_kernels_match_pytorch(dtype: torch.dtype, tolerance: float, vocabulary: int) -> None:
+    logits = (4 * torch.randn(37, vocabulary, device="cuda")).to(dtype)
+    labels, grad = torch.randint(vocabulary, (37,), device="cuda"), torch.rand(37, device="cuda")
+    theirs_in = logits.double().requires_grad_()
+    theirs = F.cross_entropy(theirs_in, labels, reduction="none")
+    (theirs * grad).sum().backward()
+    leaf = logits.clone().requires_grad_()
+    ours = cross_entropy(leaf * 1, labels)
+    (ours * grad).sum().backward()
+    assert leaf.grad is not None
+    assert_close(ours, theirs, FP32)
+    assert_close(leaf.grad, theirs_in.grad, tolerance)

@@ -14,7 +14,8 @@ class TrainingError(RuntimeError):
 class StopSignal:
     """Remembers SIGTERM, SIGINT or SIGUSR1 (a scheduler's warning) so that the loop saves and ends after its step.
 
-    A second signal of the kind ends the process at once.
+    A second SIGINT ends the process at once. The others may come twice: a scheduler sends SIGTERM to torchrun and to
+    its workers, and torchrun hands its own on to them.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,8 @@ class StopSignal:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def check_finite(step: int, loss: float, gradient_norm: float) -> None:

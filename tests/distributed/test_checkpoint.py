@@ -7,20 +7,16 @@ import logging
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights
-from tests.distributed.harness import ROOT, run
+from tests.distributed.harness import ROOT, all_tensors, run
 from tests.tolerances import FP32, assert_close
 
 AFTER = 20  # steps compared after a resume
@@ -157,21 +153,6 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Results:
         }
 
     return run(1, writing(1)) | run(2, writing(2) | reading(2)) | run(1, reading(1))
-
-
-def all_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole, by PyTorch's own reader."""
-    reader = FileSystemReader(folder)
-    metadata = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 def assert_parts(ranks: list[Any], full: dict[str, Tensor]) -> None:

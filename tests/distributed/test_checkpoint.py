@@ -311,13 +311,19 @@ def test_other_model(checkpoints: Path) -> None:
         "model.moe.num_experts = 8": {"moe": same["model"]["moe"] | {"num_experts": 8}},
     }
     trees = [same | {"model": same["model"] | change} for change in changes.values()]
+    order: dict[str, dict[str, Any]] = {
+        "training.global_batch = 64": {"training": same["training"] | {"global_batch": 64}},
+        "training.seed = 9": {"training": same["training"] | {"seed": 9}},
+        "data.corpus = 'synthetic'": {"data": same.get("data", {}) | {"corpus": "synthetic"}},
+    }
+    trees += [same | change for change in order.values()]
     free = same["model"]["moe"] | {"aux_loss": 0.5, "dispatcher": "allgather", "experts": "sequential"}
     trees.append(same | {"model": same["model"] | {"moe": free}, "parallel": {"tensor": 2}, "optimizer": {"lr": 1.0}})
     done = subprocess.run(
         [sys.executable, "-c", CHECK, json.dumps(trees)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     *lines, last = done.stdout.splitlines()
-    for line, start in zip(lines, changes, strict=True):
+    for line, start in zip(lines, [*changes, *order], strict=True):
         assert line.startswith(start), line
         assert start == "ok" or "step_00000004 has" in line
     assert last == "ok", "what leaves the weights' meaning alone is no error"

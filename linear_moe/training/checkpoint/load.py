@@ -24,25 +24,34 @@ logger = logging.getLogger(__name__)
 # what its losses weigh; the weights mean the same.
 FREE = {"init_std", "scale_output_init", "moe.aux_loss", "moe.z_loss", "moe.experts", "moe.dispatcher"}
 
+# What the position in the data means nothing without.
+ORDER = {
+    "training": {"seed", "global_batch", "sequence_length"},
+    "data": {"corpus", "validation_fraction", "tokenizer.type", "tokenizer.path", "tokenizer.vocab_size"},
+}
+
 
 def check_resume(config: Config) -> None:
-    """Raises ConfigError, naming the first differing path, when the run's checkpoint is of another model.
+    """Raises ConfigError, naming the first differing path, when the run's checkpoint is of another model or data order.
 
     Needs no process group; does nothing where there is no checkpoint.
     """
     folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
     if folder is None:
         return
-    saved, now = (dict(_leaves(tree["model"])) for tree in (read_info(folder)["config"], config.to_dict()))
-    for path in [*now, *(path for path in saved if path not in now)]:
-        unset = path == "vocab_size" and None in (saved.get(path), now.get(path))  # the tokenizer's; shapes will tell
-        if saved.get(path) != now.get(path) and path not in FREE and not unset:
-            raise ConfigError(
-                f"model.{path}",
-                now.get(path),
-                f"the checkpoint {folder} has {saved.get(path)!r}",
-                fix="set it back, or choose another run folder",
-            )
+    saved, now = read_info(folder)["config"], config.to_dict()
+    for section in ("model", *ORDER):
+        there, here = dict(_leaves(saved[section])), dict(_leaves(now[section]))
+        for path in [*here, *(path for path in there if path not in here)]:
+            pinned = path in ORDER[section] if section in ORDER else path not in FREE
+            unset = path == "vocab_size" and None in (there.get(path), here.get(path))  # the tokenizer's; shapes will tell
+            if pinned and not unset and there.get(path) != here.get(path):
+                raise ConfigError(
+                    f"{section}.{path}",
+                    here.get(path),
+                    f"the checkpoint {folder} has {there.get(path)!r}",
+                    fix="set it back, or choose another run folder",
+                )
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,9 +23,11 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from linear_moe.config.errors import ConfigError
+from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
+from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training import model as training_model
 from linear_moe.training.checkpoint import SaveError, load_latest, save
 from linear_moe.training.faults import StopSignal
@@ -221,3 +223,20 @@ def failing_saves(config: dict[str, Any], failures: dict[str, tuple[str, int, in
         "last": last.name,
         "loads": trainer.load(),
     }
+
+
+def logits(config: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    """Train two steps, save, and compute the logits of `tokens [B, T]`: this rank's part of the vocabulary, and where
+    it begins.
+    """
+    tree, groups = start(config)
+    trainer = Trainer(tree, groups)
+    trainer.run(range(1, 3))
+    trainer.save(2)
+    if groups.rank == 0:
+        save_config(tree, Path(tree.run) / "config.yaml")
+    (chunk,) = trainer.model
+    model = chunk.module.eval()
+    with torch.no_grad():
+        part = model(tokens, Layout(*tokens.shape))
+    return {"logits": part, "first": groups.tensor_rank * part.shape[-1], "tensor_sequence": model.host.tensor_sequence}

@@ -74,8 +74,8 @@ class Job:
         self.output.close()
 
     def signal_all(self, number: signal.Signals) -> None:
-        """To torchrun and the workers at once, as a scheduler does; wait for those that are killed."""
-        found = [self.process, *self.process.children(recursive=True)] if self.process.is_running() else []
+        """To the workers and torchrun at once, as a scheduler does; wait for those that are killed."""
+        found = [*self.process.children(recursive=True), self.process] if self.process.is_running() else []
         for process in found:
             process.send_signal(number)
         if number is signal.SIGKILL:

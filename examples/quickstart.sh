@@ -28,19 +28,25 @@ linear-moe data "$config" "${overrides[@]}" --bigram --json >"$run/data.json"
 
 say "train, 2 processes"
 train() { GPUS=2 bash scripts/launch.sh "$config" "${overrides[@]}"; }
-set -m # the job gets a process group of its own, so that it can be killed whole
 train &
 job=$!
-set +m
 until compgen -G "$run/checkpoints/step_*/" >/dev/null; do
   kill -0 $job 2>/dev/null || { wait $job; exit 1; }
   sleep 1
 done
 sleep 3
-kill -9 -- -$job
+python - "$run" <<'PYTHON'
+import sys
+
+import psutil
+
+workers = [p for p in psutil.process_iter(["cmdline"]) if f"run={sys.argv[1]}" in (p.info["cmdline"] or [])]
+workers = [p for p in workers if "--nproc-per-node" not in p.info["cmdline"]]  # torchrun itself, which will notice
+workers[-1].kill()
+PYTHON
 wait $job 2>/dev/null || true
 
-say "killed in mid-run (kill -9); the same command again resumes"
+say "one process was killed in mid-run (kill -9); the same command again resumes"
 train
 
 say "export"

@@ -14,6 +14,9 @@ nnodes=${NNODES:-1}
 # One clear line and exit code 2 for bad input, before any process starts.
 linear-moe check "$config" "$@" --world $((gpus * nnodes))
 
+# torchrun hands these on to the processes, which save and end; a scheduler's warning (SIGUSR1) too.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+
 if [ "$nnodes" -eq 1 ]; then
   exec torchrun --standalone --nproc-per-node "$gpus" -m linear_moe train "$config" "$@"
 fi

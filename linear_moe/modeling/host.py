@@ -107,7 +107,7 @@ class Host:
 
     # -- tensor parallelism ---------------------------------------------------------------------------------------
     def enter(self, x: Tensor) -> Tensor:
-        """Begin a tensor-parallel region: this rank's tokens `[n, D]` -> all tokens `[N, D]`; backward sums gradients."""
+        """Begin a tensor-parallel region: this rank's tokens `[n, D]` -> all `[N, D]`; backward sums gradients."""
         return x
 
     def leave(self, y: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Host:
         return F.embedding(tokens, weight)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` in fp32. The backward pass overwrites `logits`."""
+        """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` fp32. The backward pass overwrites `logits`."""
         return cross_entropy(logits, labels)
 
     # -- mixture of experts ---------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -27,6 +29,11 @@ def memory_gib() -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
+def seconds_alive() -> float:
+    """Since this process started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
 @dataclass
 class Throughput:
     """Speed of the steps since the last call of `lap`, and time left from a smoothed step time.
@@ -45,9 +52,12 @@ class Throughput:
     _last: float = field(default_factory=time.perf_counter)
     _smoothed: float | None = None
 
-    def restart(self) -> None:
-        """Forget the time since the last lap (validation, saving)."""
-        self._last = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count (validation, saving)."""
+        start = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - start
 
     def lap(self, steps: int, steps_left: int) -> dict[str, float]:
         """Figures of the `steps` steps since the last lap."""

@@ -130,4 +130,4 @@ class Stepper:
 
     def router_losses(self) -> dict[str, float]:
         """Mean router losses since the last call, over all ranks. Collective."""
-        return self.model[0].module.host.pop_router_losses()  # type: ignore[union-attr]
+        return self.model[0].module.host.pop_router_losses()  # type: ignore[union-attr,operator]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -18,22 +19,21 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 
 def versions() -> dict[str, str | None]:
-    from importlib import metadata
-
     found: dict[str, str | None] = {}
     for package in ("torch", "triton", "megatron-core", "flash-linear-attention", "transformers"):
         try:
             found[package.replace("-", "_")] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package.replace("-", "_")] = None
-    import triton  # the one really imported, which PYTHONPATH may have put in front
-
-    found["triton"] = triton.__version__
+    if find_spec("triton") is not None:  # the one really imported, which PYTHONPATH may have put in front
+        found["triton"] = importlib.import_module("triton").__version__
     return found
 
 
@@ -102,13 +102,11 @@ def main() -> None:
         "gpus": args.gpus,
         **versions(),
         "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["scripts/bench/pretrain.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "rows": [row],
     }
     path = Path(args.folder) / f"{args.name}.json"
-    if path.exists():
-        result["rows"] = json.loads(path.read_text())["rows"] + result["rows"]
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(row, indent=1))
 

@@ -15,7 +15,8 @@ grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since
 class Experts(nn.Module):
     """This rank's experts: `down(silu(gate(x)) * up(x) * prob)`.
 
-    Weights are `[out, in]` per expert as in nn.Linear: `gate_up_proj [E, 2, F, D]` (0: gate, 1: up), `down_proj [E, D, F]`.
+    Weights are `[out, in]` per expert as in nn.Linear: `gate_up_proj [E, 2, F, D]` (0: gate, 1: up) and
+    `down_proj [E, D, F]`.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, init_std: float, output_init_std: float, host: Host):

@@ -113,7 +113,8 @@ def tiled(key_dim: int) -> int:
     """`key_dim` rounded up to the size that the kernels are given.
 
     flash-linear-attention 0.6.0's `chunk_bwd_dqkwg`, under Triton 3.7.1 on an H100, has configurations that its tuner
-    may choose for K below 64 and that then give wrong gradients (K = 32) or fault (K = 24). Zero channels change nothing.
+    may choose for K below 64, and that then give wrong gradients (K = 32) or fault (K = 24). Zero channels change
+    nothing.
     """
     return -(-key_dim // 64) * 64
 

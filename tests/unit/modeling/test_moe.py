@@ -36,7 +36,7 @@ def test_grouped_equals_sequential(score: str, shared: int) -> None:
     x = torch.randn(50, 32)
     results = []
     for experts in ("grouped", "sequential"):
-        moe = MoEConfig(num_experts=6, top_k=2, expert_ffn_size=16, shared_ffn_size=shared, score=score, experts=experts)
+        moe = MoEConfig(6, top_k=2, expert_ffn_size=16, shared_ffn_size=shared, score=score, experts=experts)
         results.append(run(build(moe), x))
     for grouped, sequential in zip(*results, strict=True):
         assert_close(grouped, sequential, FP32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import fla, pad_keys, tiled
@@ -27,7 +29,7 @@ def decay(
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80."""
     keys, size = q.shape[-1], tiled(q.shape[-1])
-    inputs = {
+    inputs: dict[str, Any] = {
         "q": pad_keys(q.to(v.dtype), -1, size),
         "k": pad_keys(k.to(v.dtype), -1, size),
         "v": v,

@@ -43,7 +43,9 @@ def disable_compile() -> None:
 
 
 class Stream:
-    """The one stream of a CPU: everything on it has already happened."""
+    """A CPU's stream: everything on it has already happened. A class, because others annotate with `Stream | None`."""
+
+    def __init__(self, *args: object, **kwargs: object): ...
 
     def record_event(self, event: object = None) -> Stream:
         return self
@@ -59,7 +61,7 @@ def replace_streams() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.synchronize = lambda device=None: None
-    cuda.Stream = lambda *args, **kwargs: stream
+    cuda.Stream = Stream
     cuda.current_stream = lambda device=None: stream
     cuda.stream = lambda stream: contextlib.nullcontext()
 
@@ -82,7 +84,14 @@ def replace_random_state() -> None:
 
 
 def redirect_factories() -> None:
-    """Defect: literal `device="cuda"`, for token counts of the schedules and norms of clipping."""
+    """Defect: literal `device="cuda"`, for token counts of the schedules and norms of clipping.
+
+    `with torch.device("meta")` knows the functions that it serves by identity, from a set that torch collects at the
+    first use: collected after the replacement, the context would pass the real `torch.tensor` and `torch.zeros` by.
+    """
+    from torch.utils import _device
+
+    _device._device_constructors()
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)

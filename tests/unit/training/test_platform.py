@@ -54,12 +54,24 @@ def test_must_come_first() -> None:
     assert done.returncode != 0 and "before megatron.core is imported" in done.stderr
 
 
-def test_machine() -> None:
-    from importlib.metadata import version
-
-    from linear_moe.training.platform.capabilities import machine
-
-    found = machine()
-    assert found.torch == torch.__version__ and found.megatron_core == version("megatron-core")
-    assert (found.devices > 0) == torch.cuda.is_available() == (found.device != "cpu")
-    assert "triton=None" not in str(found)
+@pytest.mark.parametrize("first", ["linear_moe.inference.hf", "linear_moe.training.platform"])
+def test_export_after_install(first: str, tmp_path: Path) -> None:
+    """Device contexts, which transformers relies on, and type hints on `torch.cuda.Stream` still work."""
+    done = python(
+        f"""
+        import importlib
+        importlib.import_module("{first}")
+        from linear_moe.training import platform
+        platform.install()
+        import torch
+        with torch.device("meta"):
+            assert torch.tensor([]).is_meta and torch.zeros(1).is_meta
+        from pathlib import Path
+        from linear_moe.inference.export import export
+        from tests.unit.inference.common import write_run
+        run = Path("{tmp_path}/run")
+        write_run(run, "gla", steps=(10,))
+        assert export(run, run / "out")["tensors"] > 0
+        """
+    )
+    assert done.returncode == 0, done.stderr

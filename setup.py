@@ -30,10 +30,6 @@ setup(
     ],
     extras_require={
         "gpu": ["triton; platform_system == 'Linux'", "flash-linear-attention>=0.6"],
-        "te": ["transformer-engine[pytorch]"],
-        "megablocks": ["megablocks"],
-        "eval": ["lm-eval"],
-        "wandb": ["wandb"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["linear-moe = linear_moe.cli:main"]},

@@ -15,7 +15,7 @@ from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
 from linear_moe.modeling.norm import RMSNorm, l2_norm
 from linear_moe.modeling.ops.delta import delta
@@ -43,7 +43,6 @@ class GatedDeltaNet(LinearMixer):
     family = "delta"
     formula = "S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2412.06464"
-    capabilities = Capabilities(sequence_parallel=True)
 
     def __init__(self, config: GatedDeltaNetConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay import decay
@@ -40,7 +40,6 @@ class GatedLinearAttention(LinearMixer):
     family = "decay"
     formula = "S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2312.06635"
-    capabilities = Capabilities(sequence_parallel=True)
 
     def __init__(self, config: GLAConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

@@ -15,7 +15,7 @@ from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay import decay
@@ -40,7 +40,6 @@ class Mamba2(LinearMixer):
     family = "decay"
     formula = "S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T,  y_t = S_t^T C_t + D x_t"
     paper = "arXiv 2405.21060"
-    capabilities = Capabilities(sequence_parallel=True)
 
     def __init__(self, config: Mamba2Config, dims: Dims, host: Host):
         super().__init__(config, dims, host)

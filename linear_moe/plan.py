@@ -14,13 +14,19 @@ from torch import nn
 
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.config.validate import ParallelLayout, parallel_layout, smallest_world, validate
+from linear_moe.config.validate import (
+    ParallelLayout,
+    parallel_layout,
+    smallest_world,
+    stage_layers,
+    tensor_sequence,
+    validate,
+)
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.host import Host
+from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
@@ -138,10 +144,9 @@ def _forward_flops(model: LanguageModel, config: Config) -> float:
 # -- memory -----------------------------------------------------------------------------------------------------------
 def _stage_memory(config: Config, layout: ParallelLayout, rows: int, stage: int) -> dict[str, int]:
     """Bytes by kind on a rank of one pipeline stage."""
-    per_stage = config.model.num_layers // layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
     host = RankHost(config.parallel, DTYPES[config.training.dtype])
-    layers = range(stage * per_stage, (stage + 1) * per_stage)
+    layers = stage_layers(config.model.num_layers, layout.pipeline, stage)
     model = LanguageModel(config.model, rows, host, layers, first, last)
 
     weights = gradients = optimizer = 0
@@ -165,8 +170,7 @@ def _activations(config: Config, layout: ParallelLayout, model: LanguageModel, s
     training, parallel = config.training, config.parallel
     size = DTYPES[training.dtype].itemsize
     tokens = training.micro_batch * training.sequence_length
-    token_shards = parallel.tensor if parallel.tensor_sequence is not False else 1
-    stream = config.model.hidden_size / token_shards
+    stream = config.model.hidden_size / (parallel.tensor if tensor_sequence(parallel) else 1)
     layers = [size * layer_activation_elements(config, layer, stream) for layer in model.layers.values()]
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
     in_flight = min(layout.pipeline - stage, micro_batches)
@@ -176,7 +180,7 @@ def _activations(config: Config, layout: ParallelLayout, model: LanguageModel, s
         per_token = in_flight * sum(layers)
     if model.norm is not None:
         logits = model.vocab_size / parallel.tensor
-        # The gradient takes the logits' place; over tensor ranks Megatron's loss makes an fp32 copy and keeps a softmax.
+        # The gradient takes the logits' place; over tensor ranks Megatron's loss copies to fp32 and keeps a softmax.
         copies = size if parallel.tensor == 1 else size + 4 + 4
         per_token += size * (stream + config.model.hidden_size) + copies * logits
     return math.ceil(tokens * per_token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class ConfigError(ValueError):
@@ -42,3 +42,15 @@ class ConfigError(ValueError):
         if fix:
             parts.append(fix)
         super().__init__("; ".join(parts).replace("\n", " "))
+
+
+def nearest(value: int, valid: Callable[[int], bool] = lambda n: True, step: int = 1) -> str:
+    """The `fix` "nearest valid: 6 or 8": closest smaller and larger positive multiples of `step` that are `valid`.
+
+    Searches only so far; "" when there is none.
+    """
+    far, start = 10_000, max(value, 0) // step * step
+    below = next((n for n in range(start, 0, -step)[:far] if n != value and valid(n)), None)
+    above = next((n for n in range(start + step, start + far * step, step) if valid(n)), None)
+    near = " or ".join(str(n) for n in (below, above) if n is not None)
+    return f"nearest valid: {near}" if near else ""

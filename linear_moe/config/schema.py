@@ -18,10 +18,10 @@ from linear_moe.modeling.mixers.registry import mixer_config
 
 @dataclass
 class MoEConfig:
-    num_experts: int = opt(8, "number of routed experts", ge=1)
+    num_experts: int = opt(8, "number of routed experts", ge=1, le=2**16)
     top_k: int = opt(2, "experts each token is sent to", ge=1)
-    expert_ffn_size: int = opt(256, "hidden size of one expert's SwiGLU", ge=1)
-    shared_ffn_size: int = opt(0, "hidden size of the always-active shared expert; 0: none", ge=0)
+    expert_ffn_size: int = opt(256, "hidden size of one expert's SwiGLU", ge=1, le=2**20)
+    shared_ffn_size: int = opt(0, "hidden size of the always-active shared expert; 0: none", ge=0, le=2**20)
     score: str = opt("softmax", "router score function", choices=("softmax", "sigmoid"))
     normalize_top_k: bool = opt(True, "divide the chosen experts' scores by their sum")
     aux_loss: float = opt(0.01, "coefficient of the load-balancing loss (Switch Transformer, eq. 4); 0: off", ge=0)
@@ -41,9 +41,9 @@ class LayerConfig:
 
 @dataclass
 class ModelConfig:
-    hidden_size: int = opt(256, "width of the residual stream", ge=1)
-    num_layers: int = opt(4, "number of layers", ge=1)
-    num_heads: int = opt(4, "heads of every mixer that does not set its own num_heads", ge=1)
+    hidden_size: int = opt(256, "width of the residual stream", ge=1, le=2**20)
+    num_layers: int = opt(4, "number of layers", ge=1, le=2**12)
+    num_heads: int = opt(4, "heads of every mixer that does not set its own num_heads", ge=1, le=2**16)
     pattern: str = opt("L * 4", 'one symbol per layer; letters, "* n", "+" and brackets: LLLN * 3')
     mixer: MixerConfig = opt(partial(mixer_config, "gla"), "the mixer of symbol L; `type` names it")
     attention: MixerConfig = opt(partial(mixer_config, "attention"), "the mixer of symbol N")
@@ -51,12 +51,12 @@ class ModelConfig:
         dict, "more symbols, or other meanings of L and N: {M: {mixer: {type: mamba2}}}"
     )
     ffn: str = opt("moe", "channel mixer of every layer whose symbol sets none", choices=("moe", "dense"))
-    ffn_size: int = opt(1024, "hidden size of a dense SwiGLU", ge=1)
+    ffn_size: int = opt(1024, "hidden size of a dense SwiGLU", ge=1, le=2**20)
     moe: MoEConfig = opt(MoEConfig, "mixture of experts")
     vocab_size: int | None = opt(
-        None, "rows of the embedding; null: the tokenizer's size, up to a multiple of vocab_multiple", ge=1
+        None, "rows of the embedding; null: the tokenizer's size, up to a multiple of vocab_multiple", ge=1, le=2**31
     )
-    vocab_multiple: int = opt(128, "see vocab_size", ge=1)
+    vocab_multiple: int = opt(128, "see vocab_size", ge=1, le=2**20)
     tie_embeddings: bool = opt(False, "one matrix for embedding and head")
     norm_eps: float = opt(1e-5, "RMSNorm epsilon", gt=0)
     init_std: float = opt(0.02, "standard deviation of the initial weights", gt=0)
@@ -67,13 +67,13 @@ class ModelConfig:
 class ParallelConfig:
     """Data parallelism is what the world size leaves: world / (tensor * pipeline)."""
 
-    tensor: int = opt(1, "tensor-parallel ranks (heads, FFN columns, vocabulary)", ge=1)
+    tensor: int = opt(1, "tensor-parallel ranks (heads, FFN columns, vocabulary)", ge=1, le=2**16)
     tensor_sequence: bool | None = opt(
         None, "shard activations between tensor-parallel regions by tokens; null: when tensor > 1"
     )
-    pipeline: int = opt(1, "pipeline stages", ge=1)
-    expert: int = opt(1, "ranks that share out the routed experts", ge=1)
-    expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1)
+    pipeline: int = opt(1, "pipeline stages", ge=1, le=2**12)
+    expert: int = opt(1, "ranks that share out the routed experts", ge=1, le=2**16)
+    expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1, le=2**16)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class TokenizerConfig:
         choices=("bytes", "bpe", "hf"),
     )
     path: str | None = opt(None, "folder of an hf tokenizer")
-    vocab_size: int = opt(4096, "size of a trained bpe vocabulary", ge=258)
+    vocab_size: int = opt(4096, "size of a trained bpe vocabulary", ge=258, le=2**31)
 
 
 @dataclass

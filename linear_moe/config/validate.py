@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.config.errors import ConfigError, nearest
 from linear_moe.config.schema import Config, ModelConfig, ParallelConfig
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+
+MAX_WORLD = 2**20  # its groups are listed
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,18 @@ class ParallelLayout:
     groups: dict[str, list[list[int]]]
 
 
+def stage_layers(num_layers: int, stages: int, stage: int) -> range:
+    """Global indices of a pipeline stage's layers."""
+    assert num_layers % stages == 0, (num_layers, stages)
+    per_stage = num_layers // stages
+    return range(stage * per_stage, (stage + 1) * per_stage)
+
+
+def tensor_sequence(parallel: ParallelConfig) -> bool:
+    """Whether activations outside tensor-parallel regions are split by tokens over the tensor ranks."""
+    return parallel.tensor > 1 and parallel.tensor_sequence is not False
+
+
 def smallest_world(parallel: ParallelConfig) -> int:
     """The fewest ranks that the parallel sizes allow."""
     return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
@@ -48,12 +63,13 @@ def smallest_world(parallel: ParallelConfig) -> int:
 def parallel_layout(config: Config, world: int) -> ParallelLayout:
     """Sizes and rank groups for `world` ranks; raises ConfigError when the parallel sizes do not divide it."""
     p = config.parallel
+    _check_most("world size", world, "the largest planned for", MAX_WORLD)
     for names in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
         size = math.prod(getattr(p, name) for name in names)
         if world < 1 or world % size:
             terms = " * ".join(f"parallel.{name} {getattr(p, name)}" for name in names)
-            fix = f"nearest valid: {_nearest(world, smallest_world(p))}"
-            raise ConfigError("world size", world, f"must be divisible by {terms} = {size}", fix=fix)
+            fix = nearest(world, step=smallest_world(p))
+            raise ConfigError("world size", world, f"must be a positive multiple of {terms} = {size}", fix=fix)
     data, expert_data = world // (p.tensor * p.pipeline), world // (p.expert * p.expert_tensor * p.pipeline)
     dense = {"tensor": p.tensor, "data": data, "pipeline": p.pipeline}
     experts = {"expert_tensor": p.expert_tensor, "expert": p.expert, "expert_data": expert_data, "pipeline": p.pipeline}
@@ -81,6 +97,9 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
         world: number of ranks; None leaves out what depends on it.
         files: also check that the run folder and the data cache can be written.
     """
+    for path, folder in (("run", config.run), ("data.corpus", config.data.corpus), ("data.cache", config.data.cache)):
+        if not folder.strip():
+            raise ConfigError(path, folder, "must not be empty")
     layers = resolve_layers(config.model)
     _check_mixers(config, layers)
     _check_ffn(config, layers)
@@ -129,9 +148,25 @@ def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
     expert_tensor = parallel.expert_tensor
     _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", expert_tensor)
     _check_divisible("model.moe.shared_ffn_size", moe.shared_ffn_size, "parallel.tensor", parallel.tensor)
-    if parallel.tensor > 1 and parallel.tensor_sequence is False:
+    if moe.experts == "grouped":
+        check_grouped_gemm(config.model, config.training.dtype, expert_tensor)
+    if parallel.tensor > 1 and not tensor_sequence(parallel):
         constraint = "experts with parallel.tensor > 1 need activations sharded by tokens"
         raise ConfigError("parallel.tensor_sequence", False, constraint, fix="set it to true or null")
+
+
+def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -> None:
+    """Raises ConfigError for experts whose rows a grouped GEMM cannot read: it needs multiples of 16 bytes."""
+    multiple = 16 // DTYPES[dtype].itemsize
+    for path, value, share in (
+        ("model.hidden_size", model.hidden_size, 1),
+        ("model.moe.expert_ffn_size", model.moe.expert_ffn_size, expert_tensor),
+    ):
+        if value % (step := multiple * share):
+            split = f" times parallel.expert_tensor {share} = {step}" if share > 1 else ""
+            constraint = f"must be divisible by {multiple} ({dtype}: 16 bytes){split} for model.moe.experts=grouped"
+            fix = f"{nearest(value, step=step)}, or model.moe.experts=sequential"
+            raise ConfigError(path, value, constraint, fix=fix)
 
 
 def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
@@ -140,18 +175,17 @@ def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
     if config.model.tie_embeddings and parallel.pipeline > 1:
         constraint = "tied embeddings need embedding and head in one pipeline stage"
         raise ConfigError("model.tie_embeddings", True, constraint, fix="set it to false, or parallel.pipeline=1")
-    if parallel.tensor_sequence is not False:
+    if tensor_sequence(parallel):
         length = config.training.sequence_length
         _check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
 
 
 def _check_vocabulary(config: Config) -> None:
     rows, tensor = vocab_size(config), config.parallel.tensor
-    if rows % tensor == 0:
-        return
-    if config.model.vocab_size is None:
+    if config.model.vocab_size is None:  # not `rows`: a trained tokenizer may come out smaller than asked for
         _check_divisible("model.vocab_multiple", config.model.vocab_multiple, "parallel.tensor", tensor)
-    _check_divisible("model.vocab_size", rows, "parallel.tensor", tensor)
+    else:
+        _check_divisible("model.vocab_size", rows, "parallel.tensor", tensor)
 
 
 def _check_schedule(config: Config) -> None:
@@ -173,7 +207,7 @@ def _check_batch(config: Config, layout: ParallelLayout) -> None:
     size = training.micro_batch * layout.data
     if training.global_batch % size:
         terms = f"training.micro_batch {training.micro_batch} * {layout.data} data-parallel ranks = {size}"
-        fix = f"nearest valid: {_nearest(training.global_batch, size)}"
+        fix = nearest(training.global_batch, step=size)
         raise ConfigError("training.global_batch", training.global_batch, f"must be divisible by {terms}", fix=fix)
 
 
@@ -192,17 +226,10 @@ def _check_writable(path: str, folder: str) -> None:
 
 def _check_divisible(path: str, value: int, by_path: str, by: int) -> None:
     if value % by:
-        constraint = f"must be divisible by {by_path} = {by}"
-        raise ConfigError(path, value, constraint, fix=f"nearest valid: {_nearest(value, by)}")
+        raise ConfigError(path, value, f"must be divisible by {by_path} = {by}", fix=nearest(value, step=by))
 
 
 def _check_most(path: str, value: float, bound_path: str, bound: float) -> None:
     if value > bound:
         constraint = f"must be <= {bound_path} = {bound}"
         raise ConfigError(path, value, constraint, fix=f"nearest valid: {bound}")
-
-
-def _nearest(value: int, multiple: int) -> str:
-    """The multiples around `value`, in words."""
-    below = value // multiple * multiple
-    return f"{below} or {below + multiple}" if below else str(multiple)

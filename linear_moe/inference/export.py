@@ -22,11 +22,11 @@ from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
 from linear_moe.inference.card import model_card
 from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
+from linear_moe.modeling.host import DTYPES
 
 if TYPE_CHECKING:
     from linear_moe.inference.hf import LinearMoEForCausalLM
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EMBEDDING = "embedding.weight"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.inference.cache import prefill
+from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.model import LanguageModel
 
@@ -212,7 +213,7 @@ def load_model(
     """
     from transformers import AutoTokenizer
 
-    from linear_moe.inference.export import DTYPES, is_run, load_run
+    from linear_moe.inference.export import is_run, load_run
     from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
 
     if is_run(path):

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from linear_moe.config.schema import MoEConfig
     from linear_moe.modeling.moe.dispatch import Dispatcher
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""By their names in a config."""
+
 Init = Callable[[Tensor, torch.Generator], Any]
 """Fills a full (unsharded) fp32 tensor in place from the generator."""
 

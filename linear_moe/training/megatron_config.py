@@ -8,10 +8,9 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from linear_moe.config.schema import Config
+from linear_moe.config.validate import tensor_sequence
+from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.pattern import resolve_layers
-from linear_moe.training.parallel import tensor_sequence
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -41,7 +40,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        sequence_parallel=tensor_sequence(config),
+        sequence_parallel=tensor_sequence(parallel),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -11,13 +11,14 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from linear_moe.config.schema import Config
+from linear_moe.config.validate import stage_layers
 from linear_moe.modeling.host import initialize
 from linear_moe.modeling.mixers.base import Cache, Layout
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import transformer_config
 from linear_moe.training.optimizer import ddp_config
-from linear_moe.training.parallel import Groups, stage_layers
+from linear_moe.training.parallel import Groups
 
 
 class MegatronModel(LanguageModel):

@@ -38,19 +38,6 @@ class Groups:
         return self.stage == self.stages - 1
 
 
-def stage_layers(num_layers: int, stages: int, stage: int) -> range:
-    """Global indices of a pipeline stage's layers."""
-    assert num_layers % stages == 0, (num_layers, stages)
-    per_stage = num_layers // stages
-    return range(stage * per_stage, (stage + 1) * per_stage)
-
-
-def tensor_sequence(config: Config) -> bool:
-    """Whether activations outside tensor-parallel regions are split by tokens over the tensor ranks."""
-    chosen = config.parallel.tensor_sequence
-    return config.parallel.tensor > 1 and chosen is not False
-
-
 def initialize(config: Config) -> Groups:
     """Start torch.distributed (as torchrun's environment says; without it, one process) and Megatron's groups; seed.
 

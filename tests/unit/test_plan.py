@@ -169,3 +169,16 @@ def test_tables_name_everything(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_human() -> None:
     assert [human(n) for n in (0, 999, 1000, 2_489_000_000)] == ["0", "999", "1.00 k", "2.49 B"]
     assert [human(2.94e9, "FLOP"), human(1536 * 2**20, "B", 1024)] == ["2.94 GFLOP", "1.50 GiB"]
+
+
+@pytest.mark.parametrize("mixer", ["gla", "gated_deltanet model.mixer.head_dim=256", "mamba2", "attention"])
+def test_sizes_beyond_any_tensor_are_one_line(mixer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(MODELS / "tiny.yaml")
+    assert main(["plan", config, "model.hidden_size=100000000000"]) == 2
+    assert capsys.readouterr().err == (
+        "linear-moe: model.hidden_size = 100000000000: must be <= 1048576; nearest valid: 1048576\n"
+    )
+    largest = ["model.hidden_size=1048576", *f"model.mixer.type={mixer}".split(), "model.vocab_size=2147483648"]
+    largest += ["model.moe.num_experts=65536", "model.moe.expert_ffn_size=1048576", "model.moe.shared_ffn_size=1048576"]
+    assert main(["plan", config, "--json", *largest]) == 0  # the limits themselves overflow nothing
+    assert json.loads(capsys.readouterr().out)["total_params"] > 2**53

@@ -22,9 +22,9 @@ from linear_moe.modeling.ops.softmax import softmax_attention
 @dataclass
 class AttentionConfig(MixerConfig):
     type: str = opt("attention", "name of the mixer")
-    num_heads: int | None = opt(None, "query heads; null: model.num_heads", ge=1)
-    num_kv_heads: int | None = opt(None, "key and value heads; null: num_heads", ge=1)
-    head_dim: int | None = opt(None, "size of a head; null: hidden_size / num_heads", ge=1)
+    num_heads: int | None = opt(None, "query heads; null: model.num_heads", ge=1, le=2**16)
+    num_kv_heads: int | None = opt(None, "key and value heads; null: num_heads", ge=1, le=2**16)
+    head_dim: int | None = opt(None, "size of a head; null: hidden_size / num_heads", ge=1, le=2**16)
     rope: bool = opt(True, "rotary position embedding")
     rope_base: float = opt(10000.0, "base of the rotary frequencies", gt=1)
     rotary_fraction: float = opt(1.0, "share of each head that is rotated, from its start", gt=0, le=1)

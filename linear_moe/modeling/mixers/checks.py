@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.config.errors import ConfigError, nearest
 
 
 def check(path: str, value: int, valid: Callable[[int], bool], constraint: str) -> None:
     """Raises ConfigError unless `valid(value)`, offering the nearest smaller and larger positive valid values."""
     if value >= 1 and valid(value):
         return
-    below = next((n for n in range(value - 1, 0, -1) if valid(n)), None)
-    above = next((n for n in range(max(value, 0) + 1, 8 * max(value, 32)) if valid(n)), None)
-    near = " or ".join(str(n) for n in (below, above) if n is not None)
-    raise ConfigError(path, value, constraint, fix=f"nearest valid: {near}" if near else "")
+    raise ConfigError(path, value, constraint, fix=nearest(value, valid))
 
 
 def scaled(path: str, size: int, factor: float, what: str) -> int:

@@ -25,11 +25,13 @@ from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 @dataclass
 class GatedDeltaNetConfig(MixerConfig):
     type: str = opt("gated_deltanet", "name of the mixer")
-    num_heads: int | None = opt(None, "query and key heads; null: model.num_heads", ge=1)
-    num_v_heads: int | None = opt(None, "value heads, a multiple of num_heads; null: num_heads", ge=1)
-    head_dim: int | None = opt(None, "size of a key head; null: 3/4 hidden_size / num_heads, as published", ge=1)
-    expand_v: float = opt(2.0, "size of a value head over head_dim", gt=0)
-    conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1)
+    num_heads: int | None = opt(None, "query and key heads; null: model.num_heads", ge=1, le=2**16)
+    num_v_heads: int | None = opt(None, "value heads, a multiple of num_heads; null: num_heads", ge=1, le=2**16)
+    head_dim: int | None = opt(
+        None, "size of a key head; null: 3/4 hidden_size / num_heads, as published", ge=1, le=2**16
+    )
+    expand_v: float = opt(2.0, "size of a value head over head_dim", gt=0, le=64)
+    conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1, le=2**10)
     allow_neg_eigval: bool = opt(
         False, "beta in (0, 2), so that transitions have negative eigenvalues (arXiv 2411.12537)"
     )

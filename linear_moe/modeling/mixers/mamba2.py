@@ -24,11 +24,11 @@ from linear_moe.modeling.ops.decay import decay
 @dataclass
 class Mamba2Config(MixerConfig):
     type: str = opt("mamba2", "name of the mixer")
-    expand: float = opt(2.0, "inner width over hidden_size", gt=0)
-    head_dim: int = opt(64, "channels of a head; the mixer has expand * hidden_size / head_dim heads", ge=1)
-    state_size: int = opt(128, "size of B and C: the state of one channel", ge=1)
-    num_groups: int = opt(1, "groups of heads that share B, C and the output norm", ge=1)
-    conv_size: int = opt(4, "taps of the short convolutions on x, B and C", ge=1)
+    expand: float = opt(2.0, "inner width over hidden_size", gt=0, le=64)
+    head_dim: int = opt(64, "channels of a head; the mixer has expand * hidden_size / head_dim heads", ge=1, le=2**16)
+    state_size: int = opt(128, "size of B and C: the state of one channel", ge=1, le=2**16)
+    num_groups: int = opt(1, "groups of heads that share B, C and the output norm", ge=1, le=2**16)
+    conv_size: int = opt(4, "taps of the short convolutions on x, B and C", ge=1, le=2**10)
 
 
 class Mamba2(LinearMixer):

@@ -47,6 +47,13 @@ class Stream:
 
     def __init__(self, *args: object, **kwargs: object): ...
 
+    # There is only one: the all-to-all dispatcher makes streams wait for those that are not equal.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
     def record_event(self, event: object = None) -> Stream:
         return self
 

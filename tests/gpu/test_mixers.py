@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Layout, Mixer
-from tests.tolerances import BF16, assert_close
+from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, assert_close
 from tests.unit.mixers.common import CASES, IDS, build, dims, packed, stream
 
 pytestmark = [
@@ -32,12 +32,13 @@ def pair(name: str, fields: dict[str, Any]) -> tuple[Mixer, Mixer]:
     return cpu.cuda(), single
 
 
-def run(mixer: Mixer, x: Tensor, layout: Layout, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, gradient of the input, and all parameters' gradients in one vector."""
+def run(mixer: Mixer, x: Tensor, layout: Layout, weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, gradient of the input, and the parameters' gradients by name."""
     x = x.clone().requires_grad_()
     y = mixer(x, layout)
-    gradients = torch.autograd.grad((y * weight.to(y)).sum(), [x, *mixer.parameters()])
-    return y, gradients[0], torch.cat([g.flatten().float() for g in gradients[1:]])
+    dx, *gradients = torch.autograd.grad((y * weight.to(y)).sum(), [x, *mixer.parameters()])
+    names = [name for name, _ in mixer.named_parameters()]
+    return y, dx, {name: g.double().cpu() for name, g in zip(names, gradients, strict=True)}
 
 
 @pytest.mark.parametrize("layout", [Layout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
@@ -46,11 +47,17 @@ def test_forward_and_backward(name: str, fields: dict[str, Any], layout: Layout)
     gpu, cpu = pair(name, fields)
     x, weight = stream(1, TOKENS, HIDDEN).bfloat16(), stream(1, TOKENS, HIDDEN, seed=1).bfloat16()
     moved = {key: None if (t := getattr(layout, key)) is None else t.cuda() for key in ("cu_seqlens", "positions")}
-    actual = run(gpu, x.cuda(), replace(layout, **moved), weight)
-    expected = run(cpu, x.float(), layout, weight)
-    assert actual[0].dtype == torch.bfloat16
-    for what, a, b in zip(("output", "input gradient", "parameter gradients"), actual, expected, strict=True):
-        assert_close(a, b, BF16, what)
+    y, dx, actual = run(gpu, x.cuda(), replace(layout, **moved), weight)
+    expected_y, expected_dx, expected = run(cpu, x.float(), layout, weight)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, expected_y, BF16, "output")
+    assert_close(dx, expected_dx, BF16, "input gradient")
+    floor = BF16_GRADIENT_FLOOR * max(float(gradient.norm()) for gradient in expected.values())
+    errors = {
+        name: float((actual[name] - gradient).norm()) / max(float(gradient.norm()), floor)
+        for name, gradient in expected.items()
+    }
+    assert all(error <= BF16 for error in errors.values()), errors  # NaN is not
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import has_fla
 from linear_moe.modeling.ops.short_conv import short_conv
-from tests.tolerances import BF16, FP32, assert_close
+from tests.tolerances import BF16, BF16_SAME, FP32, assert_close
 from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run
 
 pytestmark = [
@@ -58,7 +58,7 @@ def test_auto_takes_the_kernels_for_bf16_and_keeps_fp32_exact(
     exact = {n: x.cuda() for n, x in inputs.items()}
     compare(run(OPS[family], exact), run(OPS[family], exact, backend="reference"), FP32, f"{family} {gate} fp32")
     half = to_gpu(inputs)
-    compare(run(OPS[family], half), run(OPS[family], half, backend="gpu"), 1e-3, f"{family} {gate} bf16")
+    compare(run(OPS[family], half), run(OPS[family], half, backend="gpu"), BF16_SAME, f"{family} {gate} bf16")
 
 
 @needs_fla

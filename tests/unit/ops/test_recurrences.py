@@ -11,7 +11,7 @@ from torch import Tensor
 from linear_moe.modeling.ops import decay as decay_family
 from linear_moe.modeling.ops import delta as delta_family
 from linear_moe.modeling.ops.dispatch import has_fla
-from tests.tolerances import FP32, assert_close
+from tests.tolerances import BF16_SAME, FP32, assert_close
 from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run
 
 LENGTHS = (1, 17, 63, 64, 65, 200)
@@ -161,7 +161,7 @@ def test_bf16_is_computed_in_fp32(family: str, gate: str | None) -> None:
     expected, expected_state = OPS[family](**{n: x.float() for n, x in half.items()}, backend="reference")
     assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert_close(state, expected_state, FP32)
-    assert_close(output, expected.bfloat16(), 1e-3)  # the same but for a rounding here and there
+    assert_close(output, expected.bfloat16(), BF16_SAME)
 
 
 @all_variants

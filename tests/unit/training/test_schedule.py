@@ -7,6 +7,7 @@ import torch
 
 from linear_moe.config.schema import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
 from linear_moe.training.schedule import learning_rate, set_learning_rate
+from tests.tolerances import FP64
 
 
 def config(**schedule: object) -> Config:
@@ -37,7 +38,7 @@ def config(**schedule: object) -> Config:
 )
 def test_values(schedule: dict[str, object], expected: dict[int, float]) -> None:
     for step, value in expected.items():
-        assert learning_rate(step, config(**schedule)) == pytest.approx(value, rel=1e-10), step
+        assert learning_rate(step, config(**schedule)) == pytest.approx(value, rel=FP64), step
 
 
 def test_steps_count_from_one() -> None:

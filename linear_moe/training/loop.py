@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import embedding_rows
@@ -17,7 +17,7 @@ from linear_moe.training.checkpoint import load_latest, save
 from linear_moe.training.data import PreparedData, TrainLoader, validation_batches
 from linear_moe.training.faults import StopSignal, check_finite
 from linear_moe.training.logging import Logger
-from linear_moe.training.metrics import Throughput, memory_gib, peak_tflops
+from linear_moe.training.metrics import Throughput, memory_gib, peak_tflops, seconds_alive
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.schedule import learning_rate, set_learning_rate
@@ -26,13 +26,15 @@ from linear_moe.training.step import Stepper
 
 def train(config: Config, data: PreparedData) -> int:
     """Train from the newest checkpoint, or from the start, to `training.steps`. Returns the exit code."""
-    started = time.perf_counter()
     stop = StopSignal()
     groups = parallel.initialize(config)
     model = build_model(config, embedding_rows(config.model, data.vocab_size), groups)
     optimizer = build_optimizer(model, config)
     run, training = Path(config.run), config.training
     step = load_latest(config, model, optimizer)
+    if step > training.steps:
+        fix = "raise training.steps, or choose another run folder"
+        raise ConfigError("training.steps", training.steps, f"the run's checkpoint is at step {step}", fix=fix)
 
     log = Logger(run, training.steps, active=groups.rank == 0, tensorboard=config.logging.tensorboard, step=step)
     if groups.rank == 0:
@@ -51,7 +53,8 @@ def train(config: Config, data: PreparedData) -> int:
     )
     first_step = step + 1
     laps = 0
-    while step < training.steps:
+    stopped = False
+    while step < training.steps and not stopped:
         step += 1
         laps += 1
         lr = learning_rate(step, config)
@@ -61,28 +64,35 @@ def train(config: Config, data: PreparedData) -> int:
         if step % config.logging.every == 0 or step in (first_step, training.steps):
             record = {"step": step, "loss": result.loss, "learning_rate": lr, "gradient_norm": result.gradient_norm}
             if step == first_step:
-                record["first_step_seconds"] = time.perf_counter() - started
+                record["first_step_seconds"] = seconds_alive()
             record |= speed.lap(laps, training.steps - step) | {"memory_gib": memory_gib()} | stepper.router_losses()
             laps = 0
             log.step(record)
 
+        stopped = result.stop and step < training.steps
         last = step == training.steps and config.checkpoint.last
-        if last or result.stop or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            path = save(config, step, model, optimizer)
-            log.event("checkpoint", step=step, path=str(path))
-            speed.restart()
-        validates = step == training.steps or (training.eval_every and step % training.eval_every == 0)
-        if validates and data.has_validation:
-            validation = stepper.validate(
-                validation_batches(data, config, groups.data_rank, groups.data_size), training.eval_batches
-            )
-            log.validation(step, validation.loss, validation.tokens)
-            speed.restart()
-        if result.stop and step < training.steps:
-            log.event("stopped", step=step, signal=stop.received)
-            log.message(f"stopped after step {step} on a signal; checkpoint saved. Rerun the same command to go on")
-            break
+        with speed.paused():
+            if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                path = save(config, step, model, optimizer, data=data.fingerprint)
+                log.event("checkpoint", step=step, path=str(path))
+            if training.eval_every and step % training.eval_every == 0 and step < training.steps:
+                validate(step, config, data, groups, stepper, log)
+    if stopped:
+        log.event("stopped", step=step, signal=stop.received)
+        log.message(f"stopped after step {step} on a signal; checkpoint saved. Rerun the same command to go on")
+    else:
+        validate(step, config, data, groups, stepper, log)
     log.close()
     dist.barrier()
     parallel.destroy()
     return 0
+
+
+def validate(
+    step: int, config: Config, data: PreparedData, groups: parallel.Groups, stepper: Stepper, log: Logger
+) -> None:
+    """Score the held-out sequences, where there are any; collective."""
+    if data.has_validation:
+        batches = validation_batches(data, config, groups.data_rank, groups.data_size)
+        result = stepper.validate(batches, config.training.eval_batches)
+        log.validation(step, result.loss, result.tokens)

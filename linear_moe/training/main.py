@@ -6,9 +6,11 @@ import argparse
 import logging
 import os
 import warnings
+from pathlib import Path
 
 from linear_moe.check import check
 from linear_moe.config.load import load_config
+from linear_moe.training.faults import end_with_parent, lock_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +32,20 @@ def main(args: argparse.Namespace) -> int:
     quiet()
     config = load_config(args.config, args.overrides)
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    end_with_parent()
+    lock = lock_run(Path(config.run)) if os.environ.get("RANK", "0") == "0" else None
 
     from linear_moe.training import platform
 
     platform.install()
 
+    from linear_moe.training.checkpoint.load import check_data_unchanged
     from linear_moe.training.data import prepare_data
     from linear_moe.training.loop import train
 
-    return train(config, prepare_data(config))
+    data = prepare_data(config)
+    check_data_unchanged(config, data.fingerprint)
+    code = train(config, data)
+    if lock is not None:
+        lock.close()
+    return code

@@ -1,7 +1,9 @@
-"""The `linear-moe` command: finds the subcommand, runs it, and turns a user's mistake into one line and exit code 2.
+"""The `linear-moe` command: finds the subcommand and runs it.
 
-Imports nothing heavy: a subcommand's module, with its `add_arguments(parser)` and `main(args)`, is imported when it is
-the one asked for.
+A user's mistake is one line and exit code 2. Training that cannot go on (its loss is not finite) is one line and exit
+code 3: a launcher should not start it again as it is. A defect is a traceback and exit code 1.
+
+Imports nothing heavy: a subcommand's module, with its `main(args)`, is imported when its arguments have been read.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from linear_moe import __version__, arguments
 from linear_moe.config.errors import ConfigError
 
-USER_ERROR = 2
+USER_ERROR, TRAINING_ERROR = 2, 3
 # Of all OSErrors, those that a user mends: missing, forbidden, full, read-only, of the wrong kind.
 USER_ERRNOS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
@@ -28,6 +31,7 @@ USER_ERRNOS = {
 @dataclass(frozen=True)
 class Command:
     module: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
     help: str
     example: str
 
@@ -35,31 +39,37 @@ class Command:
 COMMANDS = {
     "train": Command(
         "linear_moe.training.main",
+        arguments.with_config,
         "train as a config says; run it under torchrun, and again to resume",
         "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml data.corpus=/data/slimpajama",
     ),
     "plan": Command(
         "linear_moe.plan",
+        arguments.plan,
         "parameters, FLOPs, process groups and memory of a config; needs no GPU",
         "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64",
     ),
     "check": Command(
         "linear_moe.check",
+        arguments.with_world,
         "everything that `train` checks before it starts",
         "linear-moe check configs/train/a0.3b_2b.yaml data.corpus=/data/slimpajama --world 8",
     ),
     "data": Command(
         "linear_moe.training.data.cli",
+        arguments.data,
         "tokenize text files into an indexed dataset",
         "linear-moe data --help",
     ),
     "export": Command(
         "linear_moe.inference.export",
+        arguments.export,
         "write a run's model as a Hugging Face folder",
         "linear-moe export runs/first exported/first",
     ),
     "generate": Command(
         "linear_moe.inference.generate",
+        arguments.generate,
         "continue a prompt with an exported model",
         "linear-moe generate exported/first --prompt 'def main('",
     ),
@@ -74,13 +84,11 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(USER_ERROR)
 
 
-def build_parser(selected: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands; only the `selected` one knows its own arguments."""
-    import linear_moe
-
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     description = "Pretrain, export and serve language models of linear sequence modelling and mixture of experts."
     parser = _Parser(prog="linear-moe", description=description)
-    parser.add_argument("--version", action="version", version=f"linear-moe {linear_moe.__version__}")
+    parser.add_argument("--version", action="version", version=f"linear-moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -90,15 +98,13 @@ def build_parser(selected: str | None) -> argparse.ArgumentParser:
             epilog=f"example:\n  {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == selected:
-            importlib.import_module(command.module).add_arguments(sub)
+        command.add_arguments(sub)
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parsed arguments; `a.b=c` overrides may stand anywhere after the config, between options too."""
-    selected = next((word for word in argv if not word.startswith("-")), None)
-    parser = build_parser(selected)
+    parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "overrides"):
         args.overrides = [*args.overrides, *(word for word in rest if not word.startswith("-"))]
@@ -139,3 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        faults = sys.modules.get("linear_moe.training.faults")  # not imported: not its error
+        if debug or faults is None or not isinstance(error, faults.TrainingError):
+            raise
+        if os.environ.get("RANK", "0") == "0":  # raised alike on all ranks
+            complain(str(error))
+        return TRAINING_ERROR

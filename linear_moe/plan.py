@@ -209,13 +209,6 @@ def layer_activation_elements(config: Config, layer: nn.Module, stream: float) -
 
 
 # -- command ----------------------------------------------------------------------------------------------------------
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to it")
-    parser.add_argument("--world", type=int, help="number of ranks; default: the fewest that the parallel sizes allow")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     plan = make_plan(config, args.world)

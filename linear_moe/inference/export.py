@@ -19,10 +19,12 @@ from torch import Tensor
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import load_config
-from linear_moe.config.schema import Config
+from linear_moe.config.schema import Config, ModelConfig
+from linear_moe.config.validate import check_grouped_gemm
 from linear_moe.inference.card import model_card
 from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
 from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.pattern import resolve_layers
 
 if TYPE_CHECKING:
     from linear_moe.inference.hf import LinearMoEForCausalLM
@@ -58,6 +60,7 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
     if not is_run(run):
         raise ConfigError("run", str(run), "is not a run folder: it has no config.yaml")
     config = load_config(run / "config.yaml")
+    check_dtype(config.model, dtype)
     checkpoint = find_checkpoint(run, step)
     weights = load_full_weights(checkpoint, fp32=dtype == "fp32")
     hf_config = _hf_config(config, run / "tokenizer", weights)
@@ -70,8 +73,8 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
     try:
         model.model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError("checkpoint", str(checkpoint), f"does not fit {run / 'config.yaml'}: {reason}") from None
+        constraint = f"does not fit {run / 'config.yaml'}: {one_line(error)}"
+        raise ConfigError("checkpoint", str(checkpoint), constraint) from None
     model.generation_config = _generation_config(model)
     return LoadedRun(config, checkpoint, read_info(checkpoint)["step"], model.eval())
 
@@ -90,17 +93,44 @@ def find_checkpoint(run: Path, step: int | None) -> Path:
     return complete[step]
 
 
-def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor]) -> Any:
-    """LinearMoEConfig of a run; a run on random tokens has no tokenizer."""
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a folder; ConfigError if it holds none that works."""
     from transformers import AutoTokenizer
 
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ConfigError("tokenizer", str(folder), f"has no {name}")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise ConfigError("tokenizer", str(folder), f"cannot be loaded: {one_line(error)}") from error
+
+
+def check_dtype(model: ModelConfig, dtype: str | None) -> None:
+    """Raises ConfigError for a model whose experts cannot compute in `dtype`, given with --dtype."""
+    if dtype is None or model.moe.experts != "grouped" or all(layer.ffn != "moe" for layer in resolve_layers(model)):
+        return
+    try:
+        check_grouped_gemm(model, dtype)
+    except ConfigError as error:
+        constraint = f"{error.path} {error.value} {error.constraint}"
+        raise ConfigError("--dtype", dtype, constraint, fix="leave it out") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's text, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor]) -> Any:
+    """LinearMoEConfig of a run; a run on random tokens has no tokenizer."""
     from linear_moe.inference.hf import LinearMoEConfig
 
     if EMBEDDING not in weights:
         raise ConfigError("checkpoint", ..., f"holds no {EMBEDDING}: not one of a Linear-MoE model")
     ids: dict[str, Any] = {}
     if (tokenizer_folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer = load_tokenizer(tokenizer_folder)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         ids["pad_token_id"] = ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]
         ids["tokenizer_size"] = max(tokenizer.get_vocab().values()) + 1  # a vocabulary may have holes
@@ -146,9 +176,10 @@ def export(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     say(f"step {loaded.step} of {run}: {len(state)} tensors, {size / 2**20:,.1f} MiB")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(out.parent).free) < size * 1.01 + 2**24:
-            raise OSError(errno.ENOSPC, f"{size:,} bytes to write, {free:,} free")
+        temporary.mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(temporary)
+        if disk.total and disk.free < size * 1.01 + 2**24:  # some network file systems do not tell
+            raise OSError(errno.ENOSPC, f"{size:,} bytes to write, {disk.free:,} free")
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if (run / "tokenizer").is_dir():
             shutil.copytree(run / "tokenizer", temporary, dirs_exist_ok=True)
@@ -201,16 +232,6 @@ def _replace(temporary: Path, out: Path) -> None:
     os.rename(out, old)
     os.rename(temporary, out)
     shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--step", type=int, help="checkpoint to export (default: the latest complete one)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as trained")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a weights file (default: 5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:

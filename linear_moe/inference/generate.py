@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -41,7 +42,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ValueError(f"temperature and top_k must be >= 0 and top_p in (0, 1]: {self}")
 
 
@@ -211,43 +212,60 @@ def load_model(
         dtype: "bf16" or "fp32"; None: as stored.
         device: None: a GPU if there is one.
     """
-    from transformers import AutoTokenizer
-
-    from linear_moe.inference.export import is_run, load_run
-    from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
+    from linear_moe.inference.export import is_run, load_run, load_tokenizer
 
     if is_run(path):
-        model, tokenizer_folder = load_run(path, step, dtype).model, path / "tokenizer"
-    elif not (path / "config.json").is_file():
-        raise ConfigError("model", str(path), "is neither an exported folder nor a run folder")
-    elif (model_type := json.loads((path / "config.json").read_text()).get("model_type")) != LinearMoEConfig.model_type:
-        raise ConfigError("model", str(path), f"holds a {model_type} model", fix="generate with transformers instead")
+        tokenizer = load_tokenizer(path / "tokenizer")
+        model = load_run(path, step, dtype).model
     else:
         if step is not None:
             raise ConfigError("--step", step, "is for run folders; an exported folder holds one step")
-        model = LinearMoEForCausalLM.from_pretrained(path, dtype=DTYPES[dtype] if dtype else "auto")
-        tokenizer_folder = path
-    if not (tokenizer_folder / "tokenizer_config.json").is_file():
-        raise ConfigError("model", str(path), "has no tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer, model = _load_exported(path, dtype)
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="exported folder, or run folder")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; give several for a batch")
-    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="the same, from a UTF-8 file")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-cache", action="store_true", help="recompute the whole text for every token")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: latest)")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of streamed text")
+def _load_exported(path: Path, dtype: str | None) -> tuple[Any, LinearMoEForCausalLM]:
+    """Tokenizer and model of an exported folder; ConfigError if anything of it is missing or damaged."""
+    from safetensors import SafetensorError
+
+    from linear_moe.inference.export import check_dtype, load_tokenizer, one_line
+    from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
+
+    if not (path / "config.json").is_file():
+        raise ConfigError("model", str(path), "is neither an exported folder nor a run folder")
+    try:
+        model_type = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        constraint = f"is not a model's configuration: {one_line(error)}"
+        raise ConfigError("model", str(path / "config.json"), constraint) from None
+    if model_type != LinearMoEConfig.model_type:
+        raise ConfigError("model", str(path), f"holds a {model_type} model", fix="generate with transformers instead")
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError("model", str(path), "has no weights (*.safetensors)", fix="export it again")
+    tokenizer = load_tokenizer(path)
+    try:
+        check_dtype(LinearMoEConfig.from_pretrained(path).model_config(), dtype)
+        return tokenizer, LinearMoEForCausalLM.from_pretrained(path, dtype=DTYPES[dtype] if dtype else "auto")
+    except ConfigError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        constraint = f"cannot be loaded: {one_line(error)}"
+        raise ConfigError("model", str(path), constraint, fix="export it again") from error
+
+
+def check_device(device: str | None) -> None:
+    """Raises ConfigError for a --device that this machine does not have."""
+    if device is None:
+        return
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError("--device", device, "must be cpu, cuda or cuda:INDEX")
+    gpus = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        raise ConfigError("--device", device, f"this machine has {gpus} usable GPUs", fix="" if gpus else "--device cpu")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -255,12 +273,7 @@ def main(args: argparse.Namespace) -> int:
     prompts = [*args.prompt, *(_read(path) for path in args.prompt_file)]
     if not prompts:
         raise ConfigError("--prompt", ..., "is needed", fix="or --prompt-file FILE")
-    if args.max_new_tokens < 1:
-        raise ConfigError("--max-new-tokens", args.max_new_tokens, "must be >= 1")
-    try:
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    except ValueError as error:
-        raise ConfigError("sampling", ..., str(error)) from None
+    check_device(args.device)
 
     from transformers.utils import logging
 
@@ -278,7 +291,7 @@ def main(args: argparse.Namespace) -> int:
         model.model,
         tokens,
         max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p, args.seed),
         tokenizer_size=model.config.tokenizer_size,
         stop=() if args.ignore_eos or eos is None else {eos} if isinstance(eos, int) else set(eos),
         use_cache=not args.no_cache,

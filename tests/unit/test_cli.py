@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from linear_moe import cli
 from linear_moe.cli import COMMANDS, main
+from linear_moe.training.faults import TrainingError
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "models" / "tiny.yaml")
@@ -56,6 +57,8 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "missing corpus": (["data.corpus=TMP/nowhere"], ["data.corpus", "nowhere", "no such file"]),
     "empty corpus": (["data.corpus=TMP"], ["data.corpus", "no text files"]),
     "missing tokenizer": (["data.tokenizer.type=hf"], ["data.tokenizer.path"]),
+    "no run": (["run="], ["run", "cannot be null"]),
+    "empty run": (["run=''"], ["run = ''", "must not be empty"]),
     "unwritable run": (["run=/dev/null/run"], ["run = '/dev/null/run'", "cannot be written"]),
     "unwritable cache": (["data.cache=/dev/null"], ["data.cache = '/dev/null'", "cannot be written"]),
 }
@@ -77,6 +80,13 @@ def test_every_command_that_takes_a_config(run: Callable[..., Result], command: 
     code, out, err = run(command, TINY, "training.steps=0")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "training.steps = 0" in err
+
+
+def test_only_the_config_is_required(run: Callable[..., Result]) -> None:
+    for command in ("train", "plan", "check", "data"):
+        assert run(command)[2] == (
+            f"linear-moe: the following arguments are required: config (see linear-moe {command} --help)\n"
+        )
 
 
 @pytest.mark.parametrize("argv", [[], ["trian"], ["plan"], ["plan", "TMP/none.yaml"]])
@@ -111,7 +121,7 @@ def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(args: Any) -> None:
         raise error
 
-    module = SimpleNamespace(add_arguments=lambda parser: None, main=raises)
+    module = SimpleNamespace(main=raises)
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
 
 
@@ -120,17 +130,28 @@ def test_user_os_errors_are_one_line(
     code: int, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fails_with(OSError(code, os.strerror(code), "some/file"), monkeypatch)
-    assert run("plan") == (2, "", f"linear-moe: some/file: {os.strerror(code)}\n")
+    assert run("plan", TINY) == (2, "", f"linear-moe: some/file: {os.strerror(code)}\n")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert run("plan") == (2, "", f"linear-moe: [rank 3] some/file: {os.strerror(code)}\n")
+    assert run("plan", TINY) == (2, "", f"linear-moe: [rank 3] some/file: {os.strerror(code)}\n")
 
 
 def test_other_errors_keep_their_traceback(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (ValueError("a bug"), ConnectionResetError(errno.ECONNRESET, "peer"), OSError(errno.EIO, "disk")):
         fails_with(error, monkeypatch)
         with pytest.raises(type(error)):
-            run("plan")
+            run("plan", TINY)
+
+
+def test_training_errors_are_one_line_of_rank_0(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_with(TrainingError("step 3: loss nan"), monkeypatch)
+    assert run("train", TINY) == (3, "", "linear-moe: step 3: loss nan\n")
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of the second node
+    assert run("train", TINY) == (3, "", "")
+    fails_with(RuntimeError("a bug"), monkeypatch)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("train", TINY)
 
 
 def test_only_one_rank_of_a_node_prints(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,10 +137,17 @@ def test_verification_sees_one_changed_bit(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["file/out", "file"])
-def test_a_path_that_cannot_be_written(out: str, run: Path, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written(
+    out: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match=r"cannot be written: File exists|exists; give --overwrite"):
+    with pytest.raises(ConfigError, match=r"cannot be written: Not a directory|exists; give --overwrite"):
         export(run, tmp_path / out)
+    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
+        export(run, Path("/proc/out"))
+    with pytest.raises(SystemExit):
+        main(["export", str(run), str(tmp_path / "out"), "--max-shard-size", "foo"])
+    assert "argument --max-shard-size: 'foo': must be a whole number of KB" in capsys.readouterr().err
     assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
 
 

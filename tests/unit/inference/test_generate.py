@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from linear_moe.cli import main
 from linear_moe.inference.cache import DecodingState, prefill
+from linear_moe.inference.export import export
 from linear_moe.inference.generate import Sampling, TextStream, generate, sample
 from linear_moe.modeling.mixers.base import Layout
 from tests.tolerances import DECODE, assert_close
@@ -175,8 +179,13 @@ def test_command_streams_what_json_reports(run: Path, tmp_path: Path, capsys: py
     [
         (["{run}"], "--prompt"),
         (["{run}", "--prompt", ""], "no tokens"),
-        (["{run}", "--prompt", "x", "--max-new-tokens", "0"], "must be >= 1"),
-        (["{run}", "--prompt", "x", "--top-p", "2"], "top_p in (0, 1]"),
+        (["{run}", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: '0': must be a whole number >= 1"),
+        (["{run}", "--prompt", "x", "--top-p", "2"], "--top-p: '2': must be a number in (0, 1]"),
+        (["{run}", "--prompt", "x", "--temperature", "-1"], "--temperature: '-1': must be a number >= 0"),
+        (["{run}", "--prompt", "x", "--temperature", "nan"], "--temperature: 'nan': must be a number >= 0"),
+        (["{run}", "--prompt", "x", "--seed", "99999999999999999999"], "from 0 to 2**63 - 1"),
+        (["{run}", "--prompt", "x", "--device", "foo"], "--device = 'foo': must be cpu, cuda or cuda:INDEX"),
+        (["{run}", "--prompt", "x", "--device", "cuda:99"], "--device = 'cuda:99': this machine has"),
         (["{run}", "--prompt", "x", "--step", "11"], "complete are: 10, 20"),
         (["{run}", "--prompt-file", "{run}/absent"], "cannot be read: No such file"),
         (["{run}/tokenizer", "--prompt", "x"], "neither an exported folder nor a run folder"),
@@ -185,6 +194,51 @@ def test_command_streams_what_json_reports(run: Path, tmp_path: Path, capsys: py
 def test_user_errors_are_one_line(
     run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", *(a.format(run=run) for a in arguments)]) == 2
+    assert code(["generate", *(a.format(run=run) for a in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def code(argv: list[str]) -> int:
+    """Exit code of a command; argparse ends with an exception."""
+    try:
+        return main(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "weights cut off": ("model.safetensors", lambda p: os.truncate(p, 1000), "cannot be loaded: "),
+    "weights missing": ("model.safetensors", Path.unlink, "has no weights"),
+    "config cut off": ("config.json", lambda p: os.truncate(p, 20), "config.json': is not a model's configuration"),
+    "config of nothing": ("config.json", lambda p: p.write_text("[]"), "is not a model's configuration"),
+    "config without model": (
+        "config.json", lambda p: p.write_text('{"model_type": "linear_moe"}'), "LinearMoEConfig.model is not set"
+    ),
+    "tokenizer missing": ("tokenizer.json", Path.unlink, "has no tokenizer.json"),
+    "tokenizer cut off": ("tokenizer.json", lambda p: os.truncate(p, 100), "cannot be loaded: "),
+}  # fmt: skip
+
+
+def test_a_damaged_export_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(run, tmp_path / "good")
+    for name, (file, damage, message) in DAMAGE.items():
+        bad = tmp_path / name
+        shutil.copytree(tmp_path / "good", bad)
+        damage(bad / file)
+        assert main(["generate", str(bad), "--prompt", "x"]) == 2, name
+        error = capsys.readouterr().err
+        assert message in error and str(bad) in error and error.count("\n") == 1, error
+
+
+def test_dtype_that_the_experts_cannot_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CASES, "odd", CASES["tied"] | {"moe": {"num_experts": 4, "expert_ffn_size": 20}})
+    write_run(tmp_path / "run", "odd", steps=(10,))
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "x", "--max-new-tokens", "2"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    for folder in ("run", "out"):
+        assert main(["generate", str(tmp_path / folder), "--prompt", "x", "--dtype", "bf16"]) == 2
+        assert "--dtype = 'bf16': model.moe.expert_ffn_size 20 must be divisible by 8" in capsys.readouterr().err

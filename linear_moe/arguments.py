@@ -1,0 +1,88 @@
+"""The arguments of every command, apart from the commands: `--help` and a mistyped option need no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+DTYPES = ("bf16", "fp32")
+
+
+def number(kind: type, constraint: str, valid: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type: an int or float that is `valid`, as `constraint` says in words."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {constraint}")
+        return value
+
+    return parse
+
+
+def size(text: str) -> str:
+    """An argparse type: a size in words that transformers reads."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of KB, MB, GB or TB, for example 5GB")
+    return text
+
+
+def with_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    # With a default, or argparse calls them required when the config is missing.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="changes to it: training.steps=100 model.pattern=LLLN"
+    )
+
+
+def with_world(parser: argparse.ArgumentParser) -> None:
+    with_config(parser)
+    parser.add_argument("--world", type=int, help="number of ranks; default: the fewest that the parallel sizes allow")
+
+
+def plan(parser: argparse.ArgumentParser) -> None:
+    with_world(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def data(parser: argparse.ArgumentParser) -> None:
+    with_config(parser)
+    parser.add_argument("--bigram", action="store_true", help="print a bigram model's validation loss")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the latest complete one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as trained")
+    parser.add_argument("--max-shard-size", type=size, default="5GB", help="of a weights file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def generate(parser: argparse.ArgumentParser) -> None:
+    count = number(int, "a whole number >= 0", lambda n: n >= 0)
+    parser.add_argument("model", type=Path, help="exported folder, or run folder")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; give several for a batch")
+    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="the same, from a UTF-8 file")
+    parser.add_argument("--max-new-tokens", type=number(int, "a whole number >= 1", lambda n: n >= 1), default=128)
+    finite = number(float, "a number >= 0", lambda t: 0 <= t < math.inf)
+    parser.add_argument("--temperature", type=finite, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top-k", type=count, default=0, help="choose among the k most likely tokens; 0: all")
+    share = number(float, "a number in (0, 1]", lambda p: 0 < p <= 1)
+    parser.add_argument("--top-p", type=share, default=1.0, help="choose among the likeliest of this probability")
+    seed = number(int, "a whole number from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)
+    parser.add_argument("--seed", type=seed, default=0, help="row i of a batch draws with seed + i")
+    parser.add_argument("--no-cache", action="store_true", help="recompute the whole text for every token")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: latest)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of streamed text")

@@ -21,6 +21,8 @@ from linear_moe import __version__, arguments
 from linear_moe.config.errors import ConfigError
 
 USER_ERROR, TRAINING_ERROR = 2, 3
+EXIT_CODES = "exit codes: 0 done, or stopped on a signal after saving; 2 a mistake in what was given; 3 training cannot \
+go on, for example its loss is not finite; 130 interrupted; others: a defect, with a traceback"
 # Of all OSErrors, those that a user mends: missing, forbidden, full, read-only, of the wrong kind.
 USER_ERRNOS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
@@ -87,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     description = "Pretrain, export and serve language models of linear sequence modelling and mixture of experts."
-    parser = _Parser(prog="linear-moe", description=description)
+    parser = _Parser(prog="linear-moe", description=description, epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"linear-moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -265,7 +265,8 @@ def check_device(device: str | None) -> None:
         raise ConfigError("--device", device, "must be cpu, cuda or cuda:INDEX")
     gpus = torch.cuda.device_count()
     if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
-        raise ConfigError("--device", device, f"this machine has {gpus} usable GPUs", fix="" if gpus else "--device cpu")
+        constraint = f"this machine has {gpus} usable GPUs"
+        raise ConfigError("--device", device, constraint, fix="" if gpus else "use --device cpu")
 
 
 def main(args: argparse.Namespace) -> int:

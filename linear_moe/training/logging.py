@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 SHOWN = {  # record key -> how the progress display writes it
     "loss": "loss {:.4f}",
@@ -62,8 +63,14 @@ class Logger:
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         if sys.stderr.isatty():
-            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
-            self._bar = Progress(*columns, console=self.console)
+            whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
+            rest = Column(ratio=1)  # wraps in a narrow terminal
+            columns = (
+                MofNCompleteColumn(table_column=whole),
+                BarColumn(bar_width=10, table_column=Column(min_width=10)),
+                TextColumn("{task.fields[figures]}", table_column=rest),
+            )
+            self._bar = Progress(*columns, console=self.console, expand=True)
             self._task = self._bar.add_task("train", total=steps, completed=step, figures="")
             self._bar.start()
         self.steps = steps

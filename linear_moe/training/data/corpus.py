@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -132,11 +133,30 @@ def documents(corpus: Corpus, fraction: float, skipped: Counter[str] | None = No
         if not text:
             skipped["empty"] += 1
         elif alone and fraction:
-            cut = text.rfind("\n", 0, int(len(text) * (1 - fraction)) + 1) + 1
+            middle = int(len(text) * (1 - fraction))
+            # At the last line end near there, or at a character: text8 is one line.
+            cut = text.rfind("\n", max(0, 2 * middle - len(text)), middle + 1) + 1 or middle
             parts = (("train", text[:cut]), ("validation", text[cut:]))
             yield from (Document(f"{name}:{part}", piece, part) for part, piece in parts if piece)
         else:
             yield Document(name, text, split)
+
+
+def holds_text(corpus: Corpus) -> bool:
+    """Whether there is a document at all, as far as the first MiB of each text file tells; reads until one is found."""
+    for name in corpus.files:
+        path = corpus.root / name
+        if path.suffix.lower() == ".jsonl":
+            if next(_json_lines(path, Counter()), None):
+                return True
+            continue
+        try:
+            with path.open("rb") as file:
+                if codecs.getincrementaldecoder("utf-8")().decode(file.read(1 << 20)):
+                    return True
+        except UnicodeDecodeError:
+            pass
+    return False
 
 
 def _json_lines(path: Path, skipped: Counter[str]) -> Iterator[tuple[int, str]]:

@@ -6,6 +6,7 @@ of its own, so that the order does not depend on how many steps a run is planned
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from linear_moe.config.schema import Config
 from linear_moe.training.data.prepare import PreparedData
 
 VALIDATION_SEED = 0  # the same sequences whatever training.seed is
+AHEAD = 4  # epochs whose orders are written ahead
 PADDING = -1  # the number of a sample whose positions do not count
 
 Sample = dict[str, Tensor]
@@ -42,14 +44,16 @@ def samples_per_epoch(prepared: PreparedData, split: str, length: int) -> int:
 
 
 def build_orders(prepared: PreparedData, config: Config) -> None:
-    """Writes the sample orders of all epochs that `training.steps` will read, and of the validation set.
+    """Writes the sample orders of the first AHEAD epochs that `training.steps` reads, and of the validation set.
 
-    Ahead of training and of the process groups, because GPTDataset otherwise builds on rank 0 only and does not wait.
+    Written, a host's ranks share an order in the page cache. Ahead of training and of the process groups, because
+    GPTDataset otherwise writes on rank 0 only and does not wait. Later epochs' orders each rank builds when it gets
+    there, in its own memory: a small corpus is read thousands of times, and a large one hardly more than AHEAD times.
     """
     training = config.training
     per_epoch = samples_per_epoch(prepared, "train", training.sequence_length)
-    epochs = -(-training.steps * training.global_batch // per_epoch)
-    orders = [("train", training.seed, epoch) for epoch in range(epochs)]
+    epochs = math.ceil(training.steps * training.global_batch / per_epoch)
+    orders = [("train", training.seed, epoch) for epoch in range(min(epochs, AHEAD))]
     if "validation" in prepared.tokens:
         orders.append(("validation", VALIDATION_SEED, 0))
     for split, seed, epoch in orders:
@@ -69,9 +73,9 @@ def _order_folder(prepared: PreparedData, split: str, length: int, seed: int, ep
 
 
 def _open(
-    prepared: PreparedData, split: str, length: int, seed: int, epoch: int, isolate: bool, folder: Path
+    prepared: PreparedData, split: str, length: int, seed: int, epoch: int, isolate: bool, folder: Path | None
 ) -> Dataset[Sample]:
-    """The GPTDataset of one epoch; reads its order from `folder`, or builds it there."""
+    """The GPTDataset of one epoch; reads its order from `folder`, or builds it there (None: in memory)."""
     from linear_moe.training import platform
 
     platform.install()
@@ -87,7 +91,7 @@ def _open(
         sequence_length=length,
         blend=([prefix], None),
         split="1,0,0",
-        path_to_cache=str(folder),
+        path_to_cache="" if folder is None else str(folder),  # None would mean beside the tokens
         tokenizer=_Tokenizer(prepared.vocab_size, prepared.eod_id),  # type: ignore[arg-type]
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -111,8 +115,9 @@ class TextDataset(Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         epoch, offset = divmod(max(number, 0), self.per_epoch)
         if epoch != self.epoch:
-            folder = _order_folder(self.prepared, self.split, self.length, self.seed, epoch)
-            self.current = _open(self.prepared, self.split, self.length, self.seed, epoch, self.isolate, folder)
+            where = (self.prepared, self.split, self.length, self.seed, epoch)
+            folder = _order_folder(*where)
+            self.current = _open(*where, self.isolate, folder if folder.exists() else None)
             assert len(self.current) == self.per_epoch, (len(self.current), self.per_epoch)
             self.epoch = epoch
         sample = self.current[offset]

@@ -88,6 +88,21 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(prefix: str) -> list[Any]:
+    """What stands for both files' content, wherever they lie: sizes and sha256; over HASH_LIMIT, of the ends only."""
+    parts: list[Any] = []
+    for suffix in (".bin", ".idx"):
+        size = os.path.getsize(prefix + suffix)
+        if size <= HASH_LIMIT:
+            parts.append((size, sha256(prefix + suffix)))
+            continue
+        with open(prefix + suffix, "rb") as file:
+            ends = file.read(1 << 20)
+            file.seek(-(1 << 20), os.SEEK_END)
+            parts.append((size, hashlib.sha256(ends + file.read()).hexdigest()))
+    return parts
+
+
 def fingerprint_files(prefix: str) -> dict[str, dict[str, Any]]:
     """Size and sha256 of both files, for `verify_files`."""
     return {s: {"size": os.path.getsize(prefix + s), "sha256": sha256(prefix + s)} for s in (".bin", ".idx")}

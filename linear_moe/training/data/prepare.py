@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -24,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import Config, DataConfig
+from linear_moe.config.schema import Config, DataConfig, TokenizerConfig
+from linear_moe.config.vocabulary import embedding_rows
 from linear_moe.training.data import indexed
-from linear_moe.training.data.corpus import STDLIB, SYNTHETIC, Corpus, documents, open_corpus, unit_hash
+from linear_moe.training.data.corpus import STDLIB, SYNTHETIC, Corpus, documents, holds_text, open_corpus, unit_hash
 from linear_moe.training.data.tokenizer import (
     BPE_SAMPLE_BYTES,
     Encoder,
@@ -38,9 +38,10 @@ from linear_moe.training.data.tokenizer import (
     vocabulary_size,
 )
 
-FORMAT = 1  # part of every key: raise it when the same corpus and tokenizer would give other files
+FORMAT = 2  # part of every key: raise it when the same corpus and tokenizer would give other files
 BATCH = 4_000_000  # characters tokenized at a time
 SPLITS = ("train", "validation")
+BROKEN_INDEX = "make it again, or give another corpus"  # the way out for a dataset of another maker
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,42 @@ class PreparedData:
         return split_sequences(total, self.held_out, split)
 
     def save_tokenizer(self, folder: str | Path) -> None:
-        """Copies the tokenizer to `folder`, replacing what is there; synthetic data has none to copy."""
-        if self.tokenizer_folder is not None:
-            shutil.copytree(self.tokenizer_folder, folder, dirs_exist_ok=True)
+        """Copies the tokenizer to `folder`, whole or not at all; synthetic data has none to copy.
+
+        Raises ConfigError where `folder` already holds another tokenizer: what was trained with it means other ids.
+        """
+        if self.tokenizer_folder is None:
+            return
+        folder = Path(folder)
+        if folder.exists():
+            if _tokenizer_json(folder) != _tokenizer_json(Path(self.tokenizer_folder)):
+                raise ConfigError(
+                    str(folder),
+                    ...,
+                    "holds another tokenizer than the one that data.corpus and data.tokenizer give",
+                    fix="choose another run folder, or delete this one to start again",
+                )
+            return
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self.tokenizer_folder, partial)
+        partial.rename(folder)
+
+
+def _tokenizer_json(folder: Path) -> Any:
+    """What a tokenizer does; None where it cannot be read. The files beside it vary with transformers' version."""
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def check_data(config: Config) -> None:
-    """Raises ConfigError for a corpus or tokenizer that cannot be used; reads no text and makes nothing."""
+    """Raises ConfigError for a corpus or tokenizer that cannot be used; reads little and makes nothing.
+
+    A corpus is refused when it cannot hold one sequence at the most tokens that its bytes can give; whether its tokens
+    are enough, `prepare_data` says.
+    """
     data = config.data
     if data.corpus == SYNTHETIC:
         if config.model.vocab_size is None:
@@ -102,9 +132,25 @@ def check_data(config: Config) -> None:
     check_tokenizer(data.tokenizer)
     prefix = _prefix(data)
     if prefix is not None:
-        _check_prefix_tokenizer(data, prefix)
-    else:
-        open_corpus(data.corpus)
+        if _is_prepared(prefix):
+            load_prepared(Path(prefix).parent)
+        else:
+            _check_prefix_tokenizer(data, prefix)
+            indexed.read_index(prefix, BROKEN_INDEX)
+        return
+    corpus = open_corpus(data.corpus)
+    if not holds_text(corpus):
+        raise _no_text(data, f"{len(corpus.files)} files, empty or not UTF-8")
+    length, size = config.training.sequence_length, corpus.size()
+    sets = "the train set and the validation set each need" if data.validation_fraction else "one sequence takes"
+    # Byte-level tokenizers give at most a token per byte, and one per document to end it.
+    if size + len(corpus.files) + 1 < (length + 1) * (2 if data.validation_fraction else 1):
+        raise ConfigError(
+            "data.corpus",
+            data.corpus,
+            f"too small: it has {size} bytes, and {sets} {length + 1} tokens",
+            fix="lower training.sequence_length or give more text",
+        )
 
 
 def prepare_data(config: Config, progress: bool = True) -> PreparedData:
@@ -124,7 +170,7 @@ def prepare_data(config: Config, progress: bool = True) -> PreparedData:
         prefix = _prefix(data)
         if prefix is None:
             prepared = _prepare_text(data, cache, progress)
-        elif Path(prefix).name == "train" and (Path(prefix).parent / "manifest.json").is_file():
+        elif _is_prepared(prefix):
             prepared = load_prepared(Path(prefix).parent)  # which may be read-only
             prepared = replace(prepared, cache=str(cache.resolve() / f"{prepared.fingerprint}-order"))
         else:
@@ -231,7 +277,7 @@ def _tokenize(data: DataConfig, corpus: Corpus, folder: Path, progress: bool) ->
     platform.install()
     console = Console(stderr=True, quiet=not progress)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         size, fraction = corpus.size(), data.validation_fraction
         task = bars.add_task(f"training a {data.tokenizer.type} tokenizer", total=None)
         tokenizer = make_tokenizer(data.tokenizer, _sample(corpus, fraction, size))
@@ -291,12 +337,7 @@ def _sample(corpus: Corpus, fraction: float, size: int) -> Iterator[str]:
 def _check_not_empty(data: DataConfig, corpus: Corpus, splits: dict[str, Any], skipped: Counter[str]) -> None:
     counts = ", ".join(f"{n} {why}" for why, n in skipped.items())
     if not any(splits[split]["documents"] for split in SPLITS):
-        raise ConfigError(
-            "data.corpus",
-            data.corpus,
-            f"holds no text ({counts or 'no documents'})",
-            fix="give UTF-8 text files that are not empty",
-        )
+        raise _no_text(data, counts or "no documents")
     for split in SPLITS:
         if not splits[split]["documents"] and (split == "train" or data.validation_fraction):
             raise ConfigError(
@@ -305,6 +346,16 @@ def _check_not_empty(data: DataConfig, corpus: Corpus, splits: dict[str, Any], s
                 f"too small: nothing is left for the {split} set",
                 fix="give more text, or set data.validation_fraction=0",
             )
+
+
+def _no_text(data: DataConfig, found: str) -> ConfigError:
+    fix = "give UTF-8 text files that are not empty"
+    return ConfigError("data.corpus", data.corpus, f"holds no text ({found})", fix=fix)
+
+
+def _is_prepared(prefix: str) -> bool:
+    """Whether an indexed dataset is one that was prepared here."""
+    return Path(prefix).name == "train" and (Path(prefix).parent / "manifest.json").is_file()
 
 
 def _prefix(data: DataConfig) -> str | None:
@@ -329,7 +380,7 @@ def _check_prefix_tokenizer(data: DataConfig, prefix: str) -> None:
 
 def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
     """An indexed dataset made by somebody else: documents are held out by hash of their number."""
-    index = indexed.read_index(prefix, "make it again, or give another corpus")
+    index = indexed.read_index(prefix, BROKEN_INDEX)
     given = data.tokenizer.path if data.tokenizer.type == "hf" else None
     folder = str(Path(given).resolve() if given else Path(prefix).parent / "tokenizer")
     tokenizer = load_tokenizer(folder, "data.tokenizer.path")
@@ -352,9 +403,7 @@ def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
             f"the dataset's documents do not end with token {eod}",
             fix="make it again with an end-of-document token",
         )
-    stats = [os.stat(prefix + suffix) for suffix in (".bin", ".idx")]
-    source = f"{prefix} {[(s.st_size, s.st_mtime_ns) for s in stats]}"
-    key = _key(data, source, {"vocab_size": vocab_size, "eod_id": eod})
+    key = _key(data, str(indexed.fingerprint(prefix)), tokenizer_key(TokenizerConfig(type="hf", path=folder)))
     held = {split: split_sequences(len(index.lengths), data.validation_fraction, split) for split in SPLITS}
     tokens = {split: int(index.lengths[numbers].sum(dtype=np.int64)) for split, numbers in held.items()}
     if not data.validation_fraction:
@@ -375,11 +424,7 @@ def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
 
 
 def _check_size(config: Config, prepared: PreparedData) -> None:
-    wanted = config.model.vocab_size
-    if wanted is not None and wanted < prepared.vocab_size:
-        raise ConfigError(
-            "model.vocab_size", wanted, f"must be at least the tokenizer's {prepared.vocab_size}", fix="leave it out"
-        )
+    embedding_rows(config.model, prepared.vocab_size)  # raises ConfigError where there are too few
     length = config.training.sequence_length
     for split, tokens in prepared.tokens.items():
         if tokens < length + 1:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import TokenizerConfig
+from linear_moe.config.schema import DataConfig, TokenizerConfig
+from linear_moe.config.vocabulary import tokenizer_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,13 +35,7 @@ def check_tokenizer(config: TokenizerConfig) -> None:
                 fix="set data.tokenizer.type=hf, or leave the path out",
             )
         return
-    if config.path is None:
-        raise ConfigError(
-            "data.tokenizer.path", ..., "an hf tokenizer needs the folder it is in", fix="set data.tokenizer.path"
-        )
-    folder = Path(config.path)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ConfigError("data.tokenizer.path", config.path, "must be a folder with a tokenizer.json")
+    tokenizer_size(DataConfig(tokenizer=config))
 
 
 def tokenizer_key(config: TokenizerConfig) -> dict[str, Any]:

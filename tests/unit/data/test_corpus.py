@@ -65,6 +65,15 @@ def test_one_file_is_split_at_a_line(tmp_path: Path) -> None:
     assert 9 <= len(validation.text.splitlines()) <= 12
 
 
+@pytest.mark.parametrize("title", ["", "title\n"])
+def test_one_line_is_split_at_a_character(tmp_path: Path, title: str) -> None:
+    text = title + "ab ωc " * 500
+    (tmp_path / "text8.txt").write_text(text)
+    train, validation = documents(open_corpus(str(tmp_path / "text8.txt")), 0.1)
+    assert train.split == "train" and validation.split == "validation" and train.text + validation.text == text
+    assert len(train.text) == int(len(text) * 0.9)
+
+
 def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "docs.jsonl"
     rows = [{"text": f"document {i} é"} for i in range(200)] + [{"text": ""}]

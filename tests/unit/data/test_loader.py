@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from linear_moe.config.schema import Config
+from linear_moe.training.data import dataset
 from linear_moe.training.data.dataset import samples_per_epoch
 from linear_moe.training.data.loader import Batch, TrainLoader, validation_batches, validation_sequences
 from linear_moe.training.data.prepare import PreparedData, prepare_data
@@ -56,6 +58,20 @@ def test_resume_is_the_tail(config_of: ConfigOf) -> None:
     shorter = config_of(steps=20)
     np.testing.assert_array_equal(global_batches(prepare_data(shorter, progress=False), shorter, 1, 20), whole[:20])
     assert next(TrainLoader(prepared, config, 0, 1, 120 * 8), None) is None
+
+
+def test_orders_are_the_same_in_memory(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the first epochs are files; a planned end in the far future costs nothing."""
+    config = config_of(steps=10**8)
+    monkeypatch.setattr(dataset, "AHEAD", 10)
+    ahead = prepare_data(config, progress=False)
+    expected = global_batches(ahead, config, 1, 300)
+    assert 4 < 300 * 8 / samples_per_epoch(ahead, "train", 16) < 10
+    monkeypatch.setattr(dataset, "AHEAD", 1)
+    later = prepare_data(config_of({"cache": config.data.cache + "2"}, steps=10**8), progress=False)
+    assert [path.name for path in sorted(Path(later.cache).glob("train-*"))] == ["train-length16-seed1234-epoch0"]
+    np.testing.assert_array_equal(global_batches(later, config, 2, 300), expected)
+    np.testing.assert_array_equal(global_batches(later, config, 1, 10, 290 * 8), expected[290:])
 
 
 def test_workers_and_the_global_generator(config_of: ConfigOf) -> None:

@@ -212,6 +212,59 @@ def test_prefix_with_a_wrong_tokenizer(config_of: ConfigOf, tmp_path: Path) -> N
         prepare_data(config_of(theirs), progress=False)
 
 
+def test_fingerprint_is_of_the_content(config_of: ConfigOf, tmp_path: Path) -> None:
+    """Of text and of an indexed dataset: wherever it lies, but not with another tokenizer of the same size."""
+    prepared = prepare_data(config_of(), progress=False)
+    shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
+    moved = config_of({"corpus": str(tmp_path / "moved")})
+    assert prepare_data(moved, progress=False).fingerprint == prepared.fingerprint
+    (tmp_path / "moved" / "more.txt").write_text("more")
+    assert prepare_data(moved, progress=False).fingerprint != prepared.fingerprint
+    other = Path(shutil.copytree(str(prepared.tokenizer_folder), tmp_path / "tokenizer"))
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97'))
+    assert (other / "tokenizer.json").read_text() != text
+    found = []
+    for name, tokenizer in (("one", prepared.tokenizer_folder), ("two", prepared.tokenizer_folder), ("three", other)):
+        (tmp_path / name).mkdir()
+        for suffix in (".bin", ".idx"):
+            shutil.copyfile(str(prepared.train_prefix) + suffix, tmp_path / name / f"theirs{suffix}")
+        data = {"corpus": str(tmp_path / name / "theirs"), "tokenizer": {"type": "hf", "path": str(tokenizer)}}
+        found.append(prepare_data(config_of(data), progress=False).fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+def test_tokenizer_of_a_run_is_not_replaced(config_of: ConfigOf, tmp_path: Path) -> None:
+    prepared = prepare_data(config_of(), progress=False)
+    folder = tmp_path / "run" / "tokenizer"
+    folder.parent.mkdir()
+    for _ in range(2):  # a resume
+        prepared.save_tokenizer(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in Path(str(prepared.tokenizer_folder)).iterdir()}
+    other = prepare_data(config_of({"tokenizer": {"type": "bpe", "vocab_size": 300}}), progress=False)
+    with pytest.raises(ConfigError, match="holds another tokenizer") as error:
+        other.save_tokenizer(folder)
+    assert str(error.value).startswith(f"{folder}: ")
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert [path.name for path in folder.parent.iterdir()] == ["tokenizer"]
+
+
+def test_check_reads_the_index(config_of: ConfigOf, tmp_path: Path) -> None:
+    prepared = prepare_data(config_of(), progress=False)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(str(prepared.train_prefix) + suffix, tmp_path / f"theirs{suffix}")
+    theirs = config_of(
+        {"corpus": str(tmp_path / "theirs"), "tokenizer": {"type": "hf", "path": prepared.tokenizer_folder}}
+    )
+    ours = config_of({"corpus": prepared.train_prefix})
+    for config, prefix in ((theirs, str(tmp_path / "theirs")), (ours, prepared.train_prefix)):
+        check_data(config)
+        Path(f"{prefix}.bin").write_bytes(b"ab")
+        with pytest.raises(ConfigError, match="corrupt"):
+            check_data(config)
+
+
 def test_prepared_prefix_brings_everything(config_of: ConfigOf) -> None:
     prepared = prepare_data(config_of(), progress=False)
     again = prepare_data(config_of({"corpus": prepared.train_prefix}), progress=False)
@@ -220,22 +273,32 @@ def test_prepared_prefix_brings_everything(config_of: ConfigOf) -> None:
 
 
 def test_too_little_text(config_of: ConfigOf, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"too small: its train set has .* one sequence takes 1000001"):
-        prepare_data(config_of(sequence_length=10**6), progress=False)
+    with pytest.raises(ConfigError, match=r"too small: its validation set has .* one sequence takes 2001"):
+        prepare_data(config_of(sequence_length=2000), progress=False)
+    with pytest.raises(ConfigError, match=r"it has .* bytes, and the train set and the validation set each need 100001"):
+        check_data(config_of(sequence_length=100_000))
+    with pytest.raises(ConfigError, match=r"one sequence takes 100001 tokens"):
+        check_data(config_of({"validation_fraction": 0.0}, sequence_length=100_000))
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "a.txt").write_text("")
-    with pytest.raises(ConfigError, match=r"holds no text \(1 empty\)"):
-        prepare_data(config_of({"corpus": str(tmp_path / "blank")}), progress=False)
-    (tmp_path / "line.txt").write_text("one line and no more, so nothing can be held out")
+    (tmp_path / "blank" / "b.txt").write_bytes(b"\xff" * 99)
+    (tmp_path / "blank" / "c.jsonl").write_text('{"text": ""}\n\n')
+    blank = config_of({"corpus": str(tmp_path / "blank")})
+    for action in (check_data, prepare_data):
+        with pytest.raises(ConfigError, match=r"holds no text \(3 files, empty or not UTF-8\)"):
+            action(blank)
+    (tmp_path / "blank" / "c.jsonl").write_text('{"text": ""}\n{"text": "' + 99 * "x" + '"}\n')
+    check_data(blank)
+    (tmp_path / "line.txt").write_text("one line and no more: 48 characters for 2 * 17")
     line = {"corpus": str(tmp_path / "line.txt")}
-    with pytest.raises(ConfigError, match="nothing is left for the train set"):
+    with pytest.raises(ConfigError, match="its validation set has 11 tokens"):
         prepare_data(config_of(line), progress=False)
     prepared = prepare_data(config_of(line | {"validation_fraction": 0.0}), progress=False)
     assert prepared.validation_prefix is None and list(prepared.tokens) == ["train"]
 
 
 def test_other_mistakes(config_of: ConfigOf, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 100: must be at least the tokenizer's 257"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 100: smaller than the tokenizer's 257 tokens"):
         prepare_data(config_of(model={"vocab_size": 100}), progress=False)
     with pytest.raises(ConfigError, match=r"model.vocab_size.*synthetic"):
         prepare_data(config_of({"corpus": "synthetic"}), progress=False)

@@ -103,7 +103,7 @@ def test_hf_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TokenizerConfig(type="hf"), "data.tokenizer.path: an hf tokenizer needs"),
+        (TokenizerConfig(type="hf"), "data.tokenizer.path = None: an hf tokenizer needs"),
         (TokenizerConfig(type="hf", path="/nowhere"), "data.tokenizer.path = '/nowhere': must be a folder"),
         (TokenizerConfig(type="bpe", path="x"), "only an hf tokenizer has a path"),
     ],

@@ -170,8 +170,8 @@ def assert_same_results(actual: list[dict[str, Any]], expected: list[dict[str, A
     """Losses, numbers of counted tokens, gradient norms of every validation and step."""
     assert len(actual) == len(expected) == STEPS + 2
     for key, tolerance in {"loss": FP32, "gradient_norm": FP32, "tokens": 0.0}.items():
-        numbers = (torch.tensor([float(result[key]) for result in results]) for results in (actual, expected))
-        assert_close(*numbers, tolerance, key)
+        a, b = (torch.tensor([float(result[key]) for result in results]) for results in (actual, expected))
+        assert_close(a, b, tolerance, key)
 
 
 @pytest.mark.parametrize("name", MASKED)

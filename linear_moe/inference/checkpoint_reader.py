@@ -1,7 +1,7 @@
 """Checkpoints on disk, read without a process group and without Megatron-Core.
 
 Layout: `RUN/checkpoints/step_00000100/` holds `checkpoint.json` (step, configuration, data types, every file and its
-size; written last), `.metadata` and `*.distcp` (tensors, in PyTorch's distributed format) and `metadata.json`
+size and CRC-32; written last), `.metadata` and `*.distcp` (tensors, in PyTorch's format) and `metadata.json`
 (Megatron-Core's format mark). `RUN/checkpoints/latest` names the folder to resume from.
 """
 
@@ -11,6 +11,9 @@ import json
 import logging
 import re
 import warnings
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +83,60 @@ def latest_checkpoint(checkpoints: Path, *, warn: bool = True) -> Path | None:
     return None
 
 
-def read_info(checkpoint: Path) -> dict[str, Any]:
-    """`checkpoint.json`: {format, step, samples, optimizer_step, world, config, dtypes, versions, files}."""
+def read_info(checkpoint: Path, needed: Iterable[str] = ("step", "dtypes", "files")) -> dict[str, Any]:
+    """`checkpoint.json`: {format, step, samples, optimizer_step, world, config, data, dtypes, versions, files, crc32}.
+
+    Raises ConfigError where it cannot be read, is of another format, or lacks a key that is `needed`.
+    """
     try:
         info = json.loads((checkpoint / INFO).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(str(checkpoint), ..., f"is not a checkpoint ({error})") from None
+    except ValueError as error:
+        raise damaged(checkpoint / INFO, f"is not valid JSON ({error})") from None
+    if not isinstance(info, dict):
+        raise damaged(checkpoint / INFO, "is damaged: not a JSON object")
     if info.get("format") != FORMAT:
         raise ConfigError(str(checkpoint), info.get("format"), f"this version reads checkpoint format {FORMAT}")
+    missing = [key for key in needed if key not in info]
+    if missing:
+        raise damaged(checkpoint / INFO, f"is damaged: it has no {missing[0]!r}")
     return info
+
+
+def damaged(file: Path, constraint: str) -> ConfigError:
+    """The error for a broken file of a checkpoint: what to do depends on what else there is."""
+    others = [folder.name for folder in complete_checkpoints(file.parent.parent) if folder != file.parent]
+    older = f"{others[-1]} is then the newest one" if others else "there is no other one"
+    return ConfigError(str(file), ..., constraint, fix=f"remove {file.parent}; {older}")
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of a file (4 GB/s on one core; it finds storage errors, not forgeries)."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def verify_files(checkpoint: Path, part: int = 0, parts: int = 1) -> tuple[str, str] | None:
+    """Compare the checkpoint's files, or every `parts`-th of them, with the CRC-32 they were written with.
+
+    Returns the name of a file that is not what was written, and what is wrong with it, for `damaged`. A folder that
+    `save` has not made may record no sums.
+    """
+    sums = read_info(checkpoint).get("crc32", {})
+
+    def verify(name: str) -> tuple[str, str] | None:
+        try:
+            right = file_crc(checkpoint / name) == sums[name]
+        except OSError as error:
+            return name, f"cannot be read: {error.strerror}"
+        return None if right else (name, "is damaged: its content is not what was written")
+
+    with ThreadPoolExecutor(4) as threads:
+        return next(filter(None, threads.map(verify, sorted(sums)[part::parts])), None)
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Any], planner: LoadPlanner | None = None) -> None:
@@ -115,8 +163,14 @@ def load_full_weights(checkpoint_folder: str | Path, *, fp32: bool = False) -> d
         checkpoint_folder: `RUN/checkpoints/step_...`.
         fp32: the optimizer's fp32 weights; else each in the data type it was trained in (the same weights, rounded as
             in training).
+
+    Raises:
+        ConfigError: a file is missing, or is not what was written.
     """
     folder = Path(checkpoint_folder)
+    wrong = verify_files(folder)
+    if wrong is not None:
+        raise damaged(folder / wrong[0], wrong[1])
     dtypes = read_info(folder)["dtypes"]
     tensors: dict[str, Any] = {
         MODEL + name: torch.empty(shape, dtype=torch.float32 if fp32 else getattr(torch, dtypes[name]))

@@ -74,7 +74,7 @@ class Trainer:
         return results
 
     def save(self, step: int) -> Path:
-        return save(self.config, step, self.model, self.optimizer)
+        return save(self.config, step, self.model, self.optimizer, data="these tokens")
 
     def load(self) -> int:
         return load_latest(self.config, self.model, self.optimizer)
@@ -143,6 +143,21 @@ def rewrite(config: dict[str, Any], run: str, after: int) -> dict[str, Any]:
     again.run = run
     folder = save(again, step, trainer.model, trainer.optimizer)
     return {"folder": folder, "weights": weights, "results": trainer.run(range(step + 1, step + after + 1))}
+
+
+def roll_back(config: dict[str, Any]) -> dict[str, list[str]]:
+    """Saves, and goes back to an earlier one by naming it in `latest`: what is there after each save."""
+    tree, groups = start(config)
+    trainer = Trainer(tree, groups)
+    checkpoints, there = Path(tree.run) / "checkpoints", {}
+    for step in (100, 200, 150, 160):
+        if step == 150:
+            (checkpoints / "latest").write_text("step_00000100\n")
+        folder = trainer.save(step)
+        names = sorted(f.name for f in checkpoints.iterdir())
+        there[str(step)] = [*names, (checkpoints / "latest").read_text().strip()]
+        assert folder.is_dir() and trainer.load() == step
+    return there
 
 
 def read_with_megatron(config: dict[str, Any], folder: str) -> dict[str, Tensor]:

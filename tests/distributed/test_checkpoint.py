@@ -266,6 +266,19 @@ def test_nothing_complete_is_an_error(copied: Path) -> None:
     assert latest_checkpoint(copied / "elsewhere") is None
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_rolled_back_run_keeps_what_it_saves(tmp_path: Path, keep: int) -> None:
+    """The steps beyond the one gone back to are abandoned; what was just saved stays, whatever its number."""
+    tree = config(tmp_path / "run", checkpoint={"keep": keep})
+    ((there,),) = run(1, {"back": ("roll_back", {"config": tree})}).values()
+    expected = {100: [100], 200: [100, 200][-keep:], 150: [100, 150][-keep:], 160: [150, 160][-keep:]}
+    if keep == 1:  # 100 is gone when 200 is saved: nothing to go back to but the newest
+        expected[150] = [150]
+    for step, steps in expected.items():
+        names = [f"step_{s:08d}" for s in steps]
+        assert there[str(step)] == ["latest", *names, names[-1]], step
+
+
 FAILURES = {  # kind, bytes, rank
     "data of rank 0": ("file size", 20_000, 0),
     "data of rank 1": ("file size", 20_000, 1),
@@ -290,6 +303,71 @@ def test_failing_saves(tmp_path: Path) -> None:
 
 
 # -- other models -----------------------------------------------------------------------------------------------------
+CHECK_DATA = "from linear_moe.training import platform; platform.install()\n" + (
+    "import sys, json; from linear_moe.config.load import from_dict; from linear_moe.config.schema import Config\n"
+    "from linear_moe.training.checkpoint import check_data_unchanged\n"
+    "for tree, data in json.loads(sys.argv[1]):\n"
+    "    try: check_data_unchanged(from_dict(Config, tree), data); print('ok')\n"
+    "    except ValueError as error: print(error)\n"
+)
+
+
+def test_other_data(copied: Path) -> None:
+    """By fingerprint: a corpus that lies elsewhere is the same, one whose files changed is not."""
+    same = config(copied.parent)
+    moved = same | {"data": same["data"] | {"corpus": "moved/elsewhere"}}
+    larger = same | {"data": {"tokenizer": {"type": "bpe"}}}
+    cases = [(same, "these tokens"), (moved, "these tokens"), (same, "others"), (larger, "others")]
+    code = [sys.executable, "-c", CHECK_DATA]
+    done = subprocess.run([*code, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True, check=True)
+    *equal, other, hinted = done.stdout.splitlines()
+    assert equal == ["ok", "ok"]
+    assert other.startswith("data.corpus = 'stdlib': the run was trained on other data") and "another run" in other
+    assert "(data.tokenizer.type was 'bytes')" in hinted and "(data." not in other
+    for info in copied.glob("*/checkpoint.json"):
+        info.write_text(json.dumps(json.loads(info.read_text()) | {"data": None}))  # a save that was not told
+    done = subprocess.run([*code, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["ok"] * len(cases)
+
+
+def test_damaged_files_are_named(copied: Path) -> None:
+    """One line, with the file and the way out: by training's loading, and by the reader of whole weights."""
+    newest = copied / "step_00000004"
+    cases = {}
+    data, info = next(newest.glob("*.distcp")), newest / "checkpoint.json"
+    whole = {path.name: path.read_bytes() for path in (data, info, newest / ".metadata")}
+
+    def damage(name: str) -> Path:
+        """A run of its own with the damaged checkpoint."""
+        run_folder = copied.parent / name
+        shutil.copytree(copied, run_folder / "checkpoints")
+        cases[name] = ("load_error", {"config": config(run_folder)})
+        return run_folder / "checkpoints" / newest.name
+
+    content = whole[data.name]
+    middle = len(content) // 2
+    (damage("bytes") / data.name).write_bytes(b"x" * len(content))
+    (damage("a bit") / data.name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    (damage("metadata") / ".metadata").write_bytes(bytes(len(whole[".metadata"])))
+    tree = json.loads(whole[info.name])
+    for key in ("dtypes", "world", "optimizer_step"):
+        (damage(key) / info.name).write_text(json.dumps({k: v for k, v in tree.items() if k != key}))
+    for name, (message,) in run(1, cases).items():
+        file = {"bytes": data.name, "a bit": data.name, "metadata": ".metadata"}.get(name, info.name)
+        folder = copied.parent / name / "checkpoints" / newest.name
+        reason = f"it has no '{name}'" if file == info.name else "its content is not what was written"
+        assert message.startswith(f"{folder / file}: is damaged: {reason}"), message
+        assert message.endswith(f"remove {folder}; step_00000002 is then the newest one")
+        if name in ("bytes", "a bit", "metadata", "dtypes"):
+            with pytest.raises(ConfigError, match="is damaged"):
+                load_full_weights(folder)
+    assert load_full_weights(newest).keys()
+    (newest / info.name).write_text(json.dumps({k: v for k, v in tree.items() if k != "config"}))
+    line = [sys.executable, "-c", CHECK, json.dumps([config(copied.parent)])]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{newest / info.name}: is damaged: it has no 'config'")
+
+
 CHECK = "from linear_moe.training import platform; platform.install()\n" + (
     "import sys, json; from linear_moe.config.load import from_dict; from linear_moe.config.schema import Config\n"
     "from linear_moe.training.checkpoint import check_resume\n"
@@ -308,25 +386,38 @@ def test_other_model(checkpoints: Path) -> None:
         "model.pattern = 'NL'": {"pattern": "NL"},
         "model.mixer.state_size = 32": {"mixer": same["model"]["mixer"] | {"state_size": 32}},
         "model.mixer.type = 'gla'": {"mixer": {"type": "gla"}},
+        "model.num_heads = 8": {"num_heads": 8},
+        "model.attention.rope_base = 5.0": {"attention": {"type": "attention", "rope_base": 5.0}},
+        "model.ffn = 'dense'": {"ffn": "dense"},
+        "model.num_layers = 4": {"num_layers": 4, "pattern": "LNLN"},
         "model.moe.num_experts = 8": {"moe": same["model"]["moe"] | {"num_experts": 8}},
     }
     trees = [same | {"model": same["model"] | change} for change in changes.values()]
     order: dict[str, dict[str, Any]] = {
         "training.global_batch = 64": {"training": same["training"] | {"global_batch": 64}},
         "training.seed = 9": {"training": same["training"] | {"seed": 9}},
-        "data.corpus = 'synthetic'": {"data": same.get("data", {}) | {"corpus": "synthetic"}},
     }
     trees += [same | change for change in order.values()]
     free = same["model"]["moe"] | {"aux_loss": 0.5, "dispatcher": "allgather", "experts": "sequential"}
-    trees.append(same | {"model": same["model"] | {"moe": free}, "parallel": {"tensor": 2}, "optimizer": {"lr": 1.0}})
+    sameness = [  # other words for the same model, and what no layer uses
+        {"moe": free},
+        {"pattern": '"L" + [N] * 1'},
+        {"pattern": "MN", "symbols": {"M": {"mixer": same["model"]["mixer"], "ffn": "moe"}}, "mixer": {"type": "gla"}},
+        {"ffn_size": 333, "vocab_multiple": 64},
+        {"num_heads": 8, "attention": {"type": "attention", "num_heads": 4}},
+    ]
+    trees += [same | {"model": same["model"] | change, "parallel": {"tensor": 2}} for change in sameness]
+    elsewhere = {"data": same["data"] | {"corpus": "moved/elsewhere"}, "optimizer": {"lr": 1.0}}
+    trees.append(same | elsewhere)
     done = subprocess.run(
         [sys.executable, "-c", CHECK, json.dumps(trees)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    *lines, last = done.stdout.splitlines()
-    for line, start in zip(lines, [*changes, *order], strict=True):
+    lines = done.stdout.splitlines()
+    assert set(lines[len(changes) + len(order) :]) == {"ok"}, "what leaves the weights' meaning alone is no error"
+    assert len(lines) == len(trees)
+    for line, start in zip(lines, [*changes, *order], strict=False):
         assert line.startswith(start), line
         assert start == "ok" or "step_00000004 has" in line
-    assert last == "ok", "what leaves the weights' meaning alone is no error"
     cases = {
         "missing": ("load_error", {"config": same | {"model": same["model"] | {"tie_embeddings": True}}}),
         "shape": ("load_error", {"config": same | {"model": same["model"] | {"vocab_size": 640}}}),

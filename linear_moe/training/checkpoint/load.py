@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,23 +13,45 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, 
 from megatron.core.optimizer import MegatronOptimizer
 
 from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import Config
-from linear_moe.inference.checkpoint_reader import latest_checkpoint, read_info, read_tensors, weight_shapes
+from linear_moe.config.load import from_dict
+from linear_moe.config.schema import Config, ModelConfig
+from linear_moe.config.validate import mixer_path
+from linear_moe.inference.checkpoint_reader import (
+    INFO,
+    damaged,
+    latest_checkpoint,
+    read_info,
+    read_tensors,
+    verify_files,
+    weight_shapes,
+)
 from linear_moe.modeling.host import ParameterSpec
+from linear_moe.modeling.mixers.base import MixerConfig
+from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.training.checkpoint import state
 from linear_moe.training.checkpoint.collective import on_rank_0
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a checkpoint's model and the one that resumes from it: how it started, how it is computed, and
-# what its losses weigh; the weights mean the same.
-FREE = {"init_std", "scale_output_init", "moe.aux_loss", "moe.z_loss", "moe.experts", "moe.dispatcher"}
+WAY_OUT = "set it back, or choose another run folder"
+MISSING = object()
 
-# What the position in the data means nothing without.
-ORDER = {
-    "training": {"seed", "global_batch", "sequence_length"},
-    "data": {"corpus", "validation_fraction", "tokenizer.type", "tokenizer.path", "tokenizer.vocab_size"},
-}
+# What may differ between a checkpoint's model and the one that resumes from it: how it started, how it is computed, and
+# what its losses weigh; the weights mean the same. The rows of the embedding are for the parameters' shapes to tell.
+FREE = {"init_std", "scale_output_init", "vocab_multiple"}
+FREE_MOE = {"aux_loss", "z_loss", "experts", "dispatcher"}
+
+# What the layers are made from: these are compared layer by layer, as far as a layer uses them.
+LAYERS = {"num_heads", "pattern", "mixer", "attention", "symbols", "ffn", "ffn_size", "moe"}
+
+# What the position in the data means nothing without, besides the data (`check_data_unchanged`).
+ORDER = ("seed", "global_batch", "sequence_length")
+
+# What may have changed the data, for the message.
+DATA = ("validation_fraction", "tokenizer.type", "tokenizer.vocab_size")
+
+Difference = tuple[str, Any, Any]
+"""A dotted path, its value here, and its value there."""
 
 
 def check_resume(config: Config) -> None:
@@ -39,19 +62,44 @@ def check_resume(config: Config) -> None:
     folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
     if folder is None:
         return
-    saved, now = read_info(folder)["config"], config.to_dict()
-    for section in ("model", *ORDER):
-        there, here = dict(_leaves(saved[section])), dict(_leaves(now[section]))
-        for path in [*here, *(path for path in there if path not in here)]:
-            pinned = path in ORDER[section] if section in ORDER else path not in FREE
-            unset = path == "vocab_size" and None in (there.get(path), here.get(path))  # the tokenizer's; shapes will tell
-            if pinned and not unset and there.get(path) != here.get(path):
-                raise ConfigError(
-                    f"{section}.{path}",
-                    here.get(path),
-                    f"the checkpoint {folder} has {there.get(path)!r}",
-                    fix="set it back, or choose another run folder",
-                )
+    model, training = _saved(folder, "model"), _saved(folder, "training")
+    try:
+        there = from_dict(ModelConfig, model)
+        difference = _model_difference(config.model, there)
+    except ConfigError as error:
+        raise damaged(folder / INFO, f"has a model that this version does not know: {error}") from None
+    if difference is None:
+        sides = ((name, getattr(config.training, name), training.get(name)) for name in ORDER)
+        difference = next(((f"training.{name}", a, b) for name, a, b in sides if a != b), None)
+    if difference is not None:
+        path, here, value = difference
+        raise ConfigError(path, here, f"the checkpoint {folder} has {value!r}", fix=WAY_OUT)
+
+
+def check_data_unchanged(config: Config, fingerprint: str) -> None:
+    """Raises ConfigError when the run's checkpoint was trained on other data than that of this fingerprint.
+
+    Needs no process group; does nothing where there is no checkpoint, or it recorded no data.
+    """
+    folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
+    if folder is None or read_info(folder).get("data") in (None, fingerprint):
+        return
+    here, there = dict(_leaves(config.to_dict()["data"])), dict(_leaves(_saved(folder, "data")))
+    hint = next((f" (data.{path} was {there[path]!r})" for path in DATA if there.get(path) != here[path]), "")
+    raise ConfigError(
+        "data.corpus",
+        config.data.corpus,
+        f"the run was trained on other data: files, tokenizer or validation share changed{hint}",
+        fix=WAY_OUT,
+    )
+
+
+def _saved(folder: Path, section: str) -> dict[str, Any]:
+    """A section of the configuration that a checkpoint was saved with."""
+    config = read_info(folder, ["config"])["config"]
+    if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+        raise damaged(folder / INFO, f"is damaged: it has no configuration of {section!r}")
+    return config[section]
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -59,7 +107,47 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
     else:
-        yield path, list(tree) if isinstance(tree, tuple) else tree
+        yield path, tree
+
+
+def _model_difference(here: ModelConfig, there: ModelConfig) -> Difference | None:
+    """The first thing in which two models differ, not their spelling: LLLN and L * 3 + N are the same."""
+    for name in (field.name for field in dataclasses.fields(ModelConfig)):
+        a, b = getattr(here, name), getattr(there, name)
+        unset = name == "vocab_size" and None in (a, b)  # the tokenizer's
+        if a != b and not unset and name not in FREE | LAYERS:
+            return f"model.{name}", a, b
+    layers = list(zip(resolve_layers(here), resolve_layers(there), strict=True))  # num_layers is the same
+    for a, b in layers:
+        mixers = _mixer_fields(here, a.mixer), _mixer_fields(there, b.mixer)
+        if (mixers[0], a.ffn) == (mixers[1], b.ffn):
+            continue
+        if a.symbol != b.symbol:
+            return "model.pattern", here.pattern, there.pattern
+        if a.ffn != b.ffn:
+            return _ffn_path(here, a.symbol), a.ffn, b.ffn
+        name = next(name for name in mixers[0] if mixers[0][name] != mixers[1].get(name, MISSING))
+        shared = name == "num_heads" and getattr(a.mixer, name) is None
+        path = "model" if shared else mixer_path(here, a.symbol)
+        return f"{path}.{name}", mixers[0][name], mixers[1].get(name)
+    kinds = {a.ffn for a, _ in layers}
+    if "dense" in kinds and here.ffn_size != there.ffn_size:
+        return "model.ffn_size", here.ffn_size, there.ffn_size
+    for name in (field.name for field in dataclasses.fields(here.moe) if "moe" in kinds):
+        if name not in FREE_MOE and getattr(here.moe, name) != getattr(there.moe, name):
+            return f"model.moe.{name}", getattr(here.moe, name), getattr(there.moe, name)
+    return None
+
+
+def _mixer_fields(model: ModelConfig, mixer: MixerConfig) -> dict[str, Any]:
+    """A mixer's configuration, `type` first, with the model's number of heads where it has none of its own."""
+    fields = dataclasses.asdict(mixer)
+    return fields | ({"num_heads": model.num_heads} if fields.get("num_heads", MISSING) is None else {})
+
+
+def _ffn_path(model: ModelConfig, symbol: str) -> str:
+    own = symbol in model.symbols and model.symbols[symbol].ffn is not None
+    return f"model.symbols.{symbol}.ffn" if own else "model.ffn"
 
 
 def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) -> int:
@@ -83,15 +171,27 @@ def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) 
 def load(folder: Path, model: list[Any], optimizer: MegatronOptimizer | None = None) -> dict[str, Any]:
     """Read a checkpoint's weights, and the optimizer's state, into `model` and `optimizer`; collective.
 
-    Returns the checkpoint's `checkpoint.json`. Raises ConfigError, alike on all ranks, when parameters differ.
+    Returns the checkpoint's `checkpoint.json`. Raises ConfigError, alike on all ranks, when parameters differ or a file
+    is not what was written. The ranks share out the files to verify: all of a checkpoint, at about 4 GB/s a file.
     """
-    info = read_info(folder)
+    info = read_info(folder, ["step", "dtypes", "files", "config", "world", "optimizer_step"])
+    _verify(folder)
     _check_parameters(folder, model)
     _read(folder, state.weights(model))
     if optimizer is not None:
         _read(folder, state.main_weights(model, optimizer) | state.moments(model, optimizer))
         state.set_optimizer_step(optimizer, info["optimizer_step"])
     return info
+
+
+def _verify(folder: Path) -> None:
+    """Raises ConfigError, alike on all ranks, unless all files are what was written."""
+    world = dist.get_world_size()
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, verify_files(folder, dist.get_rank(), world))
+    wrong = next(filter(None, everyone), None)
+    if wrong is not None:
+        raise damaged(folder / wrong[0], wrong[1])
 
 
 def _read(folder: Path, shards: dict[str, Any]) -> dict[str, Any]:

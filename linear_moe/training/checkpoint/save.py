@@ -6,6 +6,9 @@ import json
 import logging
 import os
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, 
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import Config
@@ -26,6 +30,7 @@ from linear_moe.inference.checkpoint_reader import (
     INFO,
     LATEST,
     complete_checkpoints,
+    file_crc,
     step_name,
 )
 from linear_moe.training.checkpoint import state
@@ -38,11 +43,14 @@ class SaveError(ConfigError):
     """A checkpoint could not be written; the ones before it are as they were. Raised alike on all ranks."""
 
 
-def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimizer) -> Path:
+def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimizer, *, data: str | None = None) -> Path:
     """Save a checkpoint after optimizer step `step`; collective. Returns its folder.
 
-    It is written to a sibling folder, read back, renamed, and only then named in `latest`; then checkpoints beyond
-    the newest `checkpoint.keep` are removed.
+    `data` is the training data's fingerprint, for `check_data_unchanged`; None: a resume accepts any data.
+
+    It is written to a sibling folder, its sizes checked, renamed, and only then named in `latest`. Then the steps after
+    it are removed, which a run that went back to an earlier checkpoint has abandoned, and of the others all but the
+    last `checkpoint.keep`.
 
     Megatron-Core's format and planners, but not its `dist_checkpointing.save`: that one writes in forked processes, and
     on rank 0 alone between collectives, so that the other ranks wait for ever when one of those fails, as on a full
@@ -58,18 +66,18 @@ def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimiz
     tensors = {key: parts for key, parts in mains.items() if parts}
     needed = _total_bytes([s.data for parts in tensors.values() for s in parts], model)
     objects = {o.unique_key: [o] for o in state.saved_objects() if is_main_replica(o.replica_id)}
-    info = _info(config, step, model, optimizer)
+    info = _info(config, step, model, optimizer) | {"data": data}
     try:
         on_rank_0(lambda: _prepare(partial, needed))
-        _write(partial, mcore_to_pyt_state_dict(tensors | objects))
-        on_rank_0(lambda: _publish(partial, final, info))
+        sums = _write(partial, mcore_to_pyt_state_dict(tensors | objects))
+        on_rank_0(lambda: _publish(partial, final, info, sums))
     except OSError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         reason = f"checkpoint not saved: {error.strerror or error}"
         raise SaveError(str(final), ..., reason, fix=_way_out(checkpoints)) from error
-    on_rank_0(lambda: _prune(checkpoints, config.checkpoint.keep))
+    on_rank_0(lambda: _prune(checkpoints, step, config.checkpoint.keep))
     return final
 
 
@@ -108,8 +116,55 @@ def _prepare(partial: Path, needed: int) -> None:
         raise OSError(None, f"it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free")
 
 
+class _Summed:
+    """A file, written from begin to end, and the CRC-32 of what was meant to be in it, whatever the disk made of it."""
+
+    def __init__(self, file: Any):
+        self.file, self.crc = file, 0
+
+    def write(self, data: Any) -> int:
+        written = self.file.write(data)
+        assert written == memoryview(data).nbytes
+        self.crc = zlib.crc32(data, self.crc)
+        return written
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Files(FileSystem):
+    """The file system, remembering the CRC-32 of every file written by this process, by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, int] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as file:
+            if mode != "wb":
+                yield file
+                return
+            summed = _Summed(file)
+            yield summed
+            name = Path(path).name.removesuffix(".tmp")  # the metadata is renamed
+            self.sums[name] = summed.crc
+
+
 class _Writer(FileSystemWriter):
-    """Reports the operating system's error where PyTorch's serialisation hides it behind one of its own."""
+    """Sums up its files; reports the operating system's error where PyTorch's serialisation hides it behind its own."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, thread_count=1, sync_files=True)
+        self.fs = self.files = _Files()
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
@@ -133,19 +188,24 @@ def _system_error(error: BaseException) -> BaseException:
     return error
 
 
-def _write(folder: Path, tensors: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
+    """Every rank writes its file; returns the CRC-32 of all of them, by name."""
+    writer = _Writer(folder)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     try:
-        dcp.save(tensors, storage_writer=_Writer(folder, thread_count=1, sync_files=True), planner=planner)
+        dcp.save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as failure:  # the same on every rank
         errors = [error for error, _ in failure.failures.values()]
         system = next((error for error in errors if isinstance(error, OSError)), None)
         if system is None:
             raise
         raise system from failure
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, writer.files.sums)
+    return {name: crc for sums in everyone for name, crc in sums.items()}
 
 
-def _publish(partial: Path, final: Path, info: dict[str, Any]) -> None:
+def _publish(partial: Path, final: Path, info: dict[str, Any], sums: dict[str, int]) -> None:
     """Check what was written, complete it, and put it in the place of the last checkpoint."""
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     torch.save({}, partial / "common.pt")  # where 0.16.1 looks for what no rank owns; 0.19.2 has an object for it
@@ -156,7 +216,8 @@ def _publish(partial: Path, final: Path, info: dict[str, Any]) -> None:
     for name, end in ends.items():
         if files.get(name, 0) < end:
             raise OSError(None, f"{name} has {files.get(name, 0)} of {end} bytes")
-    _write_text(partial / INFO, json.dumps(info | {"files": files}, indent=1))
+    sums |= {name: file_crc(partial / name) for name in files if name not in sums}
+    _write_text(partial / INFO, json.dumps(info | {"files": files, "crc32": sums}, indent=1))
     _sync(partial)
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
@@ -187,10 +248,12 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and what killed saves left behind."""
+def _prune(checkpoints: Path, step: int, keep: int) -> None:
+    """After saving `step`: keep it and the `keep - 1` before it; remove also what killed saves left behind."""
     try:
-        for folder in complete_checkpoints(checkpoints)[:-keep]:
+        complete = complete_checkpoints(checkpoints)
+        kept = complete[: complete.index(checkpoints / step_name(step)) + 1][-keep:]
+        for folder in [folder for folder in complete if folder not in kept]:
             (folder / INFO).unlink()  # first: half removed, it must not count as complete
             shutil.rmtree(folder)
         for leftover in checkpoints.glob(".step_*"):

@@ -275,7 +275,9 @@ def test_prepared_prefix_brings_everything(config_of: ConfigOf) -> None:
 def test_too_little_text(config_of: ConfigOf, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"too small: its validation set has .* one sequence takes 2001"):
         prepare_data(config_of(sequence_length=2000), progress=False)
-    with pytest.raises(ConfigError, match=r"it has .* bytes, and the train set and the validation set each need 100001"):
+    with pytest.raises(
+        ConfigError, match=r"it has .* bytes, and the train set and the validation set each need 100001"
+    ):
         check_data(config_of(sequence_length=100_000))
     with pytest.raises(ConfigError, match=r"one sequence takes 100001 tokens"):
         check_data(config_of({"validation_fraction": 0.0}, sequence_length=100_000))

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.core.parallel_state import RankGenerator
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import from_dict, load_config, parse_overrides
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout, smallest_world, validate
 from linear_moe.config.vocabulary import embedding_rows, vocab_size
+from linear_moe.training import platform
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
@@ -121,6 +121,9 @@ LAYOUTS: list[tuple[int, dict[str, int]]] = [
 
 @pytest.mark.parametrize(("world", "sizes"), LAYOUTS)
 def test_groups_are_megatrons(world: int, sizes: dict[str, int]) -> None:
+    platform.install()
+    from megatron.core.parallel_state import RankGenerator
+
     layout = parallel_layout(config(*(f"parallel.{k}={v}" for k, v in sizes.items())), world)
     size: dict[str, int] = {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1} | sizes
     order = "tp-cp-ep-dp-pp"

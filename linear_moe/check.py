@@ -10,12 +10,6 @@ from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout, smallest_world, validate
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to it")
-    parser.add_argument("--world", type=int, help="number of ranks; default: the fewest that the parallel sizes allow")
-
-
 def check(config: Config, world: int) -> None:
     """Raises ConfigError for anything that would stop `train` on `world` ranks before its first step."""
     validate(config, world)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import warnings
 from pathlib import Path
 
 from linear_moe.check import check
@@ -13,23 +11,8 @@ from linear_moe.config.load import load_config
 from linear_moe.training.faults import end_with_parent, lock_run
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", help="changes to it: training.steps=100 model.mixer.type=mamba2")
-
-
-def quiet() -> None:
-    """Megatron-Core warns on every start of what it would do with packages that we do without (Transformer Engine,
-    Apex), and of its own deprecated defaults; a user can do nothing about either.
-    """
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-
-
 def main(args: argparse.Namespace) -> int:
     """Train as the configuration says; rerunning the same command resumes. Returns the exit code."""
-    quiet()
     config = load_config(args.config, args.overrides)
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     end_with_parent()

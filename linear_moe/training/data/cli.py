@@ -9,21 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
 from linear_moe.training.data.prepare import PreparedData, prepare_data
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", help="changes to it: data.corpus=FOLDER data.tokenizer.type=bytes")
-    parser.add_argument("--bigram", action="store_true", help="print a bigram model's validation loss")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 def main(args: argparse.Namespace) -> int:
     """Prepare the corpus; print files, documents, tokens, vocabulary and bytes per token. Returns the exit code."""
     config = load_config(args.config, args.overrides)
+    if args.bigram and config.data.validation_fraction == 0:
+        raise ConfigError("data.validation_fraction", 0, "must be above 0: --bigram scores the held-out files")
     prepared = prepare_data(config)
     result = describe(config, prepared)
     if args.bigram:

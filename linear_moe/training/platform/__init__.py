@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from functools import cache
 
 import torch
@@ -12,9 +14,19 @@ def install() -> None:
     """Make Megatron-Core usable here; call it before anything imports `megatron.core`. Idempotent."""
     from linear_moe.training.platform import cpu
 
+    quiet()
     if not torch.cuda.is_available():
         cpu.install()
 
     from linear_moe.training.platform import megatron
 
     megatron.install()
+
+
+def quiet() -> None:
+    """Megatron-Core warns on every start of what it would do with packages that we do without (Transformer Engine,
+    Apex), and of its own deprecated defaults; a user can do nothing about either.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -316,10 +316,12 @@ def test_command(config_of: ConfigOf, tmp_path: Path, capsys: pytest.CaptureFixt
 
     import yaml
 
+    from linear_moe import arguments
+
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"data": config_of().to_dict()["data"], "training": {"sequence_length": 16}}))
     parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
+    arguments.data(parser)
     assert cli.main(parser.parse_args([str(path), "training.eval_batches=2", "--bigram", "--json"])) == 0
     result = json.loads(capsys.readouterr().out)
     sizes = [len(d.text.encode()) for d in documents(open_corpus(str(tmp_path / "corpus")), 0.2) if d.split == "train"]

@@ -40,13 +40,13 @@ import sys
 
 import psutil
 
-workers = [p for p in psutil.process_iter(["cmdline"]) if f"run={sys.argv[1]}" in (p.info["cmdline"] or [])]
-workers = [p for p in workers if "--nproc-per-node" not in p.info["cmdline"]]  # torchrun itself, which will notice
-workers[-1].kill()
+mine = [p for p in psutil.process_iter(["cmdline"]) if f"run={sys.argv[1]}" in (p.info["cmdline"] or [])]
+for process in sorted(mine, key=lambda p: p.pid):  # torchrun first, which would report the others' end
+    process.kill()
 PYTHON
 wait $job 2>/dev/null || true
 
-say "one process was killed in mid-run (kill -9); the same command again resumes"
+say "killed in mid-run (kill -9); the same command again resumes"
 train
 
 say "export"

@@ -151,6 +151,9 @@ def check_data(config: Config) -> None:
             f"too small: it has {size} bytes, and {sets} {length + 1} tokens",
             fix="lower training.sequence_length or give more text",
         )
+    folder = _text_folder(data, corpus)
+    if folder.exists():
+        load_prepared(folder)
 
 
 def prepare_data(config: Config, progress: bool = True) -> PreparedData:
@@ -169,7 +172,7 @@ def prepare_data(config: Config, progress: bool = True) -> PreparedData:
         cache.mkdir(parents=True, exist_ok=True)
         prefix = _prefix(data)
         if prefix is None:
-            prepared = _prepare_text(data, cache, progress)
+            prepared = _prepare_text(data, progress)
         elif _is_prepared(prefix):
             prepared = load_prepared(Path(prefix).parent)  # which may be read-only
             prepared = replace(prepared, cache=str(cache.resolve() / f"{prepared.fingerprint}-order"))
@@ -253,9 +256,14 @@ def _key(data: DataConfig, source: str, tokenizer: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _prepare_text(data: DataConfig, cache: Path, progress: bool) -> PreparedData:
+def _text_folder(data: DataConfig, corpus: Corpus) -> Path:
+    """Where a text corpus is, or will be, prepared."""
+    return Path(data.cache).resolve() / _key(data, corpus.fingerprint(), tokenizer_key(data.tokenizer))
+
+
+def _prepare_text(data: DataConfig, progress: bool) -> PreparedData:
     corpus = open_corpus(data.corpus)
-    folder = cache.resolve() / _key(data, corpus.fingerprint(), tokenizer_key(data.tokenizer))
+    folder = _text_folder(data, corpus)
     with lock(folder):
         if not folder.exists():
             temporary = folder.with_name(f"{folder.name}.tmp")

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,9 +147,10 @@ def test_damaged_folder(config_of: ConfigOf, kind: str) -> None:
     folder = Path(str(prepared.train_prefix)).parent
     harm, message = DAMAGES[kind]
     harm(folder)
-    with pytest.raises(ConfigError) as error:
-        prepare_data(config_of(), progress=False)
-    assert message in str(error.value) and f"delete {folder}" in str(error.value) and "\n" not in str(error.value)
+    for look in (check_data, partial(prepare_data, progress=False)):  # the first is what `linear-moe check` calls
+        with pytest.raises(ConfigError) as error:
+            look(config_of())
+        assert message in str(error.value) and f"delete {folder}" in str(error.value) and "\n" not in str(error.value)
     shutil.rmtree(folder)
     assert prepare_data(config_of(), progress=False) == prepared
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Case = tuple[str, dict[str, Any]]
 
 
-def run(world: int, cases: dict[str, Case], timeout: float = 180.0) -> dict[str, list[Any]]:
+def run(world: int, cases: dict[str, Case], timeout: float = 420.0) -> dict[str, list[Any]]:
     """Run `cases` (a name to function name and arguments) in `world` gloo processes.
 
     Args:

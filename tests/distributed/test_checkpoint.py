@@ -289,7 +289,7 @@ FAILURES = {  # kind, bytes, rank
 
 def test_failing_saves(tmp_path: Path) -> None:
     tree = config(tmp_path / "run", checkpoint={"keep": 1})
-    (ranks,) = run(2, {"failing": ("failing_saves", {"config": tree, "failures": FAILURES})}, timeout=60).values()
+    (ranks,) = run(2, {"failing": ("failing_saves", {"config": tree, "failures": FAILURES})}, timeout=240).values()
     for name, (kind, _, _) in FAILURES.items():
         for rank in ranks:
             assert rank["errors"][name] == ranks[0]["errors"][name]

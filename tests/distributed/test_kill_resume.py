@@ -82,7 +82,7 @@ class Job:
             _, alive = psutil.wait_procs(found, 10)
             assert not alive
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 90.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 240.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"not after {timeout} s:\n{self.text()}"

@@ -164,7 +164,7 @@ def test_only_one_rank_of_a_node_prints(run: Callable[..., Result], monkeypatch:
 def test_as_a_program(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "linear_moe", "train", TINY, "model.mixer.type=glaa", f"run={tmp_path}/run"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert result.stderr.startswith("linear-moe: model.mixer.type = 'glaa': unknown mixer; did you mean 'gla'")
     assert list(tmp_path.iterdir()) == []

@@ -112,7 +112,7 @@ def test_processes_that_start_together_prepare_once(config_of: ConfigOf, tmp_pat
     processes = [
         subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": ":".join(sys.path)}) for _ in "ab"
     ]
-    lines = [line for process in processes for line in process.communicate(timeout=120)[0].splitlines()]
+    lines = [line for process in processes for line in process.communicate(timeout=300)[0].splitlines()]
     assert [process.returncode for process in processes] == [0, 0]
     assert lines.count("tokenizing") == 1 and len(lines) == 3 and len(set(lines)) == 2
 

@@ -228,7 +228,7 @@ def test_loads_and_generates_without_megatron_installed(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "a"), str(tmp_path / "b")],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     expected = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False).tolist()

@@ -66,7 +66,7 @@ for name in sys.argv[1:]:
 )
 def test_signals(sent: list[str], seen: list[str], code: int) -> None:
     process = start(SIGNALS, *sent)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert (output.split(), process.returncode) == (["None", *seen], code), errors
 
 
@@ -92,7 +92,7 @@ def test_one_process_a_run_folder(end: str, tmp_path: Path) -> None:
         lock_run(tmp_path / "runs" / "b").close()
         if end == "kill":
             first.kill()
-        _, errors = first.communicate(timeout=60)
+        _, errors = first.communicate(timeout=240)
         assert first.returncode == (-signal.SIGKILL if end == "kill" else 0), errors
     finally:
         first.kill()
@@ -100,7 +100,7 @@ def test_one_process_a_run_folder(end: str, tmp_path: Path) -> None:
 
     with lock_run(run):
         second = start(HOLD, str(run))
-        _, errors = second.communicate(timeout=60)
+        _, errors = second.communicate(timeout=240)
         assert second.returncode == 1 and "ConfigError" in errors
         assert f"process {os.getpid()} on" in errors
     lock_run(run).close()

@@ -26,8 +26,11 @@ class MoEConfig:
     normalize_top_k: bool = opt(True, "divide the chosen experts' scores by their sum")
     aux_loss: float = opt(0.01, "coefficient of the load-balancing loss (Switch Transformer, eq. 4); 0: off", ge=0)
     z_loss: float = opt(0.001, "coefficient of the router z-loss (ST-MoE, eq. 5); 0: off", ge=0)
-    experts: str = opt("grouped", "experts' implementation: one grouped GEMM, or a loop (the definition)",
-                       choices=("grouped", "sequential"))
+    experts: str = opt(
+        "grouped",
+        "experts' implementation: one grouped GEMM, or a loop (the definition)",
+        choices=("grouped", "sequential"),
+    )
     dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))
 
 

@@ -131,6 +131,12 @@ def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
         ):
             if needed and not getattr(cls.capabilities, capability):
                 raise ConfigError(f"{path}.type", layer.mixer.type, f"does not support {option}")
+        if config.parallel.pipeline > 1 and cls.crosses_layers(layer.mixer):
+            raise ConfigError(
+                "parallel.pipeline",
+                config.parallel.pipeline,
+                f"must be 1: layers of {path} pass each other tensors, which do not cross pipeline stages",
+            )
 
 
 def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:

@@ -252,6 +252,8 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(record))
     else:
-        print(f"{args.out}: {record['parameters']:,} parameters in {record['dtype']}, verified bit for bit, "
-              f"{time.perf_counter() - start:.1f} s")
+        print(
+            f"{args.out}: {record['parameters']:,} parameters in {record['dtype']}, verified bit for bit, "
+            f"{time.perf_counter() - start:.1f} s"
+        )
     return 0

@@ -83,9 +83,7 @@ class LanguageModel(nn.Module):
         stage = range(config.num_layers) if layers is None else layers
         self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host) if first else None
         # Keyed by the global index, so that a parameter has one name in every pipeline stage and in the export.
-        self.layers = nn.ModuleDict(
-            {str(i): Layer(pattern[i], config, layer_dims(config, i), host) for i in stage}
-        )
+        self.layers = nn.ModuleDict({str(i): Layer(pattern[i], config, layer_dims(config, i), host) for i in stage})
         self.norm = RMSNorm(host, config.hidden_size, config.norm_eps) if last else None
         self.head = None
         if last and not config.tie_embeddings:

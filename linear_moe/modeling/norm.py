@@ -1,7 +1,8 @@
-"""RMSNorm (arXiv 1910.07467), outside and inside tensor-parallel regions, over all features or by group."""
+"""RMSNorm (arXiv 1910.07467) and LayerNorm, in and outside tensor-parallel regions, over all features or by group."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
@@ -53,3 +54,52 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension, as RMSNorm's one fused kernel with fp32 accumulation."""
     dim = x.shape[-1]
     return F.rms_norm(x, (dim,), eps=eps / dim) * dim**-0.5
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over groups of neighbouring features (arXiv 1607.06450).
+
+    With more than one group, and features split by heads, this is the group norm of RWKV and its kin.
+
+    Args:
+        dim: full (unsplit) size of the last dimension, the weight and the bias.
+        split, groups: as for RMSNorm.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        dim: int,
+        eps: float = 1e-5,
+        *,
+        split: Literal["column", "shared"] | None = None,
+        groups: int = 1,
+        bias: bool = True,
+    ):
+        super().__init__()
+        assert dim % groups == 0, (dim, groups)
+        self.host, self.eps, self.split, self.group_size = host, eps, split, dim // groups
+        if split == "column":
+            host.split(groups)
+        vector = partial(
+            host.parameter, dim, axes={0: "tensor"} if split == "column" else {}, decay=False, tokenwise=split is None
+        )
+        self.weight = vector(init=constant(1.0))
+        if bias:
+            self.bias = vector(init=constant(0.0))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.split == "shared":
+            weight, bias = self.host.shared(weight), bias if bias is None else self.host.shared(bias)
+        if self.group_size == x.shape[-1]:
+            return F.layer_norm(x, (self.group_size,), weight, bias, self.eps)
+        grouped = x.unflatten(-1, (-1, self.group_size))
+        y = F.layer_norm(grouped, (self.group_size,), None, None, self.eps).flatten(-2) * weight
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"

@@ -1,8 +1,8 @@
 """Layer patterns: "LLLN * 3" -> one symbol per layer -> one mixer and one channel mixer per layer.
 
-    sum  := term ("+" term)*
-    term := atom ("*" integer)*
-    atom := letters | '"' letters '"' | "'" letters "'" | "(" sum ")" | "[" sum "]"
+sum  := term ("+" term)*
+term := atom ("*" integer)*
+atom := letters | '"' letters '"' | "'" letters "'" | "(" sum ")" | "[" sum "]"
 """
 
 from __future__ import annotations

@@ -77,9 +77,7 @@ class MegatronHost(Host):
         tokenwise: bool = False,
     ) -> nn.Parameter:
         """See Host; also tells Megatron over which ranks to reduce the gradient and to count it in the norm."""
-        parameter: Any = super().parameter(
-            *shape, init=init, axes=axes, decay=decay, fp32=fp32, tokenwise=tokenwise
-        )
+        parameter: Any = super().parameter(*shape, init=init, axes=axes, decay=decay, fp32=fp32, tokenwise=tokenwise)
         split = {axis: dim for dim, axis in parameter.spec.axes.items()}
         expert = "expert" in split
         assert not expert or "expert_tensor" in split, "clipping would count an expert's unsplit parameter many times"

@@ -12,7 +12,7 @@ from torch import Tensor
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Layout, Mixer
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, assert_close
-from tests.unit.mixers.common import CASES, IDS, build, dims, packed, stream
+from tests.unit.mixers.common import build, case_ids, cases, dims, packed, stream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def run(mixer: Mixer, x: Tensor, layout: Layout, weight: Tensor) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("layout", [Layout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
-@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_forward_and_backward(name: str, fields: dict[str, Any], layout: Layout) -> None:
     gpu, cpu = pair(name, fields)
     x, weight = stream(1, TOKENS, HIDDEN).bfloat16(), stream(1, TOKENS, HIDDEN, seed=1).bfloat16()
@@ -61,7 +61,7 @@ def test_forward_and_backward(name: str, fields: dict[str, Any], layout: Layout)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_decoding(name: str, fields: dict[str, Any]) -> None:
     gpu, cpu = pair(name, fields)
     x = stream(2, 80, HIDDEN).bfloat16()

@@ -126,9 +126,7 @@ def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.EROFS])
-def test_user_os_errors_are_one_line(
-    code: int, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_user_os_errors_are_one_line(code: int, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     fails_with(OSError(code, os.strerror(code), "some/file"), monkeypatch)
     assert run("plan", TINY) == (2, "", f"linear-moe: some/file: {os.strerror(code)}\n")
     monkeypatch.setenv("RANK", "3")

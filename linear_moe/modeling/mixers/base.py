@@ -6,7 +6,7 @@ recurrence, or softmax attention) and `output`. Tensors inside are `[B, T, H, D]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +48,8 @@ class Layout:
         max_document: longest packed document, a host integer; None when not packed.
         positions: `[B, T]` int64 position of each token in its document; None: 0..T-1 in every row. Required when
             decoding with a cache: then also the slot of each token in a key-value cache.
+        shared: what a layer leaves for later layers of the same forward pass and pipeline stage, by name; a mixer that
+            uses it says so in `crosses_layers`.
     """
 
     batch: int
@@ -55,6 +57,7 @@ class Layout:
     cu_seqlens: Tensor | None = None
     max_document: int | None = None
     positions: Tensor | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Mixer(nn.Module):
     formula: ClassVar[str]  # the recurrence in one line of mathematics
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
+    unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
 
     def __init__(self, config: Any, dims: Dims, host: Host):
         super().__init__()
@@ -82,6 +86,11 @@ class Mixer(nn.Module):
     def validate(cls, config: Any, dims: Dims, tensor: int, path: str) -> None:
         """Raises ConfigError, naming fields as `path.field`, for sizes this mixer cannot have on `tensor` ranks."""
         raise NotImplementedError
+
+    @classmethod
+    def crosses_layers(cls, config: Any) -> bool:
+        """Whether layers pass each other tensors through `Layout.shared`: then all must be in one pipeline stage."""
+        return False
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""
@@ -119,18 +128,19 @@ class Mixer(nn.Module):
 
 
 class LinearMixer(Mixer):
-    """A mixer whose `mix` is a linear recurrence with one state tensor, `cache["state"] [B, H, K, V]` in fp32."""
+    """A mixer whose `mix` is a linear recurrence with one fp32 state tensor, or with several by name."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        """Inputs and initial states (none: zeros) -> (`o [B, T, H, V]`, final states). Calls ops of `modeling/ops`.
 
-    def recurrence(
-        self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs -> (`o [B, T, H, V]`, final state `[N, H, K, V]` fp32). Calls one op of `modeling/ops`."""
+        Usually the one state is `states.get("state") [N, H, K, V]`; all are named in `state_shapes`.
+        """
         raise NotImplementedError
 
     def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
-        o, state = self.recurrence(inputs, layout, None if cache is None else cache["state"])
-        if cache is not None and state is not cache["state"]:
-            cache["state"].copy_(state)
+        o, states = self.recurrence(inputs, layout, cache or {})
+        if cache is not None:
+            for name, state in states.items():
+                if state is not cache[name]:
+                    cache[name].copy_(state)
         return o

@@ -105,8 +105,9 @@ class GatedDeltaNet(LinearMixer):
         g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
         return {"q": q, "k": k, "v": v, "beta": beta, "g": g.view(rows)}, self.g_proj(x)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-        return delta(**inputs, initial_state=initial_state, cu_seqlens=layout.cu_seqlens)
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        o, state = delta(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -84,8 +84,9 @@ class GatedLinearAttention(LinearMixer):
         inputs["g"] = g.view(rows).unflatten(-1, (self.heads, -1))
         return inputs, self.g_proj(x)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-        return decay(**inputs, initial_state=initial_state, cu_seqlens=layout.cu_seqlens)
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        o, state = decay(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -96,10 +96,10 @@ class Mamba2(LinearMixer):
         v = (channels * dt.unsqueeze(-1)).to(channels.dtype)
         return {"q": q, "k": k, "v": v, "g": -self.A_log.exp() * dt, "skip": channels}, self.z_proj(x)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         q, k, v, g, skip = (inputs[name] for name in ("q", "k", "v", "g", "skip"))
-        y, state = decay(q, k, v, g, scale=1.0, initial_state=initial_state, cu_seqlens=layout.cu_seqlens)
-        return (y + self.D.unsqueeze(-1) * skip).to(skip.dtype), state
+        y, state = decay(q, k, v, g, scale=1.0, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return (y + self.D.unsqueeze(-1) * skip).to(skip.dtype), {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

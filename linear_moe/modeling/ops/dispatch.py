@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -12,6 +14,25 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "chunk", "gpu")
+
+_auto: ContextVar[str] = ContextVar("backend", default="auto")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within it, ops called with backend "auto" (as mixers call them) use this one: to compare implementations."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    token = _auto.set(backend)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
+def requested(backend: str) -> str:
+    """`backend`, or what `use_backend` says for "auto". Every op begins with it."""
+    return _auto.get() if backend == "auto" else backend
 
 
 def check_inputs(

@@ -32,8 +32,11 @@ BAD: list[tuple[str, int | None, list[str]]] = [
     ("model.num_layers=6", None, ["model.pattern", "4 layers", "num_layers = 6"]),
     ("model.num_heads=3", None, ["model.mixer.num_heads = 3", "divide", "nearest valid: 2 or 4"]),
     ("model.pattern=LLLN model.attention.num_heads=3", None, ["model.attention.num_heads = 3"]),
-    ("model.pattern=LLLM model.symbols.M.mixer.type=gla model.symbols.M.mixer.num_heads=3", None,
-     ["model.symbols.M.mixer.num_heads = 3"]),
+    (
+        "model.pattern=LLLM model.symbols.M.mixer.type=gla model.symbols.M.mixer.num_heads=3",
+        None,
+        ["model.symbols.M.mixer.num_heads = 3"],
+    ),
     ("parallel.tensor=8", None, ["model.mixer.num_heads = 4", "parallel.tensor = 8"]),
     ("model.moe.top_k=9", None, ["model.moe.top_k = 9", "model.moe.num_experts = 8", "nearest valid: 8"]),
     ("parallel.expert=3", None, ["model.moe.num_experts = 8", "parallel.expert = 3", "6 or 9"]),
@@ -47,13 +50,22 @@ BAD: list[tuple[str, int | None, list[str]]] = [
     ("parallel.tensor=2 training.sequence_length=255", None, ["training.sequence_length = 255", "254 or 256"]),
     ("model.vocab_size=4097 parallel.tensor=2", None, ["model.vocab_size = 4097", "4096 or 4098"]),
     ("model.vocab_size=4095", None, ["model.vocab_size = 4095", "4096 tokens"]),
-    ("model.vocab_multiple=1 data.tokenizer.type=bytes parallel.tensor=2", None,
-     ["model.vocab_multiple = 1", "parallel.tensor = 2"]),
+    (
+        "model.vocab_multiple=1 data.tokenizer.type=bytes parallel.tensor=2",
+        None,
+        ["model.vocab_multiple = 1", "parallel.tensor = 2"],
+    ),
     ("model.vocab_multiple=1 parallel.tensor=2", None, ["model.vocab_multiple = 1", "nearest valid: 2"]),
-    ("model.hidden_size=100 model.mixer.expand_k=1 model.num_heads=4", None,
-     ["model.hidden_size = 100", "by 8 (bf16: 16 bytes)", "96 or 104", "model.moe.experts=sequential"]),
-    ("model.moe.expert_ffn_size=36 parallel.expert_tensor=4 training.dtype=fp32", None,
-     ["model.moe.expert_ffn_size = 36", "4 (fp32: 16 bytes) times parallel.expert_tensor 4 = 16", "32 or 48"]),
+    (
+        "model.hidden_size=100 model.mixer.expand_k=1 model.num_heads=4",
+        None,
+        ["model.hidden_size = 100", "by 8 (bf16: 16 bytes)", "96 or 104", "model.moe.experts=sequential"],
+    ),
+    (
+        "model.moe.expert_ffn_size=36 parallel.expert_tensor=4 training.dtype=fp32",
+        None,
+        ["model.moe.expert_ffn_size = 36", "4 (fp32: 16 bytes) times parallel.expert_tensor 4 = 16", "32 or 48"],
+    ),
     ("run=''", None, ["run = ''", "must not be empty"]),
     ("data.cache='' ", None, ["data.cache = ''", "must not be empty"]),
     ("parallel.tensor=2", -2, ["world size = -2", "nearest valid: 2"]),
@@ -131,9 +143,7 @@ def test_groups_are_megatrons(world: int, sizes: dict[str, int]) -> None:
     edp = world // (size["expert"] * size["expert_tensor"] * size["pipeline"])
     assert (layout.data, layout.expert_data) == (dp, edp)
     dense = RankGenerator(tp=size["tensor"], ep=1, dp=dp, pp=size["pipeline"], cp=1, order=order)
-    experts = RankGenerator(
-        tp=size["expert_tensor"], ep=size["expert"], dp=edp, pp=size["pipeline"], cp=1, order=order
-    )
+    experts = RankGenerator(tp=size["expert_tensor"], ep=size["expert"], dp=edp, pp=size["pipeline"], cp=1, order=order)
     want: dict[str, Any] = {"tensor": (dense, "tp"), "data": (dense, "dp"), "pipeline": (dense, "pp")}
     want |= {"expert_tensor": (experts, "tp"), "expert": (experts, "ep"), "expert_data": (experts, "dp")}
     assert layout.groups == {axis: generator.get_ranks(token) for axis, (generator, token) in want.items()}

@@ -16,14 +16,14 @@ from linear_moe.config.load import from_dict, save_config
 from linear_moe.config.schema import Config, ModelConfig
 from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
 from linear_moe.modeling.mixers.registry import MIXERS
+from tests.unit.mixers.common import variants
 
 VOCAB, TOKENS = 320, 257  # rows of the embedding; ids of the tokenizer
-SMALL: dict[str, dict[str, Any]] = {"mamba2": {"head_dim": 8, "state_size": 8, "num_groups": 2}}
 MOE = {"num_experts": 4, "expert_ffn_size": 16, "shared_ffn_size": 16}
 
 
 def mixer(name: str) -> dict[str, Any]:
-    return {"type": name, **SMALL.get(name, {})}
+    return {"type": name, **variants(name)[0]}
 
 
 def sizes(**fields: Any) -> dict[str, Any]:

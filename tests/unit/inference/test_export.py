@@ -137,9 +137,7 @@ def test_verification_sees_one_changed_bit(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["file/out", "file"])
-def test_a_path_that_cannot_be_written(
-    out: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_path_that_cannot_be_written(out: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"cannot be written: Not a directory|exists; give --overwrite"):
         export(run, tmp_path / out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -11,19 +13,23 @@ from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Dims, Layout, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 
-# Configs that exercise a mixer's options; one not named here is tested with its defaults. All must split over 2 ranks.
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "attention": [
-        {},
-        {"num_kv_heads": 2, "qkv_bias": True, "rotary_fraction": 0.5, "window": 3},
-        {"num_kv_heads": 2, "head_dim": 16, "qk_norm": True, "output_gate": True},
-    ],
-    "gated_deltanet": [{}, {"num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True, "conv_size": 3, "head_dim": 8}],
-    "gla": [{}, {"conv_size": 4, "qkv_bias": True, "expand_k": 1.0}],
-    "mamba2": [{"head_dim": 8, "state_size": 8, "num_groups": 2}, {"head_dim": 16, "state_size": 4, "num_groups": 4}],
-}
-CASES = [(name, fields) for name in sorted(MIXERS) for fields in VARIANTS.get(name, [{}])]
-IDS = [f"{name}-{i}" for name in sorted(MIXERS) for i in range(len(VARIANTS.get(name, [{}])))]
+
+def variants(name: str) -> list[dict[str, Any]]:
+    """Configs that exercise a mixer's options: `VARIANTS` of `test_NAME.py`; without that file, its defaults.
+
+    All must split over 2 ranks at the sizes of `dims`.
+    """
+    module = f"tests.unit.mixers.test_{name}"
+    return importlib.import_module(module).VARIANTS if importlib.util.find_spec(module) else [{}]
+
+
+def cases() -> list[tuple[str, dict[str, Any]]]:
+    """Every mixer of the registry with every config that it is tested with."""
+    return [(name, fields) for name in sorted(MIXERS) for fields in variants(name)]
+
+
+def case_ids() -> list[str]:
+    return [f"{name}-{i}" for name in sorted(MIXERS) for i in range(len(variants(name)))]
 
 
 def dims(hidden: int = 32, heads: int = 4) -> Dims:

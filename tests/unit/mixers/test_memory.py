@@ -14,7 +14,7 @@ from linear_moe.modeling import conv
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.mixers.registry import mixer_class
-from tests.unit.mixers.common import CASES, IDS, build, dims
+from tests.unit.mixers.common import build, case_ids, cases, dims
 
 LENGTH, HIDDEN = 64, 256
 
@@ -35,7 +35,7 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, **options: Any) -
     return Saves.apply(v, q, k, v, *gates, torch.empty_like(gates[-1]), *chunk), None
 
 
-@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cls = mixer_class(name)
     module = sys.modules[cls.__module__]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.mixers.base import Layout, LinearMixer, Mixer
+from linear_moe.modeling.mixers.base import Cache, Layout, LinearMixer, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
+from linear_moe.modeling.ops.dispatch import use_backend
 from tests.tolerances import BF16, DECODE, FP32, assert_close, relative_error
-from tests.unit.mixers.common import CASES, IDS, build, packed, stream
+from tests.unit.mixers.common import build, case_ids, cases, packed, stream
 
-every_case = pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+every_case = pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 
 
 class Shard(Host):
@@ -57,6 +58,39 @@ def test_causal_and_rows_independent(name: str, fields: dict[str, Any]) -> None:
     after = mixer(changed.flatten(0, 1), Layout(3, 9)).view(3, 9, -1)
     assert_close(after[:, :5], full[:, :5], FP32)
     assert relative_error(after[:, 5:], full[:, 5:]) > 1e-2
+
+
+def outputs_and_gradients(mixer: Mixer, x: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The output and, of a loss of it, the gradients of the input and of every parameter, by name."""
+    x = x.clone().requires_grad_()
+    y = mixer(x, layout)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    parameters = dict(mixer.named_parameters())
+    dx, *gradients = torch.autograd.grad((y * weight).sum(), [x, *parameters.values()])
+    return {"output": y, "d input": dx} | {f"d {n}": g for n, g in zip(parameters, gradients, strict=True)}
+
+
+@every_case
+@pytest.mark.parametrize("batch", [1, 3])
+def test_chunk_equals_reference(name: str, fields: dict[str, Any], batch: int) -> None:
+    mixer = build(name, fields)
+    for length in (1, 17, 63, 64, 65, 200):
+        x, results = stream(batch, length), {}
+        for backend in ("reference", "chunk"):
+            with use_backend(backend):
+                results[backend] = outputs_and_gradients(mixer, x, Layout(batch, length))
+        for key, expected in results["reference"].items():
+            assert_close(results["chunk"][key], expected, FP32, f"{length} tokens, {key}")
+
+
+@every_case
+def test_chunk_equals_reference_packed(name: str, fields: dict[str, Any]) -> None:
+    mixer, layout, results = build(name, fields), packed([0, 5, 65, 0, 64, 1, 17, 0]), {}
+    for backend in ("reference", "chunk"):
+        with use_backend(backend):
+            results[backend] = outputs_and_gradients(mixer, stream(1, layout.length), layout)
+    for key, expected in results["reference"].items():
+        assert_close(results["chunk"][key], expected, FP32, key)
 
 
 @every_case
@@ -102,16 +136,18 @@ def test_state_shapes_are_those_used(name: str, fields: dict[str, Any], monkeypa
     if isinstance(mixer, LinearMixer):
         recurrence = mixer.recurrence
 
-        def spy(*args: Any) -> tuple[Tensor, Tensor]:
-            o, state = recurrence(*args)
-            seen.append((tuple(state.shape), state.dtype))
-            return o, state
+        def spy(*args: Any) -> tuple[Tensor, Cache]:
+            o, states = recurrence(*args)
+            seen.append({name: (tuple(state.shape), state.dtype) for name, state in states.items()})
+            return o, states
 
         monkeypatch.setattr(mixer, "recurrence", spy)
     shapes = mixer.state_shapes(3, 8)
     _, cache = decode(mixer, x, 3, prefill=4)
     assert set(cache) == set(shapes) and all(bool(state.any()) for state in cache.values())
-    assert set(seen) == ({shapes["state"]} if isinstance(mixer, LinearMixer) else set())
+    assert isinstance(mixer, LinearMixer) == bool(seen)
+    for states in seen:
+        assert states == {name: shapes[name] for name in states}
 
 
 @every_case
@@ -141,8 +177,9 @@ def test_two_tensor_ranks_equal_one(name: str, fields: dict[str, Any]) -> None:
         joined = torch.cat(grads, dim=next(iter(axes))) if axes else grads[0] + grads[1]
         assert_close(joined, parameter.grad, FP32, key)
     for key, (shape, _) in full.state_shapes(2, 8).items():
-        local = shards[0].state_shapes(2, 8)[key][0]
-        assert torch.Size(local).numel() * 2 == torch.Size(shape).numel(), key
+        local = torch.Size(shards[0].state_shapes(2, 8)[key][0]).numel()
+        split = key not in full.unsplit_states
+        assert local * (2 if split else 1) == torch.Size(shape).numel(), key
 
 
 @every_case

@@ -9,7 +9,7 @@ import pytest
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
-from tests.unit.mixers.common import CASES, IDS, dims
+from tests.unit.mixers.common import case_ids, cases, dims
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_names_field_and_working_values(
     assert offered == pytest.approx(near, rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_accepts_what_the_other_tests_run(name: str, fields: dict[str, Any]) -> None:
     for tensor in (1, 2):
         mixer_class(name).validate(mixer_config(name, **fields), dims(), tensor, "model.mixer")

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.decay import chunk, gpu, reference
 from linear_moe.modeling.ops.decay.decode import step
-from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes
+from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 
-__all__ = ["decay", "step"]
+__all__ = ["IMPLEMENTATIONS", "decay", "step"]
 
-_IMPLEMENTATIONS = {"reference": reference.decay, "chunk": chunk.decay, "gpu": gpu.decay}
+IMPLEMENTATIONS = {"reference": reference.decay, "chunk": chunk.decay, "gpu": gpu.decay}
 
 
 def decay(
@@ -46,9 +46,9 @@ def decay(
     """
     gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape)))}
     check_inputs(q, k, v, gates, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, g, state=initial_state, scale=scale)
-    implementation = choose(backend, _IMPLEMENTATIONS, v, gpu.unsupported(q, v))
+    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v))
     return implementation(q, k, v, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.delta import chunk, gpu, reference
 from linear_moe.modeling.ops.delta.decode import step
-from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes
+from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 
-__all__ = ["delta", "step"]
+__all__ = ["IMPLEMENTATIONS", "delta", "step"]
 
-_IMPLEMENTATIONS = {"reference": reference.delta, "chunk": chunk.delta, "gpu": gpu.delta}
+IMPLEMENTATIONS = {"reference": reference.delta, "chunk": chunk.delta, "gpu": gpu.delta}
 
 
 def delta(
@@ -50,9 +50,9 @@ def delta(
     """
     per_head = (tuple(q.shape[:3]),)
     check_inputs(q, k, v, {"beta": (beta, per_head), "g": (g, per_head)}, initial_state, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, beta, g, state=initial_state, scale=scale)
-    implementation = choose(backend, _IMPLEMENTATIONS, v, gpu.unsupported(q, v))
+    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v))
     return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -1,0 +1,46 @@
+"""Gated DeltaNet against Qwen3-Next's module with the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.mixers.common import build, dims
+from tests.unit.mixers.truth import compare, load, randomise
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True, "conv_size": 3, "head_dim": 8},
+]
+
+
+@pytest.mark.parametrize("v_heads", [2, 4])
+def test_gated_deltanet_is_qwen3_nexts(v_heads: int) -> None:
+    from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    config = Qwen3NextConfig(
+        hidden_size=32, num_hidden_layers=1, linear_num_key_heads=2, linear_num_value_heads=v_heads,
+        rms_norm_eps=dims().norm_eps, linear_key_head_dim=8, linear_value_head_dim=16, linear_conv_kernel_dim=4,
+        layer_types=["linear_attention"],
+    )  # fmt: skip
+    theirs = Qwen3NextGatedDeltaNet(config, layer_idx=0).eval()
+    ours = build("gated_deltanet", {"num_heads": 2, "num_v_heads": v_heads, "head_dim": 8})
+    randomise(ours)
+    own = dict(ours.state_dict())
+
+    def by_key_head(*names: str) -> Tensor:
+        return torch.cat([own[f"{n}_proj.weight"].view(2, -1, 32) for n in names], dim=1).flatten(0, 1)
+
+    weights = {name: own[name] for name in ("A_log", "dt_bias")}
+    weights |= {"norm.weight": own["o_norm.weight"], "out_proj.weight": own["o_proj.weight"]}
+    weights["in_proj_qkvz.weight"], weights["in_proj_ba.weight"] = (
+        by_key_head("q", "k", "v", "g"),
+        by_key_head("b", "a"),
+    )
+    weights["conv1d.weight"] = torch.cat([own[f"{n}_conv1d.weight"] for n in "qkv"]).unsqueeze(1)
+    load(theirs, weights)
+    compare(ours, theirs)

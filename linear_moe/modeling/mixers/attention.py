@@ -17,6 +17,7 @@ from linear_moe.modeling.mixers.base import Cache, Dims, Layout, Mixer, MixerCon
 from linear_moe.modeling.mixers.checks import check
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.softmax import softmax_attention
+from linear_moe.modeling.rotary import rotate, rotations
 
 
 @dataclass
@@ -32,23 +33,6 @@ class AttentionConfig(MixerConfig):
     qkv_bias: bool = opt(False, "biases in the q, k and v projections")
     output_gate: bool = opt(False, "multiply the heads' outputs by a sigmoid gate computed from the token")
     window: int | None = opt(None, "tokens that a token sees, itself included; null: all before it", ge=1)
-
-
-def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
-    """`positions [B, T]` -> angles `[B, T, 1, size / 2]` in fp32."""
-    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
-    return (positions.float().unsqueeze(-1) * frequencies).unsqueeze(2)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first features of `x [B, T, H, D]`, as many as there are angles, twice.
-
-    Feature i is paired with i + size / 2, as in Hugging Face's models. Products are fp32.
-    """
-    size = 2 * cos.shape[-1]
-    a, b = x[..., : size // 2], x[..., size // 2 : size]
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-    return rotated if size == x.shape[-1] else torch.cat((rotated, x[..., size:]), -1)
 
 
 class Attention(Mixer):
@@ -115,11 +99,7 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope:
-            positions = layout.positions
-            if positions is None:
-                positions = torch.arange(layout.length, device=x.device).unsqueeze(0)
-            angles = rotary_angles(positions, self.config.rope_base, self.rotary_dim)
-            cos, sin = angles.cos(), angles.sin()
+            cos, sin = rotations(layout, x.device, self.config.rope_base, self.rotary_dim)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return {"q": q, "k": k, "v": v}, None if self.g_proj is None else self.g_proj(x)
 

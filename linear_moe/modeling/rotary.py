@@ -1,0 +1,34 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.mixers.base import Layout
+
+
+def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
+    """`positions [B, T]` -> angles `[B, T, 1, size / 2]` in fp32."""
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    return (positions.float().unsqueeze(-1) * frequencies).unsqueeze(2)
+
+
+def rotations(layout: Layout, device: torch.device, base: float, size: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles at the layout's positions, as `rotate` takes them: `[B or 1, T, 1, size / 2]` fp32."""
+    positions = layout.positions
+    if positions is None:
+        positions = torch.arange(layout.length, device=device).unsqueeze(0)
+    angles = rotary_angles(positions, base, size)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first features of `x [B, T, H, D]`, as many as there are angles, twice.
+
+    Feature i is paired with i + size / 2, as in Hugging Face's models. Products are fp32.
+    """
+    size = 2 * cos.shape[-1]
+    a, b = x[..., : size // 2], x[..., size // 2 : size]
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return rotated if size == x.shape[-1] else torch.cat((rotated, x[..., size:]), -1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from linear_moe.modeling.ops.dispatch import has_fla
 from linear_moe.modeling.ops.short_conv import short_conv
 from tests.tolerances import BF16, BF16_SAME, FP32, assert_close
-from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run
+from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run, set_extreme_gates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,10 +65,16 @@ def test_auto_takes_the_kernels_for_bf16_and_keeps_fp32_exact(
 @pytest.mark.parametrize(("family", "gate"), [v for v in VARIANTS if v[1] is not None])
 def test_kernels_with_extreme_gates(family: str, gate: str) -> None:
     inputs = to_gpu(make_inputs(family, gate, (2, LENGTH, HEADS, DIM, DIM)))
-    for every, value in ((2, 0.0), (7, -50.0), (31, -1e30), (67, float("-inf"))):
-        inputs["g"][:, 3::every] = value
+    set_extreme_gates(inputs)
     actual = run(OPS[family], inputs, backend="gpu")
     compare(actual, run(OPS[family], inputs, backend="reference"), BF16, f"{family} {gate}")
+
+
+@needs_fla
+def test_constant_gates_that_are_not_trained() -> None:
+    inputs = to_gpu(make_inputs("decay", "constant", (2, LENGTH, HEADS, DIM, DIM)))
+    decay = partial(OPS["decay"], g=inputs.pop("g"))
+    compare(run(decay, inputs, backend="gpu"), run(decay, inputs, backend="reference"), BF16, "constant")
 
 
 @pytest.mark.parametrize(("family", "gate"), VARIANTS)

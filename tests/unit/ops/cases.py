@@ -13,7 +13,14 @@ from linear_moe.modeling.ops.delta import delta
 
 OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"decay": decay, "delta": delta}
 
-VARIANTS = [("decay", None), ("decay", "scalar"), ("decay", "vector"), ("delta", None), ("delta", "scalar")]
+VARIANTS = [
+    ("decay", None),
+    ("decay", "constant"),
+    ("decay", "scalar"),
+    ("decay", "vector"),
+    ("delta", None),
+    ("delta", "scalar"),
+]
 """Every family with every form of its gate."""
 
 
@@ -42,10 +49,23 @@ def make_inputs(
         inputs["k"] = F.normalize(inputs["k"], dim=-1)
         inputs["beta"] = normal(batch, length, heads).sigmoid()
     if gate is not None:
-        inputs["g"] = F.logsigmoid(normal(batch, length, heads, *([key_dim] if gate == "vector" else [])))
+        shapes = {"constant": (heads,), "vector": (batch, length, heads, key_dim)}
+        inputs["g"] = F.logsigmoid(normal(*shapes.get(gate, (batch, length, heads))))
     if with_state:
         inputs["initial_state"] = normal(sequences or batch, heads, key_dim, value_dim)
     return inputs
+
+
+def set_extreme_gates(inputs: dict[str, Tensor]) -> None:
+    """Gates of many magnitudes next to each other, by token (constants: by head)."""
+    gate = inputs["g"].transpose(0, 1) if inputs["g"].ndim > 1 else inputs["g"]
+    for every, value in ((2, 0.0), (3, -1e-4), (7, -50.0), (31, -1e30), (67, float("-inf"))):
+        gate[::every] = value
+
+
+def tokens(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
+    """The inputs of these tokens; those without tokens, and the initial state, whole."""
+    return {n: x if n == "initial_state" or x.ndim < 3 else x[:, start:end] for n, x in inputs.items()}
 
 
 def run(

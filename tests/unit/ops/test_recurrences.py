@@ -12,7 +12,7 @@ from linear_moe.modeling.ops import decay as decay_family
 from linear_moe.modeling.ops import delta as delta_family
 from linear_moe.modeling.ops.dispatch import has_fla
 from tests.tolerances import BF16_SAME, FP32, assert_close
-from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run
+from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run, set_extreme_gates, tokens
 
 LENGTHS = (1, 17, 63, 64, 65, 200)
 OFFSETS = [0, 0, 5, 70, 134, 134, 135, 200]  # empty, short, 64 + 1, 64, empty, one, 64 + 1
@@ -28,6 +28,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], case: object
 def naive(q, k, v, g=None, beta=None, initial_state=None, scale=None):  # type: ignore[no-untyped-def]
     """The formulas once more, in fp64 with whole matrices: S_t = A_t S_{t-1} + B_t, for one head of one row."""
     q, k, v = q.double(), k.double(), v.double()
+    g = g.expand(len(q)) if g is not None and g.ndim == 0 else g
     state = initial_state.double()
     outputs = []
     for t in range(len(q)):
@@ -49,7 +50,8 @@ def test_reference_is_the_formula(family: str, gate: str | None) -> None:
     output, state = OPS[family](**inputs, scale=0.3, backend="reference")
     for b in range(2):
         for h in range(2):
-            one = {n: x[b, h] if n == "initial_state" else x[b, :, h] for n, x in inputs.items()}
+            one = {n: x[h] if x.ndim < 3 else x[b, :, h] for n, x in inputs.items() if n != "initial_state"}
+            one["initial_state"] = inputs["initial_state"][b, h]
             expected_output, expected_state = naive(**one, scale=0.3)
             assert_close(output[b, :, h], expected_output, FP32)
             assert_close(state[b, h], expected_state, FP32)
@@ -76,8 +78,8 @@ def test_packed_documents_match_separate_ones(family: str, gate: str | None, bac
         for n, (start, end) in enumerate(documents):
             state = whole["initial_state"][n : n + 1]
             if end > start:
-                tokens = {name: x[:, start:end] for name, x in whole.items() if name != "initial_state"}
-                output, state = OPS[family](**tokens, initial_state=state, backend="reference")
+                document = tokens(whole, start, end) | {"initial_state": state}
+                output, state = OPS[family](**document, backend="reference")
                 outputs.append(output)
             states.append(state)
         return torch.cat(outputs, dim=1), torch.cat(states)
@@ -104,8 +106,7 @@ def test_final_state_continues_the_sequence(family: str, gate: str | None) -> No
     whole, final = OPS[family](**inputs, backend="chunk")
     outputs, state = [], inputs.pop("initial_state")
     for start, end in ((0, 70), (70, 71), (71, 150)):
-        part = {name: x[:, start:end] for name, x in inputs.items()}
-        output, state = OPS[family](**part, initial_state=state, backend="chunk")
+        output, state = OPS[family](**tokens(inputs, start, end), initial_state=state, backend="chunk")
         outputs.append(output)
     assert_close(torch.cat(outputs, dim=1), whole, FP32)
     assert_close(state, final, FP32)
@@ -118,7 +119,7 @@ def test_step_matches_reference_and_updates_in_place(family: str, gate: str | No
     state = inputs.pop("initial_state")
     with torch.no_grad():
         for t in range(12):
-            token = {name: x[:, t : t + 1] for name, x in inputs.items()}
+            token = tokens(inputs, t, t + 1)
             output, returned = OPS[family](**token, initial_state=state)
             assert returned is state
             assert_close(output, expected[:, t : t + 1], FP32, f"token {t}")
@@ -131,10 +132,9 @@ def test_step_matches_reference_and_updates_in_place(family: str, gate: str | No
 @pytest.mark.parametrize(("family", "gate"), [v for v in VARIANTS if v[1] is not None])
 @pytest.mark.parametrize("extreme", ["zero", "-50", "-1e30", "-inf", "mixed"])
 def test_extreme_gates(family: str, gate: str, extreme: str) -> None:
-    inputs = make_inputs(family, gate, (2, 130, 2, 16, 8))
+    inputs = make_inputs(family, gate, (2, 130, 5, 16, 8))
     if extreme == "mixed":
-        for every, value in ((2, 0.0), (3, -1e-4), (7, -50.0), (31, -1e30), (67, float("-inf"))):
-            inputs["g"][:, 5::every] = value
+        set_extreme_gates(inputs)
     else:
         inputs["g"] = torch.full_like(inputs["g"], {"zero": 0.0}.get(extreme) or float(extreme.replace("zero", "0")))
     actual, expected = (run(OPS[family], inputs, backend=backend) for backend in ("chunk", "reference"))

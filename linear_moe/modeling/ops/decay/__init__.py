@@ -30,7 +30,7 @@ def decay(
         q, k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
         g: log-decay, at most 0 (minus infinity forgets everything): `[B, T, H]`, one per head; `[B, T, H, K]`, one per
-            key channel; None: no decay.
+            key channel; `[H]`, the same at every token (retention, lightning attention); None: no decay.
         scale: K**-0.5 unless given.
         initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
@@ -44,7 +44,7 @@ def decay(
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
     """
-    gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape)))}
+    gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape), (q.shape[2],)))}
     check_inputs(q, k, v, gates, initial_state, cu_seqlens)
     scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):

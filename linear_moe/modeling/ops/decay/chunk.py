@@ -21,13 +21,17 @@ def decay(
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.decay.decay`. Only sums of gates are exponentiated, so any gates <= 0 are safe."""
     dtype, state = v.dtype, start_state(q, v, initial_state, cu_seqlens)
-    chunks = Chunks(q, cu_seqlens)
+    shape, chunks = q.shape[:3], Chunks(q, cu_seqlens)
     q, k, v = (chunks.split(x.float()) for x in (q, k, v))
     q = q * scale
     if g is None:
         scores, kept = (q @ k.mT).tril(), None
+    elif g.ndim == 1:
+        per_head = g.float().repeat(chunks.batch)[:, None].expand(-1, chunks.size)
+        scores, q, k, kept = _scalar_gate(q, k, chunks.split(g.float().expand(shape)), segment_sums(per_head).exp())
     elif g.ndim == 3:
-        scores, q, k, kept = _scalar_gate(q, k, chunks.split(g.float()))
+        g = chunks.split(g.float())
+        scores, q, k, kept = _scalar_gate(q, k, g, segment_sums(g).exp())
     else:
         scores, q, k, kept = _vector_gate(q, k, chunks.split(g.float()))
     updates = (k.mT @ v).unbind()
@@ -40,11 +44,14 @@ def decay(
     return chunks.join(scores @ v + q @ before).to(dtype), final
 
 
-def _scalar_gate(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`g [N, X, C]` -> decayed scores, q decayed from the chunk's start, k decayed to its end, the chunk's decay."""
-    decays = segment_sums(g).exp()
+def _scalar_gate(q: Tensor, k: Tensor, g: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`g [N, X, C]` -> decayed scores, q decayed from the chunk's start, k decayed to its end, the chunk's decay.
+
+    Args:
+        decays: `[N, X, C, C]`, or what broadcasts to it: exp(g[j+1] + ... + g[i]) at (i, j), 0 where j > i.
+    """
     from_start = g.cumsum(-1).exp()
-    to_end = decays[..., -1, :]
+    to_end = F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp()
     return (q @ k.mT) * decays, q * from_start[..., None], k * to_end[..., None], from_start[..., -1:, None]
 
 

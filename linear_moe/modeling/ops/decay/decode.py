@@ -17,7 +17,7 @@ def step(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if g is not None:
-        gate = g[:, 0].float().exp()
+        gate = (g if g.ndim == 1 else g[:, 0]).float().exp()
         state.mul_(gate[..., None] if g.ndim == 4 else gate[..., None, None])
     state.addcmul_(k[:, 0, :, :, None].float(), v[:, 0, :, None, :].float())
     o = (q[:, 0, :, None, :].float() * scale) @ state  # [B, H, 1, V]

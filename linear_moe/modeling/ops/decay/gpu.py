@@ -44,5 +44,9 @@ def decay(
         inputs["g"] = pad_keys(inputs["g"], -1, size)
         o, state = fla("ops.gla").chunk_gla(**inputs)
     else:
+        if g is not None and g.ndim == 1:
+            # the kernels know constants, but not their gradient
+            gate = inputs.pop("g")
+            inputs |= {"g": gate.expand(q.shape[:3])} if gate.requires_grad else {"g_gamma": gate}
         o, state = fla("ops.simple_gla").chunk_simple_gla(**inputs)
     return o.to(v.dtype), state[:, :, :keys]

@@ -22,6 +22,8 @@ def decay(
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.decay.decay`."""
     state = start_state(q, v, initial_state, cu_seqlens)
+    if g is not None and g.ndim == 1:
+        g = g.expand(q.shape[:3])
     inputs: list[Any] = [None if x is None else x.float() for x in (q.float() * scale, k, v, g)]
     o, state = _tokens(state, *inputs) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)
     return o.to(v.dtype), state

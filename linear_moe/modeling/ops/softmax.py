@@ -116,12 +116,16 @@ def softmax_attention(
     """
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or (positions is None and q.shape[1] != k.shape[1]):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
+        raise ValueError("packed documents need a batch of 1 and no cache")
+    value_dim = v.shape[-1]
+    if positions is None and q.shape[-1] != value_dim:  # FlashAttention takes one size
+        scale, width = q.shape[-1] ** -0.5 if scale is None else scale, max(q.shape[-1], value_dim)
+        q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
     if cu_seqlens is not None:
-        if q.shape[0] != 1 or positions is not None:
-            raise ValueError("packed documents need a batch of 1 and no cache")
         packed = _packed(q, k, v, scale, cu_seqlens, max_document or q.shape[1], window)
         if packed is not None:
-            return packed
+            return packed[..., :value_dim]
     plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
     mask = None
     if not plain:
@@ -135,4 +139,7 @@ def softmax_attention(
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return o.transpose(1, 2)
+    return o.transpose(1, 2)[..., :value_dim]
+
+
+IMPLEMENTATIONS = {"sdpa": softmax_attention}

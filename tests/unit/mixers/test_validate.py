@@ -33,6 +33,8 @@ from tests.unit.mixers.common import case_ids, cases, dims
         ("attention", {"num_kv_heads": 3}, 1, "num_kv_heads", [2, 4]),
         ("attention", {"num_kv_heads": 1}, 2, "num_kv_heads", [2]),
         ("attention", {"rotary_fraction": 0.3}, 1, "rotary_fraction", [0.25]),
+        ("mla", {"num_heads": 6}, 4, "num_heads", [4, 8]),
+        ("mla", {"qk_rope_head_dim": 7}, 1, "qk_rope_head_dim", [6, 8]),
     ],
 )
 def test_names_field_and_working_values(

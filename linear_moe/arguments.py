@@ -51,6 +51,17 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def mixers(parser: argparse.ArgumentParser) -> None:
+    positive = number(int, "a whole number from 1 to 2**20", lambda n: 1 <= n <= 2**20)
+    parser.add_argument("--hidden", type=positive, default=1024, help="width of the residual stream (default: 1024)")
+    parser.add_argument("--heads", type=positive, default=8, help="model.num_heads (default: 8)")
+    length = "tokens that the state of attention has seen (default: 2048)"
+    parser.add_argument("--length", type=positive, default=2048, help=length)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print docs/mixers.md: options and weight names too")
+
+
 def data(parser: argparse.ArgumentParser) -> None:
     with_config(parser)
     parser.add_argument("--bigram", action="store_true", help="print a bigram model's validation loss")

@@ -59,6 +59,12 @@ COMMANDS = {
         "everything that `train` checks before it starts",
         "linear-moe check configs/train/a0.3b_2b.yaml data.corpus=/data/slimpajama --world 8",
     ),
+    "mixers": Command(
+        "linear_moe.mixers_table",
+        arguments.mixers,
+        "every token mixer: recurrence, paper, where it runs, parameters and state of a layer",
+        "linear-moe mixers --hidden 2048 --heads 16",
+    ),
     "data": Command(
         "linear_moe.training.data.cli",
         arguments.data,

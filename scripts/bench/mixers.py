@@ -1,0 +1,424 @@
+#!/usr/bin/env python3
+"""Forward+backward of every mixer against its bare op and its projections, on one GPU, as docs/results/NAME.{json,md}.
+
+Columns, in milliseconds of one forward and backward pass (CUDA events, median):
+    mixer        the whole mixer: gradients of its input and of every parameter
+    op           the kernel calls into flash-linear-attention that it makes, replayed on the tensors they were given;
+                 for mixers that make none, `recurrence`
+    recurrence   `mixer.recurrence` (`mix` for attention), replayed on the tensors it was given: op and what our op adds
+    projections  all its Linear layers on inputs of the same sizes
+    overhead     mixer - op - projections
+and the same of the time that kernels ran, without the gaps between them (`*_busy`, torch.profiler).
+first_step_seconds counts to the end of the first forward and backward pass: for a mixer's first shape from the start of
+its own process, forked when torch is imported (imports, building, compiling, tuning), for the next from its building.
+
+    python scripts/bench/mixers.py                           # every mixer, B8 T2048 and B1 T32768
+    python scripts/bench/mixers.py --mixers gla,mamba2 --update
+    python scripts/bench/mixers.py --profile gla             # its kernels, longest first
+    python scripts/bench/mixers.py --device cpu --tiny --folder /tmp
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import multiprocessing
+import platform
+import shlex
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from pretrain import commit, versions
+from torch import Tensor, nn
+
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.mixers.base import Dims, Layout, LinearMixer, Mixer
+from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
+from linear_moe.modeling.ops import dispatch
+
+Work = Callable[[], Any]
+"""One forward and backward pass."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    device: torch.device
+    hidden: int
+    heads: int
+    shapes: tuple[tuple[int, int], ...]
+    repeats: int
+
+
+def setting(device: str, tiny: bool, shapes: str | None, repeats: int) -> Setting:
+    sizes = shapes or ("2x96,1x128" if tiny else "8x2048,1x32768")
+    pairs = tuple((int(b), int(t)) for b, t in (size.split("x") for size in sizes.split(",")))
+    return Setting(torch.device(device), *((64, 4) if tiny else (1024, 8)), pairs, repeats)
+
+
+def build(name: str, at: Setting) -> Mixer:
+    """With its default config, in bf16, in the second of 24 layers (the first may differ, as RWKV-7's)."""
+    host = Host(dtype=torch.bfloat16, device=at.device)
+    dims = Dims(at.hidden, at.heads, 24, 1, norm_eps=1e-5, init_std=0.02, output_init_std=0.02 / 48**0.5)
+    cls, config = mixer_class(name), mixer_config(name)
+    cls.validate(config, dims, 1, "model.mixer")
+    if cls.crosses_layers(config):
+        dims = Dims(**{**vars(dims), "layer": 0})  # a later layer needs what the first one leaves
+    mixer = cls(config, dims, host)
+    initialize(mixer, host, seed=0)
+    return mixer
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def fresh(value: Any) -> Any:
+    """The same nesting with leaf copies that require gradients where the originals did."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: fresh(item) for key, item in value.items()}
+    return type(value)(map(fresh, value)) if isinstance(value, list | tuple) else value
+
+
+def work(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
+    """Forward, and backward from the first output, to all tensors among the arguments (and nothing else)."""
+    inputs = [t for t in tensors([args, kwargs]) if t.requires_grad]
+
+    def run() -> None:
+        y = tensors([function(*args, **kwargs)])[0]
+        if inputs and y.requires_grad:
+            torch.autograd.grad(y, inputs, y.detach(), allow_unused=True)
+
+    return run
+
+
+class Recorder:
+    """Within it, calls into fla.ops, of the mixer's recurrence, and of its Linear layers are kept with their inputs."""
+
+    def __init__(self, mixer: Mixer):
+        self.mixer = mixer
+        self.kernels: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.recurrences: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.linears: list[tuple[nn.Linear, Tensor]] = []
+        self.method = "recurrence" if isinstance(mixer, LinearMixer) else "mix"
+
+    def _import(self, name: str) -> Any:
+        module = importlib.import_module(name)
+        if not name.startswith("fla.ops"):
+            return module
+        return SimpleNamespace(**{key: self._wrap(value) for key, value in vars(module).items() if callable(value)})
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.kernels.append((function, fresh(args), fresh(kwargs)))
+            return function(*args, **kwargs)
+
+        return call
+
+    def __enter__(self) -> Recorder:
+        original = getattr(self.mixer, self.method)
+
+        def recurrence(*args: Any, **kwargs: Any) -> Any:
+            self.recurrences.append((fresh(args), fresh(kwargs)))
+            return original(*args, **kwargs)
+
+        setattr(self.mixer, self.method, recurrence)
+        dispatch.importlib = SimpleNamespace(import_module=self._import)  # type: ignore[assignment]
+        self.hooks = [
+            module.register_forward_pre_hook(lambda m, args: self.linears.append((m, args[0])))  # type: ignore[arg-type]
+            for module in self.mixer.modules()
+            if isinstance(module, nn.Linear)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        delattr(self.mixer, self.method)
+        dispatch.importlib = importlib  # type: ignore[assignment]
+        for hook in self.hooks:
+            hook.remove()
+
+    def projections(self) -> Work:
+        """All Linear layers, those that shared an input sharing one again."""
+        leaves = {id(x): x.detach().clone().requires_grad_() for _, x in self.linears}
+        calls = [(linear, leaves[id(x)]) for linear, x in self.linears]
+        inputs = [*leaves.values(), *{p for linear, _ in calls for p in linear.parameters()}]
+
+        def run() -> None:
+            ys = [nn.functional.linear(x, linear.weight, linear.bias) for linear, x in calls]
+            torch.autograd.grad(ys, inputs, [y.detach() for y in ys])
+
+        return run
+
+
+def every(works: list[Work]) -> Work:
+    def run() -> None:
+        for w in works:
+            w()
+
+    return run
+
+
+def parts(mixer: Mixer, batch: int, length: int, x: Tensor, step: Work) -> tuple[dict[str, Work], str | None]:
+    """What is measured, by column, and the names of the bare kernels."""
+    with Recorder(mixer) as seen:
+        mixer(x, Layout(batch, length))
+    method = getattr(mixer, seen.method)
+    recurrence = every([work(method, *args, **kwargs) for args, kwargs in seen.recurrences])
+    # a call inside an autograd function of ours is seen without gradients: it has no backward pass to replay
+    kernels = [call for call in seen.kernels if any(t.requires_grad for t in tensors(call[1:]))]
+    op = every([work(function, *args, **kwargs) for function, args, kwargs in kernels]) if kernels else recurrence
+    names = ", ".join(getattr(function, "__name__", "?") for function, *_ in kernels) or None
+    return {"mixer": step, "op": op, "recurrence": recurrence, "projections": seen.projections()}, names
+
+
+def milliseconds(run: Work, at: Setting) -> float:
+    """Median over `repeats` passes (fewer where one takes over 0.3 s), after a warm-up of 3."""
+    cuda = at.device.type == "cuda"
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        slow = time.perf_counter() - start > 0.3
+    repeats = min(at.repeats, 3) if slow else at.repeats
+    if not cuda:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def profiled(run: Work, at: Setting, passes: int) -> Any:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if at.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    run()
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(passes):
+            run()
+        if at.device.type == "cuda":
+            torch.cuda.synchronize()
+    return profile
+
+
+def busy(run: Work, at: Setting, passes: int = 3) -> tuple[float, float] | None:
+    """Milliseconds that kernels (and copies) ran in one pass, and their number; None without a GPU's profiler."""
+    if at.device.type != "cuda":
+        return None
+    on_device = [
+        event
+        for event in profiled(run, at, passes).events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    if not on_device:
+        return None
+    return sum(event.time_range.elapsed_us() for event in on_device) / passes / 1e3, len(on_device) / passes
+
+
+def first_step(name: str, at: Setting, batch: int, length: int) -> tuple[Mixer, Tensor, Work]:
+    mixer = build(name, at)
+    x = torch.randn(batch * length, at.hidden, device=at.device).bfloat16().requires_grad_()
+    grad = torch.randn_like(x)
+    inputs = [x, *mixer.parameters()]
+
+    def step() -> None:
+        torch.autograd.grad(mixer(x, Layout(batch, length)), inputs, grad, allow_unused=True)
+
+    step()
+    if at.device.type == "cuda":
+        torch.cuda.synchronize()
+    return mixer, x, step
+
+
+def measure(name: str, at: Setting, batch: int, length: int, since: float) -> dict[str, Any]:
+    """One row, without its identification."""
+    mixer, x, step = first_step(name, at, batch, length)
+    row: dict[str, Any] = {"first_step_seconds": time.perf_counter() - since}
+    works, row["kernel"] = parts(mixer, batch, length, x, step)
+    spans = {column: milliseconds(run, at) for column, run in works.items()}
+    running = {column: busy(run, at) for column, run in works.items()}
+    row |= {f"{column}_ms": span for column, span in spans.items()}
+    row["overhead_ms"] = spans["mixer"] - spans["op"] - spans["projections"]
+    row["overhead_over_op"] = row["overhead_ms"] / spans["op"]
+    if all(running.values()):
+        row |= {f"{column}_busy_ms": value[0] for column, value in running.items() if value}
+        row["mixer_launches"] = running["mixer"][1]  # type: ignore[index]
+        row["overhead_busy_ms"] = row["mixer_busy_ms"] - row["op_busy_ms"] - row["projections_busy_ms"]
+        row["overhead_busy_over_op"] = row["overhead_busy_ms"] / row["op_busy_ms"]
+    if at.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        row["memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return row
+
+
+def worker(name: str, at: Setting, send: Connection) -> None:
+    """Rows of one mixer, sent one by one; an error is a row too."""
+    since = time.perf_counter()
+    for batch, length in at.shapes:
+        row: dict[str, Any] = {"mixer": name, "batch": batch, "length": length}
+        try:
+            row["device"] = platform.processor() or "cpu"
+            if at.device.type == "cuda":  # not in the parent, which forks
+                row["device"] = torch.cuda.get_device_name()
+                torch.cuda.empty_cache()
+            row |= measure(name, at, batch, length, since)
+        except Exception as error:
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}"[:500]
+        send.send(row)
+        since = time.perf_counter()
+
+
+def isolated(name: str, at: Setting, timeout: float) -> list[dict[str, Any]]:
+    """Rows of one mixer from a process of its own, which a fault on the device or the time-out may end."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=worker, args=(name, at, send))
+    process.start()
+    send.close()
+    deadline, rows = time.monotonic() + timeout, []
+    for batch, length in at.shapes:
+        try:
+            if not receive.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"not done after {timeout:g} s")
+            rows.append(receive.recv())
+        except (EOFError, TimeoutError) as error:
+            process.join(0 if isinstance(error, TimeoutError) else 10)
+            why = str(error) or f"the process ended with exit code {process.exitcode}"
+            rows.append({"mixer": name, "batch": batch, "length": length, "error": why})
+    if process.is_alive():
+        process.join(5)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return rows
+
+
+COLUMNS = ("mixer_ms", "op_ms", "recurrence_ms", "projections_ms", "overhead_ms", "overhead_over_op", "mixer_busy_ms",
+           "op_busy_ms", "projections_busy_ms", "overhead_busy_over_op", "mixer_launches", "memory_mib",
+           "first_step_seconds")  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+
+    def cell(row: dict[str, Any], column: str) -> str:
+        value = row.get(column)
+        if value is None:
+            return ""
+        if "_over_" in column:
+            return f"{value:.0%}"
+        return f"{value:.0f}" if column in ("mixer_launches", "memory_mib") else f"{value:.2f}"
+
+    lines = ["| mixer | shape | kernel | " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |"]
+    lines.append("|" + "---|" * (3 + len(COLUMNS)))
+    for row in rows:
+        start = f"| {row['mixer']} | B{row['batch']} T{row['length']} | "
+        if "error" in row:
+            lines.append(start + "failed: " + row["error"].replace("\n", " ").replace("|", "/")[:160] + " |")
+        else:
+            lines.append(start + " | ".join([row.get("kernel") or "", *(cell(row, c) for c in COLUMNS)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, rows: list[dict[str, Any]], at: Setting, revision: str, update: bool) -> None:
+    """The rows measured so far; with `update`, besides the other rows of a file that is already there."""
+    result = {
+        "name": path.stem,
+        "device": next((row["device"] for row in rows if "device" in row), None),
+        "gpus": int(at.device.type == "cuda"),
+        **versions(),
+        "commit": revision,
+        "command": shlex.join(["scripts/bench/mixers.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "hidden_size": at.hidden,
+        "num_heads": at.heads,
+        "dtype": "bf16",
+    }
+    rows = [row | {"commit": revision} for row in rows]
+    if update and path.exists():
+        done = {(row["mixer"], row["batch"], row["length"]) for row in rows}
+        old = json.loads(path.read_text())["rows"]
+        rows = [row for row in old if (row["mixer"], row["batch"], row["length"]) not in done] + rows
+    rows.sort(key=lambda row: (row["mixer"], -row["batch"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(rows))
+
+
+def show_profile(name: str, at: Setting) -> None:
+    """Kernels of one mixer, longest first, for each shape."""
+    key = "self_device_time_total" if at.device.type == "cuda" else "self_cpu_time_total"
+    for batch, length in at.shapes:
+        _, _, step = first_step(name, at, batch, length)
+        averages = profiled(step, at, 5).key_averages()
+        print(f"{name} B{batch} T{length}, 5 passes")
+        print(averages.table(sort_by=key, row_limit=60, max_name_column_width=70))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixers", help="comma separated; all of the registry unless given")
+    parser.add_argument("--shapes", help="comma separated BATCHxLENGTH")
+    parser.add_argument("--name", default="mixers_gpu", help="FOLDER/NAME.json and .md")
+    parser.add_argument("--folder", default="docs/results")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one mixer")
+    parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
+    parser.add_argument("--update", action="store_true", help="keep the file's rows of mixers not measured now")
+    parser.add_argument("--profile", metavar="NAME", help="print one mixer's kernels, and write nothing")
+    args = parser.parse_args()
+    at = setting(args.device, args.tiny, args.shapes, args.repeats)
+    if args.profile:
+        show_profile(args.profile, at)
+        return
+    names = args.mixers.split(",") if args.mixers else sorted(MIXERS)
+    unknown = [name for name in names if name not in MIXERS]
+    if unknown:
+        parser.error(f"no such mixers: {', '.join(unknown)}; there are {', '.join(sorted(MIXERS))}")
+    path, rows = Path(args.folder) / f"{args.name}.json", []
+    revision = args.commit or commit()
+    describe = partial(write, path, at=at, revision=revision, update=args.update)
+    for name in names:
+        new = isolated(name, at, args.timeout)
+        rows += new
+        describe(rows)
+        print(table(new), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

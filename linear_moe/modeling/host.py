@@ -117,6 +117,10 @@ class Host:
         """End it: partial sums `[N, D]` -> summed over the tensor ranks, this rank's tokens `[n, D]`."""
         return y
 
+    def sum(self, y: Tensor) -> Tensor:
+        """Inside a region: partial sums `[N, D]` -> summed over the tensor ranks, on every rank; so do gradients."""
+        return self.enter(self.leave(y))
+
     def shared(self, weight: Tensor) -> Tensor:
         """An unsplit parameter used inside a region on this rank's heads only: backward sums its gradient."""
         return weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +19,8 @@ class RMSNorm(nn.Module):
         dim: full (unsplit) size of the last dimension and of the weight.
         split: None: outside tensor-parallel regions, on this rank's tokens;
             "shared": inside; one weight for every head, each rank applies it to its own heads;
-            "column": inside; features, weight and groups are split over the tensor ranks.
+            "column": inside; features, weight and groups are split over the tensor ranks. One group of all features
+                spans them: the sum of its squares is a collective, for `x [..., dim / tensor]` of all tokens.
         groups: groups of `dim / groups` neighbouring features normalised on their own.
     """
 
@@ -34,13 +36,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         assert dim % groups == 0, (dim, groups)
         self.host, self.eps, self.split, self.group_size = host, eps, split, dim // groups
-        if split == "column":
-            host.split(groups)  # a group must not straddle ranks: its mean would need a collective
+        self.spans_ranks = split == "column" and groups == 1 and host.size("tensor") > 1
+        if split == "column" and groups > 1:
+            host.split(groups)
         axes = {0: "tensor"} if split == "column" else {}
         self.weight = host.parameter(dim, init=constant(1.0), axes=axes, decay=False, tokenwise=split is None)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.host.shared(self.weight) if self.split == "shared" else self.weight
+        if self.spans_ranks:
+            squares = self.host.sum(x.float().square().sum(-1).reshape(-1, 1)).view(*x.shape[:-1], 1)
+            return (x * torch.rsqrt(squares / self.group_size + self.eps)).to(x.dtype) * weight
         if self.group_size == x.shape[-1]:
             return F.rms_norm(x, (self.group_size,), weight, self.eps)
         grouped = x.unflatten(-1, (-1, self.group_size))

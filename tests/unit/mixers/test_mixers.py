@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,18 +20,60 @@ from tests.unit.mixers.common import build, case_ids, cases, packed, stream
 every_case = pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 
 
-class Shard(Host):
-    """One of two tensor ranks, alone in its process: the sum over ranks is the test's."""
+class Exchange:
+    """What two tensor ranks, run in two threads, give each other; gradients flow through it."""
 
-    def __init__(self, rank: int):
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.given: list[Tensor | None] = [None, None]
+
+    def __call__(self, rank: int, x: Tensor) -> list[Tensor]:
+        self.given[rank] = x
+        self.barrier.wait()
+        both = [t for t in self.given if t is not None]
+        self.barrier.wait()
+        return both
+
+
+class Shard(Host):
+    """One of two tensor ranks that also split the tokens outside regions, as Megatron's sequence parallelism does."""
+
+    def __init__(self, rank: int, exchange: Exchange | None = None):
         super().__init__()
-        self.tensor_rank = rank
+        self.tensor_rank, self.exchange = rank, exchange or Exchange()
 
     def size(self, axis: str) -> int:
         return 2 if axis == "tensor" else 1
 
     def rank(self, axis: str) -> int:
         return self.tensor_rank if axis == "tensor" else 0
+
+    def enter(self, x: Tensor) -> Tensor:
+        return torch.cat(self.exchange(self.tensor_rank, x))
+
+    def leave(self, y: Tensor) -> Tensor:
+        first, second = self.exchange(self.tensor_rank, y)
+        return (first + second).chunk(2)[self.tensor_rank]
+
+
+def on_two_ranks(shards: list[Mixer], x: Tensor, layout: Layout) -> Tensor:
+    """Both shards' forward passes in lockstep, each with its half of the tokens; the whole output."""
+
+    def one(shard: Mixer, tokens: Tensor) -> Tensor:
+        assert isinstance(shard.host, Shard)
+        try:
+            return shard(tokens, layout)
+        except BaseException:
+            shard.host.exchange.barrier.abort()  # the other rank would wait for this one
+            raise
+
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(one, shard, tokens) for shard, tokens in zip(shards, x.chunk(2), strict=True)]
+        errors = [rank.exception() for rank in ranks]
+    for error in errors:
+        if error is not None and not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return torch.cat([rank.result() for rank in ranks])
 
 
 def decode(mixer: Mixer, x: Tensor, batch: int, prefill: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,14 +206,16 @@ def test_gradients_reach_every_parameter(name: str, fields: dict[str, Any]) -> N
 
 @every_case
 def test_two_tensor_ranks_equal_one(name: str, fields: dict[str, Any]) -> None:
-    full, x, weight = build(name, fields), stream(2, 7), stream(2, 7, seed=1)
-    shards = [build(name, fields, Shard(rank), tensor=2) for rank in (0, 1)]
-    outputs = [shard(x, Layout(2, 7)) for shard in shards]
-    expected = full(x, Layout(2, 7))
-    assert relative_error(outputs[0], expected) > 1e-2
-    assert_close(outputs[0] + outputs[1], expected, FP32)
-    ((outputs[0] + outputs[1]) * weight).sum().backward()
+    full, x, weight, exchange = build(name, fields), stream(2, 7), stream(2, 7, seed=1), Exchange()
+    shards = [build(name, fields, Shard(rank, exchange), tensor=2) for rank in (0, 1)]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    actual, expected = on_two_ranks(shards, inputs[0], Layout(2, 7)), full(inputs[1], Layout(2, 7))
+    assert_close(actual, expected, FP32)
+    (actual * weight).sum().backward()
     (expected * weight).sum().backward()
+    assert inputs[0].grad is not None and inputs[1].grad is not None
+    assert_close(inputs[0].grad, inputs[1].grad, FP32, "x")
+    assert sum(p.numel() for p in shards[0].parameters()) < sum(p.numel() for p in full.parameters())
     for key, parameter in full.named_parameters():
         grads = [dict(shard.named_parameters())[key].grad for shard in shards]
         axes = parameter.spec.axes  # type: ignore[attr-defined]

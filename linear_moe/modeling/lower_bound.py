@@ -1,0 +1,47 @@
+"""Forget gates bounded from below, as in HGRN and HGRN2."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.modeling.host import Host, constant
+from linear_moe.modeling.mixers.base import Dims
+
+Bound = Literal["learned", "fixed", "none"]
+
+
+class LowerBound(nn.Module):
+    """`log f`, f = b + (1 - b) sigmoid(x), per feature, inside a tensor-parallel region (arXiv 2311.04823, 3.2).
+
+    The bound b of layer l of L is l / L at first, 0 in the first layer. Published, all layers' bounds are one softmax
+    over layers, summed up, which starts at these values; here each layer learns its own (`sigmoid(logit)`), so that a
+    layer's parameters are its own, in whatever pipeline stage.
+
+    Args:
+        kind: "learned"; "fixed" at l / L; "none": b = 0.
+        features: full (unsplit) number of features, split over the tensor ranks.
+    """
+
+    def __init__(self, host: Host, kind: Bound, features: int, dims: Dims):
+        super().__init__()
+        bound = 0.0 if kind == "none" else dims.layer / dims.num_layers
+        self.initial_logit = math.log(bound / (1 - bound)) if bound else None
+        if kind == "learned" and self.initial_logit is not None:
+            self.logit = host.parameter(
+                features, init=constant(self.initial_logit), axes={0: "tensor"}, decay=False, fp32=True
+            )
+        else:
+            self.register_parameter("logit", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., features / tensor]` -> log gates of the same shape in fp32, at most 0."""
+        log_gate = F.logsigmoid(x.float())
+        if self.initial_logit is None:
+            return log_gate
+        logit = self.logit if self.logit is not None else log_gate.new_tensor(self.initial_logit)
+        return torch.logaddexp(F.logsigmoid(logit), F.logsigmoid(-logit) + log_gate)

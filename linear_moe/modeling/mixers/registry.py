@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 MIXERS: dict[str, str] = {
     "attention": "linear_moe.modeling.mixers.attention:Attention",
+    "deltanet": "linear_moe.modeling.mixers.deltanet:DeltaNet",
     "gated_deltanet": "linear_moe.modeling.mixers.gated_deltanet:GatedDeltaNet",
     "gla": "linear_moe.modeling.mixers.gla:GatedLinearAttention",
     "mamba2": "linear_moe.modeling.mixers.mamba2:Mamba2",

@@ -24,6 +24,8 @@ from tests.unit.mixers.common import case_ids, cases, dims
         ("gated_deltanet", {"num_v_heads": 6}, 1, "num_v_heads", [4, 8]),
         ("gated_deltanet", {"head_dim": 300}, 1, "head_dim", [256]),
         ("gated_deltanet", {"head_dim": 3, "expand_v": 1.5}, 1, "expand_v", [4 / 3, 5 / 3]),
+        ("deltanet", {"num_heads": 3}, 1, "num_heads", [2, 4]),
+        ("deltanet", {"expand_k": 64.0, "num_heads": 4}, 4, "num_heads", [8]),
         ("mamba2", {"head_dim": 48}, 1, "head_dim", [32, 64]),
         ("mamba2", {"head_dim": 64}, 2, "head_dim", [32]),
         ("mamba2", {"head_dim": 8, "num_groups": 3}, 1, "num_groups", [2, 4]),

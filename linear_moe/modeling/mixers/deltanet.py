@@ -1,0 +1,127 @@
+"""DeltaNet: the delta rule without a decay (arXiv 2406.06484; fast weight programmers, arXiv 2102.11174)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.ops.delta import delta
+from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu": lambda x: F.elu(x) + 1.0,
+    "identity": lambda x: x,
+}
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_norm, "sum": partial(F.normalize, p=1.0, dim=-1, eps=1e-6)}
+
+
+@dataclass
+class DeltaNetConfig(MixerConfig):
+    type: str = opt("deltanet", "name of the mixer")
+    num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
+    expand_k: float = opt(1.0, "width of all heads' keys over hidden_size", gt=0, le=64)
+    expand_v: float = opt(1.0, "width of all heads' values over hidden_size", gt=0, le=64)
+    use_beta: bool = opt(True, "the strength of a write is computed from the token; false: it is 1")
+    use_gate: bool = opt(False, "the output is gated by silu of a projection")
+    conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
+    qk_activation: str = opt("silu", "of q and k ('elu' is elu + 1); that of v is silu", choices=tuple(ACTIVATIONS))
+    qk_norm: str = opt("l2", "q and k over their Euclidean norm or over their sum of magnitudes", choices=tuple(NORMS))
+    allow_neg_eigval: bool = opt(
+        False, "beta in (0, 2), so that transitions have negative eigenvalues (arXiv 2411.12537)"
+    )
+
+
+class DeltaNet(LinearMixer):
+    """Weights as in flash-linear-attention's `DeltaNet` under the same names (convolutions `[C, W]` for its
+    `[C, 1, W]`)."""
+
+    Config = DeltaNetConfig
+    family = "delta"
+    formula = "S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
+    paper = "arXiv 2406.06484"
+
+    def __init__(self, config: DeltaNetConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        self.num_heads = config.num_heads or dims.num_heads
+        keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
+        self.heads = host.split(self.num_heads)
+        self.key_dim, self.value_dim = keys // self.num_heads, values // self.num_heads
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        self.q_proj, self.k_proj, self.v_proj = column(keys), column(keys), column(values)
+        if config.use_beta:
+            self.b_proj = column(self.num_heads)
+        if config.use_gate:
+            self.g_proj = column(values)
+        for name, channels in {"q": keys, "k": keys, "v": values}.items() if config.conv_size else ():
+            conv = partial(ShortConv, host, channels, config.conv_size, name=f"conv_{name}")
+            plain = name != "v" and config.qk_activation != "silu"
+            self.add_module(f"{name}_conv1d", conv(activation=None) if plain else conv())
+        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: DeltaNetConfig, dims: Dims, tensor: int, path: str) -> None:
+        keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
+        values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
+        check(
+            f"{path}.num_heads",
+            config.num_heads or dims.num_heads,
+            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0 and keys // n <= MAX_KEY_DIM,
+            f"must divide the key width {keys} (into at most {MAX_KEY_DIM}, the GPU kernels' limit) and the value "
+            f"width {values}, and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+        rows, inputs = (layout.batch, layout.length, -1), {}
+        for name in "qkv":
+            y = self.get_submodule(f"{name}_proj")(x).view(rows)
+            activation = "silu" if name == "v" else self.config.qk_activation
+            if self.config.conv_size:
+                y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
+            if not self.config.conv_size or activation != "silu":
+                y = ACTIVATIONS[activation](y)
+            y = y.unflatten(-1, (self.heads, -1))
+            inputs[name] = y if name == "v" else NORMS[self.config.qk_norm](y)
+        if self.config.use_beta:
+            beta = self.b_proj(x).float().sigmoid().view(rows)
+        else:
+            beta = x.new_ones((layout.batch, layout.length, self.heads), dtype=torch.float32)
+        inputs["beta"] = beta * 2 if self.config.allow_neg_eigval else beta
+        return inputs, self.g_proj(x) if self.config.use_gate else None
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        o, state = delta(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        o = self.o_norm(o).flatten(0, 1).flatten(1)
+        return self.o_proj(o if gate is None else o * F.silu(gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        state = (batch, self.heads, self.key_dim, self.value_dim)
+        return {"state": (state, torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        return 6.0 * self.num_heads * self.key_dim * self.value_dim
+
+    def activation_elements(self) -> float:
+        k, v = self.heads * self.key_dim, self.heads * self.value_dim
+        # what precedes the activation; q, k before and after their norm; v, o, norm; beta and its logit in fp32, scores
+        # within a chunk of 64; gate, its SiLU, product
+        gate = 3 * v if self.config.use_gate else 0
+        return (2 * k + v) + 4 * k + 3 * v + (2 * 4 + 64) * self.heads + gate

@@ -3,8 +3,9 @@
     python scripts/golden/record.py --out tests/golden            # all, a few minutes: each layer compiles its kernels
     python scripts/golden/record.py --out tests/golden --only gla kda --jobs 2
 
-Per layer one safetensors file: `x [B, T, hidden]`, `cotangent` and `y` of the same shape, `weight.NAME` and `grad.NAME` for
-every parameter under fla's names, `grad.x`, all bf16; further inputs as `input.NAME`. Metadata: layer, options, versions.
+Per layer one safetensors file: `x [B, T, hidden]`, `cotangent` and `y` of the same shape, `weight.NAME` and
+`grad.NAME` for every parameter under fla's names, `grad.x`, all bf16; further inputs as `input.NAME`. Metadata: layer,
+options, versions.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "deltanet_gate": ("delta_net:DeltaNet", HEADS | {"use_gate": True, "allow_neg_eigval": True}, {}),
     "gated_deltanet": ("gated_deltanet:GatedDeltaNet", HEADS | {"head_dim": 64, "expand_v": 1.0}, {}),
     "gsa": ("gsa:GatedSlotAttention", HEADS | {"num_slots": 64}, {}),
-    "based": ("based:BasedLinearAttention", HEADS | {"num_key_value_heads": 2, "mode": "chunk"}, {}),
+    "based": ("based:BasedLinearAttention", HEADS | {"num_key_value_heads": 2}, {}),
     "rebased": ("rebased:ReBasedLinearAttention", HEADS | {"num_key_value_heads": 2, "mode": "chunk"}, {}),
     "kda": ("kda:KimiDeltaAttention", HEADS | {"head_dim": 64}, {}),
     "gated_deltaproduct": (
@@ -43,12 +44,12 @@ LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
         HEADS | {"head_dim": 64, "expand_v": 1.0, "num_householder": 2},
         {},
     ),
-    "mom": (
+    "mom": ("mom:MomAttention", HEADS | {"head_dim": 64, "expand_v": 1.0, "num_memories": 4}, {}),
+    "mom_shared": (
         "mom:MomAttention",
-        HEADS | {"head_dim": 64, "expand_v": 1.0, "num_memories": 4, "shared_mem": True, "use_short_conv": False},
+        HEADS | {"head_dim": 64, "expand_v": 1.0, "num_memories": 4, "shared_mem": True, "single_kv_proj": True},
         {},
     ),
-    "mom_conv": ("mom:MomAttention", HEADS | {"head_dim": 64, "expand_v": 1.0, "num_memories": 4}, {}),
     "mamba2": (
         "mamba2:Mamba2",
         {"hidden_size": HIDDEN, "num_heads": 4, "head_dim": 64, "state_size": 64, "backend": "triton"},
@@ -66,8 +67,12 @@ LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"hidden_size": HIDDEN, "head_dim": 64, "layer_idx": 1, "num_hidden_layers": 2},
         {"v_first": (BATCH, LENGTH, HIDDEN)},
     ),
-    "hgrn": ("hgrn:HGRNAttention", {"hidden_size": HIDDEN}, {"lower_bound": (HIDDEN,)}),
-    "hgrn2": ("hgrn2:HGRN2Attention", {"hidden_size": HIDDEN, "expand_ratio": 64}, {"lower_bound": (HIDDEN,)}),
+    "hgrn": ("hgrn:HGRNAttention", {"hidden_size": HIDDEN, "layer_idx": 1}, {"lower_bound": (HIDDEN,)}),
+    "hgrn2": (
+        "hgrn2:HGRN2Attention",
+        {"hidden_size": HIDDEN, "expand_ratio": 64, "layer_idx": 1},
+        {"lower_bound": (HIDDEN,)},
+    ),
 }
 
 
@@ -117,11 +122,12 @@ def record(name: str, out: Path) -> None:
     output = layer(x, **inputs)
     y = output[0] if isinstance(output, tuple) else output
     parameters = dict(layer.named_parameters())
-    dx, *gradients = torch.autograd.grad((y * cotangent).sum(), [x, *parameters.values()], allow_unused=True)
-    tensors = {"x": x, "cotangent": cotangent, "y": y, "grad.x": dx}
+    (y * cotangent).sum().backward()
+    assert x.grad is not None
+    tensors = {"x": x, "cotangent": cotangent, "y": y, "grad.x": x.grad}
     tensors |= {f"input.{key}": value for key, value in inputs.items()}
     tensors |= {f"weight.{key}": value for key, value in parameters.items()}
-    tensors |= {f"grad.{key}": g for key, g in zip(parameters, gradients, strict=True) if g is not None}
+    tensors |= {f"grad.{key}": value.grad for key, value in parameters.items() if value.grad is not None}
     assert all(bool(t.isfinite().all()) for t in tensors.values()), name
     metadata = {
         "layer": f"fla.layers.{module}.{cls}",

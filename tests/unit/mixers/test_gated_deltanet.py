@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.golden.golden import compare_golden
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import compare, load, randomise
 
@@ -44,3 +45,10 @@ def test_gated_deltanet_is_qwen3_nexts(v_heads: int) -> None:
     weights["conv1d.weight"] = torch.cat([own[f"{n}_conv1d.weight"] for n in "qkv"]).unsqueeze(1)
     load(theirs, weights)
     compare(ours, theirs)
+
+
+def test_gated_deltanet_is_flas() -> None:
+    def names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.squeeze(1) if "conv1d" in key else value for key, value in theirs.items()}
+
+    compare_golden("gated_deltanet", "gated_deltanet", {"head_dim": 64, "expand_v": 1.0}, names)

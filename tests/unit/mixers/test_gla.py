@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout
+from tests.golden.golden import compare_golden
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream
 from tests.unit.mixers.truth import LENGTH, compare, randomise
@@ -56,3 +58,14 @@ def test_gla_convolution_is_conv1d_with_silu() -> None:
         weight = ours.get_parameter(f"{name}_conv1d.weight").unsqueeze(1)
         expected = F.silu(F.conv1d(projected, weight, padding=3, groups=len(weight))[..., :LENGTH]).T
         assert_close(inputs[name].flatten(2)[0], expected, FP32, name)
+
+
+@pytest.mark.parametrize("recording", ["gla", "gla_conv"])
+def test_gla_is_flas(recording: str) -> None:
+    def names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        ours = {key: value.squeeze(1) if "conv1d" in key else value for key, value in theirs.items()}
+        ours["o_norm.weight"] = ours.pop("g_norm_swish_gate.weight")
+        return ours
+
+    fields = {"expand_k": 1.0, "conv_size": 4 if recording == "gla_conv" else 0}
+    compare_golden(recording, "gla", fields, names)

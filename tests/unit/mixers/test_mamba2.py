@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from tests.golden.golden import compare_golden
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import compare, load, randomise
 
@@ -35,3 +37,17 @@ def test_mamba2_is_hugging_faces(groups: int) -> None:
     weights["conv1d.bias"] = torch.cat([own[f"{n}_conv1d.bias"] for n in "xBC"])
     load(theirs, weights)
     compare(ours, theirs)
+
+
+def test_mamba2_is_flas() -> None:
+    def names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        inner, states = 256, 64
+        ours = {name: theirs[name] for name in ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight")}
+        parts = theirs["in_proj.weight"].split([inner, inner, states, states, inner // 64])
+        ours |= {f"{n}_proj.weight": part for n, part in zip(("z", "x", "B", "C", "dt"), parts, strict=True)}
+        for kind in ("weight", "bias"):
+            parts = theirs[f"conv1d.{kind}"].split([inner, states, states])
+            ours |= {f"{n}_conv1d.{kind}": part.squeeze() for n, part in zip("xBC", parts, strict=True)}
+        return ours
+
+    compare_golden("mamba2", "mamba2", {"state_size": 64}, names)

@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["linear_moe", "linear_moe.*"]),
-    package_data={"linear_moe": ["py.typed"]},
+    package_data={"linear_moe": ["py.typed", "modeling/ops/tuned/*.json"]},
     install_requires=[
         "torch>=2.10",
         "megatron-core>=0.16.1,<0.20",

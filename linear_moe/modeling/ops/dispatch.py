@@ -9,11 +9,16 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops import tuned
+
 BACKENDS = ("auto", "reference", "chunk", "gpu")
+
+Result = TypeVar("Result")
 
 _auto: ContextVar[str] = ContextVar("backend", default="auto")
 
@@ -92,10 +97,10 @@ def decodes(length: int, state: Tensor | None, cu_seqlens: Tensor | None) -> boo
 
 def choose(
     backend: str,
-    implementations: dict[str, Callable[..., tuple[Tensor, Tensor]]],
+    implementations: dict[str, Callable[..., Result]],
     v: Tensor,
     unsupported: str | None,
-) -> Callable[..., tuple[Tensor, Tensor]]:
+) -> Callable[..., Result]:
     """The implementation that `backend` names.
 
     "auto" is the kernels for 16-bit tensors on CUDA when they are installed and take the shapes, else "chunk": the
@@ -127,6 +132,7 @@ def fla(module: str) -> ModuleType:
     """Imports `fla.<module>`, late: it needs triton."""
     if not has_fla():
         raise ImportError("the GPU kernels need flash-linear-attention and triton: pip install 'linear-moe[gpu]'")
+    tuned.install()
     return importlib.import_module(f"fla.{module}")
 
 

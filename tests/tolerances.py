@@ -14,6 +14,7 @@ BF16_ROUNDING = 2**-8  # one rounding to bf16, whose significand has 8 bits
 # and its error is not. A norm below this share of the largest parameter gradient's counts as this share. (Mixers
 # computed in bf16 on a CPU: gradients' norms from 1e-2 of the largest upwards, errors of the small ones up to 6e-4.)
 BF16_GRADIENT_FLOOR = 5e-2
+FP32_GRADIENT_FLOOR = 0.1  # the same in fp32: what normalises one token cancels the gradient of its query and key
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

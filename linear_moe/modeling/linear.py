@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.modeling.host import Host, constant, normal
+from linear_moe.modeling.host import Host, Init, constant, normal
 
 Split = Literal["column", "row", "shared"] | None
 
@@ -30,6 +30,7 @@ class Linear(nn.Linear):
             None: outside; the whole weight on this rank's tokens, `x [n, in] -> [n, out]`.
         bias: with a bias, zero at first; that of "row" is added once, after the sum over ranks.
         std: standard deviation of the initial weight.
+        init: of the weight, instead of that normal distribution.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Linear(nn.Linear):
         split: Split = None,
         bias: bool = False,
         std: float = 0.02,
+        init: Init | None = None,
     ):
         nn.Module.__init__(self)  # nn.Linear's own would allocate and draw the full weight
         self.host, self.split, self.in_features, self.out_features = host, split, in_features, out_features
         weight_axes, bias_axes = _AXES[split]
         self.weight = host.parameter(
-            out_features, in_features, init=normal(std), axes=weight_axes, tokenwise=split is None
+            out_features, in_features, init=init or normal(std), axes=weight_axes, tokenwise=split is None
         )
         if bias:
             self.bias = host.parameter(

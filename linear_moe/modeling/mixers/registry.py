@@ -13,6 +13,7 @@ MIXERS: dict[str, str] = {
     "deltanet": "linear_moe.modeling.mixers.deltanet:DeltaNet",
     "gated_deltanet": "linear_moe.modeling.mixers.gated_deltanet:GatedDeltaNet",
     "gla": "linear_moe.modeling.mixers.gla:GatedLinearAttention",
+    "linear_attention": "linear_moe.modeling.mixers.linear_attention:LinearAttention",
     "mamba2": "linear_moe.modeling.mixers.mamba2:Mamba2",
     "mla": "linear_moe.modeling.mixers.mla:MultiHeadLatentAttention",
 }

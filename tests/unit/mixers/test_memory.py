@@ -31,8 +31,9 @@ class Saves(torch.autograd.Function):
 def recurrence(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, **options: Any) -> tuple[Tensor, None]:
     """Saves its inputs, the gate's running sum and, where the gate is per channel or a delta rule, 64 a head."""
     gates = [*args, *(options[name] for name in ("beta", "g") if options.get(name) is not None)]
-    chunk = [torch.empty(*q.shape[:3], 64, dtype=v.dtype)] if gates[-1].ndim == 4 or len(gates) == 2 else []
-    return Saves.apply(v, q, k, v, *gates, torch.empty_like(gates[-1]), *chunk), None
+    sums = [torch.empty_like(gates[-1])] if gates else []
+    chunk = [torch.empty(*q.shape[:3], 64, dtype=v.dtype)] if len(gates) == 2 or any(g.ndim == 4 for g in sums) else []
+    return Saves.apply(v, q, k, v, *gates, *sums, *chunk), None
 
 
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())

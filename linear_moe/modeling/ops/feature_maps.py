@@ -1,0 +1,80 @@
+"""Feature maps of linear attention, phi(q) phi(k)^T in place of exp(q k^T): functions of the last dimension."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NORM_EPS = 1e-4  # flash-linear-attention's, so that weights trained there mean the same here
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """`elu(x) + 1` (arXiv 2006.16236)."""
+    return F.elu(x) + 1
+
+
+def dpfp(x: Tensor, nu: int) -> Tensor:
+    """`[..., D]` -> `[..., 2 nu D]`: `relu([x, -x])` times itself shifted by each of 1 to nu (arXiv 2102.11174)."""
+    r = torch.cat([x, -x], -1).relu()
+    return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], -1)
+
+
+def hedgehog(x: Tensor) -> Tensor:
+    """`[..., D]` -> `[..., 2 D]`: softmax of `[2 x, -2 x]` (arXiv 2402.04347)."""
+    x = 2 * x
+    return torch.cat([x, -x], -1).softmax(-1)
+
+
+def sum_to_one(x: Tensor) -> Tensor:
+    """Features divided by their sum."""
+    return x / (x.sum(-1, keepdim=True) + NORM_EPS)
+
+
+def squares(x: Tensor) -> Tensor:
+    """`[..., D]` -> `[..., D (D + 1) / 2]` such that `squares(x) . squares(y) = (x . y)^2` (arXiv 2402.10644).
+
+    The products of pairs of channels, once each. The backward pass keeps `x` only.
+    """
+    return _Squares.apply(x)
+
+
+def taylor(x: Tensor) -> Tensor:
+    """`[..., D]` -> `[..., 1 + D + D (D + 1) / 2]` such that `taylor(x) . taylor(y) = 1 + s + s^2 / 2` with
+    `s = x . y / sqrt(D)` (Based, arXiv 2402.18668)."""
+    x = x * x.shape[-1] ** -0.25
+    return torch.cat([torch.ones_like(x[..., :1]), x, squares(x) * 0.5**0.5], -1)
+
+
+@cache
+def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the channel pairs i <= j: i and j; and the pair that (i, j) is in either order, `[size, size]`."""
+    i, j = torch.triu_indices(size, size, device=device)
+    pair = torch.zeros(size, size, dtype=torch.int64, device=device)
+    pair[i, j] = pair[j, i] = torch.arange(len(i), device=device)
+    return i, j, pair
+
+
+class _Squares(torch.autograd.Function):
+    """Products in fp32, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        i, j, _ = _pairs(x.shape[-1], x.device)
+        factors = 2**0.5 - (2**0.5 - 1) * (i == j)  # x_i x_j and x_j x_i in one
+        return (x.float().index_select(-1, i) * x.index_select(-1, j) * factors).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        size = x.shape[-1]
+        # A small symmetric matrix per token, gathered: index_add would be atomic additions on a GPU.
+        matrix = gradient.index_select(-1, _pairs(size, x.device)[2].flatten()).unflatten(-1, (size, size)).float()
+        factors = torch.full((size, size), 2**0.5, device=x.device).fill_diagonal_(2.0)
+        return ((matrix * factors) @ x.float().unsqueeze(-1)).squeeze(-1).to(x.dtype)

@@ -85,7 +85,8 @@ class LayerNorm(nn.Module):
         super().__init__()
         assert dim % groups == 0, (dim, groups)
         self.host, self.eps, self.split, self.group_size = host, eps, split, dim // groups
-        if split == "column":
+        self.spans_ranks = split == "column" and groups == 1 and host.size("tensor") > 1
+        if split == "column" and groups > 1:
             host.split(groups)
         vector = partial(
             host.parameter, dim, axes={0: "tensor"} if split == "column" else {}, decay=False, tokenwise=split is None
@@ -101,11 +102,19 @@ class LayerNorm(nn.Module):
         bias: Tensor | None = self.bias
         if self.split == "shared":
             weight, bias = self.host.shared(weight), bias if bias is None else self.host.shared(bias)
+        if self.spans_ranks:
+            centred = x.float() - self._mean(x.float())
+            y = (centred * torch.rsqrt(self._mean(centred.square()) + self.eps)).to(x.dtype) * weight
+            return y if bias is None else y + bias
         if self.group_size == x.shape[-1]:
             return F.layer_norm(x, (self.group_size,), weight, bias, self.eps)
         grouped = x.unflatten(-1, (-1, self.group_size))
         y = F.layer_norm(grouped, (self.group_size,), None, None, self.eps).flatten(-2) * weight
         return y if bias is None else y + bias
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Over the features of all tensor ranks."""
+        return self.host.sum(x.sum(-1).reshape(-1, 1)).view(*x.shape[:-1], 1) / self.group_size
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"

@@ -36,19 +36,27 @@ class Chunks:
 
     Packed documents each begin a chunk of their own, so no chunk holds tokens of two. Zeros must be neutral in the
     recurrence that uses this: no decay, no update.
+
+    Args:
+        size: tokens of a chunk, where the recurrence itself says so; None: what is fast.
+        skip: slots left empty before the first token of every row, without `cu_seqlens`.
     """
 
-    def __init__(self, x: Tensor, cu_seqlens: Tensor | None):
+    def __init__(self, x: Tensor, cu_seqlens: Tensor | None, size: int | None = None, skip: int = 0):
         self.batch, self.length, self.heads = x.shape[:3]
         self.slots: Tensor | None = None  # [T] place of each token in the padded sequence, when packed
+        self.skip = skip
         if cu_seqlens is None:
-            self.size = chunk_size(self.length)
-            self.count = -(-self.length // self.size)
+            self.size = size or chunk_size(self.length)
+            self.count = -(-(skip + self.length) // self.size)
             self.spans = [(0, self.count)]
+            self.complete = [(skip + self.length) % self.size == 0]
             return
+        assert skip == 0
         offsets = cu_seqlens.cpu()
         lengths = offsets.diff()
-        self.size = chunk_size(-(-self.length // max(int((lengths > 0).sum()), 1)))
+        self.size = size or chunk_size(-(-self.length // max(int((lengths > 0).sum()), 1)))
+        self.complete = (lengths % self.size == 0).tolist()  # whether the last chunk of each span has no empty slots
         ends = lengths.add(self.size - 1).floor_divide(self.size).cumsum(0)
         firsts = F.pad(ends[:-1], (1, 0))
         self.count = int(ends[-1])
@@ -61,14 +69,17 @@ class Chunks:
         if self.slots is not None:
             x = x.new_zeros(1, self.count * self.size, *x.shape[2:]).index_copy(1, self.slots, x)
         elif self.count * self.size != self.length:
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.count * self.size - self.length))
+            behind = self.count * self.size - self.length - self.skip
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (self.skip, behind))
         x = x.unflatten(1, (self.count, self.size)).movedim((1, 3), (0, 2))
         return x.reshape(self.count, self.batch * self.heads, self.size, *x.shape[4:])
 
     def join(self, x: Tensor) -> Tensor:
         """`[N, B*H, C, D]` -> `[B, T, H, D]`."""
         x = x.unflatten(1, (self.batch, self.heads)).movedim((0, 2), (1, 3)).flatten(1, 2)
-        return x[:, : self.length] if self.slots is None else x.index_select(1, self.slots)
+        if self.slots is not None:
+            return x.index_select(1, self.slots)
+        return x[:, self.skip : self.skip + self.length]
 
     def scan(self, advance: Callable[[int, Tensor], Tensor], initial_state: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the recurrence over chunks: `advance(n, state)` maps the state before chunk n to the state after it.

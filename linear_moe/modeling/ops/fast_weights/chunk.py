@@ -1,0 +1,121 @@
+"""Trained memories by mini-batches: products within them, the recurrence of the weights between them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.modeling.ops.fast_weights.reference import inner_gradient, with_one
+from linear_moe.modeling.ops.packing import Chunks, segment_sums
+
+States = tuple[Tensor, ...]
+
+
+def ttt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    state: Tensor,
+    gradient: Tensor | None,
+    *,
+    skip: int,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, States]:
+    """See `linear_moe.modeling.ops.fast_weights.ttt`; `skip` is the first token's place in its mini-batch.
+
+    The dual form (section 2.5): a mini-batch's gradients need only the weights it starts from, so weights advance by
+    one product per mini-batch, and every token reads its start weights and, through q k^T, the gradients before it.
+    """
+    dtype, size = v.dtype, len(scale)
+    chunks = Chunks(q, cu_seqlens, size, skip)
+    w, b = (x.float().repeat(chunks.batch, 1)[:, None] for x in (weight, bias))  # [X, 1, D]
+    q, k, v, rate = (chunks.split(x.float()) for x in (q, k, v, rate[..., None]))  # [N, X, C, ...]
+    keys, queries, scale = with_one(k), with_one(q), scale.float()[:, None]
+    rated = rate * keys
+    steps, tokens = (-scale[-1] * rated).mT.unbind(), list(zip(keys, k, v, strict=True))
+    earlier = None if gradient is None else gradient.flatten(0, 1)
+    inner: list[Tensor] = []
+
+    def advance(n: int, state: Tensor) -> Tensor:
+        key, k, v = tokens[n]
+        inner.append(inner_gradient(key @ state, k, v, w, b, eps))
+        if n == 0 and earlier is not None:
+            state = state - scale[-1] * earlier
+        return torch.baddbmm(state, steps[n], inner[n])
+
+    before, after = chunks.scan(advance, state)
+    inners = torch.stack(inner)
+    z = queries @ before - (scale * (queries @ rated.mT).tril()) @ inners
+    if earlier is not None:
+        z = torch.cat([z[:1] - scale * (queries[:1] @ earlier), z[1:]])
+    o = q + F.layer_norm(z, z.shape[-1:], eps=eps) * w + b
+    last, complete = _last_chunks(chunks, q.device)
+    gradients = rated[last].mT @ inners[last]
+    if earlier is not None and chunks.count == 1:
+        gradients = gradients + earlier
+    final = torch.where(complete, after, before[last].reshape(after.shape))
+    return chunks.join(o).to(dtype), (final, gradients.reshape(after.shape).masked_fill(complete, 0.0))
+
+
+def titans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    keep: Tensor,
+    momentum: Tensor,
+    state: Tensor,
+    surprise: Tensor,
+    start: Tensor,
+    *,
+    skip: int,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, States]:
+    """See `linear_moe.modeling.ops.fast_weights.titans`; `skip` is the first token's place in its chunk.
+
+    Within a chunk all errors are of one memory M_c, so M and S are linear in M_c, S_c and the errors, with coefficients
+    that are sums of products of gates (section 3.2): one scan carries M and S, stacked to `[2K, V]`, between chunks.
+    """
+    dtype, keys = v.dtype, q.shape[-1]
+    chunks = Chunks(q, cu_seqlens, chunk_size, skip)
+    q, k, v, rate = (chunks.split(x.float()) for x in (q, k, v, rate[..., None]))  # [N, X, C, ...]
+    tokens = chunks.split(torch.ones_like(keep, dtype=torch.float32))[..., None, :]  # 0 in empty slots: they add no S
+    keep, momentum = chunks.split(keep.float()), chunks.split(momentum.float())  # [N, X, C]
+    kept, carried = segment_sums(keep).exp() * tokens, segment_sums(momentum).exp()  # of M, S of token j, in i >= j
+    written = kept @ carried  # of what token j adds to S, in M of token i
+    kept_start, carried_start = (x.cumsum(-1).exp()[..., None] for x in (keep, momentum))
+    added_start = kept @ carried_start
+    zero = torch.zeros_like(kept_start[..., -1, :])
+    ends = [x[..., -1, :] for x in (kept_start, added_start, carried_start)]
+    gates = torch.stack([ends[0], ends[1], zero, ends[2]], -1).unflatten(-1, (2, 2)).squeeze(-3)  # [N, X, 2, 2]
+    downhill = -2 * rate * k
+    steps = torch.cat([downhill * x[..., -1, :, None] for x in (written, carried)], -1).mT  # [N, X, 2K, C]
+    errors: list[Tensor] = []
+    k_of, v_of, gates_of, steps_of = k.unbind(), v.unbind(), gates.unbind(), steps.unbind()
+
+    def advance(n: int, states: Tensor) -> Tensor:
+        at = start.flatten(0, 1) if n == 0 and cu_seqlens is None else states[:, :keys]
+        errors.append(torch.baddbmm(v_of[n], k_of[n], at, beta=-1))
+        decayed = gates_of[n] @ states.view(len(states), 2, -1)
+        return torch.baddbmm(decayed.view_as(states), steps_of[n], errors[n])
+
+    before, after = chunks.scan(advance, torch.cat([state, surprise], 2))
+    queries = torch.cat([q * kept_start, q * added_start], -1)
+    o = queries @ before + (written * (q @ downhill.mT)) @ torch.stack(errors)
+    last, complete = _last_chunks(chunks, q.device)
+    memory, surprise = after.split(keys, 2)
+    begun = start if chunks.count == 1 and cu_seqlens is None else before[last][..., :keys, :].reshape(memory.shape)
+    return chunks.join(o).to(dtype), (memory, surprise, torch.where(complete, memory, begun))
+
+
+def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of every document (or of all rows): its last chunk's index `[S]`, and whether that is full `[S, 1, 1, 1]`."""
+    last = torch.tensor([max(end - 1, 0) for _, end in chunks.spans])
+    return last.to(device), torch.tensor(chunks.complete).view(-1, 1, 1, 1).to(device)

@@ -18,10 +18,21 @@ VARIANTS = [
     ("decay", "constant"),
     ("decay", "scalar"),
     ("decay", "vector"),
+    ("decay", "value"),
+    ("decay", "scalar+value"),
+    ("decay", "vector+value"),
+    ("decay", "bonus"),
+    ("decay", "constant+bonus"),
+    ("decay", "vector+bonus"),
+    ("decay", "vector+value+bonus"),
     ("delta", None),
     ("delta", "scalar"),
+    ("delta", "vector"),
 ]
-"""Every family with every form of its gate."""
+"""Every family with the forms of its gates."""
+
+NO_KERNEL = [("decay", "vector+value+bonus")]
+"""Those that the GPU computes as the CPU does."""
 
 
 def make_inputs(
@@ -48,9 +59,13 @@ def make_inputs(
     if family == "delta":
         inputs["k"] = F.normalize(inputs["k"], dim=-1)
         inputs["beta"] = normal(batch, length, heads).sigmoid()
-    if gate is not None:
-        shapes = {"constant": (heads,), "vector": (batch, length, heads, key_dim)}
-        inputs["g"] = F.logsigmoid(normal(*shapes.get(gate, (batch, length, heads))))
+    rows = (batch, length, heads)
+    shapes = {"constant": (heads,), "scalar": rows, "vector": (*rows, key_dim), "value": (*rows, value_dim)}
+    for form in gate.split("+") if gate is not None else []:
+        if form == "bonus":
+            inputs["bonus"] = normal(heads, key_dim)
+        else:
+            inputs["gv" if form == "value" else "g"] = F.logsigmoid(normal(*shapes[form]))
     if with_state:
         inputs["initial_state"] = normal(sequences or batch, heads, key_dim, value_dim)
     return inputs
@@ -58,9 +73,10 @@ def make_inputs(
 
 def set_extreme_gates(inputs: dict[str, Tensor]) -> None:
     """Gates of many magnitudes next to each other, by token (constants: by head)."""
-    gate = inputs["g"].transpose(0, 1) if inputs["g"].ndim > 1 else inputs["g"]
-    for every, value in ((2, 0.0), (3, -1e-4), (7, -50.0), (31, -1e30), (67, float("-inf"))):
-        gate[::every] = value
+    for name in {"g", "gv"} & inputs.keys():
+        gate = inputs[name].transpose(0, 1) if inputs[name].ndim > 1 else inputs[name]
+        for every, value in ((2, 0.0), (3, -1e-4), (7, -50.0), (31, -1e30), (67, float("-inf"))):
+            gate[::every] = value
 
 
 def tokens(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:

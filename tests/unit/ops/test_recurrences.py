@@ -25,7 +25,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], case: object
         assert_close(actual[name], expected[name], tolerance, f"{case} {name}")
 
 
-def naive(q, k, v, g=None, beta=None, initial_state=None, scale=None):  # type: ignore[no-untyped-def]
+def naive(q, k, v, g=None, gv=None, bonus=None, beta=None, initial_state=None, scale=None):  # type: ignore[no-untyped-def]
     """The formulas once more, in fp64 with whole matrices: S_t = A_t S_{t-1} + B_t, for one head of one row."""
     q, k, v = q.double(), k.double(), v.double()
     g = g.expand(len(q)) if g is not None and g.ndim == 0 else g
@@ -39,8 +39,9 @@ def naive(q, k, v, g=None, beta=None, initial_state=None, scale=None):  # type: 
         if beta is not None:
             transition = transition - beta[t].double() * torch.outer(k[t], k[t]) @ transition
             update = beta[t].double() * update
-        state = transition @ state + update
-        outputs.append(scale * q[t] @ state)
+        before = state
+        state = transition @ state * (1 if gv is None else gv[t].double().exp()) + update
+        outputs.append(scale * q[t] @ (state if bonus is None else before + torch.diag(bonus.double()) @ update))
     return torch.stack(outputs), state
 
 
@@ -129,26 +130,30 @@ def test_step_matches_reference_and_updates_in_place(family: str, gate: str | No
     assert torch.equal(state, before)
 
 
-@pytest.mark.parametrize(("family", "gate"), [v for v in VARIANTS if v[1] is not None])
+@pytest.mark.parametrize(("family", "gate"), [v for v in VARIANTS if v[1] not in (None, "bonus")])
 @pytest.mark.parametrize("extreme", ["zero", "-50", "-1e30", "-inf", "mixed"])
 def test_extreme_gates(family: str, gate: str, extreme: str) -> None:
     inputs = make_inputs(family, gate, (2, 130, 5, 16, 8))
     if extreme == "mixed":
         set_extreme_gates(inputs)
     else:
-        inputs["g"] = torch.full_like(inputs["g"], {"zero": 0.0}.get(extreme) or float(extreme.replace("zero", "0")))
+        for name in {"g", "gv"} & inputs.keys():
+            inputs[name] = torch.full_like(inputs[name], float(extreme.replace("zero", "0")))
     actual, expected = (run(OPS[family], inputs, backend=backend) for backend in ("chunk", "reference"))
     compare(actual, expected, extreme)
 
 
-@pytest.mark.parametrize("gate", [None, "scalar"])
-@pytest.mark.parametrize("case", ["zeros", "ones", "mixed", "the same key"])
+@pytest.mark.parametrize("gate", [None, "scalar", "vector"])
+@pytest.mark.parametrize("case", ["zeros", "ones", "twos", "mixed", "the same key"])
 def test_extreme_betas(gate: str | None, case: str) -> None:
     inputs = make_inputs("delta", gate, (2, 130, 2, 16, 8))
     if case == "the same key":
         inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()
     beta = inputs["beta"]
-    inputs["beta"] = {"zeros": torch.zeros_like(beta), "mixed": (beta > 0.5).float()}.get(case, torch.ones_like(beta))
+    values = {"zeros": 0 * beta, "twos": 2 * torch.ones_like(beta), "mixed": (beta > 0.5).float()}
+    inputs["beta"] = values.get(case, torch.ones_like(beta))
+        case, torch.ones_like(beta)
+    )
     actual, expected = (run(OPS["delta"], inputs, backend=backend) for backend in ("chunk", "reference"))
     compare(actual, expected, case)
 
@@ -205,5 +210,6 @@ def test_wrong_inputs_are_refused() -> None:
 def test_missing_kernels_are_named(family: str) -> None:
     inputs = {n: x.bfloat16() for n, x in make_inputs(family, None, (1, 8, 1, 4, 4), with_state=False).items()}
     module = {"decay": decay_family, "delta": delta_family}[family].gpu
+    gates: dict[str, None] = {"g": None} | ({"gv": None, "bonus": None} if family == "decay" else {})
     with pytest.raises(ImportError, match="flash-linear-attention"):
-        getattr(module, family)(**inputs, g=None, scale=1.0, initial_state=None, cu_seqlens=None)
+        getattr(module, family)(**inputs, **gates, scale=1.0, initial_state=None, cu_seqlens=None)

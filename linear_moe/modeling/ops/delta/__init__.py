@@ -1,4 +1,4 @@
-"""Recurrences with the delta rule: DeltaNet and Gated DeltaNet."""
+"""Recurrences with the delta rule: DeltaNet, Gated DeltaNet and Kimi Delta Attention."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ def delta(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """S' = exp(g_t) S_{t-1},  S_t = S' + beta_t k_t (v_t - k_t^T S')^T,  o_t = scale * q_t S_t.
+    """S' = diag(exp(g_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - k_t^T S')^T,  o_t = scale * q_t S_t.
 
-    DeltaNet (arXiv 2406.06484) without g, Gated DeltaNet (arXiv 2412.06464) with it. q and k are used as given:
-    the recurrence is stable for beta |k|^2 <= 2, so callers normalise k.
+    DeltaNet (arXiv 2406.06484) without g, Gated DeltaNet (arXiv 2412.06464) with one per head, Kimi Delta Attention
+    (arXiv 2510.26692) with one per key channel. q and k are used as given: the recurrence is stable for
+    beta |k|^2 <= 2, so callers normalise k.
 
     Args:
         q, k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
         beta: `[B, T, H]`, the strength of the write.
-        g: `[B, T, H]` log-decay, at most 0 (minus infinity forgets everything); None: no decay.
+        g: log-decay, at most 0 (minus infinity forgets everything): `[B, T, H]`, one per head; `[B, T, H, K]`, one per
+            key channel; None: no decay.
         scale: K**-0.5 unless given.
         initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
@@ -48,8 +50,9 @@ def delta(
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
     """
-    per_head = (tuple(q.shape[:3]),)
-    check_inputs(q, k, v, {"beta": (beta, per_head), "g": (g, per_head)}, initial_state, cu_seqlens)
+    per_head, per_channel = tuple(q.shape[:3]), tuple(q.shape)
+    gates = {"beta": (beta, (per_head,)), "g": (g, (per_head, per_channel))}
+    check_inputs(q, k, v, gates, initial_state, cu_seqlens)
     scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops.packing import Chunks, segment_sums, start_state
+from linear_moe.modeling.ops.pairwise import pairwise
 
 
 def delta(
@@ -19,33 +20,43 @@ def delta(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.delta.delta`.
+    """See `linear_moe.modeling.ops.delta.delta`. Only sums of gates are exponentiated, so any gates <= 0 are safe.
 
     In a chunk that starts from state S, token i writes u_i = beta_i (v_i - what k_i reads), and it reads S and the
-    writes before it, each decayed since: (I + L) U = diag(beta) (V - K' S), L strictly lower triangular. Solved for
-    V and K' at once, U = X - W S for every chunk before any state is known; then S -> M S + R between chunks.
+    writes before it, each decayed since: (I + L) U = diag(beta) (V - K' S), L strictly lower triangular. Inverted for
+    every chunk at once, U = X - W S; then only U and S are computed chunk by chunk.
     """
     dtype, state = v.dtype, start_state(q, v, initial_state, cu_seqlens)
     chunks = Chunks(q, cu_seqlens)
-    q, k, v, beta = (chunks.split(x.float()) for x in (q, k, v, beta[..., None]))
+    q, k, v, beta = (chunks.split(x.float()) for x in (q, k, v, beta))
     q = q * scale
-    similarity, scores = k @ k.mT, q @ k.mT  # [N, X, C, C]
+    k_start, k_end, decays = k, k, None
     if g is None:
-        scores = scores.tril()
-        k_start, k_end, kept = k, k, torch.ones_like(k[..., :1, :1])
-    else:
+        similarity, scores = k @ k.mT, (q @ k.mT).tril()  # [N, X, C, C]
+    elif g.ndim == 3:
         g = chunks.split(g.float())
-        decays = segment_sums(g).exp()
-        from_start, to_end = g.cumsum(-1).exp()[..., None], decays[..., -1, :, None]
-        similarity, scores = similarity * decays, scores * decays
-        q, k_start, k_end, kept = q * from_start, k * from_start, k * to_end, from_start[..., -1:, :]
-    lower = (beta * similarity).tril(-1)
-    right = torch.cat([v, k_start], dim=-1) * beta
-    x, w = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True).split(
-        [v.shape[-1], k.shape[-1]], dim=-1
-    )
-    identity = torch.eye(k.shape[-1], device=k.device)
-    transitions = (kept * identity - k_end.mT @ w).unbind()
-    updates = (k_end.mT @ x).unbind()
-    before, final = chunks.scan(lambda n, state: torch.baddbmm(updates[n], transitions[n], state), state)
-    return chunks.join(q @ before + scores @ (x - w @ before)).to(dtype), final
+        between = segment_sums(g).exp()
+        from_start = g.cumsum(-1).exp()[..., None]
+        similarity, scores = (k @ k.mT) * between, (q @ k.mT) * between
+        q, k_start, k_end = q * from_start, k * from_start, k * between[..., -1, :, None]
+        decays = from_start[..., -1:, :].unbind()
+    else:
+        [[similarity], [scores]], from_start, to_end = pairwise([k, q], [k], chunks.split(g.float()))
+        q, k_start, k_end = q * from_start, k * from_start, k * to_end
+        decays = from_start[..., -1, :, None].unbind()
+    inverse = unit_lower_inverse(beta[..., None] * similarity) * beta[..., None, :]
+    x, w, k_end = (inverse @ v).unbind(), (inverse @ k_start).unbind(), k_end.mT.unbind()
+    writes = []
+
+    def advance(n: int, state: Tensor) -> Tensor:
+        writes.append(torch.baddbmm(x[n], w[n], state, alpha=-1))
+        return torch.baddbmm(state if decays is None else decays[n] * state, k_end[n], writes[n])
+
+    before, final = chunks.scan(advance, state)
+    return chunks.join(q @ before + scores @ torch.stack(writes)).to(dtype), final
+
+
+def unit_lower_inverse(lower: Tensor) -> Tensor:
+    """The inverse of I + the part of `lower [..., C, C]` below its diagonal."""
+    identity = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower.tril(-1), identity, upper=False, unitriangular=True)

@@ -17,7 +17,8 @@ def step(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if g is not None:
-        state.mul_(g[:, 0, :, None, None].float().exp())
+        gate = g[:, 0].float().exp()
+        state.mul_(gate[..., None] if g.ndim == 4 else gate[..., None, None])
     key = k[:, 0, :, :, None].float()
     write = beta[:, 0, :, None, None].float() * (v[:, 0, :, None, :].float() - key.mT @ state)
     state.addcmul_(key, write)

@@ -45,6 +45,9 @@ def delta(
     }
     if g is None:
         o, state = fla("ops.delta_rule").chunk_delta_rule(**inputs)
+    elif g.ndim == 4:
+        gate = pad_keys(g.float().clamp(min=MIN_GATE), -1, size)
+        o, state = fla("ops.kda").chunk_kda(g=gate, **inputs)
     else:
         gate = g.float().clamp(min=MIN_GATE)
         o, state = fla("ops.gated_delta_rule").chunk_gated_delta_rule(g=gate, **inputs)

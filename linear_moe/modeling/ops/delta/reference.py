@@ -32,7 +32,8 @@ def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Ten
     outputs = []
     for t in range(q.shape[1]):
         if g is not None:
-            state = g[:, t, :, None, None].exp() * state
+            gate = g[:, t] if g.ndim == 4 else g[:, t, :, None]  # [B, H, K] or [B, H, 1]
+            state = gate.exp()[..., None] * state
         read = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
         write = beta[:, t, :, None] * (v[:, t] - read)
         state = state + k[:, t, :, :, None] * write[:, :, None, :]

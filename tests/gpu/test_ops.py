@@ -14,7 +14,7 @@ from torch import Tensor
 from linear_moe.modeling.ops.dispatch import has_fla
 from linear_moe.modeling.ops.short_conv import short_conv
 from tests.tolerances import BF16, BF16_SAME, FP32, assert_close
-from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run, set_extreme_gates
+from tests.unit.ops.cases import NO_KERNEL, OPS, VARIANTS, make_inputs, run, set_extreme_gates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +23,7 @@ pytestmark = [
 ]
 needs_fla = pytest.mark.skipif(not has_fla(), reason="needs flash-linear-attention")
 
+KERNELS = [variant for variant in VARIANTS if variant not in NO_KERNEL]
 LENGTH, HEADS, DIM = 200, 2, 64
 OFFSETS = [0, 0, 5, 70, 134, 134, LENGTH]  # empty, short, a chunk and one token, a whole chunk, empty, partial
 
@@ -39,7 +40,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: f
 
 
 @needs_fla
-@pytest.mark.parametrize(("family", "gate"), VARIANTS)
+@pytest.mark.parametrize(("family", "gate"), KERNELS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_kernels_match_reference(family: str, gate: str | None, packed: bool) -> None:
     cu_seqlens = torch.tensor(OFFSETS, device="cuda") if packed else None
@@ -50,7 +51,7 @@ def test_kernels_match_reference(family: str, gate: str | None, packed: bool) ->
 
 
 @needs_fla
-@pytest.mark.parametrize(("family", "gate"), VARIANTS)
+@pytest.mark.parametrize(("family", "gate"), KERNELS)
 def test_auto_takes_the_kernels_for_bf16_and_keeps_fp32_exact(
     family: str, gate: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +63,16 @@ def test_auto_takes_the_kernels_for_bf16_and_keeps_fp32_exact(
 
 
 @needs_fla
-@pytest.mark.parametrize(("family", "gate"), [v for v in VARIANTS if v[1] is not None])
+@pytest.mark.parametrize(("family", "gate"), NO_KERNEL)
+def test_what_has_no_kernel_says_so_and_runs(family: str, gate: str) -> None:
+    inputs = to_gpu(make_inputs(family, gate, (2, LENGTH, HEADS, DIM, DIM)))
+    with pytest.raises(ValueError, match="there is no kernel for"):
+        OPS[family](**inputs, backend="gpu")
+    compare(run(OPS[family], inputs), run(OPS[family], inputs, backend="reference"), BF16_SAME, f"{family} {gate}")
+
+
+@needs_fla
+@pytest.mark.parametrize(("family", "gate"), [v for v in KERNELS if v[1] not in (None, "bonus")])
 def test_kernels_with_extreme_gates(family: str, gate: str) -> None:
     inputs = to_gpu(make_inputs(family, gate, (2, LENGTH, HEADS, DIM, DIM)))
     set_extreme_gates(inputs)

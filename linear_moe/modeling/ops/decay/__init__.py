@@ -18,19 +18,25 @@ def decay(
     k: Tensor,
     v: Tensor,
     g: Tensor | None = None,
+    gv: Tensor | None = None,
+    bonus: Tensor | None = None,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = scale * q_t S_t  (GLA, arXiv 2312.06635).
+    """S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T,  o_t = scale * q_t S_t  (GLA, arXiv 2312.06635).
+
+    With a bonus, o_t = scale * q_t (S_{t-1} + diag(bonus) k_t v_t^T)  (RWKV6, arXiv 2404.05892).
 
     Args:
         q, k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
         g: log-decay, at most 0 (minus infinity forgets everything): `[B, T, H]`, one per head; `[B, T, H, K]`, one per
             key channel; `[H]`, the same at every token (retention, lightning attention); None: no decay.
+        gv: `[B, T, H, V]`, a log-decay per value channel, at most 0; None: none.
+        bonus: `[H, K]`, the weight of a token's own key in its output; None: the updated state is read.
         scale: K**-0.5 unless given.
         initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
@@ -44,11 +50,12 @@ def decay(
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
     """
-    gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape), (q.shape[2],)))}
+    gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape), (q.shape[2],))), "gv": (gv, (tuple(v.shape),))}
+    gates["bonus"] = (bonus, ((q.shape[2], q.shape[3]),))
     check_inputs(q, k, v, gates, initial_state, cu_seqlens)
     scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
-        return step(q, k, v, g, state=initial_state, scale=scale)
-    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v))
-    return implementation(q, k, v, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return step(q, k, v, g, gv, bonus, state=initial_state, scale=scale)
+    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(gv, bonus))
+    return implementation(q, k, v, g, gv, bonus, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -1,4 +1,9 @@
-"""The decay family in chunks of tokens: matmuls within chunks, the recurrence between them (GLA, arXiv 2312.06635)."""
+"""The decay family in chunks of tokens: matmuls within chunks, the recurrence between them (GLA, arXiv 2312.06635).
+
+The decay from token j to token i is a product of gates in [0, 1]. It splits into a factor of i and a factor of j, both
+of them such products, only at a point between the two. So blocks are merged in pairs, from single tokens to the whole
+chunk, and the second half meets the first one at the middle. No gate is divided by: any gates <= 0 are safe.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.packing import Chunks, segment_sums, start_state
+from linear_moe.modeling.ops.packing import Chunks, start_state
 
 
 def decay(
@@ -14,68 +19,98 @@ def decay(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    gv: Tensor | None,
+    bonus: Tensor | None,
     *,
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.decay.decay`. Only sums of gates are exponentiated, so any gates <= 0 are safe."""
-    dtype, state = v.dtype, start_state(q, v, initial_state, cu_seqlens)
-    shape, chunks = q.shape[:3], Chunks(q, cu_seqlens)
+    """See `linear_moe.modeling.ops.decay.decay`."""
+    dtype, state, chunks = v.dtype, start_state(q, v, initial_state, cu_seqlens), Chunks(q, cu_seqlens)
+    if g is not None and g.ndim < 4:
+        g = g.expand(q.shape[:3])[..., None]
+    a, b = (None if x is None else chunks.split(x.float()).exp() for x in (g, gv))
     q, k, v = (chunks.split(x.float()) for x in (q, k, v))
     q = q * scale
-    if g is None:
-        scores, kept = (q @ k.mT).tril(), None
-    elif g.ndim == 1:
-        per_head = g.float().repeat(chunks.batch)[:, None].expand(-1, chunks.size)
-        scores, q, k, kept = _scalar_gate(q, k, chunks.split(g.float().expand(shape)), segment_sums(per_head).exp())
-    elif g.ndim == 3:
-        g = chunks.split(g.float())
-        scores, q, k, kept = _scalar_gate(q, k, g, segment_sums(g).exp())
+    before_gate = bonus is not None  # q reads the state before its own token's gates and update
+    own = None if bonus is None else (q * k * bonus.float().repeat(chunks.batch, 1)[:, None]).sum(-1, keepdim=True) * v
+    scores, q, k, kept = _key_gates(q, k, a, before_gate)
+    if b is None:
+        o, from_start = scores @ v, None
     else:
-        scores, q, k, kept = _vector_gate(q, k, chunks.split(g.float()))
-    updates = (k.mT @ v).unbind()
-    decays = None if kept is None else kept.unbind()
+        o, from_start, v, kept_values = _value_gates(scores, v, b, before_gate)
+        kept = kept_values if kept is None else kept * kept_values
+    updates, decays = (k.mT @ v).unbind(), None if kept is None else kept.unbind()
 
     def advance(n: int, state: Tensor) -> Tensor:
         return updates[n] + state if decays is None else torch.addcmul(updates[n], decays[n], state)
 
     before, final = chunks.scan(advance, state)
-    return chunks.join(scores @ v + q @ before).to(dtype), final
+    across = q @ before
+    o = o + across if from_start is None else torch.addcmul(o, from_start, across)
+    return chunks.join(o if own is None else o + own).to(dtype), final
 
 
-def _scalar_gate(q: Tensor, k: Tensor, g: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`g [N, X, C]` -> decayed scores, q decayed from the chunk's start, k decayed to its end, the chunk's decay.
+def _key_gates(
+    q: Tensor, k: Tensor, a: Tensor | None, before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gates `a [N, X, C, K]` of keys, or `[N, X, C, 1]`.
 
-    Args:
-        decays: `[N, X, C, C]`, or what broadcasts to it: exp(g[j+1] + ... + g[i]) at (i, j), 0 where j > i.
+    Returns:
+        Decayed scores `[N, X, C, C]`, q decayed from the chunk's start, k decayed to its end, the chunk's decay
+        `[N, X, K, 1]`.
     """
-    from_start = g.cumsum(-1).exp()
-    to_end = F.pad(g[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp()
-    return (q @ k.mT) * decays, q * from_start[..., None], k * to_end[..., None], from_start[..., -1:, None]
-
-
-def _vector_gate(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for `g [N, X, C, K]`.
-
-    Scores need exp(g[j+1] + ... + g[i]) for each channel, which splits into a factor of i and a factor of j, both at
-    most 1, only at a point between j and i. So blocks are merged in pairs, from single tokens to the whole chunk: the
-    scores of the second half with the first one split at the middle.
-    """
-    size = q.shape[-2]
+    if a is None:
+        return (q @ k.mT).tril(-before_gate), q, k, None
+    if a.shape[-1] < q.shape[-1]:
+        one = torch.ones_like(a)
+        decays, from_start, to_end, kept = _key_gates(one, one, a, before_gate)
+        return (q @ k.mT) * decays, q * from_start, k * to_end, kept
     scores = (q * k).sum(-1)[..., None, None]  # [N, X, blocks, block, block]
-    from_start, to_end = g, torch.zeros_like(g)  # sums of gates: block's start to i inclusive, after j to block's end
-    block = 1
+    if before_gate:
+        scores = torch.zeros_like(scores)
+    else:
+        q = q * a
+    block, size = 1, q.shape[-2]
     while block < size:
-        halves = (size // (2 * block), 2, block)
-        start_1, start_2 = from_start.unflatten(-2, halves).unbind(-3)
-        end_1, end_2 = to_end.unflatten(-2, halves).unbind(-3)
-        across = (q.unflatten(-2, halves)[..., 1, :, :] * start_2.exp()) @ (
-            k.unflatten(-2, halves)[..., 0, :, :] * end_1.exp()
-        ).mT
-        within_1, within_2 = scores.unflatten(-3, halves[:2]).unbind(-3)
+        halves = (-1, 2, block)
+        across = q.unflatten(-2, halves)[..., 1, :, :] @ k.unflatten(-2, halves)[..., 0, :, :].mT
+        within_1, within_2 = scores.unflatten(-3, (-1, 2)).unbind(-3)
         scores = torch.cat([F.pad(within_1, (0, block)), torch.cat([across, within_2], dim=-1)], dim=-2)
-        from_start = torch.cat([start_1, start_2 + start_1[..., -1:, :]], dim=-2).flatten(-3, -2)
-        to_end = torch.cat([end_1 + start_2[..., -1:, :], end_2], dim=-2).flatten(-3, -2)
+        q, k, a = _merge(q, k, a, block)
         block *= 2
-    return scores.squeeze(-3), q * from_start.exp(), k * to_end.exp(), from_start[..., -1, :, None].exp()
+    return scores.squeeze(-3), q, k, a.mT
+
+
+def _value_gates(scores: Tensor, v: Tensor, b: Tensor, before_gate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates `b [N, X, C, V]` of values.
+
+    Returns:
+        The decayed `scores @ v`, the decay of the output from the chunk's start, v decayed to its end, the chunk's
+        decay `[N, X, 1, V]`.
+    """
+    o = scores.diagonal(dim1=-2, dim2=-1)[..., None] * v
+    from_start = torch.ones_like(b) if before_gate else b
+    block, size = 1, v.shape[-2]
+    while block < size:
+        halves = (-1, 2, block)
+        pairs = scores.unflatten(-1, halves).unflatten(-4, halves)[
+            ..., 1, :, :, 0, :
+        ]  # [N, X, pairs, block, pairs, block]
+        across = pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3) @ v.unflatten(-2, halves)[..., 0, :, :]
+        o_1, o_2 = o.unflatten(-2, halves).unbind(-3)
+        o_2 = torch.addcmul(o_2, from_start.unflatten(-2, halves)[..., 1, :, :], across)
+        o = torch.stack([o_1, o_2], -3).flatten(-4, -2)
+        from_start, v, b = _merge(from_start, v, b, block)
+        block *= 2
+    return o, from_start, v, b
+
+
+def _merge(from_start: Tensor, to_end: Tensor, whole: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes tensors decayed from blocks' starts and to blocks' ends, and the decays of whole blocks, those of pairs."""
+    whole_1, whole_2 = whole.unflatten(-2, (-1, 2)).unbind(-2)
+    one = torch.ones_like(whole_1)
+    from_start = from_start.unflatten(-2, (-1, 2, block)) * torch.stack([one, whole_1], -2)[..., None, :]
+    to_end = to_end.unflatten(-2, (-1, 2, block)) * torch.stack([whole_2, one], -2)[..., None, :]
+    return from_start.flatten(-4, -2), to_end.flatten(-4, -2), whole_1 * whole_2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import fla, pad_keys, tiled
@@ -12,9 +13,9 @@ from linear_moe.modeling.ops.dispatch import fla, pad_keys, tiled
 MIN_GATE = -80.0
 
 
-def unsupported(q: Tensor, v: Tensor) -> str | None:
+def unsupported(gv: Tensor | None, bonus: Tensor | None) -> str | None:
     """Why the kernels cannot take these inputs; None: they can."""
-    return None
+    return "there is no kernel for gv and bonus together" if gv is not None and bonus is not None else None
 
 
 def decay(
@@ -22,15 +23,20 @@ def decay(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    gv: Tensor | None,
+    bonus: Tensor | None,
     *,
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80."""
+    """See `linear_moe.modeling.ops.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80.
+
+    With gv the kernel goes token by token, in fp32: there is none in chunks that has an initial state and gradients.
+    """
     keys, size = q.shape[-1], tiled(q.shape[-1])
+    g, gv = (None if x is None else x.float().clamp(min=MIN_GATE) for x in (g, gv))
     inputs: dict[str, Any] = {
-        "q": pad_keys(q.to(v.dtype), -1, size),
         "k": pad_keys(k.to(v.dtype), -1, size),
         "v": v,
         "scale": scale,
@@ -38,15 +44,27 @@ def decay(
         "output_final_state": True,
         "cu_seqlens": cu_seqlens,
     }
-    if g is not None:
-        inputs["g"] = g.float().clamp(min=MIN_GATE)
-    if g is not None and g.ndim == 4:
-        inputs["g"] = pad_keys(inputs["g"], -1, size)
-        o, state = fla("ops.gla").chunk_gla(**inputs)
+    q = pad_keys(q.to(v.dtype), -1, size)
+    if gv is not None:
+        if g is not None and g.ndim < 4:
+            gv, g = gv + g[..., None], None
+        gk = None if g is None else pad_keys(g, -1, size)
+        o, state = fla("ops.gla").fused_recurrent_gla(q=q, gk=gk, gv=gv, **inputs)
+    elif bonus is not None:
+        w = pad_keys(_by_channel(g, k), -1, size)
+        o, state = fla("ops.rwkv6").chunk_rwkv6(r=q, w=w, u=pad_keys(bonus.float(), -1, size), **inputs)
+    elif g is not None and g.ndim == 4:
+        o, state = fla("ops.gla").chunk_gla(q=q, g=pad_keys(g, -1, size), **inputs)
+    elif g is not None and g.ndim == 1 and not g.requires_grad:  # the kernels have no gradient of constants
+        o, state = fla("ops.simple_gla").chunk_simple_gla(q=q, g_gamma=g, **inputs)
     else:
-        if g is not None and g.ndim == 1:
-            # the kernels know constants, but not their gradient
-            gate = inputs.pop("g")
-            inputs |= {"g": gate.expand(q.shape[:3])} if gate.requires_grad else {"g_gamma": gate}
-        o, state = fla("ops.simple_gla").chunk_simple_gla(**inputs)
+        g = g.expand(q.shape[:3]) if g is not None and g.ndim == 1 else g
+        o, state = fla("ops.simple_gla").chunk_simple_gla(q=q, g=g, **inputs)
     return o.to(v.dtype), state[:, :, :keys]
+
+
+def _by_channel(g: Tensor | None, k: Tensor) -> Tensor:
+    """Any form of g as `[B, T, H, K]`."""
+    if g is None:
+        return torch.zeros_like(k, dtype=torch.float32)
+    return g if g.ndim == 4 else g[..., None].expand(k.shape)

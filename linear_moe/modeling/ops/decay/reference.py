@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ def decay(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
+    gv: Tensor | None,
+    bonus: Tensor | None,
     *,
     scale: float,
     initial_state: Tensor | None,
@@ -24,17 +27,25 @@ def decay(
     state = start_state(q, v, initial_state, cu_seqlens)
     if g is not None and g.ndim == 1:
         g = g.expand(q.shape[:3])
-    inputs: list[Any] = [None if x is None else x.float() for x in (q.float() * scale, k, v, g)]
-    o, state = _tokens(state, *inputs) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)
+    inputs: list[Any] = [None if x is None else x.float() for x in (q.float() * scale, k, v, g, gv)]
+    tokens = partial(_tokens, None if bonus is None else bonus.float()[..., None])
+    o, state = tokens(state, *inputs) if cu_seqlens is None else separately(tokens, inputs, state, cu_seqlens)
     return o.to(v.dtype), state
 
 
-def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+def _tokens(
+    bonus: Tensor | None, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None
+) -> tuple[Tensor, Tensor]:
     outputs = []
     for t in range(q.shape[1]):
+        before = state
         if g is not None:
             gate = g[:, t] if g.ndim == 4 else g[:, t, :, None]  # [B, H, K] or [B, H, 1]
             state = gate.exp()[..., None] * state
-        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        if gv is not None:
+            state = state * gv[:, t, :, None].exp()
+        update = k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = state + update
+        read = state if bonus is None else before + bonus * update
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], read))
     return torch.stack(outputs, dim=1), state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.mixers.base import Dims
 
-Bound = Literal["learned", "fixed", "none"]
+BOUNDS = ("learned", "fixed", "none")
 
 
 class LowerBound(nn.Module):
@@ -27,7 +26,7 @@ class LowerBound(nn.Module):
         features: full (unsplit) number of features, split over the tensor ranks.
     """
 
-    def __init__(self, host: Host, kind: Bound, features: int, dims: Dims):
+    def __init__(self, host: Host, kind: str, features: int, dims: Dims):
         super().__init__()
         bound = 0.0 if kind == "none" else dims.layer / dims.num_layers
         self.initial_logit = math.log(bound / (1 - bound)) if bound else None
@@ -43,5 +42,9 @@ class LowerBound(nn.Module):
         log_gate = F.logsigmoid(x.float())
         if self.initial_logit is None:
             return log_gate
-        logit = self.logit if self.logit is not None else log_gate.new_tensor(self.initial_logit)
+        logit = (
+            self.logit
+            if self.logit is not None
+            else torch.as_tensor(self.initial_logit, dtype=torch.float32, device=x.device)
+        )
         return torch.logaddexp(F.logsigmoid(logit), F.logsigmoid(-logit) + log_gate)

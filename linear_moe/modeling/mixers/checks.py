@@ -15,13 +15,17 @@ def check(path: str, value: int, valid: Callable[[int], bool], constraint: str) 
     raise ConfigError(path, value, constraint, fix=nearest(value, valid))
 
 
-def scaled(path: str, size: int, factor: float, what: str) -> int:
-    """`size * factor`; raises ConfigError unless it is a positive whole number."""
-    product = size * factor
+def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) -> int:
+    """`size * factor`; raises ConfigError unless it is a positive multiple of `multiple`, a number of tensor ranks."""
+    product = size * factor / multiple
     whole = round(product)
     if whole < 1 or not math.isclose(product, whole, rel_tol=1e-9):
-        near = " or ".join(f"{n / size:g}" for n in sorted({max(1, math.floor(product)), math.ceil(product)}))
+        near = {max(1, math.floor(product)), math.ceil(product)}
+        constraint = "a positive whole number" if multiple == 1 else f"a multiple of parallel.tensor = {multiple}"
         raise ConfigError(
-            path, factor, f"{what} {size} times it must be a positive whole number", fix=f"nearest: {near}"
+            path,
+            factor,
+            f"{what} {size} times it must be {constraint}",
+            fix="nearest: " + " or ".join(f"{n * multiple / size:g}" for n in sorted(near)),
         )
-    return whole
+    return whole * multiple

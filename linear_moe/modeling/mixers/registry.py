@@ -13,9 +13,12 @@ MIXERS: dict[str, str] = {
     "deltanet": "linear_moe.modeling.mixers.deltanet:DeltaNet",
     "gated_deltanet": "linear_moe.modeling.mixers.gated_deltanet:GatedDeltaNet",
     "gla": "linear_moe.modeling.mixers.gla:GatedLinearAttention",
+    "hgrn": "linear_moe.modeling.mixers.hgrn:HGRN",
+    "lightning": "linear_moe.modeling.mixers.lightning:LightningAttention",
     "linear_attention": "linear_moe.modeling.mixers.linear_attention:LinearAttention",
     "mamba2": "linear_moe.modeling.mixers.mamba2:Mamba2",
     "mla": "linear_moe.modeling.mixers.mla:MultiHeadLatentAttention",
+    "retention": "linear_moe.modeling.mixers.retention:Retention",
 }
 
 

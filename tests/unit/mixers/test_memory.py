@@ -36,12 +36,25 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, **options: Any) -
     return Saves.apply(v, q, k, v, *gates, *sums, *chunk), None
 
 
+def linear_scan(x: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
+    return Saves.apply(x, g, torch.empty_like(g)), None
+
+
+def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """Saves its inputs and the states before every 64 tokens."""
+    return Saves.apply(u, u, dt, A, B, C, torch.empty(len(u), -(-u.shape[1] // 64), *A.shape)), None
+
+
+SCANS = {"linear_scan": linear_scan, "selective_scan": selective_scan}
+
+
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cls = mixer_class(name)
     module = sys.modules[cls.__module__]
-    if hasattr(module, cls.family):
-        monkeypatch.setattr(module, cls.family, recurrence)
+    for op, stand_in in ({cls.family: recurrence} | SCANS).items():
+        if hasattr(module, op):
+            monkeypatch.setattr(module, op, stand_in)
     monkeypatch.setattr(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None))
     rms_norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731  the GPU's fused kernel
     monkeypatch.setattr(F, "rms_norm", rms_norm)

@@ -1,0 +1,90 @@
+"""HGRN: an element-wise gated linear RNN whose forget gates are bounded from below, more so in later layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.lower_bound import BOUNDS, LowerBound
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import scaled
+from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.ops.scan import linear_scan
+
+
+@dataclass
+class HGRNConfig(MixerConfig):
+    type: str = opt("hgrn", "name of the mixer")
+    expand: float = opt(1.0, "width of the recurrence over hidden_size", gt=0, le=64)
+    lower_bound: str = opt(
+        "learned",
+        "of the forget gates: learned, from layer / num_layers; fixed at that; none",
+        choices=BOUNDS,
+    )
+    conv_size: int = opt(0, "taps of a short convolution on the input and the forget gate; 0: none", ge=0, le=2**10)
+    conv_bias: bool = opt(False, "biases in these convolutions")
+
+
+class HGRN(LinearMixer):
+    """Weights as in flash-linear-attention's `HGRNAttention` under the same names (convolutions `[C, W]` for its
+    `[C, 1, W]`), real-valued like it, with RMSNorm and a SiLU gate on the output. The lower bounds, which its model
+    keeps for all layers, are each layer's own: see `LowerBound`."""
+
+    Config = HGRNConfig
+    family = "scan"
+    formula = "h_t = exp(g_t) h_{t-1} + (1 - exp(g_t)) i_t,  o_t = h_t"
+    paper = "arXiv 2311.04823"
+
+    def __init__(self, config: HGRNConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        inner = round(dims.hidden_size * config.expand)
+        self.inner = host.split(inner)
+        column = partial(Linear, host, dims.hidden_size, inner, split="column", std=dims.init_std)
+        self.i_proj, self.f_proj, self.g_proj = column(), column(), column()
+        self.lower_bound = LowerBound(host, config.lower_bound, inner, dims)
+        for name in "if" if config.conv_size else "":
+            conv = ShortConv(host, inner, config.conv_size, name=f"conv_{name}", bias=config.conv_bias, activation=None)
+            self.add_module(f"{name}_conv1d", conv)
+        self.g_norm = RMSNorm(host, inner, dims.norm_eps, split="column")
+        self.o_proj = Linear(host, inner, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: HGRNConfig, dims: Dims, tensor: int, path: str) -> None:
+        scaled(f"{path}.expand", dims.hidden_size, config.expand, "hidden_size", tensor)
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        rows = (layout.batch, layout.length, -1)
+        i, f = self.i_proj(x).view(rows), self.f_proj(x).view(rows)
+        if self.config.conv_size:
+            i, f = (self.get_submodule(f"{name}_conv1d")(y, layout, cache) for name, y in (("i", i), ("f", f)))
+        g = self.lower_bound(f)
+        return {"x": -(F.silu(i) * torch.expm1(g)).to(x.dtype), "g": g}, self.g_proj(x)
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        o, state = linear_scan(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.o_proj(self.g_norm(o).view_as(gate) * F.silu(gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        return {"state": ((batch, self.inner), torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        return 2.0 * self.host.size("tensor") * self.inner
+
+    def activation_elements(self) -> float:
+        conv = 2 if self.config.conv_size else 0
+        # the convolutions' inputs; i, SiLU(i), o, norm, gate, its SiLU, product; in fp32 the forget gate before and
+        # after logsigmoid, expm1(g), the states
+        return (conv + 7 + 2 * 4) * self.inner

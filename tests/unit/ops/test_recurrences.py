@@ -152,8 +152,6 @@ def test_extreme_betas(gate: str | None, case: str) -> None:
     beta = inputs["beta"]
     values = {"zeros": 0 * beta, "twos": 2 * torch.ones_like(beta), "mixed": (beta > 0.5).float()}
     inputs["beta"] = values.get(case, torch.ones_like(beta))
-        case, torch.ones_like(beta)
-    )
     actual, expected = (run(OPS["delta"], inputs, backend=backend) for backend in ("chunk", "reference"))
     compare(actual, expected, case)
 

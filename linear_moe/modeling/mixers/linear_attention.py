@@ -126,8 +126,8 @@ class LinearAttention(LinearMixer):
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         features = (batch, self.heads, self.feature_map_q.size)
-        shapes = {"state": ((*features, self.value_dim), torch.float32)}
-        return shapes | ({"normalizer": ((*features, 1), torch.float32)} if self.config.normalize else {})
+        columns = {"state": self.value_dim} | ({"normalizer": 1} if self.config.normalize else {})
+        return {name: ((*features, n), torch.float32) for name, n in columns.items()}
 
     def recurrence_flops(self, length: int) -> float:
         heads = self.config.num_heads or self.dims.num_heads

@@ -16,6 +16,7 @@ from linear_moe.config.load import from_dict, load_config
 from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan import flops_per_token, human, make_plan
 
@@ -171,14 +172,15 @@ def test_human() -> None:
     assert [human(2.94e9, "FLOP"), human(1536 * 2**20, "B", 1024)] == ["2.94 GFLOP", "1.50 GiB"]
 
 
-@pytest.mark.parametrize("mixer", ["gla", "gated_deltanet model.mixer.head_dim=256", "mamba2", "attention"])
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_sizes_beyond_any_tensor_are_one_line(mixer: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(MODELS / "tiny.yaml")
     assert main(["plan", config, "model.hidden_size=100000000000"]) == 2
     assert capsys.readouterr().err == (
         "linear-moe: model.hidden_size = 100000000000: must be <= 1048576; nearest valid: 1048576\n"
     )
-    largest = ["model.hidden_size=1048576", *f"model.mixer.type={mixer}".split(), "model.vocab_size=2147483648"]
-    largest += ["model.moe.num_experts=65536", "model.moe.expert_ffn_size=1048576", "model.moe.shared_ffn_size=1048576"]
+    largest = ["model.hidden_size=1048576", f"model.mixer.type={mixer}", "model.vocab_size=2147483648"]
+    largest += ["model.num_heads=4096", "model.moe.num_experts=65536"]
+    largest += ["model.moe.expert_ffn_size=1048576", "model.moe.shared_ffn_size=1048576"]
     assert main(["plan", config, "--json", *largest]) == 0  # the limits themselves overflow nothing
     assert json.loads(capsys.readouterr().out)["total_params"] > 2**53

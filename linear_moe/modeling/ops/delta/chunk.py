@@ -45,12 +45,12 @@ def delta(
         q, k_start, k_end = q * from_start, k * from_start, k * to_end
         decays = from_start[..., -1, :, None].unbind()
     inverse = unit_lower_inverse(beta[..., None] * similarity) * beta[..., None, :]
-    x, w, k_end = (inverse @ v).unbind(), (inverse @ k_start).unbind(), k_end.mT.unbind()
+    x, w, keys = (inverse @ v).unbind(), (inverse @ k_start).unbind(), k_end.mT.unbind()
     writes = []
 
     def advance(n: int, state: Tensor) -> Tensor:
         writes.append(torch.baddbmm(x[n], w[n], state, alpha=-1))
-        return torch.baddbmm(state if decays is None else decays[n] * state, k_end[n], writes[n])
+        return torch.baddbmm(state if decays is None else decays[n] * state, keys[n], writes[n])
 
     before, final = chunks.scan(advance, state)
     return chunks.join(q @ before + scores @ torch.stack(writes)).to(dtype), final

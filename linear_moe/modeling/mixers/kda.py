@@ -1,0 +1,141 @@
+"""Kimi Delta Attention: the delta rule with a decay per key channel, computed from the token (arXiv 2510.26692)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host, constant
+from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.ops.delta import delta
+from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+
+
+@dataclass
+class KDAConfig(MixerConfig):
+    type: str = opt("kda", "name of the mixer")
+    num_heads: int | None = opt(None, "query and key heads; null: model.num_heads", ge=1, le=2**16)
+    num_v_heads: int | None = opt(None, "value heads, a multiple of num_heads; null: num_heads", ge=1, le=2**16)
+    head_dim: int | None = opt(None, "size of a key head; null: hidden_size / num_heads", ge=1, le=2**16)
+    expand_v: float = opt(1.0, "size of a value head over head_dim", gt=0, le=64)
+    conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
+    gate_bias: bool = opt(True, "a bias in the output gate; Kimi Linear's own weights have none")
+    lower_bound: float | None = opt(
+        None, "null: g = -A softplus(.); else g = lower_bound * sigmoid(A .), in (lower_bound, 0)", ge=-5, lt=0
+    )
+    allow_neg_eigval: bool = opt(
+        False, "beta in (0, 2), so that transitions have negative eigenvalues (arXiv 2411.12537)"
+    )
+
+
+class KimiDeltaAttention(LinearMixer):
+    """Weights as in flash-linear-attention's `KimiDeltaAttention` under the same names (convolutions `[C, W]` for its
+    `[C, 1, W]`).
+
+    Hugging Face's `KimiLinearDeltaAttention`: `conv1d` is our q, k and v convolutions stacked, `forget_gate.f_a_proj`,
+    `f_b_proj`, `A_log [1, 1, H, 1]`, `dt_bias` are our `f_proj.0`, `f_proj.1`, `A_log [H]`, `dt_bias`, and `g_a_proj`,
+    `g_b_proj` our `g_proj.0`, `g_proj.1`."""
+
+    Config = KDAConfig
+    family = "delta"
+    formula = "S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
+    paper = "arXiv 2510.26692"
+
+    def __init__(self, config: KDAConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads = config.num_heads or dims.num_heads
+        self.num_v_heads = config.num_v_heads or heads
+        self.key_dim = config.head_dim or dims.hidden_size // heads
+        self.value_dim = round(self.key_dim * config.expand_v)
+        self.heads, self.v_heads = host.split(heads), host.split(self.num_v_heads)
+        keys, values, gates = heads * self.key_dim, self.num_v_heads * self.value_dim, self.num_v_heads * self.key_dim
+        column = partial(Linear, host, split="column", std=dims.init_std)
+        low_rank = partial(Linear, host, dims.hidden_size, self.value_dim, split="shared", std=dims.init_std)
+        self.q_proj, self.k_proj = column(dims.hidden_size, keys), column(dims.hidden_size, keys)
+        self.v_proj = column(dims.hidden_size, values)
+        self.f_proj = nn.Sequential(low_rank(), column(self.value_dim, gates))
+        self.b_proj = column(dims.hidden_size, self.num_v_heads)
+        self.g_proj = nn.Sequential(low_rank(), column(self.value_dim, values, bias=config.gate_bias))
+        split = partial(host.parameter, axes={0: "tensor"}, decay=False, fp32=True)
+        rate = log_uniform_rate(1.0, 16.0) if config.lower_bound is None else constant(0.0)
+        self.A_log, self.dt_bias = split(self.num_v_heads, init=rate), split(gates, init=inverse_softplus_step())
+        for name, channels in {"q": keys, "k": keys, "v": values}.items() if config.conv_size else ():
+            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: KDAConfig, dims: Dims, tensor: int, path: str) -> None:
+        heads = config.num_heads or dims.num_heads
+        whole = config.head_dim is not None
+        check(
+            f"{path}.num_heads",
+            heads,
+            lambda n: n % tensor == 0 and (whole or dims.hidden_size % n == 0),
+            f"must be divisible by parallel.tensor = {tensor}"
+            + ("" if whole else f" and divide hidden_size = {dims.hidden_size} unless head_dim is set"),
+        )
+        check(
+            f"{path}.num_v_heads",
+            config.num_v_heads or heads,
+            lambda n: n % heads == 0,
+            f"must be a multiple of num_heads = {heads}",
+        )
+        head_dim = config.head_dim or dims.hidden_size // heads
+        check(
+            f"{path}.head_dim",
+            head_dim,
+            lambda n: n <= MAX_KEY_DIM,
+            f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit",
+        )
+        scaled(f"{path}.expand_v", head_dim, config.expand_v, "head_dim")
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        rows, inputs = (layout.batch, layout.length, -1), {}
+        for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
+            y = self.get_submodule(f"{name}_proj")(x).view(rows)
+            conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
+            y = F.silu(y) if conv is None else conv(y, layout, cache)
+            inputs[name] = y.unflatten(-1, (heads, -1))
+        for name in "qk":
+            inputs[name] = l2_norm(inputs[name])
+            if self.v_heads != self.heads:
+                inputs[name] = inputs[name].repeat_interleave(self.v_heads // self.heads, dim=2)
+        inputs["beta"] = self.b_proj(x).float().sigmoid().view(rows) * (2 if self.config.allow_neg_eigval else 1)
+        f = (self.f_proj(x).float() + self.dt_bias).view(*rows[:2], self.v_heads, self.key_dim)
+        rate, bound = self.A_log.exp()[:, None], self.config.lower_bound
+        inputs["g"] = -rate * F.softplus(f) if bound is None else bound * torch.sigmoid(rate * f)
+        return inputs, self.g_proj(x)
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        o, state = delta(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.o_proj(self.o_norm(o).reshape(gate.shape) * gate.sigmoid())
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        state = (batch, self.v_heads, self.key_dim, self.value_dim)
+        return {"state": (state, torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        return 6.0 * self.num_v_heads * self.key_dim * self.value_dim
+
+    def activation_elements(self) -> float:
+        qk, v, gates = self.heads * self.key_dim, self.v_heads * self.value_dim, self.v_heads * self.key_dim
+        # before and after SiLU, q, k also L2-normalised; v, o, norm, gate, its sigmoid, product; the low ranks; in fp32
+        # the decay before and after softplus, as used and summed up; beta likewise; scores within a chunk of 64
+        qkv = (2 * qk + v) + 2 * qk + 2 * gates
+        return qkv + 6 * v + 2 * self.value_dim + 2 * 4 * gates + (64 + 2 * 4) * self.v_heads

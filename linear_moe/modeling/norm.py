@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.modeling.host import Host, constant
+from linear_moe.modeling.ops.rms_norm import ACTIVATIONS, Activation, rms_norm
+from linear_moe.modeling.ops.rms_norm import l2_norm as l2_norm
 
 
 class RMSNorm(nn.Module):
@@ -49,17 +51,49 @@ class RMSNorm(nn.Module):
             return (x * torch.rsqrt(squares / self.group_size + self.eps)).to(x.dtype) * weight
         if self.group_size == x.shape[-1]:
             return F.rms_norm(x, (self.group_size,), weight, self.eps)
-        grouped = x.unflatten(-1, (-1, self.group_size))
-        return F.rms_norm(grouped, (self.group_size,), None, self.eps).flatten(-2) * weight
+        return rms_norm(x, weight, eps=self.eps, size=self.group_size)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"
 
 
-def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last dimension, as RMSNorm's one fused kernel with fp32 accumulation."""
-    dim = x.shape[-1]
-    return F.rms_norm(x, (dim,), eps=eps / dim) * dim**-0.5
+class GatedRMSNorm(RMSNorm):
+    """The norm and output gate of a mixer: `norm(x) * weight * activation(gate)`, or with `gate_first` the norm of
+    `x * activation(gate)`, times weight. One kernel on CUDA, which saves x and the gate only.
+
+    Args:
+        dim, eps, split, groups: as for RMSNorm; a weight of one head serves every head of a wider gate.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        dim: int,
+        eps: float = 1e-5,
+        *,
+        split: Literal["column", "shared"] | None = None,
+        groups: int = 1,
+        activation: Activation = "silu",
+        gate_first: bool = False,
+    ):
+        super().__init__(host, dim, eps, split=split, groups=groups)
+        self.activation, self.gate_first = activation, gate_first
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, gate: Tensor, skip: Tensor | None = None, skip_weight: Tensor | None = None
+    ) -> Tensor:
+        """`x` with as many elements as `gate [..., C]` -> the same shape as the gate.
+
+        With `skip` (as many elements) and `skip_weight [heads]`, `x + skip_weight * skip` takes the place of x.
+        """
+        x, skip = x.reshape(gate.shape), None if skip is None else skip.reshape(gate.shape)
+        if self.spans_ranks:
+            assert skip is None
+            a = ACTIVATIONS[self.activation](gate)
+            return super().forward(x * a) if self.gate_first else super().forward(x) * a
+        weight = self.host.shared(self.weight) if self.split == "shared" else self.weight
+        options: Any = {"activation": self.activation, "gate_first": self.gate_first}
+        return rms_norm(x, weight, gate, skip, skip_weight, eps=self.eps, size=self.group_size, **options)
 
 
 class LayerNorm(nn.Module):

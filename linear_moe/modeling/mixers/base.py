@@ -92,7 +92,7 @@ class Mixer(nn.Module):
         """Whether layers pass each other tensors through `Layout.shared`: then all must be in one pipeline stage."""
         return False
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Any]:
         """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""
         raise NotImplementedError
 
@@ -100,8 +100,8 @@ class Mixer(nn.Module):
         """Inputs of the recurrence -> `[B, T, H, V]`, from and to the state in `cache`."""
         raise NotImplementedError
 
-    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        """`o [B, T, H, V]` -> this rank's tokens `[tokens, hidden]`."""
+    def output(self, o: Tensor, gate: Any) -> Tensor:
+        """`o [B, T, H, V]` and what `project` left for it -> this rank's tokens `[tokens, hidden]`."""
         raise NotImplementedError
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
@@ -17,9 +16,11 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
 from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+from linear_moe.modeling.ops.gates import gate
 
 
 @dataclass
@@ -62,7 +63,7 @@ class GatedDeltaNet(LinearMixer):
         self.dt_bias = per_head(init=inverse_softplus_step())
         for name, channels in {"q": keys, "k": keys, "v": values}.items():
             self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
-        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -101,17 +102,17 @@ class GatedDeltaNet(LinearMixer):
         if self.v_heads != self.heads:
             q, k = (t.repeat_interleave(self.v_heads // self.heads, dim=2) for t in (q, k))
         v = v.unflatten(-1, (self.v_heads, self.value_dim))
-        beta = self.b_proj(x).float().sigmoid().view(rows) * (2 if self.config.allow_neg_eigval else 1)
-        g = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
-        return {"q": q, "k": k, "v": v, "beta": beta, "g": g.view(rows)}, self.g_proj(x)
+        beta = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
+        g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
+        return {"q": q, "k": k, "v": v, "beta": beta.view(rows), "g": g.view(rows)}, self.g_proj(x)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = delta(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        o, state = delta(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
         return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
+        return self.o_proj(self.o_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.v_heads, self.key_dim, self.value_dim)
@@ -123,6 +124,6 @@ class GatedDeltaNet(LinearMixer):
     def activation_elements(self) -> float:
         qk, v = self.heads * self.key_dim, self.v_heads * self.value_dim
         repeated = self.v_heads * self.key_dim
-        # the convolutions' inputs; q, k before the L2 norm and as used; v, o, norm, gate, its SiLU, product;
-        # the inverse within a chunk of 64 and, in fp32, what beta and g are computed from
-        return 2 * qk + v + 2 * qk + 2 * repeated + 6 * v + (64 + 2 * 8) * self.v_heads
+        # the convolutions' inputs; q, k before the L2 norm and as used; v, o, the gate, the gated norm; the inverse
+        # within a chunk of 64; the projections to beta and g and, in fp32, these and the sums of g
+        return 2 * qk + v + 2 * qk + 2 * repeated + 4 * v + (64 + 2 + 2 * 3) * self.v_heads

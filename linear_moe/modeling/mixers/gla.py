@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
@@ -16,8 +15,10 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
+from linear_moe.modeling.ops.gates import gate
 
 
 @dataclass
@@ -58,7 +59,7 @@ class GatedLinearAttention(LinearMixer):
         sizes = {"q": keys, "k": keys, "v": values} if config.conv_size else {}
         for name, channels in sizes.items():
             self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
-        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -80,17 +81,17 @@ class GatedLinearAttention(LinearMixer):
             if self.config.conv_size:
                 y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
             inputs[name] = y.unflatten(-1, (self.heads, -1))
-        g = F.logsigmoid(self.gk_proj(x).float()) / self.config.gate_normalizer
+        g = gate(self.gk_proj(x), "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
         inputs["g"] = g.view(rows).unflatten(-1, (self.heads, -1))
         return inputs, self.g_proj(x)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        o, state = decay(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
         return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
+        return self.o_proj(self.o_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.heads, self.key_dim, self.value_dim)
@@ -103,6 +104,6 @@ class GatedLinearAttention(LinearMixer):
     def activation_elements(self) -> float:
         k, v = self.heads * self.key_dim, self.heads * self.value_dim
         conv = 2 * k + v if self.config.conv_size else 0
-        # q, k; in fp32 the gate before and after logsigmoid, clamped and summed up; v, o, norm, gate, its SiLU,
-        # product; scores within a chunk of 64
-        return conv + 2 * k + 2 * 4 * k + self.config.gate_rank + 6 * v + 64 * self.heads
+        # q, k; the decay's projections, in fp32 the decay and its sums; v, o, the gate, the gated norm; scores within
+        # a chunk of 64
+        return conv + 2 * k + self.config.gate_rank + k + 2 * 2 * k + 4 * v + 64 * self.heads

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
@@ -17,8 +16,11 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
+from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.repeat_heads import repeat_heads
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Mamba2(LinearMixer):
         per_head = partial(host.parameter, self.num_heads, axes={0: "tensor"}, decay=False, fp32=True)
         self.A_log, self.D = per_head(init=log_uniform_rate(1.0, 16.0)), per_head(init=constant(1.0))
         self.dt_bias = per_head(init=inverse_softplus_step())
-        self.norm = RMSNorm(host, inner, dims.norm_eps, split="column", groups=config.num_groups)
+        groups = config.num_groups
+        self.norm = GatedRMSNorm(host, inner, dims.norm_eps, split="column", groups=groups, gate_first=True)
         self.out_proj = Linear(host, inner, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -80,30 +83,30 @@ class Mamba2(LinearMixer):
             f"must divide the mixer's {heads} heads and be divisible by parallel.tensor = {tensor}",
         )
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         rows = (layout.batch, layout.length, -1)
         channels, B, C = (
             self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
             for name in "xBC"
         )
-        # head h reads B and C of group h // (heads / groups)
-        k, q = (
-            t.unflatten(-1, (self.groups, self.config.state_size)).repeat_interleave(self.heads // self.groups, dim=2)
-            for t in (B, C)
-        )
-        dt = F.softplus(self.dt_proj(x).float() + self.dt_bias).view(rows)
-        channels = channels.unflatten(-1, (self.heads, self.config.head_dim))
-        v = (channels * dt.unsqueeze(-1)).to(channels.dtype)
-        return {"q": q, "k": k, "v": v, "g": -self.A_log.exp() * dt, "skip": channels}, self.z_proj(x)
+        steps = self.dt_proj(x)
+        dt = gate(steps, "softplus", bias=self.dt_bias).view(rows)
+        g = gate(steps, "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE).view(rows)
+        # Head h reads B and C of group h // (heads / groups). dt scales B, which has to be written for every head
+        # anyway, and not x, which stays as it is.
+        B, C = (t.unflatten(-1, (self.groups, self.config.state_size)) for t in (B, C))
+        v = channels.unflatten(-1, (self.heads, self.config.head_dim))
+        q = C.repeat_interleave(self.heads // self.groups, dim=2)
+        return {"q": q, "k": repeat_heads(B, dt), "v": v, "g": g}, (self.z_proj(x), channels)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        q, k, v, g, skip = (inputs[name] for name in ("q", "k", "v", "g", "skip"))
-        y, state = decay(q, k, v, g, scale=1.0, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return (y + self.D.unsqueeze(-1) * skip).to(skip.dtype), {"state": state}
+        start = states.get("state")
+        y, state = decay(**inputs, scale=1.0, bounded=True, initial_state=start, cu_seqlens=layout.cu_seqlens)
+        return y, {"state": state}
 
-    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        return self.out_proj(self.norm(o.reshape(gate.shape) * F.silu(gate)))
+    def output(self, o: Tensor, gate: tuple[Tensor, Tensor]) -> Tensor:
+        z, x = gate
+        return self.out_proj(self.norm(o, z, x, self.D))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.heads, self.config.state_size, self.config.head_dim)
@@ -115,6 +118,6 @@ class Mamba2(LinearMixer):
     def activation_elements(self) -> float:
         inner, states = self.heads * self.config.head_dim, self.groups * self.config.state_size
         repeated = self.heads * self.config.state_size
-        # the convolutions' inputs; B, C repeated for every head; x, x dt, y, z, silu(z), their product, norm without
-        # and with its weight; in fp32 dt before and after softplus, g, clamped and summed up
-        return inner + 2 * states + 2 * repeated + 8 * inner + 2 * 5 * self.heads
+        # the convolutions' inputs; B, and B dt and C for every head; x, y, z, the gated norm; the projection to dt
+        # and, in fp32, dt, g and its sums
+        return inner + 3 * states + 2 * repeated + 4 * inner + (1 + 2 * 3) * self.heads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from linear_moe.modeling.ops.decay import chunk, gpu, reference
@@ -24,6 +26,7 @@ def decay(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    bounded: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T,  o_t = scale * q_t S_t  (GLA, arXiv 2312.06635).
@@ -40,6 +43,7 @@ def decay(
         scale: K**-0.5 unless given.
         initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
+        bounded: g and gv are known to be at least -80, as the kernels need them: saves a pass over them.
         backend: "reference", "chunk", "gpu" (flash-linear-attention) or "auto": the kernels for 16-bit tensors on
             CUDA where installed, else "chunk". With T = 1, an `initial_state`, no `cu_seqlens` and gradients
             disabled, "auto" is one step of decoding: it UPDATES `initial_state` IN PLACE and returns it.
@@ -57,5 +61,6 @@ def decay(
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, g, gv, bonus, state=initial_state, scale=scale)
-    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(gv, bonus))
+    implementations = IMPLEMENTATIONS | {"gpu": partial(gpu.decay, bounded=bounded)}
+    implementation = choose(backend, implementations, v, gpu.unsupported(gv, bonus))
     return implementation(q, k, v, g, gv, bonus, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -29,13 +29,14 @@ def decay(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80.
 
     With gv the kernel goes token by token, in fp32: there is none in chunks that has an initial state and gradients.
     """
     keys, size = q.shape[-1], tiled(q.shape[-1])
-    g, gv = (None if x is None else x.float().clamp(min=MIN_GATE) for x in (g, gv))
+    g, gv = (x if x is None or bounded else x.float().clamp(min=MIN_GATE) for x in (g, gv))
     inputs: dict[str, Any] = {
         "k": pad_keys(k.to(v.dtype), -1, size),
         "v": v,

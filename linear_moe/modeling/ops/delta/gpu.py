@@ -30,6 +30,7 @@ def delta(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.delta.delta`. Products in v's dtype; gates below -80 count as -80."""
     keys, size = q.shape[-1], tiled(q.shape[-1])
@@ -45,10 +46,10 @@ def delta(
     }
     if g is None:
         o, state = fla("ops.delta_rule").chunk_delta_rule(**inputs)
-    elif g.ndim == 4:
-        gate = pad_keys(g.float().clamp(min=MIN_GATE), -1, size)
-        o, state = fla("ops.kda").chunk_kda(g=gate, **inputs)
     else:
-        gate = g.float().clamp(min=MIN_GATE)
-        o, state = fla("ops.gated_delta_rule").chunk_gated_delta_rule(g=gate, **inputs)
+        g = g if bounded else g.float().clamp(min=MIN_GATE)
+        if g.ndim == 4:
+            o, state = fla("ops.kda").chunk_kda(g=pad_keys(g, -1, size), **inputs)
+        else:
+            o, state = fla("ops.gated_delta_rule").chunk_gated_delta_rule(g=g, **inputs)
     return o.to(v.dtype), state[:, :, :keys]

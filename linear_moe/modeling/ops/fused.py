@@ -1,0 +1,64 @@
+"""Small operations around recurrences, each one pass over memory on CUDA, defined by a PyTorch function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class _Fused(torch.autograd.Function):
+    """Saves its inputs only; without kernels the backward pass computes the definition again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, definition: Callable[..., Tensor], kernels: ModuleType | None, options: dict, *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.definition, ctx.kernels, ctx.options = definition, kernels, options
+        ctx.save_for_backward(*inputs)
+        return (definition if kernels is None else kernels.forward)(*inputs, **options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if ctx.kernels is not None:
+            return None, None, None, *ctx.kernels.backward(grad, *inputs, **ctx.options)
+        leaves = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        with torch.enable_grad():
+            y = ctx.definition(*leaves, **ctx.options)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad))
+        return None, None, None, *(next(found) if need else None for need in needs)
+
+
+def fused(definition: Callable[..., Tensor], kernels: str, *inputs: Tensor | None, **options: Any) -> Tensor:
+    """`definition(*inputs, **options)`, differentiable once, saving only the inputs for the backward pass.
+
+    Args:
+        kernels: a Triton module of this package, used if the first input is on CUDA, with `forward(*inputs, **options)`
+            and `backward(grad, *inputs, **options)` -> a gradient (or None) for each input.
+    """
+    first = inputs[0]
+    assert first is not None
+    module = None
+    if first.is_cuda and has_triton():
+        module = importlib.import_module(f"linear_moe.modeling.ops.{kernels}")
+    return _Fused.apply(definition, module, options, *inputs)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,128 @@
+"""The fused operations around recurrences: Triton kernels against their PyTorch definitions, with every gradient."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops import gates, repeat_heads, rms_norm
+from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
+
+triton = pytest.importorskip("triton")
+from linear_moe.modeling.ops import gates_gpu, repeat_heads_gpu, rms_norm_gpu  # noqa: E402  they import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HALF = 2 * BF16_ROUNDING if INTERPRETED else BF16_SAME  # the interpreter truncates
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs CUDA"),
+]
+
+
+def compare(
+    kernels: ModuleType, definition: Callable[..., Tensor], inputs: list[Tensor | None], options: dict[str, Any]
+) -> None:
+    """Outputs and gradients, those in bf16 but for a few roundings the same."""
+    leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    expected = definition(*leaves, **options)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    grad = torch.randn(expected.shape, generator=generator, device=DEVICE).to(expected.dtype)
+    gradients = iter(torch.autograd.grad(expected, [x for x in leaves if x is not None], grad))
+    actual = kernels.forward(*inputs, **options)
+    found = [actual, *kernels.backward(grad, *inputs, **options)]
+    wanted = [expected, *(None if x is None else next(gradients) for x in leaves)]
+    for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
+        assert (a is None) == (e is None), i
+        if a is not None and e is not None:
+            assert a.dtype == e.dtype, (i, a.dtype, e.dtype)
+            assert_close(a, e, FP32 if e.dtype == torch.float32 else HALF, f"{options} {i}")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, step: int = 1) -> Tensor:
+    """With `step`, a view of every `step`-th row of a larger tensor."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape[0] * step, *shape[1:], generator=generator, device=DEVICE).to(dtype)[::step]
+
+
+# tokens, features, size of a group, weight, gate's activation, gate first, heads of the skip connection
+NORMS = [
+    (37, 96, 96, None, None, False, None),
+    (37, 4 * 24, 24, "shared", "silu", False, None),
+    (300, 2 * 128, 128, "full", "sigmoid", False, None),
+    (5, 520, 520, "full", "silu", True, 13),
+    (129, 3 * 64, 64, "shared", "identity", True, 6),
+    (1, 2100, 2100, None, "silu", True, None),
+    (2, 3, 3, "full", None, False, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width", "size", "weight", "activation", "gate_first", "heads"), NORMS)
+def test_rms_norm(
+    tokens: int,
+    width: int,
+    size: int,
+    weight: str | None,
+    activation: rms_norm.Activation | None,
+    gate_first: bool,
+    heads: int | None,
+    dtype: torch.dtype,
+) -> None:
+    inputs = [
+        draw(tokens, width, dtype=dtype, step=2),
+        None if weight is None else draw(size if weight == "shared" else width, dtype=dtype, seed=2),
+        None if activation is None else draw(tokens, width, dtype=dtype, seed=3),
+        None if heads is None else draw(tokens, width, dtype=dtype, seed=4),
+        None if heads is None else draw(heads, seed=5),
+    ]
+    options = {"eps": 1e-2, "size": size, "activation": activation or "silu", "gate_first": gate_first, "scale": 0.3}
+    compare(rms_norm_gpu, rms_norm.definition, inputs, options)
+
+
+# rows, features, function, scale, bias, heads of the rate, floor
+GATES = [
+    (300, 512, "logsigmoid", 1 / 16, False, None, -0.1),
+    (37, 8, "softplus", -1.0, True, 8, None),
+    (37, 6 * 20, "softplus", -1.0, True, 6, -3.0),
+    (1, 1, "sigmoid", 2.0, False, None, None),
+    (9, 130, "exp", -1.0, True, None, -5.0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "function", "scale", "bias", "heads", "floor"), GATES)
+def test_gate(
+    rows: int,
+    width: int,
+    function: gates.Function,
+    scale: float,
+    bias: bool,
+    heads: int | None,
+    floor: float | None,
+    dtype: torch.dtype,
+) -> None:
+    inputs = [draw(rows, width, dtype=dtype, step=3), draw(width, seed=2) if bias else None]
+    inputs.append(None if heads is None else draw(heads, seed=3))
+    compare(gates_gpu, gates.definition, inputs, {"function": function, "scale": scale, "floor": floor})
+
+
+def test_gate_far_from_zero() -> None:
+    x = torch.tensor([[-1e30, -200.0, -30.0, -1e-8, 0.0, 30.0, 200.0, 1e30]], device=DEVICE)
+    for function in ("logsigmoid", "softplus", "sigmoid"):
+        compare(gates_gpu, gates.definition, [x, None, None], {"function": function, "scale": 1.0, "floor": -80.0})
+    y = gates_gpu.forward(x, None, None, function="softplus", scale=1.0, floor=None)
+    assert_close(y[0, 2], torch.tensor(-30.0).exp(), FP32)  # not rounded away beside 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "heads", "size"), [(1, 6, 128), (2, 2, 20), (3, 9, 64), (1, 70, 128)])
+def test_repeat_heads(groups: int, heads: int, size: int, dtype: torch.dtype) -> None:
+    inputs: list[Tensor | None] = [draw(19, groups, size, dtype=dtype, step=2), draw(19, heads, seed=2)]
+    compare(repeat_heads_gpu, repeat_heads.definition, inputs, {})

@@ -1,0 +1,108 @@
+"""The PyTorch definitions of the fused operations around recurrences: values, gradients, what is kept, what is refused.
+
+tests/gpu/test_fused.py compares the CUDA kernels with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.repeat_heads import repeat_heads
+from linear_moe.modeling.ops.rms_norm import l2_norm, rms_norm
+from tests.tolerances import BF16_ROUNDING, FP64, assert_close
+
+ROWS, HEADS, SIZE = 3, 2, 4
+WIDTH = HEADS * SIZE
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def normalised(u: Tensor, eps: float) -> Tensor:
+    """Each head on its own, by the formula."""
+    heads = [u[:, i : i + SIZE] for i in range(0, WIDTH, SIZE)]
+    return torch.cat([h / (h.pow(2).mean(1, keepdim=True) + eps).sqrt() for h in heads], 1)
+
+
+def test_rms_norm_by_its_formula() -> None:
+    x, z, skip = (draw(ROWS, WIDTH, seed=i) for i in range(3))
+    w, head_weight, d = draw(WIDTH, seed=3), draw(SIZE, seed=4), draw(HEADS, seed=5)
+    silu, common = z / (1 + (-z).exp()), {"eps": 0.1, "size": SIZE}
+    actual = rms_norm(x, w, z, **common)
+    assert_close(actual, normalised(x, 0.1) * w * silu, FP64)
+    actual = rms_norm(x, head_weight, z, activation="sigmoid", scale=3.0, **common)
+    assert_close(actual, 3 * normalised(x, 0.1) * head_weight.repeat(HEADS) * z.sigmoid(), FP64)
+    actual = rms_norm(x, w, z, skip, d, gate_first=True, **common)
+    assert_close(actual, normalised((x + d.repeat_interleave(SIZE) * skip) * silu, 0.1) * w, FP64)
+    assert_close(rms_norm(x, None, z, activation="identity", **common), normalised(x, 0.1) * z, FP64)
+    assert_close(l2_norm(x, eps=0.3), x / (x.pow(2).sum(1, keepdim=True) + 0.3).sqrt(), FP64)
+
+
+def test_gate_by_its_formula() -> None:
+    x, bias, rate = draw(ROWS, WIDTH), draw(WIDTH, seed=1), draw(HEADS, seed=2)
+    y = x + bias
+    expected = -rate.exp().repeat_interleave(SIZE) * (1 + y.exp()).log()
+    assert_close(gate(x, "softplus", scale=-1.0, bias=bias, log_rate=rate), expected, FP64)
+    assert_close(gate(x, "logsigmoid", scale=1 / 16), (1 / (1 + (-x).exp())).log() / 16, FP64)
+    assert_close(gate(x, "sigmoid", scale=2.0), 2 / (1 + (-x).exp()), FP64)
+    assert_close(gate(x, "exp", scale=-1.0, bias=bias, floor=-1.0), (-y.exp()).clamp(min=-1), FP64)
+    assert gate(x.bfloat16(), "exp").dtype == torch.float32
+
+
+def test_repeat_heads_by_its_formula() -> None:
+    x, weight = draw(ROWS, 2, SIZE), draw(ROWS, 6, seed=1)
+    assert_close(repeat_heads(x, weight), torch.stack([weight[:, h, None] * x[:, h // 3] for h in range(6)], 1), FP64)
+
+
+CALLS: list[tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = [
+    (lambda x, w, z, s, d: rms_norm(x, w, z, s, d, eps=0.1, size=SIZE, gate_first=True), [(ROWS, WIDTH), (WIDTH,),
+     (ROWS, WIDTH), (ROWS, WIDTH), (HEADS,)]),
+    (lambda x, w, z: rms_norm(x, w, z, eps=0.1, size=SIZE), [(ROWS, WIDTH), (SIZE,), (ROWS, WIDTH)]),
+    (lambda x, b, r: gate(x, "softplus", bias=b, log_rate=r), [(ROWS, WIDTH), (WIDTH,), (HEADS,)]),
+    (repeat_heads, [(ROWS, 2, SIZE), (ROWS, 4)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "shapes"), CALLS)
+def test_gradients_and_what_is_saved(function: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
+    inputs = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(function, inputs)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        function(*inputs)
+    assert [id(t) for t in saved] == [id(t) for t in inputs]
+    inputs[0] = inputs[0].detach()  # as where only the weights are trained
+    (gradient,) = torch.autograd.grad(function(*inputs).sum(), inputs[1])
+    assert gradient.shape == inputs[1].shape
+    half = [t.detach().bfloat16() for t in inputs]
+    actual, expected = function(*half), function(*(t.double() for t in half))
+    assert_close(actual, expected, BF16_ROUNDING)  # rounded once
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "options", "message"),
+    [
+        (rms_norm, [(3, 8)], {"eps": 0.1, "size": 3}, "size"),
+        (rms_norm, [(3, 8), (3,)], {"eps": 0.1}, "weight"),
+        (rms_norm, [(3, 8), (8,), (3, 4)], {"eps": 0.1}, "gate"),
+        (rms_norm, [(3, 8), (8,), (3, 8), (3, 8)], {"eps": 0.1}, "skip_weight"),
+        (rms_norm, [(3, 8)], {"eps": 0.1, "activation": "tanh"}, "activation"),
+        (gate, [(3, 8)], {"function": "tanh"}, "function"),
+        (gate, [(3, 8)], {"function": "exp", "bias": torch.ones(4)}, "bias"),
+        (gate, [(3, 8)], {"function": "exp", "log_rate": torch.ones(3)}, "log_rate"),
+        (repeat_heads, [(3, 2, 4), (3, 5)], {}, "weight"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    function: Callable[..., Tensor], shapes: list[tuple[int, ...]], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(*(torch.ones(shape) for shape in shapes), **options)

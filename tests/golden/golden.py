@@ -25,7 +25,12 @@ def load(recording: str) -> dict[str, Tensor]:
 
 
 def compare_golden(
-    recording: str, name: str, fields: dict[str, Any], names: Names, prepare: Callable[..., None] | None = None
+    recording: str,
+    name: str,
+    fields: dict[str, Any],
+    names: Names,
+    prepare: Callable[..., None] | None = None,
+    gradient_tolerance: float = BF16,
 ) -> None:
     """Output and gradients of mixer `name` in fp32 with the recorded layer's weights, to bf16's tolerance.
 
@@ -35,6 +40,7 @@ def compare_golden(
             like weights. Tensors that the layer has and does not use may be left out.
         prepare: called with (mixer, layout, recorded tensors) before the forward pass, for what a layer is given
             besides `x`, `input.NAME`.
+        gradient_tolerance: of the parameters' gradients.
     """
     tensors = load(recording)
     batch, length, hidden = tensors["x"].shape
@@ -65,4 +71,4 @@ def compare_golden(
         for key, g in zip(parameters, gradients, strict=True)
         if key in expected
     }
-    assert errors and all(error <= BF16 for error in errors.values()), errors  # NaN is not
+    assert errors and all(error <= gradient_tolerance for error in errors.values()), errors  # NaN is not

@@ -10,16 +10,20 @@ if TYPE_CHECKING:
 
 MIXERS: dict[str, str] = {
     "attention": "linear_moe.modeling.mixers.attention:Attention",
+    "based": "linear_moe.modeling.mixers.based:Based",
     "deltanet": "linear_moe.modeling.mixers.deltanet:DeltaNet",
     "gated_deltanet": "linear_moe.modeling.mixers.gated_deltanet:GatedDeltaNet",
     "gla": "linear_moe.modeling.mixers.gla:GatedLinearAttention",
     "hgrn": "linear_moe.modeling.mixers.hgrn:HGRN",
     "kda": "linear_moe.modeling.mixers.kda:KimiDeltaAttention",
+    "hgrn2": "linear_moe.modeling.mixers.hgrn2:HGRN2",
     "lightning": "linear_moe.modeling.mixers.lightning:LightningAttention",
     "linear_attention": "linear_moe.modeling.mixers.linear_attention:LinearAttention",
     "mamba": "linear_moe.modeling.mixers.mamba:Mamba",
     "mamba2": "linear_moe.modeling.mixers.mamba2:Mamba2",
     "mla": "linear_moe.modeling.mixers.mla:MultiHeadLatentAttention",
+    "mom": "linear_moe.modeling.mixers.mom:MixtureOfMemories",
+    "rebased": "linear_moe.modeling.mixers.rebased:ReBased",
     "retention": "linear_moe.modeling.mixers.retention:Retention",
 }
 

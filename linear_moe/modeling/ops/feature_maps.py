@@ -60,21 +60,23 @@ def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Squares(torch.autograd.Function):
-    """Products in fp32, rounded once."""
+    """Products in fp32 (or fp64), rounded once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         i, j, _ = _pairs(x.shape[-1], x.device)
-        factors = 2**0.5 - (2**0.5 - 1) * (i == j)  # x_i x_j and x_j x_i in one
-        return (x.float().index_select(-1, i) * x.index_select(-1, j) * factors).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        factors = torch.full(i.shape, 2**0.5, dtype=wide.dtype, device=x.device)  # x_i x_j and x_j x_i in one
+        factors = factors.masked_fill(i == j, 1.0)
+        return (wide.index_select(-1, i) * wide.index_select(-1, j) * factors).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        size = x.shape[-1]
+        size, wide = x.shape[-1], x.to(torch.promote_types(x.dtype, torch.float32))
         # A small symmetric matrix per token, gathered: index_add would be atomic additions on a GPU.
-        matrix = gradient.index_select(-1, _pairs(size, x.device)[2].flatten()).unflatten(-1, (size, size)).float()
-        factors = torch.full((size, size), 2**0.5, device=x.device).fill_diagonal_(2.0)
-        return ((matrix * factors) @ x.float().unsqueeze(-1)).squeeze(-1).to(x.dtype)
+        matrix = gradient.index_select(-1, _pairs(size, x.device)[2].flatten()).unflatten(-1, (size, size))
+        factors = torch.full((size, size), 2**0.5, dtype=wide.dtype, device=x.device).fill_diagonal_(2.0)
+        return ((matrix * factors) @ wide.unsqueeze(-1)).squeeze(-1).to(x.dtype)

@@ -1,0 +1,83 @@
+"""Based: linear attention with the second-order Taylor series of exp as its kernel (arXiv 2402.18668)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.feature_maps import taylor
+from linear_moe.modeling.ops.normalizer import normalized
+
+
+@dataclass
+class BasedConfig(MixerConfig):
+    type: str = opt("based", "name of the mixer")
+    num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
+    feature_dim: int = opt(16, "size d of a head's queries and keys, of 1 + d + d (d + 1) / 2 features", ge=1, le=2**8)
+
+
+class Based(LinearMixer):
+    """Weights as in flash-linear-attention's `BasedLinearAttention` under the same names. The published architecture
+    alternates this with short convolutions and attention over small windows, which a pattern of layers does here."""
+
+    Config = BasedConfig
+    family = "decay"
+    formula = (
+        "S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  o_t = S_t^T phi(q_t) / (z_t^T phi(q_t)),  "
+        "phi(q)^T phi(k) = 1 + s + s^2 / 2,  s = q^T k / sqrt(d)"
+    )
+    paper = "arXiv 2402.18668"
+
+    def __init__(self, config: BasedConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads, d = config.num_heads or dims.num_heads, config.feature_dim
+        self.heads, self.value_dim, self.features = (
+            host.split(heads),
+            dims.hidden_size // heads,
+            1 + d + d * (d + 1) // 2,
+        )
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        self.q_proj, self.k_proj, self.v_proj = column(heads * d), column(heads * d), column(dims.hidden_size)
+        self.o_proj = Linear(host, dims.hidden_size, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: BasedConfig, dims: Dims, tensor: int, path: str) -> None:
+        check(
+            f"{path}.num_heads",
+            config.num_heads or dims.num_heads,
+            lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
+            f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+        rows = (layout.batch, layout.length, self.heads, -1)
+        q, k = taylor(self.q_proj(x).view(rows)), taylor(self.k_proj(x).view(rows))
+        return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        # Every 1 + s + s^2 / 2 is at least 1/2, so nothing need be added to their sum.
+        return normalized(decay, **inputs, scale=1.0, eps=0.0, states=states, cu_seqlens=layout.cu_seqlens)
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        return self.o_proj(o.flatten(2).flatten(0, 1))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        columns = {"state": self.value_dim, "normalizer": 1}
+        return {name: ((batch, self.heads, self.features, n), torch.float32) for name, n in columns.items()}
+
+    def recurrence_flops(self, length: int) -> float:
+        return 4.0 * (self.config.num_heads or self.dims.num_heads) * self.features * (self.value_dim + 1)
+
+    def activation_elements(self) -> float:
+        # queries and keys scaled, their features; v, o before and after division
+        return self.heads * (2 * self.config.feature_dim + 2 * self.features + 3 * self.value_dim)

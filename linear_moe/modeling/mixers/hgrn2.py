@@ -1,0 +1,101 @@
+"""HGRN2: a gated linear RNN with matrix states, its keys what the forget gates leave (arXiv 2404.07904)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.lower_bound import BOUNDS, LowerBound
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.ops.decay import decay
+
+
+@dataclass
+class HGRN2Config(MixerConfig):
+    type: str = opt("hgrn2", "name of the mixer")
+    num_heads: int | None = opt(
+        None, "heads, of state size (hidden_size / num_heads)^2; null: model.num_heads", ge=1, le=2**16
+    )
+    lower_bound: str = opt(
+        "learned",
+        "of the forget gates: learned, from layer / num_layers; fixed at that; none",
+        choices=BOUNDS,
+    )
+    conv_size: int = opt(0, "taps of a short convolution on queries, gates and inputs; 0: none", ge=0, le=2**10)
+    conv_bias: bool = opt(False, "biases in these convolutions")
+
+
+class HGRN2(LinearMixer):
+    """Weights as in flash-linear-attention's `HGRN2Attention` under the same names (convolutions `[C, W]` for its
+    `[C, 1, W]`); its expand_ratio is hidden_size / num_heads. The lower bounds, which its model keeps for all layers,
+    are each layer's own: see `LowerBound`."""
+
+    Config = HGRN2Config
+    family = "decay"
+    formula = "S_t = diag(exp(g_t)) S_{t-1} + (1 - exp(g_t)) i_t^T,  o_t = S_t^T q_t / sqrt(K)"
+    paper = "arXiv 2404.07904"
+
+    def __init__(self, config: HGRN2Config, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        hidden, heads = dims.hidden_size, config.num_heads or dims.num_heads
+        self.heads, self.head_dim = host.split(heads), hidden // heads
+        column = partial(Linear, host, hidden, hidden, split="column", std=dims.init_std)
+        self.q_proj, self.f_proj, self.i_proj = column(), column(), column()
+        self.lower_bound = LowerBound(host, config.lower_bound, hidden, dims)
+        for name in "qfi" if config.conv_size else "":
+            conv = ShortConv(
+                host, hidden, config.conv_size, name=f"conv_{name}", bias=config.conv_bias, activation=None
+            )
+            self.add_module(f"{name}_conv1d", conv)
+        self.g_norm = RMSNorm(host, hidden, dims.norm_eps, split="column")
+        self.o_proj = Linear(host, hidden, hidden, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: HGRN2Config, dims: Dims, tensor: int, path: str) -> None:
+        check(
+            f"{path}.num_heads",
+            config.num_heads or dims.num_heads,
+            lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
+            f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+        tensors = {}
+        for name in "qfi":
+            y = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
+            tensors[name] = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else y
+        g = self.lower_bound(tensors["f"])
+        inputs = {"q": F.silu(tensors["q"]), "k": -torch.expm1(g).to(x.dtype), "v": tensors["i"], "g": g}
+        return {name: t.unflatten(-1, (self.heads, self.head_dim)) for name, t in inputs.items()}, None
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        o, state = decay(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        return self.o_proj(self.g_norm(o.flatten(2).flatten(0, 1)))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        return {"state": ((batch, self.heads, self.head_dim, self.head_dim), torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        return 4.0 * self.dims.hidden_size * self.head_dim
+
+    def activation_elements(self) -> float:
+        n = self.heads * self.head_dim
+        conv = 3 * n if self.config.conv_size else 0
+        # q before and after SiLU, k, i, o, norm; in fp32 the gate before and after its bound, 1 - exp and summed up,
+        # and before it is one; scores within a chunk of 64
+        bound = 2 if self.lower_bound.initial_logit is None else 3
+        return conv + 6 * n + 2 * (bound + 2) * n + 64 * self.heads

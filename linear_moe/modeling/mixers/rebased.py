@@ -1,0 +1,107 @@
+"""ReBased: linear attention with a learnable quadratic kernel (arXiv 2402.10644)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.host import Host, constant
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.feature_maps import squares
+from linear_moe.modeling.ops.normalizer import normalized
+
+
+@dataclass
+class ReBasedConfig(MixerConfig):
+    type: str = opt("rebased", "name of the mixer")
+    num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
+    feature_dim: int = opt(16, "size d of a head's queries and keys, of d (d + 1) / 2 features", ge=1, le=2**8)
+    qk_norm: bool = opt(True, "normalise every query and key head before scaling it by gamma and adding beta")
+    use_gamma: bool = opt(True, "gamma")
+    use_beta: bool = opt(True, "beta")
+    tie_feature_map_qk: bool = opt(True, "one gamma and one beta for queries and keys, as in the published code")
+    normalizer_eps: float = opt(1e-5, "added to the sum of a token's weights, by which outputs are divided", ge=0)
+
+
+class QuadraticMap(nn.Module):
+    """`squares(gamma * norm(x) + beta)` of each head, inside a tensor-parallel region; one gamma for all heads."""
+
+    def __init__(self, config: ReBasedConfig, host: Host, eps: float):
+        super().__init__()
+        self.host, self.qk_norm, self.dim, self.eps = host, config.qk_norm, config.feature_dim, eps
+        self.gamma = host.parameter(self.dim, init=constant(1.0), decay=False) if config.use_gamma else None
+        self.beta = host.parameter(self.dim, init=constant(0.0), decay=False) if config.use_beta else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma, beta = (p if p is None else self.host.shared(p) for p in (self.gamma, self.beta))
+        if self.qk_norm:
+            return squares(F.layer_norm(x, (self.dim,), gamma, beta, self.eps))
+        x = x if gamma is None else x * gamma
+        return squares(x if beta is None else x + beta)
+
+
+class ReBased(LinearMixer):
+    """Weights as in flash-linear-attention's `ReBasedLinearAttention` under the same names, except `feature_map_q` for
+    its `feature_map`, which serves queries and keys; untied, the keys' is `feature_map_k`."""
+
+    Config = ReBasedConfig
+    family = "decay"
+    formula = (
+        "S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  o_t = S_t^T phi(q_t) / (z_t^T phi(q_t)),  "
+        "phi(q)^T phi(k) = (q^T k)^2 / d of q and k normalised, times gamma, plus beta"
+    )
+    paper = "arXiv 2402.10644"
+
+    def __init__(self, config: ReBasedConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads, d = config.num_heads or dims.num_heads, config.feature_dim
+        self.heads, self.value_dim, self.features = host.split(heads), dims.hidden_size // heads, d * (d + 1) // 2
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        self.q_proj, self.k_proj, self.v_proj = column(heads * d), column(heads * d), column(dims.hidden_size)
+        self.feature_map_q = QuadraticMap(config, host, dims.norm_eps)
+        if not config.tie_feature_map_qk:
+            self.feature_map_k = QuadraticMap(config, host, dims.norm_eps)
+        self.o_proj = Linear(host, dims.hidden_size, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: ReBasedConfig, dims: Dims, tensor: int, path: str) -> None:
+        check(
+            f"{path}.num_heads",
+            config.num_heads or dims.num_heads,
+            lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
+            f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+        rows = (layout.batch, layout.length, self.heads, -1)
+        map_k = self.feature_map_q if self.config.tie_feature_map_qk else self.feature_map_k
+        q, k = self.feature_map_q(self.q_proj(x).view(rows)), map_k(self.k_proj(x).view(rows))
+        return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        scale, eps = 1 / self.config.feature_dim, self.config.normalizer_eps
+        return normalized(decay, **inputs, scale=scale, eps=eps, states=states, cu_seqlens=layout.cu_seqlens)
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        return self.o_proj(o.flatten(2).flatten(0, 1))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        columns = {"state": self.value_dim, "normalizer": 1}
+        return {name: ((batch, self.heads, self.features, n), torch.float32) for name, n in columns.items()}
+
+    def recurrence_flops(self, length: int) -> float:
+        return 4.0 * (self.config.num_heads or self.dims.num_heads) * self.features * (self.value_dim + 1)
+
+    def activation_elements(self) -> float:
+        kept = 1 + (self.config.qk_norm or self.config.use_gamma)
+        # queries and keys before and after the norm, their features; v, o before and after division
+        return self.heads * (2 * kept * self.config.feature_dim + 2 * self.features + 3 * self.value_dim)

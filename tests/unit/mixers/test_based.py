@@ -1,0 +1,52 @@
+"""Based against the paper's equations and flash-linear-attention's recordings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops.feature_maps import squares, taylor
+from tests.golden.golden import compare_golden
+from tests.tolerances import FP64, assert_close
+from tests.unit.mixers.common import build
+from tests.unit.mixers.truth import compare, randomise
+
+VARIANTS: list[dict[str, Any]] = [{"feature_dim": 4}, {"num_heads": 2, "feature_dim": 8}]
+
+
+def pair(size: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(3, size, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    return q, k
+
+
+def test_squares_and_taylor_are_the_kernels_they_stand_for() -> None:
+    q, k = pair()
+    s = (q * k).sum(-1)
+    assert_close((squares(q) * squares(k)).sum(-1), s**2, FP64)
+    s = s / 6**0.5
+    assert_close((taylor(q) * taylor(k)).sum(-1), 1 + s + s**2 / 2, FP64)
+    assert squares(q).shape[-1] == 21 and taylor(q).shape[-1] == 28
+    assert torch.autograd.gradcheck(squares, (q,))
+
+
+def test_based_is_the_papers_equations() -> None:
+    """Section 4.1 of arXiv 2402.18668 as attention: all pairs of tokens, in fp64."""
+    ours = build("based", {})
+    randomise(ours)
+    w = {name: value.double() for name, value in ours.state_dict().items()}
+
+    def theirs(x: Tensor) -> Tensor:
+        q, k, v = ((x.double() @ w[f"{n}_proj.weight"].T).unflatten(-1, (4, -1)).transpose(1, 2) for n in "qkv")
+        s = q @ k.mT / 16**0.5
+        weights = (1 + s + s**2 / 2).tril()
+        o = (weights / weights.sum(-1, keepdim=True)) @ v
+        return o.transpose(1, 2).flatten(2) @ w["o_proj.weight"].T
+
+    compare(ours, theirs)
+
+
+def test_based_is_flash_linear_attentions() -> None:
+    compare_golden("based", "based", {}, dict)

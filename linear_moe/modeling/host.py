@@ -147,6 +147,18 @@ class Host:
         """Attach the router's auxiliary losses to `probs [n, E]`; one process without a training loop has none."""
         return probs
 
+    # -- auxiliary losses -----------------------------------------------------------------------------------------
+    def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
+        """Inside a region: add `coefficient * value` to the training loss, and report the mean of `value` as `name`.
+
+        One process without a training loop has none.
+
+        Args:
+            carrier: any tensor that the model's output depends on; the result takes its place.
+            value: scalar, a mean over the `tokens` tokens of this micro-batch, the same on every tensor rank.
+        """
+        return carrier
+
     # -- memory ---------------------------------------------------------------------------------------------------
     def recompute(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """Run one layer, saving its activations or only its input."""

@@ -58,8 +58,7 @@ class MegatronHost(Host):
             "expert": ps.get_expert_model_parallel_rank(),
             "expert_tensor": ps.get_expert_tensor_parallel_rank(),
         }
-        # Load-balancing loss, z-loss, and how many were added.
-        self._router_totals = torch.zeros(3, dtype=torch.float32, device=device)
+        self._auxiliary: dict[str, Tensor] = {}  # by name: the sum of what is reported, and how many were added
 
     def size(self, axis: str) -> int:
         return self._sizes[axis]
@@ -145,20 +144,40 @@ class MegatronHost(Host):
             moe_aux_loss_coeff=1.0,
         )
         z = z_loss_func(logits, 1.0 / ranks)
-        # A layer that is recomputed adds itself twice, with its count.
-        self._router_totals += torch.stack([balance, z, torch.full_like(z, 1.0 / ranks)]).detach()
+        self._report("load_balancing_loss", balance, 1.0 / ranks)
+        self._report("router_z_loss", z, 1.0 / ranks)
         return MoEAuxLossAutoScaler.apply(probs, (config.aux_loss * balance + config.z_loss * z) * tokens)
 
-    def pop_router_losses(self) -> dict[str, float]:
-        """Mean router losses, without their coefficients, over layers, micro-batches and replicas since the last call.
+    def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
+        """See Host. Every tensor rank adds an equal part, since the region's gradients are summed over them.
 
-        Collective over all ranks.
+        Scaled by the tokens for the same reason as in `router_losses`.
         """
-        totals = self._router_totals.clone()
-        self._router_totals.zero_()
+        if not torch.is_grad_enabled():
+            return carrier
+        self._report(name, value, 1.0)
+        return MoEAuxLossAutoScaler.apply(carrier, value * (coefficient * tokens / self.size("tensor")))
+
+    def _report(self, name: str, value: Tensor, count: float) -> None:
+        # A layer that is recomputed adds itself twice, with its count.
+        added = torch.stack([value, torch.full_like(value, count)]).detach().float()
+        self._auxiliary[name] = self._auxiliary[name] + added if name in self._auxiliary else added
+
+    def pop_auxiliary_losses(self) -> dict[str, float]:
+        """Mean auxiliary losses by name, without coefficients, over layers, micro-batches and replicas since last time.
+
+        Collective over all ranks, whose layers, and so whose losses, may differ.
+        """
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, list(self._auxiliary))
+        names = sorted({name for own in everywhere for name in own})
+        totals = torch.zeros(len(names), 2, dtype=torch.float32, device=self.device)
+        for row, name in zip(totals, names, strict=True):
+            if name in self._auxiliary:
+                row += self._auxiliary[name]
+        self._auxiliary.clear()
         dist.all_reduce(totals)
-        balance, z, count = totals.tolist()
-        return {"load_balancing_loss": balance / count, "router_z_loss": z / count} if count else {}
+        return {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True)}
 
 
 class MegatronDispatcher(Dispatcher):

@@ -65,7 +65,7 @@ def train(config: Config, data: PreparedData) -> int:
             record = {"step": step, "loss": result.loss, "learning_rate": lr, "gradient_norm": result.gradient_norm}
             if step == first_step:
                 record["first_step_seconds"] = seconds_alive()
-            record |= speed.lap(laps, training.steps - step) | {"memory_gib": memory_gib()} | stepper.router_losses()
+            record |= speed.lap(laps, training.steps - step) | {"memory_gib": memory_gib()} | stepper.auxiliary_losses()
             laps = 0
             log.step(record)
 

@@ -128,6 +128,6 @@ class Stepper:
             loss, tokens = loss + part, tokens + count
         return StepResult(loss / max(tokens, 1), tokens)
 
-    def router_losses(self) -> dict[str, float]:
-        """Mean router losses since the last call, over all ranks. Collective."""
-        return self.model[0].module.host.pop_router_losses()  # type: ignore[union-attr,operator]
+    def auxiliary_losses(self) -> dict[str, float]:
+        """Mean auxiliary losses since the last call, over all ranks. Collective."""
+        return self.model[0].module.host.pop_auxiliary_losses()  # type: ignore[union-attr,operator]

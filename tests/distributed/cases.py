@@ -104,7 +104,7 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
             result["gradients"] = {name: shard(inner, p) for name, p in inner.named_parameters()}
         _, norm, _ = optimizer.step()
         result["norms"].append(float(norm))
-        result["router"].append(model[0].module.host.pop_router_losses())
+        result["router"].append(model[0].module.host.pop_auxiliary_losses())
     with torch.no_grad():
         run(steps, forward_only=True)
     return result
@@ -190,4 +190,20 @@ def router_losses(config: dict[str, Any], logits: Tensor) -> dict[str, Any]:
     part = logits.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
     probs, routing_map = route(part, tree.model.moe)
     (host.router_losses(probs, part, routing_map, tree.model.moe, layer=0) * 0).sum().backward()
-    return {"gradient": part.grad, "logged": host.pop_router_losses()}
+    return {"gradient": part.grad, "logged": host.pop_auxiliary_losses()}
+
+
+def auxiliary_loss(config: dict[str, Any], x: Tensor, weight: Tensor) -> dict[str, Any]:
+    """The gradients that a loss inside a region gives this rank's tokens and a shared weight, and what is logged."""
+    tree, groups = start(config)
+    host = MegatronHost(transformer_config(tree), groups.device)
+    part = x.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
+    weight = weight.clone().requires_grad_()
+    tokens = host.enter(part)
+    value = (tokens @ host.shared(weight)).square().mean()
+    (host.leave(host.auxiliary_loss(tokens, "some_loss", value, 0.1, len(tokens))) * 0).sum().backward()
+    if groups.tensor_rank == 0:  # as of a layer that only this rank's pipeline stage has
+        host.auxiliary_loss(tokens, "other_loss", value + 1, 0.1, len(tokens))
+    with torch.no_grad():
+        host.auxiliary_loss(tokens, "no_loss", value, 0.1, len(tokens))
+    return {"dx": part.grad, "dweight": weight.grad, "logged": [host.pop_auxiliary_losses() for _ in range(2)]}

@@ -38,6 +38,8 @@ def results() -> dict[str, list[Any]]:
         tree = config({}, {"tensor": 2})
         tree["model"]["moe"] = tree["model"]["moe"] | {"score": score, "aux_loss": 0.1, "z_loss": 0.01}
         cases[f"losses-{score}"] = ("router_losses", {"config": tree, "logits": X[0, :, :EXPERTS]})
+    loss = {"config": config({}, {"tensor": 2}), "x": X[0], "weight": FACTORS[0]}
+    cases["auxiliary"] = ("auxiliary_loss", loss)
     for dispatcher in ("alltoall", "allgather"):
         tree = config({}, {"expert": 2})
         tree["model"]["moe"] = tree["model"]["moe"] | {"dispatcher": dispatcher}
@@ -82,3 +84,17 @@ def test_router_losses(results: dict[str, list[Any]], score: str) -> None:
     for rank in ranks:
         assert rank["logged"]["load_balancing_loss"] == pytest.approx(balance.item(), rel=FP32)
         assert rank["logged"]["router_z_loss"] == pytest.approx(z.item(), rel=FP32)
+
+
+def test_auxiliary_loss(results: dict[str, list[Any]]) -> None:
+    """A mixer's loss counts once, not once per tensor rank, and weighs as a mean over the micro-batch's tokens."""
+    x, weight = X[0].clone().requires_grad_(), FACTORS[0].clone().requires_grad_()
+    value = (x @ weight).square().mean()
+    (0.1 * value * TOKENS).backward()
+    ranks = results["auxiliary"]
+    assert_close(torch.cat([rank["dx"] for rank in ranks]), x.grad, FP32, "gradient of the tokens")
+    for rank in ranks:
+        assert_close(rank["dweight"], weight.grad, FP32, "gradient of the shared weight")
+        logged, again = rank["logged"]
+        assert logged == pytest.approx({"some_loss": value.item(), "other_loss": value.item() + 1}, rel=FP32)
+        assert again == {}

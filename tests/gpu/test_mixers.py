@@ -73,3 +73,21 @@ def test_decoding(name: str, fields: dict[str, Any]) -> None:
         outputs.append(gpu(piece, Layout(2, n, positions=positions), cache).view(2, n, HIDDEN))
         start += n
     assert_close(torch.cat(outputs, 1).flatten(0, 1), cpu(x.float(), Layout(2, 80)), BF16)
+
+
+@pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
+def test_no_host_synchronisation(name: str, fields: dict[str, Any]) -> None:
+    """After the kernels are compiled, neither pass waits for the device: the host runs ahead of it."""
+    gpu, _ = pair(name, fields)
+    x = stream(1, TOKENS, HIDDEN).bfloat16().cuda().requires_grad_()
+    weight = torch.ones_like(x)
+
+    def both_passes() -> None:
+        torch.autograd.grad(gpu(x, Layout(2, TOKENS // 2)), [x, *gpu.parameters()], weight)
+
+    both_passes()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both_passes()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

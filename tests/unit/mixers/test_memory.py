@@ -52,7 +52,7 @@ SCANS = {"linear_scan": linear_scan, "selective_scan": selective_scan}
 def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cls = mixer_class(name)
     module = sys.modules[cls.__module__]
-    for op, stand_in in ({cls.family: recurrence} | SCANS).items():
+    for op, stand_in in (dict.fromkeys((cls.family, "decay", "delta"), recurrence) | SCANS).items():
         if hasattr(module, op):
             monkeypatch.setattr(module, op, stand_in)
     monkeypatch.setattr(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None))

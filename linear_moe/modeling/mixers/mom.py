@@ -1,0 +1,211 @@
+"""Mixture of memories: a router sends every token to a few of several recurrent states (arXiv 2502.13685)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling import conv
+from linear_moe.modeling.host import Host, constant, normal
+from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.delta import delta
+from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+from linear_moe.modeling.ops.grouping import Grouping
+
+
+@dataclass
+class MoMConfig(MixerConfig):
+    type: str = opt("mom", "name of the mixer")
+    memory: str = opt("gated_deltanet", "recurrence of every memory", choices=("gated_deltanet", "gla"))
+    num_memories: int = opt(4, "memories that the router chooses from", ge=2, le=2**10)
+    # The weights of a token's memories sum to 1: that of a single one would be constant and not train the router.
+    top_k: int = opt(2, "memories per token", ge=2, le=2**10)
+    shared_memory: bool = opt(True, "one more memory, of all tokens")
+    single_kv_proj: bool = opt(False, "one projection of keys, values and gates for all memories")
+    balance_loss: float = opt(0.01, "coefficient of the router's load-balancing loss in training; 0: off", ge=0)
+    num_heads: int | None = opt(None, "heads of every memory; null: model.num_heads", ge=1, le=2**16)
+    head_dim: int | None = opt(None, "size of a key head; null: hidden_size / num_heads / 2", ge=1, le=2**16)
+    expand_v: float = opt(1.0, "size of a value head over head_dim", gt=0, le=64)
+    conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1, le=2**10)
+    gate_rank: int = opt(16, "rank of the decay gate's projection; memory: gla", ge=1, le=2**20)
+    gate_normalizer: float = opt(16.0, "the log decay is logsigmoid(.) over this; memory: gla", gt=0)
+
+
+class MixtureOfMemories(LinearMixer):
+    """With memory: gated_deltanet, weights as in flash-linear-attention's `MomAttention` under the same names, but one
+    `k_proj`, `v_proj`, `b_proj` and `a_proj` for its lists of them, the shared memory's `shared_k`, ... last: rows are
+    ordered by head, then memory, then channel. (Convolutions `[C, W]` for its `[C, 1, W]`.)
+
+    Every memory sees its own tokens only, its convolutions too: a token that is not routed to it neither decays it nor
+    writes, and moves no convolution on. All memories are heads of one recurrence, where each has its tokens first in a
+    document and neutral ones behind them.
+
+    flash-linear-attention's training mode lets convolutions run on from one memory into the next; this one does not.
+    """
+
+    Config = MoMConfig
+    family = "delta"
+    formula = "S_t^m = Theta_t^m S_{t-1}^m + f(k_t^m, v_t^m) for m chosen by t,  o_t = sum_m w_t^m q_t^m S_t^m"
+    paper = "arXiv 2502.13685"
+
+    def __init__(self, config: MoMConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        self.num_heads = config.num_heads or dims.num_heads
+        self.heads, self.memories = host.split(self.num_heads), config.num_memories + config.shared_memory
+        self.key_dim = config.head_dim or dims.hidden_size // (2 * self.num_heads)
+        self.value_dim = round(self.key_dim * config.expand_v)
+        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        own = 1 if config.single_kv_proj else self.memories  # projections
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        self.gate = Linear(host, dims.hidden_size, config.num_memories, split="shared", std=dims.init_std)
+        self.q_proj, self.k_proj, self.v_proj, self.g_proj = (
+            column(n) for n in (keys, own * keys, own * values, values)
+        )
+        if config.memory == "gla":
+            self.gk_down = Linear(host, dims.hidden_size, own * config.gate_rank, split="shared", std=dims.init_std)
+            shape = (self.num_heads, own, self.key_dim)
+            up = partial(host.parameter, *shape, axes={0: "tensor"})
+            self.gk_up = host.parameter(*shape, config.gate_rank, init=normal(dims.init_std), axes={0: "tensor"})
+            self.gk_bias = up(init=constant(0.0), decay=False)
+        else:
+            self.a_proj, self.b_proj = column(own * self.num_heads), column(own * self.num_heads)
+            per_head = partial(host.parameter, self.num_heads, axes={0: "tensor"}, decay=False, fp32=True)
+            self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
+            self.dt_bias = per_head(init=inverse_softplus_step())
+        for name, channels in {"q": keys, "k": keys, "v": values}.items():
+            part = conv.ShortConv(host, channels, config.conv_size, name=f"conv_{name}")
+            self.add_module(f"{name}_conv1d", part)
+        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: MoMConfig, dims: Dims, tensor: int, path: str) -> None:
+        heads = config.num_heads or dims.num_heads
+        size = dims.hidden_size
+        check(f"{path}.num_heads", heads, lambda n: n % tensor == 0, f"must be divisible by parallel.tensor = {tensor}")
+        if config.head_dim is None:
+            check(
+                f"{path}.num_heads",
+                heads,
+                lambda n: n % tensor == 0 and size % (2 * n) == 0,
+                f"must divide hidden_size / 2 = {size / 2:g} unless head_dim is set",
+            )
+        memories = config.num_memories
+        check(f"{path}.top_k", config.top_k, lambda n: n <= memories, f"must be at most num_memories = {memories}")
+        head_dim = config.head_dim or size // (2 * heads)
+        limit = f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit"
+        check(f"{path}.head_dim", head_dim, lambda n: n <= MAX_KEY_DIM, limit)
+        scaled(f"{path}.expand_v", head_dim, config.expand_v, "head_dim")
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x [N, hidden]` -> every memory's weight `[N, M]`, 0 where not chosen, in fp32, and the chosen, bool."""
+        config = self.config
+        scores = F.linear(x.float(), self.host.shared(self.gate.weight).float()).softmax(-1)
+        top, index = scores.topk(config.top_k, dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, index, top / top.sum(-1, keepdim=True))
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
+        if config.balance_loss and torch.is_grad_enabled():
+            balance = config.num_memories * (chosen.float().mean(0) * scores.mean(0)).sum()
+            weights = self.host.auxiliary_loss(weights, "memory_balance_loss", balance, config.balance_loss, len(x))
+        if config.shared_memory:
+            weights, chosen = F.pad(weights, (0, 1), value=1.0), F.pad(chosen, (0, 1), value=True)
+        return weights, chosen
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        """Inputs of the recurrence as the grouping orders them, memories as heads: `[B, T, heads * M, D]`."""
+        weights, chosen = (t.view(layout.batch, layout.length, 1, -1, 1) for t in self.route(x))
+        grouping = Grouping(chosen[:, :, 0, :, 0], layout.cu_seqlens)
+        weights, other = grouping.collect(weights), ~grouping.collect(chosen)
+        q, k, v = (self._convolved(name, x, grouping, layout, cache) for name in "qkv")
+        inputs: dict[str, Any] = {}
+        if self.config.memory == "gla":
+            k = k.masked_fill(other, 0.0)
+            inputs["g"] = self._log_decay(x, grouping).masked_fill(other, 0.0)
+        else:
+            q, k = l2_norm(q), l2_norm(k)
+            per_head = (layout.batch, layout.length, self.heads, -1, 1)
+            beta = self.b_proj(x).float().sigmoid()
+            a = self.a_proj(x).float().view(per_head)
+            g = -self.A_log.exp()[:, None, None] * F.softplus(a + self.dt_bias[:, None, None])
+            for name, gate in {"beta": beta.view(per_head), "g": g}.items():
+                inputs[name] = grouping.collect(gate).masked_fill(other, 0.0).squeeze(-1)
+        inputs |= {"q": q * weights.to(q.dtype), "k": k, "v": v}  # o_t = sum_m w_m q S_m = sum_m (w_m q) S_m
+        return {name: t.flatten(2, 3) for name, t in inputs.items()} | {"grouping": grouping}, self.g_proj(x)
+
+    def _convolved(self, name: str, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None) -> Tensor:
+        """q, k or v of every memory, convolved over its own tokens: `[B, T, heads, M, D]`."""
+        y = self.get_submodule(f"{name}_proj")(x)
+        module = self.get_submodule(f"{name}_conv1d")
+        assert isinstance(module, conv.ShortConv)
+        weight = module.weight.unflatten(0, (self.heads, 1, -1))
+        weight = weight.expand(-1, self.memories, -1, -1)
+        y = y.view(layout.batch, layout.length, self.heads, -1, weight.shape[2])
+        y = grouping.collect(y).flatten(2)
+        state, last = None if cache is None else cache[module.name], None
+        if state is not None:  # the last inputs among a memory's own tokens, old and new
+            window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (self.heads, self.memories, -1))
+            index = grouping.counts[:, None, :, None, None] + torch.arange(module.size - 1, device=x.device)
+            last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
+        y, _ = conv.short_conv(
+            y, weight.flatten(0, 2), None, activation="silu", state=state, cu_seqlens=layout.cu_seqlens
+        )
+        if state is not None and last is not None:
+            state.copy_(last)
+        return y.unflatten(2, (self.heads, self.memories, -1))
+
+    def _log_decay(self, x: Tensor, grouping: Grouping) -> Tensor:
+        """GLA's gate of every memory, `[B, T, heads, M, K]` in fp32."""
+        low = self.gk_down(x).view(*grouping.place.shape[:2], 1, -1, self.config.gate_rank)
+        up, bias = (t.expand(-1, self.memories, *t.shape[2:]) for t in (self.gk_up, self.gk_bias))
+        gate = torch.einsum("btmr,hmkr->bthmk", grouping.collect(low).squeeze(2), up) + bias
+        return F.logsigmoid(gate.float()) / self.config.gate_normalizer
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        grouping: Grouping = inputs["grouping"]
+        op = decay if self.config.memory == "gla" else delta
+        o, state = op(
+            **{name: t for name, t in inputs.items() if name != "grouping"},
+            initial_state=states.get("state"),
+            cu_seqlens=layout.cu_seqlens,
+        )
+        return grouping.restore(o.unflatten(2, (self.heads, self.memories))).sum(3), {"state": state}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        heads, history = self.heads * self.memories, self.config.conv_size - 1
+        sizes = {"q": self.key_dim, "k": self.key_dim, "v": self.value_dim}
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+            f"conv_{name}": ((batch, heads * size, history), None) for name, size in sizes.items()
+        }
+        return shapes | {"state": ((batch, heads, self.key_dim, self.value_dim), torch.float32)}
+
+    def recurrence_flops(self, length: int) -> float:
+        states = self.num_heads * (self.config.top_k + self.config.shared_memory)  # that a token updates and reads
+        return (4.0 if self.config.memory == "gla" else 6.0) * states * self.key_dim * self.value_dim
+
+    def activation_elements(self) -> float:
+        heads, v = self.heads * self.memories, self.heads * self.value_dim
+        keys, values = heads * self.key_dim, heads * self.value_dim
+        # the router: the token in fp32, scores, choices, permutations in int64, masks
+        router = 2 * self.dims.hidden_size + 4 * self.config.top_k + 12 * self.memories
+        # inputs of the convolutions and of the recurrence, q before its weight; o, norm, gate, its SiLU, product
+        shared = router + 5 * keys + 2 * values + 5 * v
+        if self.config.memory == "gla":
+            # in fp32 the gate before and after logsigmoid, clamped and summed up; scores within a chunk of 64
+            return shared + 2 * 4 * keys + self.memories * self.config.gate_rank + 64 * heads
+        # q, k before the L2 norm; the inverse within a chunk of 64 and, in fp32, what beta and g are computed from
+        return shared + 2 * keys + (64 + 2 * 8) * heads

@@ -20,7 +20,7 @@ def delta(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.delta.delta`. Only sums of gates are exponentiated, so any gates <= 0 are safe.
+    """See `linear_moe.modeling.ops.delta.delta`. No gate is divided by: any g <= 0 is safe.
 
     In a chunk that starts from state S, token i writes u_i = beta_i (v_i - what k_i reads), and it reads S and the
     writes before it, each decayed since: (I + L) U = diag(beta) (V - K' S), L strictly lower triangular. Inverted for
@@ -41,9 +41,8 @@ def delta(
         q, k_start, k_end = q * from_start, k * from_start, k * between[..., -1, :, None]
         decays = from_start[..., -1:, :].unbind()
     else:
-        [[similarity], [scores]], from_start, to_end = pairwise([k, q], [k], chunks.split(g.float()))
-        q, k_start, k_end = q * from_start, k * from_start, k * to_end
-        decays = from_start[..., -1, :, None].unbind()
+        [[similarity], [scores]], [k_start, q], [k_end], kept = pairwise([k, q], [k], chunks.split(g.float()))
+        decays = kept.unbind()
     inverse = unit_lower_inverse(beta[..., None] * similarity) * beta[..., None, :]
     x, w, keys = (inverse @ v).unbind(), (inverse @ k_start).unbind(), k_end.mT.unbind()
     writes = []

@@ -5,7 +5,7 @@
 
 Each mixer and width runs forward and backward in a process of its own, whole rows and packed documents. Processes
 compile side by side; a lock lets one at a time measure. Prints progress; the merged file is `NVIDIA_H100.json` or the
-like. Existing entries are kept unless tuned again.
+like. Kernels whose flags and dtypes the file has already are not tuned for a further size, unless with --again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import fcntl
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,10 @@ TOKENS = 16384
 
 
 def measure_one_at_a_time(lock: Path, most: int) -> None:
-    """Patch Triton's autotuner: compile first, measure under a lock, at most `most` configurations per kernel."""
+    """Patch Triton's autotuner: compile first, measure under a lock, at most `most` configurations per kernel.
+
+    Called after `tuned.install`, so that what the table has is found among all configurations.
+    """
     from triton.runtime.autotuner import Autotuner
     from triton.testing import do_bench
 
@@ -80,14 +84,15 @@ def run_mixer(name: str, hidden: int, heads: int) -> None:
 
 
 def chosen() -> dict[str, list[tuned.Entry]]:
-    """What every autotuner of this process chose."""
+    """What every autotuner of this process found by searching."""
     from triton.runtime.autotuner import Autotuner
 
     table: dict[str, list[tuned.Entry]] = {}
     for tuner in gc.get_objects():
         if isinstance(tuner, Autotuner) and tuner.cache and tuned.kernel_name(tuner).startswith("fla."):
-            entries = [{"key": list(key), "config": tuned.describe(config)} for key, config in tuner.cache.items()]
-            table.setdefault(tuned.kernel_name(tuner), []).extend(entries)
+            name = tuned.kernel_name(tuner)
+            new = [(key, config) for key, config in tuner.cache.items() if (name, key) not in tuned.install()]
+            table.setdefault(name, []).extend({"key": list(key), "config": tuned.describe(c)} for key, c in new)
     return table
 
 
@@ -118,12 +123,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--configs", type=int, default=8, help="most configurations to try per kernel")
     parser.add_argument("--seconds", type=float, default=600, help="time for all; what is not done by then is left out")
+    parser.add_argument("--again", action="store_true", help="tune what the file has, too")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, width, lock = args.worker
-        os.environ[tuned.VARIABLE] = "off"
+        tuned.install()
         measure_one_at_a_time(Path(lock), args.configs)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         try:
             run_mixer(name, *map(int, width.split(":")))
         finally:
@@ -142,35 +149,39 @@ def main() -> int:
     waiting = [(name, width) for width in args.widths for name in args.mixers]
     running: dict[tuple[str, str], Any] = {}
     folder, start, failed = Path(tempfile.mkdtemp()), time.monotonic(), []
-    lock = folder / "gpu"
-    while (waiting or running) and time.monotonic() - start < args.seconds:
+    environment = {**os.environ, tuned.VARIABLE: "off" if args.again or not path.exists() else str(path)}
+    while waiting or running:
+        late = time.monotonic() - start > args.seconds
+        if late:
+            failed += waiting
+            waiting = []
         while waiting and len(running) < args.jobs:
             name, width = waiting.pop(0)
             command = [sys.executable, __file__, "--out", str(args.out), "--configs", str(args.configs)]
             log = folder / f"{name}_{width}"
             with log.open("w") as output, log.with_suffix(".err").open("w") as errors:
-                process = subprocess.Popen([*command, "--worker", name, width, str(lock)], stdout=output, stderr=errors)
-            running[name, width] = (process, log)
-        for (name, width), (process, log) in list(running.items()):
+                worker = [*command, "--worker", name, width, str(folder / "gpu")]
+                running[name, width] = subprocess.Popen(worker, stdout=output, stderr=errors, env=environment)
+        for (name, width), process in list(running.items()):
+            if late:
+                process.terminate()  # it still tells what it has found
+                process.wait()
             if process.poll() is None:
                 continue
             del running[name, width]
+            log = folder / f"{name}_{width}"
             lines = log.read_text().splitlines()
             new = json.loads(lines[-1]) if lines else {}
             merge(table, new)
             write(path, header, table)
             state = f"{sum(map(len, new.values()))} entries"
             if process.returncode:
-                failed.append(name)
-                state += ", FAILED: " + log.with_suffix(".err").read_text()[-500:]
+                failed.append((name, width))
+                state += ", NOT DONE: " + log.with_suffix(".err").read_text()[-500:]
             print(f"{time.monotonic() - start:5.0f} s  {name} {width}: {state}", flush=True)
         time.sleep(0.2)
-    for (name, width), (process, *_) in running.items():
-        process.kill()
-        failed.append(name)
-        print(f"{name} {width}: not done in time")
     print(f"{path}: {len(table)} kernels, {sum(map(len, table.values()))} entries")
-    return bool(failed or waiting)
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,9 @@ def nearest(entries: list[Entry], key: list[Any]) -> dict[str, Any] | None:
     return None if best is None or distance(best["key"]) == math.inf else best["config"]
 
 
-def tuning_key(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The key under which Triton's `Autotuner` caches its choice for these arguments."""
-    given = {**dict(zip(tuner.arg_names, args, strict=False)), **kwargs}
-    given = {name: value for name, value in given.items() if name in tuner.arg_names}
+def tuning_key(tuner: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The key under which Triton's `Autotuner` caches its choice, while it runs with these keyword arguments."""
+    given = {name: value for name, value in {**tuner.nargs, **kwargs}.items() if name in tuner.arg_names}
     dtypes = [str(value.dtype) for value in given.values() if hasattr(value, "dtype")]
     return tuple([given[name] for name in tuner.keys if name in given] + dtypes)
 
@@ -73,33 +72,47 @@ def describe(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.all_kwargs().items() if value is not None}
 
 
+class _Known(Exception):
+    """Leaves the autotuner when it is about to search for what the table has."""
+
+
 @cache
-def install() -> None:
-    """Make Triton's autotuner look here first, for the kernels of flash-linear-attention."""
+def install() -> dict[tuple[str, tuple[Any, ...]], Any]:
+    """Make Triton's autotuner look here before it searches, for the kernels of flash-linear-attention.
+
+    Returns:
+        What was taken from the table so far, by kernel and key.
+    """
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.errors import OutOfResources
 
     path = table_path(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     table: dict[str, list[Entry]] = json.loads(path.read_text())["kernels"] if path else {}
-    search = Autotuner.run
+    taken: dict[tuple[str, tuple[Any, ...]], Any] = {}
+    search, candidates = Autotuner.run, Autotuner.prune_configs
+
+    def prune_configs(tuner: Any, kwargs: dict[str, Any]) -> list[Any]:  # called only for a key that is not cached
+        configs, name, key = candidates(tuner, kwargs), kernel_name(tuner), tuning_key(tuner, kwargs)
+        if not name.startswith("fla.") or (name, key) in taken:
+            return configs
+        wanted = nearest(table.get(name, []), list(key))
+        fitting = [config for config in configs if describe(config) == wanted]
+        if fitting:
+            tuner.cache[key] = taken[name, key] = fitting[0]
+            raise _Known(key)
+        _log.info("no configuration of %s for %s in %s: tuning", name, key, path)
+        return configs
 
     def run(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-        name = kernel_name(tuner)
-        if len(tuner.configs) < 2 or not name.startswith("fla."):
+        try:
             return search(tuner, *args, **kwargs)
-        key = tuning_key(tuner, args, kwargs)
-        if key in tuner.cache:
+        except _Known as known:
+            (key,) = known.args
+        try:
             return search(tuner, *args, **kwargs)
-        wanted = nearest(table.get(name, []), list(key))
-        tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
-        fitting = [config for config in tuner.prune_configs(kwargs) if describe(config) == wanted]
-        if fitting:
-            tuner.cache[key] = fitting[0]
-            try:
-                return search(tuner, *args, **kwargs)
-            except OutOfResources:
-                del tuner.cache[key]
-        _log.info("no configuration of %s for %s in %s: tuning", name, key, path)
-        return search(tuner, *args, **kwargs)
+        except OutOfResources:
+            del tuner.cache[key]
+            return search(tuner, *args, **kwargs)
 
-    Autotuner.run = run
+    Autotuner.run, Autotuner.prune_configs = run, prune_configs
+    return taken

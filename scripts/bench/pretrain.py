@@ -27,7 +27,7 @@ from typing import Any
 
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for package in ("torch", "triton", "megatron-core", "flash-linear-attention", "transformers"):
+    for package in ("torch", "triton", "megatron-core", "fla-core", "transformers"):
         try:
             found[package.replace("-", "_")] = metadata.version(package)
         except metadata.PackageNotFoundError:

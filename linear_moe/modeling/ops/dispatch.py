@@ -131,7 +131,7 @@ def has_fla() -> bool:
 def fla(module: str) -> ModuleType:
     """Imports `fla.<module>`, late: it needs triton."""
     if not has_fla():
-        raise ImportError("the GPU kernels need flash-linear-attention and triton: pip install 'linear-moe[gpu]'")
+        raise ImportError("the GPU kernels need fla-core and triton: pip install 'linear-moe[gpu]'")
     tuned.install()
     return importlib.import_module(f"fla.{module}")
 

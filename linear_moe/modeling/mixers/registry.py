@@ -15,8 +15,8 @@ MIXERS: dict[str, str] = {
     "gated_deltanet": "linear_moe.modeling.mixers.gated_deltanet:GatedDeltaNet",
     "gla": "linear_moe.modeling.mixers.gla:GatedLinearAttention",
     "hgrn": "linear_moe.modeling.mixers.hgrn:HGRN",
-    "kda": "linear_moe.modeling.mixers.kda:KimiDeltaAttention",
     "hgrn2": "linear_moe.modeling.mixers.hgrn2:HGRN2",
+    "kda": "linear_moe.modeling.mixers.kda:KimiDeltaAttention",
     "lightning": "linear_moe.modeling.mixers.lightning:LightningAttention",
     "linear_attention": "linear_moe.modeling.mixers.linear_attention:LinearAttention",
     "mamba": "linear_moe.modeling.mixers.mamba:Mamba",
@@ -25,6 +25,8 @@ MIXERS: dict[str, str] = {
     "mom": "linear_moe.modeling.mixers.mom:MixtureOfMemories",
     "rebased": "linear_moe.modeling.mixers.rebased:ReBased",
     "retention": "linear_moe.modeling.mixers.retention:Retention",
+    "titans": "linear_moe.modeling.mixers.titans:Titans",
+    "ttt_linear": "linear_moe.modeling.mixers.ttt_linear:TTTLinear",
 }
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.fast_weights.reference import inner_gradient, with_one
+from linear_moe.modeling.ops.fast_weights.reference import with_one
 from linear_moe.modeling.ops.packing import Chunks, segment_sums
 
 States = tuple[Tensor, ...]
@@ -37,21 +37,23 @@ def ttt(
     w, b = (x.float().repeat(chunks.batch, 1)[:, None] for x in (weight, bias))  # [X, 1, D]
     q, k, v, rate = (chunks.split(x.float()) for x in (q, k, v, rate[..., None]))  # [N, X, C, ...]
     keys, queries, scale = with_one(k), with_one(q), scale.float()[:, None]
-    rated = rate * keys
-    steps, tokens = (-scale[-1] * rated).mT.unbind(), list(zip(keys, k, v, strict=True))
-    earlier = None if gradient is None else gradient.flatten(0, 1)
+    rated, errors = rate * keys, w * (k + b - v)
+    parts = zip(keys, queries, errors, (-scale[-1] * rated).mT, strict=True)
+    square, earlier = w * w, None if gradient is None else gradient.flatten(0, 1)
     inner: list[Tensor] = []
+    reads: list[Tensor] = []  # here and not of all at once, so that autograd keeps one copy of the weights
 
     def advance(n: int, state: Tensor) -> Tensor:
-        key, k, v = tokens[n]
-        inner.append(inner_gradient(key @ state, k, v, w, b, eps))
+        key, query, error, step = next(parts)
+        reads.append(query @ state)
+        inner.append(_inner_gradient(key @ state, error, square, eps))
         if n == 0 and earlier is not None:
             state = state - scale[-1] * earlier
-        return torch.baddbmm(state, steps[n], inner[n])
+        return torch.baddbmm(state, step, inner[n])
 
     before, after = chunks.scan(advance, state)
     inners = torch.stack(inner)
-    z = queries @ before - (scale * (queries @ rated.mT).tril()) @ inners
+    z = torch.stack(reads) - (scale * (queries @ rated.mT).tril()) @ inners
     if earlier is not None:
         z = torch.cat([z[:1] - scale * (queries[:1] @ earlier), z[1:]])
     o = q + F.layer_norm(z, z.shape[-1:], eps=eps) * w + b
@@ -61,6 +63,15 @@ def ttt(
         gradients = gradients + earlier
     final = torch.where(complete, after, before[last].reshape(after.shape))
     return chunks.join(o).to(dtype), (final, gradients.reshape(after.shape).masked_fill(complete, 0.0))
+
+
+def _inner_gradient(z: Tensor, error: Tensor, square: Tensor, eps: float) -> Tensor:
+    """`reference.inner_gradient` by LayerNorm's fused kernels: normalised z has the gradient weight^2 z + error."""
+    normed, mean, inverse_std = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
+    slope = torch.addcmul(error, square, normed)
+    return torch.ops.aten.native_layer_norm_backward(
+        slope, z, z.shape[-1:], mean, inverse_std, None, None, [True, False, False]
+    )[0]
 
 
 def titans(
@@ -97,18 +108,21 @@ def titans(
     gates = torch.stack([ends[0], ends[1], zero, ends[2]], -1).unflatten(-1, (2, 2)).squeeze(-3)  # [N, X, 2, 2]
     downhill = -2 * rate * k
     steps = torch.cat([downhill * x[..., -1, :, None] for x in (written, carried)], -1).mT  # [N, X, 2K, C]
+    queries = torch.cat([q * kept_start, q * added_start], -1)
+    parts = zip(k, v, queries, gates, steps, strict=True)
     errors: list[Tensor] = []
-    k_of, v_of, gates_of, steps_of = k.unbind(), v.unbind(), gates.unbind(), steps.unbind()
+    reads: list[Tensor] = []  # here and not of all at once, so that autograd keeps one copy of the states
 
     def advance(n: int, states: Tensor) -> Tensor:
+        key, value, query, gate, step = next(parts)
+        reads.append(query @ states)
         at = start.flatten(0, 1) if n == 0 and cu_seqlens is None else states[:, :keys]
-        errors.append(torch.baddbmm(v_of[n], k_of[n], at, beta=-1))
-        decayed = gates_of[n] @ states.view(len(states), 2, -1)
-        return torch.baddbmm(decayed.view_as(states), steps_of[n], errors[n])
+        errors.append(torch.baddbmm(value, key, at, beta=-1))
+        decayed = gate @ states.view(len(states), 2, -1)
+        return torch.baddbmm(decayed.view_as(states), step, errors[n])
 
     before, after = chunks.scan(advance, torch.cat([state, surprise], 2))
-    queries = torch.cat([q * kept_start, q * added_start], -1)
-    o = queries @ before + (written * (q @ downhill.mT)) @ torch.stack(errors)
+    o = torch.stack(reads) + (written * (q @ downhill.mT)) @ torch.stack(errors)
     last, complete = _last_chunks(chunks, q.device)
     memory, surprise = after.split(keys, 2)
     begun = start if chunks.count == 1 and cu_seqlens is None else before[last][..., :keys, :].reshape(memory.shape)

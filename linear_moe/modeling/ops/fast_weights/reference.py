@@ -39,8 +39,8 @@ def ttt(
         o = q + F.layer_norm(apply(q, now), q.shape[-1:], eps=eps) * w + b
         return o, (now, torch.zeros_like(gradient)) if place == size - 1 else (state, gradient)
 
-    states = (state, torch.zeros_like(state) if gradient is None else gradient)
-    o, states = _documents(token, states, (q, k, v, rate), cu_seqlens)
+    initial = (state, torch.zeros_like(state) if gradient is None else gradient)
+    o, states = _documents(token, initial, (q, k, v, rate), cu_seqlens)
     return o.to(v.dtype), states
 
 

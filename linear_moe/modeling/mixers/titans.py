@@ -1,0 +1,131 @@
+"""Titans' neural memory: fast weights trained with momentum and forgetting (LMM of arXiv 2501.00663)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host, constant, normal
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.ops.fast_weights import titans
+
+
+@dataclass
+class TitansConfig(MixerConfig):
+    type: str = opt("titans", "name of the mixer")
+    num_heads: int | None = opt(None, "heads, each with a memory; null: model.num_heads", ge=1, le=2**16)
+    chunk_size: int = opt(16, "tokens whose gradients are taken at the same memory", ge=1, le=2**10)
+    conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1, le=2**10)
+    initial_rate: float = opt(0.01, "learning rate theta before training, where the token says nothing", gt=0, lt=1)
+    initial_momentum: float = opt(0.5, "momentum eta before training", gt=0, lt=1)
+    initial_forget: float = opt(0.01, "forgetting alpha before training", gt=0, lt=1)
+
+
+class Titans(LinearMixer):
+    """The paper's long-term memory as a layer of its own, with a matrix per head as memory (`L_M = 1`), learned initial
+    matrices `M0 [H, D, D]`, and gates `theta, eta, alpha` that are sigmoids of one number per head and token. As in
+    section 4.4: convolution and SiLU on q, k and v, L2 norm of q and k, norm and gate before the last projection.
+    Neither code nor weights are published."""
+
+    Config = TitansConfig
+    family = "fast_weights"
+    formula = (
+        "S_t = eta_t S_{t-1} - theta_t grad |M_c^T k_t - v_t|^2,  M_t = (1 - alpha_t) M_{t-1} + S_t,  o_t = M_t^T q_t; "
+        "M_c: M before t's chunk"
+    )
+    paper = "arXiv 2501.00663"
+
+    def __init__(self, config: TitansConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads, width = config.num_heads or dims.num_heads, dims.hidden_size
+        self.heads, self.head_dim = host.split(heads), width // heads
+        column = partial(Linear, host, width, split="column", std=dims.init_std)
+        self.q_proj, self.k_proj, self.v_proj, self.g_proj = column(width), column(width), column(width), column(width)
+        for name in "qkv":
+            self.add_module(f"{name}_conv1d", ShortConv(host, width, config.conv_size, name=f"conv_{name}"))
+        per_head = partial(host.parameter, heads, axes={0: "tensor"}, fp32=True)
+        gates = {"theta": config.initial_rate, "eta": config.initial_momentum, "alpha": config.initial_forget}
+        for name, initial in gates.items():
+            self.add_module(f"{name}_proj", column(heads))
+            bias = per_head(init=constant(math.log(initial / (1 - initial))), decay=False)
+            self.register_parameter(f"{name}_bias", bias)
+        self.M0 = per_head(self.head_dim, self.head_dim, init=normal(dims.init_std))
+        self.o_norm = RMSNorm(host, self.head_dim, dims.norm_eps, split="shared")
+        self.o_proj = Linear(host, width, width, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: TitansConfig, dims: Dims, tensor: int, path: str) -> None:
+        check(
+            f"{path}.num_heads",
+            config.num_heads or dims.num_heads,
+            lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
+            f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        rows = (layout.batch, layout.length, -1)
+        q, k, v = (
+            self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
+            for name in "qkv"
+        )
+        q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)) for t in (q, k, v))
+        theta, eta, alpha = (
+            (self.get_submodule(f"{name}_proj")(x).float() + self.get_parameter(f"{name}_bias")).view(rows)
+            for name in ("theta", "eta", "alpha")
+        )
+        gates = {"rate": theta.sigmoid(), "keep": F.logsigmoid(-alpha), "momentum": F.logsigmoid(eta)}
+        return {"q": l2_norm(q), "k": l2_norm(k), "v": v} | gates, self.g_proj(x)
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        size = self.config.chunk_size
+        carried: dict[str, Any] = {}
+        if states:
+            if layout.positions is None:
+                raise ValueError("decoding with a cache needs positions")
+            state, place = states["state"], layout.positions[:, 0] % size
+            carried = {"surprise": states["surprise"], "start": states["start"], "place": place}
+        else:
+            sequences = layout.batch if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
+            state = self.M0.expand(sequences, -1, -1, -1)
+        o, (state, surprise, start) = titans(
+            **inputs, chunk_size=size, initial_state=state, cu_seqlens=layout.cu_seqlens, **carried
+        )
+        return o, {"state": state, "surprise": surprise, "start": start}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        shape = (batch, self.heads, self.head_dim, self.head_dim)
+        states = dict.fromkeys(("state", "surprise", "start"), (shape, torch.float32))
+        return {**states, **conv_states(self, batch)}
+
+    def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
+        """Every row at the learned initial memory."""
+        cache = super().init_cache(batch, max_length, dtype, device)
+        for name in ("state", "start"):
+            cache[name].copy_(self.M0.detach())
+        return cache
+
+    def recurrence_flops(self, length: int) -> float:
+        heads = self.config.num_heads or self.dims.num_heads
+        # the error at k, its write to M and S, the readings of both; scores and errors within the chunk
+        return heads * self.head_dim * (10.0 * self.head_dim + 4.0 * self.config.chunk_size)
+
+    def activation_elements(self) -> float:
+        width, size = self.heads * self.head_dim, self.config.chunk_size
+        # the convolutions' inputs; q, k before the L2 norm and after; v, o, norm, gate, its SiLU, product; in fp32 q
+        # and k, those weighted by gates, errors and their sum; M and S of every chunk; gates between two tokens of it
+        return width * (3 + 4 + 5 + 2 * 8 + 2 * 2 * self.head_dim / size) + 2 * 7 * size * self.heads

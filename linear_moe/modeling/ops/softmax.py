@@ -65,7 +65,9 @@ def _packed(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor, longest: int, window: int | None
 ) -> Tensor | None:
     """FlashAttention over packed documents, or None where this PyTorch, device or dtype cannot."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or (found := _varlen()) is None:
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+        return None
+    if (found := _varlen()) is None:
         return None
     varlen_attn, parameters = found
     extra: dict[str, Any] = {}
@@ -119,8 +121,11 @@ def softmax_attention(
     if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
         raise ValueError("packed documents need a batch of 1 and no cache")
     value_dim = v.shape[-1]
-    if positions is None and q.shape[-1] != value_dim:  # FlashAttention takes one size
-        scale, width = q.shape[-1] ** -0.5 if scale is None else scale, max(q.shape[-1], value_dim)
+    if positions is None:  # FlashAttention takes one size for all; over packed documents, a multiple of 8
+        size, width = q.shape[-1], max(q.shape[-1], value_dim)
+        width = width if cu_seqlens is None else -(-width // 8) * 8
+        if size < width and scale is None:
+            scale = size**-0.5
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
     if cu_seqlens is not None:
         packed = _packed(q, k, v, scale, cu_seqlens, max_document or q.shape[1], window)

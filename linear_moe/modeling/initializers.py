@@ -27,3 +27,8 @@ def inverse_softplus_step(low: float = 1e-3, high: float = 0.1, floor: float = 1
 
 def uniform(bound: float) -> Init:
     return lambda t, g: t.uniform_(-bound, bound, generator=g)
+
+
+def log_integers() -> Init:
+    """`A_log = log A`, A = 1 .. S along the last dimension: S4D-Real, as in Mamba (arXiv 2312.00752, section 3.6)."""
+    return lambda t, g: t.copy_(torch.arange(1, t.shape[-1] + 1).log().expand_as(t))

@@ -41,8 +41,8 @@ def linear_scan(x: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
 
 
 def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **_: Any) -> tuple[Tensor, None]:
-    """Saves its inputs and the states before every 64 tokens."""
-    return Saves.apply(u, u, dt, A, B, C, torch.empty(len(u), -(-u.shape[1] // 64), *A.shape)), None
+    """Saves its inputs and the states before every 32 tokens."""
+    return Saves.apply(u, u, dt, A, B, C, torch.empty(len(u), -(-u.shape[1] // 32), *A.shape)), None
 
 
 SCANS = {"linear_scan": linear_scan, "selective_scan": selective_scan}

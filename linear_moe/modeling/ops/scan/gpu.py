@@ -21,5 +21,14 @@ def linear_scan(
     return h.to(x.dtype), chunk.last(h, initial_state, cu_seqlens)
 
 
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `linear_moe.modeling.ops.scan.selective_scan`; our own Triton kernels, arithmetic in fp32."""
+    from linear_moe.modeling.ops.scan.triton_kernels import selective_scan as kernels
+
+    return kernels(u, dt, A, B, C, initial_state, cu_seqlens)
+
+
 # A few batched matmuls, which is what a GPU does best.
 diagonal_scan = chunk.diagonal_scan

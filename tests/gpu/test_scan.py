@@ -1,0 +1,60 @@
+"""The scans' CUDA kernels against the references: outputs, states and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops.dispatch import has_fla
+from tests.tolerances import BF16, FP32, assert_close
+from tests.unit.ops.cases import run
+from tests.unit.ops.scans import SCANS, make_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.skipif(not has_fla(), reason="needs flash-linear-attention and triton"),
+    pytest.mark.usefixtures("no_autotuning"),
+]
+OFFSETS = [0, 0, 5, 70, 134, 134, 200]  # empty, short, a block and one token, whole blocks, empty, partial
+HALF = {"x", "u", "B", "C"}  # in bf16, as the mixers give them
+
+
+def compare(scan: str, inputs: dict[str, Tensor], tolerance: float, **options: Any) -> None:
+    actual = run(SCANS[scan], {name: x.cuda() for name, x in inputs.items()}, backend="gpu", **options)
+    if options:
+        options = {name: x.cpu() for name, x in options.items()}
+    expected = run(SCANS[scan], {name: x.float() for name, x in inputs.items()}, backend="reference", **options)
+    for name in expected:
+        assert_close(actual[name], expected[name], tolerance, f"{scan} {name}")
+
+
+@pytest.mark.parametrize("scan", list(SCANS))
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_match_reference(scan: str, packed: bool) -> None:
+    documents = len(OFFSETS) - 1 if packed else None
+    inputs = make_inputs(scan, 1 if packed else 2, 200, 96, 16, sequences=documents)
+    options = {"cu_seqlens": torch.tensor(OFFSETS, device="cuda")} if packed else {}
+    half = {name: x.bfloat16() if name in HALF else x for name, x in inputs.items()}
+    compare(scan, half, BF16, **options)
+    # fp32 inputs: fp32 arithmetic, up to the fast exponential and, for batched matmuls, PyTorch's own setting
+    compare(scan, inputs, 10 * FP32, **options)
+
+
+@pytest.mark.parametrize(("dim", "size"), [(7, 3), (40, 1), (16, 64)])
+def test_selective_scan_of_odd_sizes(dim: int, size: int) -> None:
+    for length in (1, 31, 65):
+        compare("selective", make_inputs("selective", 2, length, dim, size), 10 * FP32)
+
+
+def test_extreme_gates() -> None:
+    linear, selective = make_inputs("linear", 2, 200, 96, 16), make_inputs("selective", 2, 200, 96, 16)
+    for every, value in ((2, 0.0), (3, -1e-4), (7, -50.0), (31, -1e30), (67, float("-inf"))):
+        linear["g"][:, 5::every] = value
+    for every, value in ((3, 0.0), (5, 1e-6), (7, 1e6)):
+        selective["dt"][:, 5::every] = value
+    compare("linear", linear, 10 * FP32)
+    compare("selective", selective, 10 * FP32)

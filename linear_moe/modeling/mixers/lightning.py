@@ -15,7 +15,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check
-from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
 
 
@@ -50,7 +50,7 @@ class LightningAttention(LinearMixer):
         column = partial(Linear, host, dims.hidden_size, width, split="column", std=dims.init_std)
         self.q_proj, self.k_proj, self.v_proj, self.output_gate = column(), column(), column(), column()
         self.activation = FeatureMap(config.activation, host, self.head_dim)
-        self.norm = RMSNorm(host, width, dims.norm_eps, split="column")
+        self.norm = GatedRMSNorm(host, width, dims.norm_eps, split="column", activation="sigmoid")
         self.out_proj = Linear(host, width, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -83,7 +83,7 @@ class LightningAttention(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.out_proj(self.norm(o.reshape(gate.shape)) * gate.sigmoid())
+        return self.out_proj(self.norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         return {"state": ((batch, self.heads, self.head_dim, self.head_dim), torch.float32)}
@@ -92,5 +92,5 @@ class LightningAttention(LinearMixer):
         return 4.0 * self.num_heads * self.head_dim**2
 
     def activation_elements(self) -> float:
-        # what the activation keeps of q, k and v; o, norm, gate after its sigmoid, product
-        return self.heads * (3 * self.activation.kept + 4 * self.head_dim)
+        # what the activation keeps of q, k and v; o, the gate, the gated norm
+        return self.heads * (3 * self.activation.kept + 3 * self.head_dim)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
@@ -17,7 +16,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.norm import GatedRMSNorm, RMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.rotary import rotate, rotations
 
@@ -59,7 +58,8 @@ class Retention(LinearMixer):
                 self.add_module(f"{name}_conv1d", ShortConv(host, width, config.conv_size, name=f"conv_{name}"))
         self.feature_map = FeatureMap(config.feature_map, host, self.key_dim)
         self.g_proj = column(values) if config.output_gate else None
-        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        norm = GatedRMSNorm if config.output_gate else RMSNorm
+        self.o_norm = norm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -107,8 +107,7 @@ class Retention(LinearMixer):
         return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        o = self.o_norm(o).flatten(2).flatten(0, 1)
-        return self.o_proj(o if gate is None else o * F.silu(gate))
+        return self.o_proj(self.o_norm(o).flatten(2).flatten(0, 1) if gate is None else self.o_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.heads, self.key_dim, self.value_dim)
@@ -125,5 +124,5 @@ class Retention(LinearMixer):
         mapped = (self.feature_map.kept - self.key_dim) * (self.heads + self.kv_heads)
         if self.config.feature_map == "relu":
             mapped = q + k  # its result, which rotation does not need
-        # q, k, v as the recurrence gets them, cos and sin in fp32; o, norm; gate, its SiLU, product
-        return conv + mapped + 2 * q + 2 * o + 2 * self.key_dim + o * (1 + 3 * self.config.output_gate)
+        # q, k, v as the recurrence gets them, cos and sin in fp32; o, its gate, the (gated) norm
+        return conv + mapped + 2 * q + 2 * self.key_dim + o * (3 + self.config.output_gate)

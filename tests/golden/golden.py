@@ -31,8 +31,9 @@ def compare_golden(
     names: Names,
     prepare: Callable[..., None] | None = None,
     gradient_tolerance: float = BF16,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Output and gradients of mixer `name` in fp32 with the recorded layer's weights, to bf16's tolerance.
+    """Output and gradients of mixer `name` with the recorded layer's weights, to bf16's tolerance.
 
     Args:
         fields: of the mixer's config, at hidden size 128 and 2 heads.
@@ -41,6 +42,7 @@ def compare_golden(
         prepare: called with (mixer, layout, recorded tensors) before the forward pass, for what a layer is given
             besides `x`, `input.NAME`.
         gradient_tolerance: of the parameters' gradients.
+        dtype: of the mixer; bf16 for a layer whose own roundings exceed the tolerance.
     """
     tensors = load(recording)
     batch, length, hidden = tensors["x"].shape
@@ -48,7 +50,7 @@ def compare_golden(
     at = Dims(hidden, 2, num_layers=2, layer=layer, norm_eps=1e-5, init_std=0.02, output_init_std=0.02)
     cls, config = mixer_class(name), mixer_config(name, **fields)
     cls.validate(config, at, 1, "model.mixer")
-    mixer = cls(config, at, Host())
+    mixer = cls(config, at, Host(dtype))
 
     def by_prefix(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -57,7 +59,7 @@ def compare_golden(
     layout = Layout(batch, length)
     if prepare is not None:
         prepare(mixer, layout, tensors)
-    x = tensors["x"].flatten(0, 1).requires_grad_()
+    x = tensors["x"].flatten(0, 1).to(dtype).requires_grad_()
     y = mixer(x, layout)
     assert_close(y.view_as(tensors["y"]), tensors["y"], BF16, "output")
     parameters = dict(mixer.named_parameters())

@@ -25,6 +25,7 @@ MIXERS: dict[str, str] = {
     "mom": "linear_moe.modeling.mixers.mom:MixtureOfMemories",
     "rebased": "linear_moe.modeling.mixers.rebased:ReBased",
     "retention": "linear_moe.modeling.mixers.retention:Retention",
+    "rwkv6": "linear_moe.modeling.mixers.rwkv6:RWKV6",
     "titans": "linear_moe.modeling.mixers.titans:Titans",
     "ttt_linear": "linear_moe.modeling.mixers.ttt_linear:TTTLinear",
 }

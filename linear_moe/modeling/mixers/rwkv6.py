@@ -1,0 +1,157 @@
+"""RWKV-6, "Finch": a decay per key channel, a bonus for the current token, token shift that depends on the token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import token_shift
+from linear_moe.modeling.host import Host, Init
+from linear_moe.modeling.initializers import uniform
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import LayerNorm
+from linear_moe.modeling.ops.decay import decay
+
+
+@dataclass
+class RWKV6Config(MixerConfig):
+    type: str = opt("rwkv6", "name of the mixer")
+    num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
+    expand_k: float = opt(1.0, "width of all heads' keys over hidden_size", gt=0, le=64)
+    expand_v: float = opt(1.0, "width of all heads' values over hidden_size", gt=0, le=64)
+    shift_rank: int = opt(32, "rank of each of the five token shifts' dependence on the token", ge=1, le=2**20)
+    decay_rank: int = opt(64, "rank of the decay's projection", ge=1, le=2**20)
+    norm_eps: float | None = opt(None, "epsilon of the norm of heads (RWKV-LM: 64e-5); null: model.norm_eps", gt=0)
+
+
+class RWKV6(LinearMixer):
+    """Weights as in flash-linear-attention's `RWKV6Attention`: `r_proj`, `k_proj`, `v_proj`, `g_proj`, `w_proj.N` for
+    its `NAME_proj.linear` and `w_proj.linear.lora.N`; `x_mu`, `x_down`, `x_up` for `x_proj.0.mu`,
+    `x_proj.0.linear.weight`, `x_proj.2.weight`; `x_bias`, `bonus`, `g_norm`, `o_proj` as they are.
+
+    Initial values are RWKV-LM's; where it starts a low-rank projection at zero, its first factor is normal here and its
+    second one small, as there.
+    """
+
+    Config = RWKV6Config
+    family = "decay"
+    formula = "S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_t^T,  o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t"
+    paper = "arXiv 2404.05892"
+    unsplit_states = frozenset({"shift"})
+
+    def __init__(self, config: RWKV6Config, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads, hidden = config.num_heads or dims.num_heads, dims.hidden_size
+        keys, values = round(hidden * config.expand_k), round(hidden * config.expand_v)
+        self.heads, self.key_dim, self.value_dim = host.split(heads), keys // heads, values // heads
+        depth, to_last = dims.layer / max(dims.num_layers - 1, 1), 1 - dims.layer / dims.num_layers
+        whole = partial(host.parameter, decay=False)
+        self.x_mu = whole(hidden, init=_shift(to_last))
+        self.x_bias = whole(5, hidden, init=_shifts(depth, to_last))
+        self.x_down = host.parameter(5 * config.shift_rank, hidden, init=uniform(hidden**-0.5))
+        self.x_up = host.parameter(hidden, 5 * config.shift_rank, init=uniform(0.01))
+        column = partial(Linear, host, split="column", std=dims.init_std)
+        self.r_proj, self.k_proj = column(hidden, keys), column(hidden, keys)
+        self.v_proj, self.g_proj = column(hidden, values), column(hidden, values)
+        self.w_proj = nn.Sequential(
+            Linear(host, hidden, config.decay_rank, split="shared", std=dims.init_std),
+            nn.Tanh(),
+            Linear(host, config.decay_rank, keys, split="column", bias=True, init=uniform(0.01)),
+        )
+        self.w_proj[2].bias = host.parameter(keys, init=_decays(depth), axes={0: "tensor"}, decay=False)
+        self.bonus = host.parameter(heads, self.key_dim, init=_bonus(depth), axes={0: "tensor"}, decay=False, fp32=True)
+        self.g_norm = LayerNorm(host, values, config.norm_eps or dims.norm_eps, split="column", groups=heads)
+        self.o_proj = Linear(host, values, hidden, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: RWKV6Config, dims: Dims, tensor: int, path: str) -> None:
+        keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
+        values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
+        check(
+            f"{path}.num_heads",
+            config.num_heads or dims.num_heads,
+            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
+            f"must divide the key width {keys} and value width {values} and be divisible by parallel.tensor = {tensor}",
+        )
+
+    def shifted(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        """`x`, `before [N, hidden]` -> five interpolations between them, for r, w, k, v and g."""
+        mu, down, up, bias = (self.host.shared(p) for p in (self.x_mu, self.x_down, self.x_up, self.x_bias))
+        change = before - x
+        low = torch.tanh(F.linear(x + change * mu, down)).unflatten(-1, (5, -1))
+        weights = torch.einsum("nir,hir->inh", low, up.unflatten(-1, (5, -1))) + bias[:, None]
+        return (x + change * weights).unbind()
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+        rows = (layout.batch, layout.length, -1)
+        before = token_shift(x.view(rows), layout, cache)
+        x_r, x_w, x_k, x_v, x_g = self.shifted(x, before.view_as(x))
+        tokens = {"q": self.r_proj(x_r), "k": self.k_proj(x_k), "v": self.v_proj(x_v)}
+        tokens["g"] = -self.w_proj(x_w).float().exp()
+        inputs = {name: y.view(rows).unflatten(-1, (self.heads, -1)) for name, y in tokens.items()}
+        return inputs | {"bonus": self.bonus}, self.g_proj(x_g)
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        o, state = decay(**inputs, scale=1.0, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.o_proj(self.g_norm(o.reshape(gate.shape)) * F.silu(gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        state = (batch, self.heads, self.key_dim, self.value_dim)
+        return {"state": (state, torch.float32), "shift": ((batch, self.dims.hidden_size), None)}
+
+    def recurrence_flops(self, length: int) -> float:
+        heads = self.config.num_heads or self.dims.num_heads
+        return heads * (4.0 * self.key_dim * self.value_dim + 3.0 * self.key_dim + 2.0 * self.value_dim)
+
+    def activation_elements(self) -> float:
+        hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
+        # the step from the token before, its first interpolation, the five weights and results; low ranks; q, k; in
+        # fp32 the exponential, the gate, the gate clamped; v, o, normalised o without and with its weight, gate, its
+        # SiLU, product; scores within a chunk of 64
+        low = 5 * self.config.shift_rank + self.config.decay_rank
+        return 12 * hidden + low + 2 * k + 2 * 3 * k + 7 * v + 64 * self.heads
+
+
+def _shift(to_last: float, power: float = 1.0, less: float = 0.0) -> Init:
+    """The share of the token before, by channel: from all of it to almost none."""
+
+    def fill(t: Tensor, _: torch.Generator) -> None:
+        channels = torch.arange(t.shape[-1], device=t.device) / t.shape[-1]
+        t.copy_(1 - channels ** (power * to_last) - less)
+
+    return fill
+
+
+def _shifts(depth: float, to_last: float) -> Init:
+    rest = {"r": (0.5, 0.0), "w": (1.0, 0.0), "k": (1.0, 0.0), "v": (1.0, 0.3 * depth), "g": (0.5, 0.0)}
+
+    def fill(t: Tensor, generator: torch.Generator) -> None:
+        for row, (power, less) in zip(t, rest.values(), strict=True):
+            _shift(to_last, power, less)(row, generator)
+
+    return fill
+
+
+def _decays(depth: float) -> Init:
+    """log(-log decay) from -6, the slowest channel, to -1."""
+    return lambda t, _: t.copy_(-6 + 5 * torch.linspace(0, 1, len(t), device=t.device) ** (0.7 + 1.3 * depth))
+
+
+def _bonus(depth: float) -> Init:
+    def fill(t: Tensor, _: torch.Generator) -> None:
+        n = torch.arange(t.numel(), device=t.device)
+        t.copy_((depth * (1 - n / max(t.numel() - 1, 1)) + ((n + 1) % 3 - 1) * 0.1).view_as(t))
+
+    return fill

@@ -72,7 +72,7 @@ class Chunks:
             behind = self.count * self.size - self.length - self.skip
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (self.skip, behind))
         x = x.unflatten(1, (self.count, self.size)).movedim((1, 3), (0, 2))
-        return x.reshape(self.count, self.batch * self.heads, self.size, *x.shape[4:])
+        return x.reshape(self.count, self.batch * self.heads, self.size, *x.shape[4:]).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
         """`[N, B*H, C, D]` -> `[B, T, H, D]`."""
@@ -90,6 +90,11 @@ class Chunks:
         Returns:
             The states before every chunk `[N, B*H, K, V]`, and the final states `[sequences, H, K, V]`.
         """
+        before, final = self.walk(advance, initial_state)
+        return torch.stack(before), final
+
+    def walk(self, advance: Callable[[int, Tensor], Tensor], initial_state: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`scan` for an `advance` that reads the states itself: those before every chunk are not copied together."""
         starts = initial_state.reshape(len(self.spans), -1, *initial_state.shape[2:]).unbind()
         before, final = [], []
         for state, (first, end) in zip(starts, self.spans, strict=True):
@@ -97,7 +102,7 @@ class Chunks:
                 before.append(state)
                 state = advance(n, state)
             final.append(state)
-        return torch.stack(before), torch.stack(final).reshape(initial_state.shape)
+        return before, torch.stack(final).reshape(initial_state.shape)
 
 
 def chunk_size(length: int) -> int:

@@ -38,7 +38,7 @@ def ttt(
     q, k, v, rate = (chunks.split(x.float()) for x in (q, k, v, rate[..., None]))  # [N, X, C, ...]
     keys, queries, scale = with_one(k), with_one(q), scale.float()[:, None]
     rated, errors = rate * keys, w * (k + b - v)
-    parts = zip(keys, queries, errors, (-scale[-1] * rated).mT, strict=True)
+    parts = zip(keys, queries, errors, (-scale[-1] * rated).mT.contiguous(), strict=True)
     square, earlier = w * w, None if gradient is None else gradient.flatten(0, 1)
     inner: list[Tensor] = []
     reads: list[Tensor] = []  # here and not of all at once, so that autograd keeps one copy of the weights
@@ -51,18 +51,18 @@ def ttt(
             state = state - scale[-1] * earlier
         return torch.baddbmm(state, step, inner[n])
 
-    before, after = chunks.scan(advance, state)
+    before, after = chunks.walk(advance, state)
     inners = torch.stack(inner)
     z = torch.stack(reads) - (scale * (queries @ rated.mT).tril()) @ inners
     if earlier is not None:
         z = torch.cat([z[:1] - scale * (queries[:1] @ earlier), z[1:]])
     o = q + F.layer_norm(z, z.shape[-1:], eps=eps) * w + b
     last, complete = _last_chunks(chunks, q.device)
-    gradients = rated[last].mT @ inners[last]
+    gradients = torch.stack([rated[n].mT @ inner[n] for n in last])
     if earlier is not None and chunks.count == 1:
         gradients = gradients + earlier
-    final = torch.where(complete, after, before[last].reshape(after.shape))
-    return chunks.join(o).to(dtype), (final, gradients.reshape(after.shape).masked_fill(complete, 0.0))
+    final = torch.where(complete, after, torch.stack([before[n] for n in last]).view_as(after))
+    return chunks.join(o).to(dtype), (final, gradients.view_as(after).masked_fill(complete, 0.0))
 
 
 def _inner_gradient(z: Tensor, error: Tensor, square: Tensor, eps: float) -> Tensor:
@@ -107,7 +107,7 @@ def titans(
     ends = [x[..., -1, :] for x in (kept_start, added_start, carried_start)]
     gates = torch.stack([ends[0], ends[1], zero, ends[2]], -1).unflatten(-1, (2, 2)).squeeze(-3)  # [N, X, 2, 2]
     downhill = -2 * rate * k
-    steps = torch.cat([downhill * x[..., -1, :, None] for x in (written, carried)], -1).mT  # [N, X, 2K, C]
+    steps = torch.cat([downhill * x[..., -1, :, None] for x in (written, carried)], -1).mT.contiguous()  # [N, X, 2K, C]
     queries = torch.cat([q * kept_start, q * added_start], -1)
     parts = zip(k, v, queries, gates, steps, strict=True)
     errors: list[Tensor] = []
@@ -121,15 +121,17 @@ def titans(
         decayed = gate @ states.view(len(states), 2, -1)
         return torch.baddbmm(decayed.view_as(states), step, errors[n])
 
-    before, after = chunks.scan(advance, torch.cat([state, surprise], 2))
+    before, after = chunks.walk(advance, torch.cat([state, surprise], 2))
     o = torch.stack(reads) + (written * (q @ downhill.mT)) @ torch.stack(errors)
     last, complete = _last_chunks(chunks, q.device)
     memory, surprise = after.split(keys, 2)
-    begun = start if chunks.count == 1 and cu_seqlens is None else before[last][..., :keys, :].reshape(memory.shape)
+    begun = torch.stack([before[n][:, :keys] for n in last]).view_as(memory)
+    if chunks.count == 1 and cu_seqlens is None:
+        begun = start
     return chunks.join(o).to(dtype), (memory, surprise, torch.where(complete, memory, begun))
 
 
-def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of every document (or of all rows): its last chunk's index `[S]`, and whether that is full `[S, 1, 1, 1]`."""
-    last = torch.tensor([max(end - 1, 0) for _, end in chunks.spans])
-    return last.to(device), torch.tensor(chunks.complete).view(-1, 1, 1, 1).to(device)
+def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[list[int], Tensor]:
+    """Of every document (or of all rows): its last chunk's index, and whether that is full `[S, 1, 1, 1]`."""
+    complete = torch.tensor(chunks.complete).view(-1, 1, 1, 1).to(device)
+    return [max(end - 1, 0) for _, end in chunks.spans], complete

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Chunks against the token-by-token definition on one CPU thread, as docs/results/NAME.json.
+
+Every op and gate form of the tests (B1, H4, K = V = 64, fp32), then the recurrence of every mixer with default options
+on the inputs that it makes of random tokens (hidden size 256, 4 heads). Seconds are medians; forward without autograd,
+and forward+backward with the gradients of all inputs. The reference runs once where it takes over a second.
+
+    python scripts/bench/ops_cpu.py
+    python scripts/bench/ops_cpu.py --only delta --length 512 --folder /tmp
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from pretrain import commit, versions
+from torch import Tensor
+
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.mixers.base import Dims, Layout, LinearMixer
+from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
+from linear_moe.modeling.ops.dispatch import use_backend
+from tests.unit.ops.cases import OPS, VARIANTS, make_inputs
+
+HEADS, SIZE = 4, 64
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
+def leaves(value: Any) -> Any:
+    """The same nesting with floating-point tensors as leaves that require gradients."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.is_floating_point())
+    if isinstance(value, dict):
+        return {key: leaves(item) for key, item in value.items()}
+    return type(value)(map(leaves, value)) if isinstance(value, tuple | list) else value
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median of 5 after a warm-up; of 1 where that takes over a second."""
+    times = []
+    while len(times) < 6 and (not times or times[0] < 1.0):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:] or times)
+
+
+def measure(function: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
+    """Seconds of both implementations, and how many times faster the chunks are."""
+    inputs = leaves(inputs)
+    wanted = [x for x in tensors(inputs) if x.requires_grad]
+
+    def both() -> None:
+        outputs = [y for y in tensors(function(inputs)) if y.requires_grad]
+        torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(inputs)
+
+    row: dict[str, float] = {}
+    for backend in ("chunk", "reference"):
+        with use_backend(backend):
+            row |= {f"{backend}_forward_seconds": seconds(forward), f"{backend}_seconds": seconds(both)}
+    row["forward_speedup"] = row["reference_forward_seconds"] / row["chunk_forward_seconds"]
+    row["speedup"] = row["reference_seconds"] / row["chunk_seconds"]
+    return row
+
+
+def ops(length: int, only: str) -> Iterator[dict[str, Any]]:
+    for family, gate in VARIANTS:
+        if only in family:
+            inputs = make_inputs(family, gate, (1, length, HEADS, SIZE, SIZE), with_state=False)
+            yield {"op": family, "gate": gate, **measure(lambda x, op=OPS[family]: op(**x), inputs)}
+
+
+def mixers(length: int, only: str) -> Iterator[dict[str, Any]]:
+    dims = Dims(HEADS * SIZE, HEADS, num_layers=2, layer=0, norm_eps=1e-5, init_std=0.02, output_init_std=0.02)
+    layout = Layout(1, length)
+    for name in sorted(MIXERS):
+        cls = mixer_class(name)
+        if only not in name or not issubclass(cls, LinearMixer):
+            continue
+        cls.validate(mixer_config(name), dims, 1, "model.mixer")
+        mixer = cls(mixer_config(name), dims, Host())
+        initialize(mixer, mixer.host, seed=0)
+        x = torch.randn(length, HEADS * SIZE, generator=torch.Generator().manual_seed(0))
+        inputs, _ = mixer.project(x, layout, None)
+        run = lambda given, mixer=mixer: mixer.recurrence(given, layout, {})  # noqa: E731
+        yield {"op": cls.family, "mixer": name, **measure(run, inputs)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--only", default="", help="ops and mixers whose name has this in it")
+    parser.add_argument("--name", default="ops_cpu", help="FOLDER/NAME.json")
+    parser.add_argument("--folder", default="docs/results")
+    parser.add_argument("--note", action="append", default=[], help="kept in the file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for row in chain(ops(args.length, args.only), mixers(args.length, args.only)):
+        rows.append(row)
+        what = row["mixer"] if "mixer" in row else f"{row['op']} {row['gate']}"
+        print(f"{what:24} {row['chunk_seconds']:8.3f} s, {row['speedup']:6.1f} x;", end=" ")
+        print(f"forward {row['chunk_forward_seconds']:8.3f} s, {row['forward_speedup']:6.1f} x", flush=True)
+    result = {
+        "name": args.name,
+        "device": platform.processor() or platform.machine(),
+        "gpus": 0,
+        "threads": 1,
+        **versions(),
+        "commit": commit(),
+        "command": shlex.join(["scripts/bench/ops_cpu.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "notes": args.note,
+        "batch": 1,
+        "sequence_length": args.length,
+        "heads": HEADS,
+        "key_dim": SIZE,
+        "value_dim": SIZE,
+        "dtype": "fp32",
+        "rows": rows,
+    }
+    path = Path(args.folder) / f"{args.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

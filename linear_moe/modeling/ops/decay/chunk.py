@@ -48,8 +48,8 @@ def decay(
 
     before, final = chunks.scan(advance, state)
     across = q @ before
-    o = o + across if from_start is None else torch.addcmul(o, from_start, across)
-    return chunks.join(o if own is None else o + own).to(dtype), final
+    o = o.add_(across) if from_start is None else torch.addcmul(o, from_start, across)
+    return chunks.join(o if own is None else o.add_(own)).to(dtype), final
 
 
 def _key_gates(

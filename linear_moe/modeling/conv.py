@@ -46,9 +46,15 @@ class ShortConv(nn.Module):
         """`x [B, T, channels / tensor]` -> the same shape; reads and writes `cache[name]` in place."""
         state = None if cache is None else cache[self.name]
         y, final = short_conv(
-            x, self.weight, self.bias, activation=self.activation, state=state, cu_seqlens=layout.cu_seqlens
+            x,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            state=state,
+            cu_seqlens=layout.cu_seqlens,
+            output_state=state is not None,
         )
-        if state is not None and final is not state:
+        if state is not None and final is not None and final is not state:
             state.copy_(final)
         return y
 

@@ -24,11 +24,16 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, definition: Callable[..., Tensor], kernels: ModuleType | None, options: dict, *inputs: Tensor | None
+        ctx: Any,
+        definition: Callable[..., Tensor] | None,
+        kernels: ModuleType | None,
+        options: dict,
+        *inputs: Tensor | None,
     ) -> Tensor:
         ctx.definition, ctx.kernels, ctx.options = definition, kernels, options
         ctx.save_for_backward(*inputs)
-        return (definition if kernels is None else kernels.forward)(*inputs, **options)
+        function: Any = definition if kernels is None else kernels.forward
+        return function(*inputs, **options)
 
     @staticmethod
     @once_differentiable
@@ -53,10 +58,15 @@ def fused(definition: Callable[..., Tensor], kernels: str, *inputs: Tensor | Non
     """
     first = inputs[0]
     assert first is not None
-    module = None
     if first.is_cuda and has_triton():
-        module = importlib.import_module(f"linear_moe.modeling.ops.{kernels}")
-    return _Fused.apply(definition, module, options, *inputs)
+        return on_kernels(kernels, *inputs, **options)
+    return _Fused.apply(definition, None, options, *inputs)
+
+
+def on_kernels(kernels: str, *inputs: Tensor | None, **options: Any) -> Tensor:
+    """The Triton kernels of `fused`, for inputs on CUDA."""
+    module = importlib.import_module(f"linear_moe.modeling.ops.{kernels}")
+    return _Fused.apply(None, module, options, *inputs)
 
 
 def upcast(x: Tensor) -> Tensor:

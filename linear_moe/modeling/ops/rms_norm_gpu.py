@@ -144,7 +144,7 @@ def _tiles(
     block = triton.next_power_of_2(size)
     rows = max(1, TILE // block)
     options = {"SIZE": size, "BLOCK": block, "ROWS": rows, "BY_GROUP": by_group}
-    options["num_warps"] = min(16, max(4, block // 512))
+    options["num_warps"] = min(16, max(4 if skip is None else 8, block // 512))  # a skip takes registers
     return (weight, len(x), groups, options) if by_group else (weight, len(x) * groups, 1, options)
 
 

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
+from linear_moe.modeling.ops.fused import has_triton, on_kernels
 
 ACTIVATIONS = ("silu", None)
+KERNEL_TAPS = 4  # our kernels take at most as many
 
 
 def short_conv(
@@ -19,10 +21,12 @@ def short_conv(
     activation: str | None = "silu",
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    output_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """y[t] = activation(bias + sum_w weight[:, w] x[t - (W - 1) + w]); before a document: its state, or zeros.
 
-    Uses the kernels of flash-linear-attention on CUDA where installed. Sums in fp32.
+    On CUDA in Triton kernels without a state (training), with one in those of flash-linear-attention, where installed.
+    Sums in fp32.
 
     Args:
         x: `[B, T, C]`.
@@ -33,9 +37,11 @@ def short_conv(
             With T = 1, no `cu_seqlens` and gradients disabled it is UPDATED IN PLACE and returned.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
 
+        output_state: False: the final state is not asked for.
+
     Returns:
-        `y [B, T, C]` in x's dtype and the final state `[N, C, W - 1]` in the dtype of `state` (x's if None); both
-        differentiable in every input.
+        `y [B, T, C]` in x's dtype and the final state `[N, C, W - 1]` in the dtype of `state` (x's if None), or None;
+        both differentiable in every input.
 
     Raises:
         ValueError: shapes or an activation that do not fit.
@@ -47,6 +53,10 @@ def short_conv(
         state.copy_(window[..., 1:])
         y = (window.float() * weight.float()).sum(-1)[:, None]
         return _finish(y, bias, activation).to(x.dtype), state
+    if x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton():
+        first = None if cu_seqlens is None else _first(cu_seqlens, x.shape[1])
+        y = on_kernels("short_conv_gpu", x, weight, bias, first, activation=activation)
+        return y, _last(x, width - 1, cu_seqlens) if output_state else None
     if x.is_cuda and width > 1 and has_fla():
         return _kernel(x, weight, bias, activation, state, cu_seqlens)
     if state is None:
@@ -60,6 +70,21 @@ def short_conv(
     else:
         y, final = _packed(x.float(), weight.float(), before, cu_seqlens)
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
+
+
+def _first(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The first token of every token's document, `[T]` int32."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].int()
+
+
+def _last(x: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The last inputs of every sequence, zeros before its first: `[N, C, history]`."""
+    if cu_seqlens is None:
+        return F.pad(x, (0, 0, history, 0))[:, x.shape[1] :].mT if x.shape[1] < history else x[:, -history:].mT
+    places = cu_seqlens[1:, None] + torch.arange(-history, 0, device=x.device)
+    inside = places >= cu_seqlens[:-1, None]
+    return x[0][places.clamp(min=0)].where(inside[..., None], x.new_zeros(())).mT
 
 
 def _packed(x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

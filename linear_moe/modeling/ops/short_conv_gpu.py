@@ -1,0 +1,186 @@
+"""`short_conv` without a state, up to 4 taps, in two Triton kernels.
+
+Each row of a tile walks along a run of tokens with the last inputs in registers, so that every input is read about
+once; the backward pass computes the convolution again instead of keeping it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+RUN = 28  # tokens of a run: the walk begins 3 tokens before and ends 3 after
+UNROLL = tl.constexpr(4)  # steps whose loads are under way together; divides RUN and RUN + 4
+TILE = 512  # elements of a tile, 4 for each thread of 4 warps
+COLUMNS = 128  # channels of a tile at most
+PROGRAMS = 16  # per multiprocessor, each with its own partial sums of the weight's gradient
+
+
+@triton.jit
+def _tap(weight, channel, inside, lag: tl.constexpr, WIDTH: tl.constexpr):
+    """The weight of the input `lag` tokens ago, `[1, COLUMNS]`; 0 beyond the filter."""
+    if lag < WIDTH:
+        return tl.load(weight + channel * WIDTH + (WIDTH - 1 - lag), mask=inside, other=0.0).to(tl.float32)[None, :]
+    else:
+        return tl.zeros_like(channel).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _load(x, token, tokens, stride, channel, inside):
+    here = ((token >= 0) & (token < tokens))[:, None] & inside[None, :]
+    return tl.load(x + token.to(tl.int64)[:, None] * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _position(first, token, tokens, length):
+    """Of a token in its row or document, `[ROWS, 1]`."""
+    if first is None:
+        return (token % length)[:, None]
+    else:
+        return (token - tl.load(first + token, mask=token < tokens, other=0))[:, None]
+
+
+@triton.jit
+def _forward(
+    x, weight, bias, first, y, tokens, length, channels, stride, WIDTH: tl.constexpr, RUN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    start = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)) * RUN
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = channel < channels
+    w0, w1 = _tap(weight, channel, inside, 0, WIDTH), _tap(weight, channel, inside, 1, WIDTH)
+    w2, w3 = _tap(weight, channel, inside, 2, WIDTH), _tap(weight, channel, inside, 3, WIDTH)
+    x1 = _load(x, start - 1, tokens, stride, channel, inside)
+    x2 = _load(x, start - 2, tokens, stride, channel, inside)
+    x3 = _load(x, start - 3, tokens, stride, channel, inside)
+    b = tl.zeros((1, COLUMNS), tl.float32)
+    if bias is not None:
+        b += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    for step in range(0, RUN, UNROLL):
+        for i in tl.static_range(UNROLL):
+            token = start + step + i
+            x0 = _load(x, token, tokens, stride, channel, inside)
+            p = _position(first, token, tokens, length)
+            z = b + w0 * x0
+            z += tl.where(p >= 1, w1 * x1, 0.0) + tl.where(p >= 2, w2 * x2, 0.0) + tl.where(p >= 3, w3 * x3, 0.0)
+            if SILU:
+                z *= tl.sigmoid(z)
+            to = y + token.to(tl.int64)[:, None] * channels + channel[None, :]
+            tl.store(to, z.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & inside[None, :])
+            x3 = x2
+            x2 = x1
+            x1 = x0
+
+
+@triton.jit
+def _backward(
+    dy, x, weight, bias, first, dx, dweight, dbias, tokens, length, channels, stride_dy, stride, WIDTH: tl.constexpr,
+    RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = channel < channels
+    w0, w1 = _tap(weight, channel, inside, 0, WIDTH), _tap(weight, channel, inside, 1, WIDTH)
+    w2, w3 = _tap(weight, channel, inside, 2, WIDTH), _tap(weight, channel, inside, 3, WIDTH)
+    b = tl.zeros((1, COLUMNS), tl.float32)
+    if bias is not None:
+        b += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    none = tl.zeros((ROWS, COLUMNS), tl.float32)
+    s0, s1, s2, s3, sum_bias = none, none, none, none, none
+    for block in range(tl.program_id(0) * ROWS, tl.cdiv(tokens, RUN), tl.num_programs(0) * ROWS):
+        start = (block + tl.arange(0, ROWS)) * RUN
+        x1 = _load(x, start - 1, tokens, stride, channel, inside)
+        x2 = _load(x, start - 2, tokens, stride, channel, inside)
+        x3 = _load(x, start - 3, tokens, stride, channel, inside)
+        d1, d2, d3 = none, none, none  # what is known of the gradients of the last three inputs
+        for step in range(0, RUN + UNROLL, UNROLL):
+            for i in tl.static_range(UNROLL):
+                token = start + step + i
+                x0 = _load(x, token, tokens, stride, channel, inside)
+                d = _load(dy, token, tokens, stride_dy, channel, inside)
+                p = _position(first, token, tokens, length)
+                y1, y2, y3 = tl.where(p >= 1, x1, 0.0), tl.where(p >= 2, x2, 0.0), tl.where(p >= 3, x3, 0.0)
+                if SILU:
+                    z = b + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
+                    s = tl.sigmoid(z)
+                    d *= s * (1 + z * (1 - s))
+                own = tl.where(step < RUN, d, 0.0)  # the weight's gradient from tokens after the run is not ours
+                s0 += own * x0
+                s1 += own * y1
+                s2 += own * y2
+                s3 += own * y3
+                sum_bias += own
+                d3 += tl.where(p >= 3, w3 * d, 0.0)
+                d2 += tl.where(p >= 2, w2 * d, 0.0)
+                d1 += tl.where(p >= 1, w1 * d, 0.0)
+                at = token - 3
+                to = dx + at.to(tl.int64)[:, None] * channels + channel[None, :]
+                ours = (at >= start) & (at < start + RUN) & (at < tokens)
+                tl.store(to, d3.to(dx.dtype.element_ty), mask=ours[:, None] & inside[None, :])
+                d3 = d2
+                d2 = d1
+                d1 = w0 * d
+                x3 = x2
+                x2 = x1
+                x1 = x0
+    partial = tl.program_id(0) * channels + channel
+    tl.store(dweight + partial * WIDTH + WIDTH - 1, tl.sum(s0, 0), mask=inside)
+    if WIDTH > 1:
+        tl.store(dweight + partial * WIDTH + WIDTH - 2, tl.sum(s1, 0), mask=inside)
+    if WIDTH > 2:
+        tl.store(dweight + partial * WIDTH + WIDTH - 3, tl.sum(s2, 0), mask=inside)
+    if WIDTH > 3:
+        tl.store(dweight + partial * WIDTH + WIDTH - 4, tl.sum(s3, 0), mask=inside)
+    if bias is not None:
+        tl.store(dbias + partial, tl.sum(sum_bias, 0), mask=inside)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, T, C]` -> `[B T, C]` with neighbouring channels, without a copy where strides allow."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _tile(channels: int, weight: Tensor, activation: str | None) -> dict[str, Any]:
+    columns = min(COLUMNS, triton.next_power_of_2(channels))
+    silu = activation == "silu"
+    return {"WIDTH": weight.shape[1], "RUN": RUN, "ROWS": TILE // columns, "COLUMNS": columns, "SILU": silu}
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, *, activation: str | None) -> Tensor:
+    """`x [B, T, C]` -> `y [B, T, C]`; see `short_conv`.
+
+    Args:
+        first: `[B T]` int32, the first token of each token's document; None: rows are documents.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flat, tile = _flat(x), _tile(x.shape[2], weight, activation)
+    tokens, channels = flat.shape
+    grid = (triton.cdiv(triton.cdiv(tokens, RUN), tile["ROWS"]), triton.cdiv(channels, tile["COLUMNS"]))
+    _forward[grid](
+        flat, weight.contiguous(), bias, first, y, tokens, x.shape[1], channels, flat.stride(0), **tile, num_warps=4
+    )
+    return y
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, *, activation: str | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias. Sums over tokens are in a fixed order."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flat, dy, tile = _flat(x), _flat(grad), _tile(x.shape[2], weight, activation)
+    tokens, channels = flat.shape
+    blocks = triton.cdiv(channels, tile["COLUMNS"])
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    programs = min(triton.cdiv(triton.cdiv(tokens, RUN), tile["ROWS"]), triton.cdiv(PROGRAMS * processors, blocks))
+    dweight = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
+    dbias = None if bias is None else torch.empty(programs, channels, dtype=torch.float32, device=x.device)
+    _backward[(programs, blocks)](
+        dy, flat, weight.contiguous(), bias, first, dx, dweight, dbias, tokens, x.shape[1], channels, dy.stride(0),
+        flat.stride(0), **tile, num_warps=4,
+    )  # fmt: skip
+    sums = (None if s is None else s.sum(0).to(weight.dtype) for s in (dweight, dbias))
+    return dx, *sums, None

@@ -10,8 +10,15 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.delta import delta
+from linear_moe.modeling.ops.delta.product import delta_product
+from linear_moe.modeling.ops.dplr import dplr
 
-OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"decay": decay, "delta": delta}
+OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "decay": decay,
+    "delta": delta,
+    "delta_product": delta_product,
+    "dplr": dplr,
+}
 
 VARIANTS = [
     ("decay", None),
@@ -28,10 +35,13 @@ VARIANTS = [
     ("delta", None),
     ("delta", "scalar"),
     ("delta", "vector"),
+    ("delta_product", None),
+    ("delta_product", "scalar"),
+    ("dplr", "vector"),
 ]
 """Every family with the forms of its gates."""
 
-NO_KERNEL = [("decay", "vector+value+bonus")]
+NO_KERNEL = [("decay", "vector+value+bonus"), ("dplr", "vector")]
 """Those that the GPU computes as the CPU does."""
 
 
@@ -59,6 +69,15 @@ def make_inputs(
     if family == "delta":
         inputs["k"] = F.normalize(inputs["k"], dim=-1)
         inputs["beta"] = normal(batch, length, heads).sigmoid()
+    elif family == "delta_product":
+        inputs["k"] = F.normalize(normal(batch, length, 2, heads, key_dim), dim=-1)
+        inputs["v"], inputs["beta"] = (
+            normal(batch, length, 2, heads, value_dim),
+            normal(batch, length, 2, heads).sigmoid(),
+        )
+    elif family == "dplr":
+        inputs["a"] = -F.normalize(normal(batch, length, heads, key_dim), dim=-1)
+        inputs["b"] = -inputs["a"] * normal(batch, length, heads, key_dim).sigmoid()
     rows = (batch, length, heads)
     shapes = {"constant": (heads,), "scalar": rows, "vector": (*rows, key_dim), "value": (*rows, value_dim)}
     for form in gate.split("+") if gate is not None else []:

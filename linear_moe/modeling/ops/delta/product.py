@@ -1,0 +1,145 @@
+"""Several writes of the delta rule per token: DeltaProduct (arXiv 2502.10297)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
+from linear_moe.modeling.ops.delta import chunk, gpu
+from linear_moe.modeling.ops.delta.decode import step as delta_step
+from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, fla, pad_keys, requested, tiled
+from linear_moe.modeling.ops.packing import separately, start_state
+
+
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """S_t0 = exp(g_t) S_{t-1},  S_ti = S_t(i-1) + beta_ti k_ti (v_ti - k_ti^T S_t(i-1))^T for i = 1..n,
+    S_t = S_tn,  o_t = scale * q_t S_t.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k: `[B, T, n, H, K]`, v: `[B, T, n, H, V]`, beta: `[B, T, n, H]`: the writes of a token in their order.
+        g: `[B, T, H]` log-decay, at most 0; None: no decay.
+        scale, initial_state, cu_seqlens, backend: as for `linear_moe.modeling.ops.delta.delta`; offsets count tokens.
+
+    Returns:
+        `o [B, T, H, V]` in v's dtype and the final state `[N, H, K, V]` in fp32; both differentiable in every input.
+
+    Raises:
+        ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
+    """
+    if k.ndim != 5 or v.ndim != 5 or k.shape[2] == 0 or v.shape[2] != k.shape[2]:
+        raise ValueError(f"k and v must be [B, T, n, H, K] and [B, T, n, H, V], got {[*k.shape]} and {[*v.shape]}")
+    per_head, writes = tuple(q.shape[:3]), (*q.shape[:2], k.shape[2], q.shape[2])
+    gates = {"beta": (beta, (writes,)), "g": (g, (per_head,))}
+    check_inputs(q, k[:, :, 0], v[:, :, 0], gates, initial_state, cu_seqlens)
+    scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
+    if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
+        assert initial_state is not None
+        return step(q, k, v, beta, g, state=initial_state, scale=scale)
+    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v))
+    return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token in fp32."""
+    state = start_state(q, v[:, :, 0], initial_state, cu_seqlens)
+    inputs: list[Any] = [None if x is None else x.float() for x in (q.float() * scale, k, v, beta, g)]
+    o, state = _tokens(state, *inputs) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)
+    return o.to(v.dtype), state
+
+
+def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(q.shape[1]):
+        if g is not None:
+            state = g[:, t, :, None, None].exp() * state
+        for i in range(k.shape[2]):
+            read = torch.einsum("bhk,bhkv->bhv", k[:, t, i], state)
+            write = beta[:, t, i, :, None] * (v[:, t, i] - read)
+            state = state + k[:, t, i, :, :, None] * write[:, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, dim=1), state
+
+
+def _chunk(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *, cu_seqlens: Tensor | None, **options: object
+) -> tuple[Tensor, Tensor]:
+    """The delta rule on a sequence of all writes, decaying before the first of each token and read after the last."""
+    n = k.shape[2]
+    q = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
+    g = None if g is None else F.pad(g[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
+    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    offsets = None if cu_seqlens is None else cu_seqlens * n
+    o, state = chunk.delta(q, k, v, beta, g, cu_seqlens=offsets, **options)  # type: ignore[arg-type]
+    return o.unflatten(1, (-1, n))[:, :, -1], state
+
+
+def _gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels of flash-linear-attention. Products in v's dtype; gates below -80 count as -80."""
+    n, keys, size = k.shape[2], q.shape[-1], tiled(q.shape[-1])
+    o, state = fla("ops.gated_delta_product").chunk_gated_delta_product(
+        q=pad_keys(q.to(v.dtype), -1, size),
+        k=pad_keys(k.to(v.dtype), -1, size).flatten(1, 2),
+        v=v.flatten(1, 2),
+        g=None if g is None else g.float().clamp(min=MIN_GATE),
+        beta=beta.flatten(1, 2),
+        num_householder=n,
+        scale=scale,
+        initial_state=None if initial_state is None else pad_keys(initial_state, 2, size),
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
+    return o.to(v.dtype), state[:, :, :keys]
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *, state: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs as `delta_product` with T = 1, no gradients.
+
+    Returns:
+        `o [B, 1, H, V]` in v's dtype, and `state` itself.
+    """
+    o = q
+    for i in range(k.shape[2]):
+        gate = g if i == 0 else None
+        o, state = delta_step(q, k[:, :, i], v[:, :, i], beta[:, :, i], gate, state=state, scale=scale)
+    return o, state
+
+
+IMPLEMENTATIONS = {"reference": _reference, "chunk": _chunk, "gpu": _gpu}

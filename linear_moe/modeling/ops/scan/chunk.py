@@ -185,10 +185,11 @@ def diagonal_scan(
     ended = x.gather(-1, places[:, None, None].expand_as(x))
     sums = (ended.movedim(2, 0).flatten(1, 2) @ to_end).view(dim, count, batch, -1, 2).movedim(0, 2)
     updates = torch.view_as_complex(sums.contiguous()).flatten(1, 2).unbind()  # N x [B*D, S]
-    across = powers[..., lengths.to(u.device)].movedim(-1, 0).repeat(1, batch, 1).unbind()
+    tokens = lengths.tolist()
+    across = {n: powers[..., n].repeat(batch, 1) for n in set(tokens)}
 
     def advance(n: int, state: Tensor) -> Tensor:
-        return torch.addcmul(updates[n], across[n], state)
+        return torch.addcmul(updates[n], across[tokens[n]], state)
 
     before, final = chunks.scan(advance, torch.view_as_complex(initial_state.contiguous()))
     states = torch.view_as_real(before).view(count, batch, dim, -1).movedim(2, 0).flatten(1, 2)  # [D, N*B, S*2]

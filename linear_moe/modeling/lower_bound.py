@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.mixers.base import Dims
+from linear_moe.modeling.ops.bounded_gate import bounded_gate
 
 BOUNDS = ("learned", "fixed", "none")
 
@@ -37,14 +37,16 @@ class LowerBound(nn.Module):
         else:
             self.register_parameter("logit", None)
 
+    def bound(self, x: Tensor) -> Tensor | None:
+        """The bounds' logits `[features / tensor]`, None for b = 0."""
+        if self.logit is not None or self.initial_logit is None:
+            return self.logit
+        return x.new_full((x.shape[-1],), self.initial_logit, dtype=torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., features / tensor]` -> log gates of the same shape in fp32, at most 0."""
-        log_gate = F.logsigmoid(x.float())
-        if self.initial_logit is None:
-            return log_gate
-        logit = (
-            self.logit
-            if self.logit is not None
-            else torch.as_tensor(self.initial_logit, dtype=torch.float32, device=x.device)
-        )
-        return torch.logaddexp(F.logsigmoid(logit), F.logsigmoid(-logit) + log_gate)
+        """`x [..., features / tensor]` -> log f of the same shape in fp32, between -80 and 0."""
+        return bounded_gate(x, self.bound(x))
+
+    def complement(self, x: Tensor) -> Tensor:
+        """`1 - f` in x's dtype."""
+        return bounded_gate(x, self.bound(x), complement=True)

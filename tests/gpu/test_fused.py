@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops import gates, repeat_heads, rms_norm
+from linear_moe.modeling.ops import bounded_gate, gates, repeat_heads, rms_norm, short_conv
 from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops import gates_gpu, repeat_heads_gpu, rms_norm_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops import bounded_gate_gpu, gates_gpu, repeat_heads_gpu, rms_norm_gpu, short_conv_gpu  # noqa: E402  they import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -122,7 +122,74 @@ def test_gate_far_from_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(300, 512), (37, 130), (1, 1)])
+def test_bounded_gate(rows: int, width: int, bounded: bool, complement: bool, dtype: torch.dtype) -> None:
+    inputs = [draw(rows, width, dtype=dtype, step=3), draw(width, seed=2) if bounded else None]
+    compare(bounded_gate_gpu, bounded_gate.definition, inputs, {"complement": complement})
+
+
+def test_bounded_gate_far_from_zero() -> None:
+    x = torch.tensor([[-1e30, -200.0, -20.0, -1e-8, 0.0, 15.0, 20.0, 200.0, 1e30]], device=DEVICE)
+    for bound in (None, -200.0, -20.0, 0.0, 20.0, 200.0):
+        logit = None if bound is None else torch.full_like(x[0], bound)
+        for complement in (False, True):
+            leaves = [t if t is None else t.double().requires_grad_() for t in (x, logit)]
+            expected = bounded_gate.definition(*leaves, complement=complement)
+            gradients = torch.autograd.grad(expected.sum(), [t for t in leaves if t is not None])
+            actual = bounded_gate_gpu.forward(x, logit, complement=complement)
+            found = bounded_gate_gpu.backward(torch.ones_like(actual), x, logit, complement=complement)
+            for a, e in zip((actual, *found), (expected, *gradients), strict=False):
+                assert a is not None
+                for one, truth in zip(a.flatten(), e.flatten(), strict=True):  # beside a gradient of 1, a wrong
+                    assert_close(one, truth, FP32, f"{bound} {complement}")  # small one would not show
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "heads", "size"), [(1, 6, 128), (2, 2, 20), (3, 9, 64), (1, 70, 128)])
 def test_repeat_heads(groups: int, heads: int, size: int, dtype: torch.dtype) -> None:
     inputs: list[Tensor | None] = [draw(19, groups, size, dtype=dtype, step=2), draw(19, heads, seed=2)]
     compare(repeat_heads_gpu, repeat_heads.definition, inputs, {})
+
+
+# rows, tokens, channels, taps, bias, activation, lengths of packed documents
+CONVS = [
+    (2, 37, 200, 4, False, "silu", None),
+    (3, 5, 20, 3, True, None, None),
+    (1, 70, 128, 4, True, "silu", [0, 1, 2, 0, 40, 27, 0]),
+    (1, 1, 33, 2, False, "silu", None),
+    (2, 300, 256, 4, True, "silu", None),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "length", "channels", "taps", "bias", "activation", "documents"), CONVS)
+def test_short_conv(
+    batch: int,
+    length: int,
+    channels: int,
+    taps: int,
+    bias: bool,
+    activation: str | None,
+    documents: list[int] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Against the PyTorch version, which a state of zeros and the CPU select."""
+    inputs = [draw(batch, length, channels, dtype=dtype), draw(channels, taps, dtype=dtype, seed=2)]
+    inputs += [draw(channels, dtype=dtype, seed=3)] if bias else []
+    offsets = None if documents is None else torch.tensor([0, *documents], device=DEVICE).cumsum(0)
+    first = None if offsets is None else short_conv._first(offsets, length)
+    leaves = [x.detach().cpu().requires_grad_() for x in inputs]
+    packed = None if offsets is None else offsets.cpu()
+    expected, state = short_conv.short_conv(*leaves, activation=activation, cu_seqlens=packed)
+    grad = draw(*expected.shape, dtype=dtype, seed=4)
+    gradients = torch.autograd.grad(expected, leaves, grad.cpu())
+    padded: list[Tensor | None] = [*inputs, *([] if bias else [None]), first]
+    actual = [short_conv_gpu.forward(*padded, activation=activation)]  # type: ignore[arg-type]
+    actual += [x for x in short_conv_gpu.backward(grad, *padded, activation=activation) if x is not None]  # type: ignore
+    for i, (a, e) in enumerate(zip(actual, [expected, *gradients], strict=True)):
+        assert a.dtype == e.dtype
+        assert_close(a, e, FP32 if dtype == torch.float32 else HALF, f"{i}")
+    assert state is not None
+    assert_close(short_conv._last(inputs[0], taps - 1, offsets), state, FP32)

@@ -17,7 +17,7 @@ from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.lower_bound import BOUNDS, LowerBound
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import scaled
-from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.scan import linear_scan
 
 
@@ -54,7 +54,7 @@ class HGRN(LinearMixer):
         for name in "if" if config.conv_size else "":
             conv = ShortConv(host, inner, config.conv_size, name=f"conv_{name}", bias=config.conv_bias, activation=None)
             self.add_module(f"{name}_conv1d", conv)
-        self.g_norm = RMSNorm(host, inner, dims.norm_eps, split="column")
+        self.g_norm = GatedRMSNorm(host, inner, dims.norm_eps, split="column")
         self.o_proj = Linear(host, inner, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -66,8 +66,7 @@ class HGRN(LinearMixer):
         i, f = self.i_proj(x).view(rows), self.f_proj(x).view(rows)
         if self.config.conv_size:
             i, f = (self.get_submodule(f"{name}_conv1d")(y, layout, cache) for name, y in (("i", i), ("f", f)))
-        g = self.lower_bound(f)
-        return {"x": -(F.silu(i) * torch.expm1(g)).to(x.dtype), "g": g}, self.g_proj(x)
+        return {"x": F.silu(i) * self.lower_bound.complement(f), "g": self.lower_bound(f)}, self.g_proj(x)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         o, state = linear_scan(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
@@ -75,7 +74,7 @@ class HGRN(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.g_norm(o).view_as(gate) * F.silu(gate))
+        return self.o_proj(self.g_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         return {"state": ((batch, self.inner), torch.float32)} | conv_states(self, batch)
@@ -85,6 +84,6 @@ class HGRN(LinearMixer):
 
     def activation_elements(self) -> float:
         conv = 2 if self.config.conv_size else 0
-        # the convolutions' inputs; i, SiLU(i), o, norm, gate, its SiLU, product; in fp32 the forget gate before and
-        # after logsigmoid, expm1(g), the states
-        return (conv + 7 + 2 * 4) * self.inner
+        # the convolutions' inputs; i, SiLU(i), the forget gate's projection and complement, o, its gate, the gated
+        # norm; in fp32 the forget gate, the states
+        return (conv + 7 + 2 * 2) * self.inner

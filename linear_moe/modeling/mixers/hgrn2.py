@@ -75,12 +75,12 @@ class HGRN2(LinearMixer):
         for name in "qfi":
             y = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
             tensors[name] = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else y
-        g = self.lower_bound(tensors["f"])
-        inputs = {"q": F.silu(tensors["q"]), "k": -torch.expm1(g).to(x.dtype), "v": tensors["i"], "g": g}
+        g, k = self.lower_bound(tensors["f"]), self.lower_bound.complement(tensors["f"])
+        inputs = {"q": F.silu(tensors["q"]), "k": k, "v": tensors["i"], "g": g}
         return {name: t.unflatten(-1, (self.heads, self.head_dim)) for name, t in inputs.items()}, None
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        o, state = decay(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
         return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
@@ -95,7 +95,6 @@ class HGRN2(LinearMixer):
     def activation_elements(self) -> float:
         n = self.heads * self.head_dim
         conv = 3 * n if self.config.conv_size else 0
-        # q before and after SiLU, k, i, o, norm; in fp32 the gate before and after its bound, 1 - exp and summed up,
-        # and before it is one; scores within a chunk of 64
-        bound = 2 if self.lower_bound.initial_logit is None else 3
-        return conv + 6 * n + 2 * (bound + 2) * n + 64 * self.heads
+        # q before and after SiLU, the gate's projection, k, i, o, norm; in fp32 the gate and its sums; scores within a
+        # chunk of 64
+        return conv + 7 * n + 2 * 2 * n + 64 * self.heads

@@ -20,7 +20,7 @@ VARIANTS: list[dict[str, Any]] = [{}, {"conv_size": 4, "conv_bias": True, "expan
 
 def test_hgrn_is_flash_linear_attentions() -> None:
     def bounds(mixer: Any, layout: Layout, tensors: dict[str, Tensor]) -> None:
-        mixer.lower_bound.initial_logit = tensors["input.lower_bound"].logit()
+        mixer.lower_bound.bound = lambda x: tensors["input.lower_bound"].logit()
 
     compare_golden("hgrn", "hgrn", {"lower_bound": "fixed"}, dict, bounds)
 

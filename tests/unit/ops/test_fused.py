@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.bounded_gate import bounded_gate
 from linear_moe.modeling.ops.gates import gate
 from linear_moe.modeling.ops.repeat_heads import repeat_heads
 from linear_moe.modeling.ops.rms_norm import l2_norm, rms_norm
@@ -57,6 +58,18 @@ def test_gate_by_its_formula() -> None:
     assert gate(x.bfloat16(), "exp").dtype == torch.float32
 
 
+def test_bounded_gate_by_its_formula() -> None:
+    x, logit = draw(ROWS, WIDTH), draw(WIDTH, seed=1)
+    bound = 1 / (1 + (-logit).exp())
+    for b, given in ((0.0, None), (bound, logit)):
+        f = b + (1 - b) / (1 + (-x).exp())
+        assert_close(bounded_gate(x, given), f.log(), FP64)
+        assert_close(bounded_gate(x, given, complement=True), 1 - f, FP64)
+    assert bounded_gate(x.bfloat16()).dtype == torch.float32
+    assert bounded_gate(x.bfloat16(), complement=True).dtype == torch.bfloat16
+    assert bounded_gate(x - 1e4).eq(-80).all()
+
+
 def test_repeat_heads_by_its_formula() -> None:
     x, weight = draw(ROWS, 2, SIZE), draw(ROWS, 6, seed=1)
     assert_close(repeat_heads(x, weight), torch.stack([weight[:, h, None] * x[:, h // 3] for h in range(6)], 1), FP64)
@@ -98,6 +111,7 @@ def test_gradients_and_what_is_saved(function: Callable[..., Tensor], shapes: li
         (gate, [(3, 8)], {"function": "tanh"}, "function"),
         (gate, [(3, 8)], {"function": "exp", "bias": torch.ones(4)}, "bias"),
         (gate, [(3, 8)], {"function": "exp", "log_rate": torch.ones(3)}, "log_rate"),
+        (bounded_gate, [(3, 8), (4,)], {}, "logit"),
         (repeat_heads, [(3, 2, 4), (3, 5)], {}, "weight"),
     ],
 )

@@ -78,10 +78,9 @@ def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Ten
     for t in range(q.shape[1]):
         if g is not None:
             state = g[:, t, :, None, None].exp() * state
-        for i in range(k.shape[2]):
-            read = torch.einsum("bhk,bhkv->bhv", k[:, t, i], state)
-            write = beta[:, t, i, :, None] * (v[:, t, i] - read)
-            state = state + k[:, t, i, :, :, None] * write[:, :, None, :]
+        for key, value, strength in zip(*(x[:, t].unbind(1) for x in (k, v, beta[..., None])), strict=True):
+            write = strength * (value - torch.einsum("bhk,bhkv->bhv", key, state))
+            state = state + key[..., None] * write[:, :, None, :]
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
     return torch.stack(outputs, dim=1), state
 

@@ -39,6 +39,8 @@ from tests.unit.mixers.common import case_ids, cases, dims
         ("attention", {"num_kv_heads": 3}, 1, "num_kv_heads", [2, 4]),
         ("attention", {"num_kv_heads": 1}, 2, "num_kv_heads", [2]),
         ("attention", {"rotary_fraction": 0.3}, 1, "rotary_fraction", [0.25]),
+        ("titans", {"num_heads": 6}, 4, "num_heads", [4, 8]),
+        ("ttt_linear", {"num_heads": 20}, 1, "num_heads", [16]),
         ("mom", {"num_heads": 5}, 1, "num_heads", [4, 8]),
         ("mom", {"num_heads": 6, "head_dim": 4}, 4, "num_heads", [4, 8]),
         ("mom", {"num_memories": 3, "top_k": 4}, 1, "top_k", [3]),

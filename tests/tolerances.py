@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 FP32 = 1e-5  # two fp32 computations of the same thing
@@ -28,3 +30,18 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     """Raises unless the relative error is within `tolerance` (NaN never is)."""
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_gradients_close(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, floor: float
+) -> None:
+    """Raises unless they are of the same parameters and every relative error is within `tolerance`.
+
+    A norm below `floor` times the largest one counts as that: see BF16_GRADIENT_FLOOR.
+    """
+    assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
+    least = floor * max(float(x.norm()) for x in expected.values())
+    for name, x in expected.items():
+        assert actual[name].shape == x.shape, name
+        error = float((actual[name] - x).norm()) / max(float(x.norm()), least)
+        assert error <= tolerance, f"gradient of {name}: relative error {error:.2e} > {tolerance:.0e}"  # NaN is not

@@ -51,6 +51,18 @@ def test_kernels_match_reference(family: str, gate: str | None, packed: bool) ->
 
 
 @needs_fla
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("values", [1, 33])
+def test_odd_value_sizes(values: int, packed: bool) -> None:
+    """One column of values is the normaliser of linear attention."""
+    cu_seqlens = torch.tensor(OFFSETS, device="cuda") if packed else None
+    shape = (1 if packed else 2, LENGTH, HEADS, DIM, values)
+    inputs = to_gpu(make_inputs("decay", None, shape, sequences=len(OFFSETS) - 1 if packed else None))
+    actual = run(OPS["decay"], inputs, backend="gpu", cu_seqlens=cu_seqlens)
+    compare(actual, run(OPS["decay"], inputs, backend="reference", cu_seqlens=cu_seqlens), BF16, f"V = {values}")
+
+
+@needs_fla
 @pytest.mark.parametrize(("family", "gate"), KERNELS)
 def test_auto_takes_the_kernels_for_bf16_and_keeps_fp32_exact(
     family: str, gate: str | None, monkeypatch: pytest.MonkeyPatch

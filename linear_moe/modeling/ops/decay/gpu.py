@@ -36,12 +36,14 @@ def decay(
     With gv the kernel goes token by token, in fp32: there is none in chunks that has an initial state and gradients.
     """
     keys, size = q.shape[-1], tiled(q.shape[-1])
+    values = v.shape[-1]
+    width = values if values % 2 == 0 else -(-values // 16) * 16  # the backward kernels refuse odd ones
     g, gv = (x if x is None or bounded else x.float().clamp(min=MIN_GATE) for x in (g, gv))
     inputs: dict[str, Any] = {
         "k": pad_keys(k.to(v.dtype), -1, size),
-        "v": v,
+        "v": pad_keys(v, -1, width),
         "scale": scale,
-        "initial_state": None if initial_state is None else pad_keys(initial_state, 2, size),
+        "initial_state": None if initial_state is None else pad_keys(pad_keys(initial_state, 2, size), 3, width),
         "output_final_state": True,
         "cu_seqlens": cu_seqlens,
     }
@@ -50,7 +52,7 @@ def decay(
         if g is not None and g.ndim < 4:
             gv, g = gv + g[..., None], None
         gk = None if g is None else pad_keys(g, -1, size)
-        o, state = fla("ops.gla").fused_recurrent_gla(q=q, gk=gk, gv=gv, **inputs)
+        o, state = fla("ops.gla").fused_recurrent_gla(q=q, gk=gk, gv=pad_keys(gv, -1, width), **inputs)
     elif bonus is not None:
         w = pad_keys(_by_channel(g, k), -1, size)
         o, state = fla("ops.rwkv6").chunk_rwkv6(r=q, w=w, u=pad_keys(bonus.float(), -1, size), **inputs)
@@ -61,7 +63,7 @@ def decay(
     else:
         g = g.expand(q.shape[:3]) if g is not None and g.ndim == 1 else g
         o, state = fla("ops.simple_gla").chunk_simple_gla(q=q, g=g, **inputs)
-    return o.to(v.dtype), state[:, :, :keys]
+    return o[..., :values].to(v.dtype), state[:, :, :keys, :values]
 
 
 def _by_channel(g: Tensor | None, k: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.modeling.host import Host, constant
-from linear_moe.modeling.ops.rms_norm import ACTIVATIONS, Activation, rms_norm
-from linear_moe.modeling.ops.rms_norm import l2_norm as l2_norm
+from linear_moe.modeling.ops import norms
+from linear_moe.modeling.ops.norms import l2_norm as l2_norm
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
             return (x * torch.rsqrt(squares / self.group_size + self.eps)).to(x.dtype) * weight
         if self.group_size == x.shape[-1]:
             return F.rms_norm(x, (self.group_size,), weight, self.eps)
-        return rms_norm(x, weight, eps=self.eps, size=self.group_size)
+        return norms.norm(x, weight, eps=self.eps, size=self.group_size)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"
@@ -73,7 +73,7 @@ class GatedRMSNorm(RMSNorm):
         *,
         split: Literal["column", "shared"] | None = None,
         groups: int = 1,
-        activation: Activation = "silu",
+        activation: norms.Activation = "silu",
         gate_first: bool = False,
     ):
         super().__init__(host, dim, eps, split=split, groups=groups)
@@ -89,11 +89,11 @@ class GatedRMSNorm(RMSNorm):
         x, skip = x.reshape(gate.shape), None if skip is None else skip.reshape(gate.shape)
         if self.spans_ranks:
             assert skip is None
-            a = ACTIVATIONS[self.activation](gate)
+            a = norms.ACTIVATIONS[self.activation](gate)
             return super().forward(x * a) if self.gate_first else super().forward(x) * a
         weight = self.host.shared(self.weight) if self.split == "shared" else self.weight
-        options: Any = {"activation": self.activation, "gate_first": self.gate_first}
-        return rms_norm(x, weight, gate, skip, skip_weight, eps=self.eps, size=self.group_size, **options)
+        options: Any = {"size": self.group_size, "activation": self.activation, "gate_first": self.gate_first}
+        return norms.norm(x, weight, None, gate, skip, skip_weight, eps=self.eps, **options)
 
 
 class LayerNorm(nn.Module):
@@ -131,20 +131,21 @@ class LayerNorm(nn.Module):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`x` -> the same shape; or `norm(x) * silu(gate)` in one kernel, in the shape of the gate."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
+        x = x if gate is None else x.reshape(gate.shape)
         if self.split == "shared":
             weight, bias = self.host.shared(weight), bias if bias is None else self.host.shared(bias)
         if self.spans_ranks:
             centred = x.float() - self._mean(x.float())
             y = (centred * torch.rsqrt(self._mean(centred.square()) + self.eps)).to(x.dtype) * weight
-            return y if bias is None else y + bias
-        if self.group_size == x.shape[-1]:
+            y = y if bias is None else y + bias
+            return y if gate is None else y * F.silu(gate)
+        if self.group_size == x.shape[-1] and gate is None:
             return F.layer_norm(x, (self.group_size,), weight, bias, self.eps)
-        grouped = x.unflatten(-1, (-1, self.group_size))
-        y = F.layer_norm(grouped, (self.group_size,), None, None, self.eps).flatten(-2) * weight
-        return y if bias is None else y + bias
+        return norms.norm(x, weight, bias, gate, eps=self.eps, kind="layer", size=self.group_size)
 
     def _mean(self, x: Tensor) -> Tensor:
         """Over the features of all tensor ranks."""

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops import bounded_gate, gates, repeat_heads, rms_norm, short_conv
+from linear_moe.modeling.ops import bounded_gate, gates, norms, repeat_heads, short_conv
 from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops import bounded_gate_gpu, gates_gpu, repeat_heads_gpu, rms_norm_gpu, short_conv_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops import bounded_gate_gpu, gates_gpu, norms_gpu, repeat_heads_gpu, short_conv_gpu  # noqa: E402  they import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -51,39 +51,49 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, step: i
     return torch.randn(shape[0] * step, *shape[1:], generator=generator, device=DEVICE).to(dtype)[::step]
 
 
-# tokens, features, size of a group, weight, gate's activation, gate first, heads of the skip connection
+# kind, tokens, features, size of a group, weight, bias, gate's activation, gate first, heads of the skip connection
 NORMS = [
-    (37, 96, 96, None, None, False, None),
-    (37, 4 * 24, 24, "shared", "silu", False, None),
-    (300, 2 * 128, 128, "full", "sigmoid", False, None),
-    (5, 520, 520, "full", "silu", True, 13),
-    (129, 3 * 64, 64, "shared", "identity", True, 6),
-    (1, 2100, 2100, None, "silu", True, None),
-    (2, 3, 3, "full", None, False, 1),
+    ("rms", 37, 96, 96, None, False, None, False, None),
+    ("rms", 37, 4 * 24, 24, "shared", False, "silu", False, None),
+    ("rms", 300, 2 * 128, 128, "full", False, "sigmoid", False, None),
+    ("rms", 5, 520, 520, "full", False, "silu", True, 13),
+    ("rms", 129, 3 * 64, 64, "shared", False, "identity", True, 6),
+    ("rms", 1, 2100, 2100, None, False, "silu", True, None),
+    ("rms", 2, 3, 3, "full", False, None, False, 1),
+    ("layer", 37, 4 * 24, 24, "full", True, "silu", False, None),
+    ("layer", 37, 520, 520, "full", True, "sigmoid", True, None),
+    ("layer", 129, 3 * 64, 64, "shared", True, None, False, 6),
+    ("none", 37, 200, 200, None, False, "silu", False, 200),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "width", "size", "weight", "activation", "gate_first", "heads"), NORMS)
-def test_rms_norm(
+@pytest.mark.parametrize(
+    ("kind", "tokens", "width", "size", "weight", "bias", "activation", "gate_first", "heads"), NORMS
+)
+def test_norm(
+    kind: norms.Kind,
     tokens: int,
     width: int,
     size: int,
     weight: str | None,
-    activation: rms_norm.Activation | None,
+    bias: bool,
+    activation: norms.Activation | None,
     gate_first: bool,
     heads: int | None,
     dtype: torch.dtype,
 ) -> None:
+    features = size if weight == "shared" else width
     inputs = [
         draw(tokens, width, dtype=dtype, step=2),
-        None if weight is None else draw(size if weight == "shared" else width, dtype=dtype, seed=2),
+        None if weight is None else draw(features, dtype=dtype, seed=2),
+        draw(features, dtype=dtype, seed=6) if bias else None,
         None if activation is None else draw(tokens, width, dtype=dtype, seed=3),
         None if heads is None else draw(tokens, width, dtype=dtype, seed=4),
         None if heads is None else draw(heads, seed=5),
     ]
-    options = {"eps": 1e-2, "size": size, "activation": activation or "silu", "gate_first": gate_first, "scale": 0.3}
-    compare(rms_norm_gpu, rms_norm.definition, inputs, options)
+    options = {"eps": 1e-2, "kind": kind, "size": size, "activation": activation or "silu", "gate_first": gate_first}
+    compare(norms_gpu, norms.definition, inputs, options | {"scale": 0.3})
 
 
 # rows, features, function, scale, bias, heads of the rate, floor

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.bounded_gate import bounded_gate
 from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.norms import l2_norm, norm
 from linear_moe.modeling.ops.repeat_heads import repeat_heads
-from linear_moe.modeling.ops.rms_norm import l2_norm, rms_norm
 from tests.tolerances import BF16_ROUNDING, FP64, assert_close
 
 ROWS, HEADS, SIZE = 3, 2, 4
@@ -33,17 +33,20 @@ def normalised(u: Tensor, eps: float) -> Tensor:
     return torch.cat([h / (h.pow(2).mean(1, keepdim=True) + eps).sqrt() for h in heads], 1)
 
 
-def test_rms_norm_by_its_formula() -> None:
+def test_norm_by_its_formula() -> None:
     x, z, skip = (draw(ROWS, WIDTH, seed=i) for i in range(3))
     w, head_weight, d = draw(WIDTH, seed=3), draw(SIZE, seed=4), draw(HEADS, seed=5)
     silu, common = z / (1 + (-z).exp()), {"eps": 0.1, "size": SIZE}
-    actual = rms_norm(x, w, z, **common)
+    actual = norm(x, w, None, z, **common)
     assert_close(actual, normalised(x, 0.1) * w * silu, FP64)
-    actual = rms_norm(x, head_weight, z, activation="sigmoid", scale=3.0, **common)
+    actual = norm(x, head_weight, None, z, activation="sigmoid", scale=3.0, **common)
     assert_close(actual, 3 * normalised(x, 0.1) * head_weight.repeat(HEADS) * z.sigmoid(), FP64)
-    actual = rms_norm(x, w, z, skip, d, gate_first=True, **common)
+    actual = norm(x, w, None, z, skip, d, gate_first=True, **common)
     assert_close(actual, normalised((x + d.repeat_interleave(SIZE) * skip) * silu, 0.1) * w, FP64)
-    assert_close(rms_norm(x, None, z, activation="identity", **common), normalised(x, 0.1) * z, FP64)
+    assert_close(norm(x, None, None, z, activation="identity", **common), normalised(x, 0.1) * z, FP64)
+    assert_close(norm(x, w, skip[0], z, kind="none", **common), (x * w + skip[0]) * silu, FP64)
+    centred = torch.cat([h - h.mean(1, keepdim=True) for h in x.split(SIZE, 1)], 1)
+    assert_close(norm(x, w, skip[0], z, kind="layer", **common), (normalised(centred, 0.1) * w + skip[0]) * silu, FP64)
     assert_close(l2_norm(x, eps=0.3), x / (x.pow(2).sum(1, keepdim=True) + 0.3).sqrt(), FP64)
 
 
@@ -76,9 +79,10 @@ def test_repeat_heads_by_its_formula() -> None:
 
 
 CALLS: list[tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = [
-    (lambda x, w, z, s, d: rms_norm(x, w, z, s, d, eps=0.1, size=SIZE, gate_first=True), [(ROWS, WIDTH), (WIDTH,),
+    (lambda x, w, z, s, d: norm(x, w, None, z, s, d, eps=0.1, size=SIZE, gate_first=True), [(ROWS, WIDTH), (WIDTH,),
      (ROWS, WIDTH), (ROWS, WIDTH), (HEADS,)]),
-    (lambda x, w, z: rms_norm(x, w, z, eps=0.1, size=SIZE), [(ROWS, WIDTH), (SIZE,), (ROWS, WIDTH)]),
+    (lambda x, w, b, z: norm(x, w, b, z, eps=0.1, size=SIZE, kind="layer"), [(ROWS, WIDTH), (SIZE,), (SIZE,),
+     (ROWS, WIDTH)]),
     (lambda x, b, r: gate(x, "softplus", bias=b, log_rate=r), [(ROWS, WIDTH), (WIDTH,), (HEADS,)]),
     (repeat_heads, [(ROWS, 2, SIZE), (ROWS, 4)]),
 ]  # fmt: skip
@@ -103,11 +107,12 @@ def test_gradients_and_what_is_saved(function: Callable[..., Tensor], shapes: li
 @pytest.mark.parametrize(
     ("function", "shapes", "options", "message"),
     [
-        (rms_norm, [(3, 8)], {"eps": 0.1, "size": 3}, "size"),
-        (rms_norm, [(3, 8), (3,)], {"eps": 0.1}, "weight"),
-        (rms_norm, [(3, 8), (8,), (3, 4)], {"eps": 0.1}, "gate"),
-        (rms_norm, [(3, 8), (8,), (3, 8), (3, 8)], {"eps": 0.1}, "skip_weight"),
-        (rms_norm, [(3, 8)], {"eps": 0.1, "activation": "tanh"}, "activation"),
+        (norm, [(3, 8)], {"size": 3}, "size"),
+        (norm, [(3, 8), (3,)], {}, "weight"),
+        (norm, [(3, 8), (8,), (4,)], {"size": 4}, "bias"),
+        (norm, [(3, 8), (8,), (8,), (3, 4)], {}, "gate"),
+        (norm, [(3, 8), (8,), (8,), (3, 8), (3, 8)], {}, "skip_weight"),
+        (norm, [(3, 8)], {"activation": "tanh"}, "activation"),
         (gate, [(3, 8)], {"function": "tanh"}, "function"),
         (gate, [(3, 8)], {"function": "exp", "bias": torch.ones(4)}, "bias"),
         (gate, [(3, 8)], {"function": "exp", "log_rate": torch.ones(3)}, "log_rate"),

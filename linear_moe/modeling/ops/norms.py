@@ -1,9 +1,9 @@
-"""RMS norm over groups of features, with the gate and the skip connection that surround it in mixers, in one pass."""
+"""RMS and layer norms over groups of features, with the gate and the skip connection around them, in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,32 +11,41 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.fused import fused, upcast
 
+Kind = Literal["rms", "layer", "none"]
 Activation = Literal["silu", "sigmoid", "identity"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid, "identity": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
 
 
-def rms_norm(
+def norm(
     x: Tensor,
     weight: Tensor | None = None,
+    bias: Tensor | None = None,
     gate: Tensor | None = None,
     skip: Tensor | None = None,
     skip_weight: Tensor | None = None,
     *,
-    eps: float,
+    eps: float = 0.0,
+    kind: Kind = "rms",
     size: int | None = None,
     activation: Activation = "silu",
     gate_first: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """`scale * norm(u) * weight * activation(gate)`; `gate_first`: `scale * norm(u * activation(gate)) * weight`.
+    """`(scale * n(u) * weight + bias) * activation(gate)` with `u = x + skip_weight * skip`.
 
-    Here `u = x + skip_weight * skip` and `norm(u) = u / sqrt(mean(u^2) + eps)` over each group of `size` neighbouring
-    features. Arithmetic in fp32, rounded once. Triton kernels on CUDA; only the inputs are saved for backward.
+    With `gate_first`, `scale * n(u * activation(gate)) * weight + bias`. Here n acts on each group of `size`
+    neighbouring features: "rms" is `u / sqrt(mean(u^2) + eps)`, "layer" `(u - mean(u)) / sqrt(variance(u) + eps)`,
+    "none" leaves u as it is.
+    Arithmetic in fp32, rounded once. Triton kernels on CUDA; only the inputs are saved for backward.
 
     Args:
         x: `[..., C]`.
-        weight: `[C]`, or `[size]` for every group alike.
+        weight, bias: `[C]`, or `[size]` for every group alike.
         gate, skip: `[..., C]`.
         skip_weight: `[heads]`, one per head of `C / heads` neighbouring features.
         size: C unless given; divides C.
@@ -51,8 +60,11 @@ def rms_norm(
     size = size or width
     if width % size:
         raise ValueError(f"size must divide the last dimension {width}, got {size}")
-    if weight is not None and tuple(weight.shape) not in ((width,), (size,)):
-        raise ValueError(f"weight must be [{width}] or [{size}], got {tuple(weight.shape)}")
+    for name, t in {"weight": weight, "bias": bias}.items():
+        if t is not None and tuple(t.shape) not in ((width,), (size,)):
+            raise ValueError(f"{name} must be [{width}] or [{size}], got {tuple(t.shape)}")
+    if bias is not None and (weight is None or weight.shape != bias.shape):
+        raise ValueError("bias needs a weight of the same shape")
     for name, t in {"gate": gate, "skip": skip}.items():
         if t is not None and t.shape != x.shape:
             raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(t.shape)}")
@@ -60,38 +72,46 @@ def rms_norm(
         raise ValueError(f"skip and skip_weight go together, and the number of heads must divide {width}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    options = {"eps": eps, "size": size, "activation": activation, "gate_first": gate_first, "scale": scale}
-    return fused(definition, "rms_norm_gpu", x, weight, gate, skip, skip_weight, **options)
+    options = {"eps": eps, "kind": kind, "size": size, "activation": activation, "gate_first": gate_first}
+    return fused(definition, "norms_gpu", x, weight, bias, gate, skip, skip_weight, scale=scale, **options)
 
 
 def definition(
     x: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     gate: Tensor | None,
     skip: Tensor | None,
     skip_weight: Tensor | None,
     *,
     eps: float,
+    kind: Kind,
     size: int,
     activation: Activation,
     gate_first: bool,
     scale: float,
 ) -> Tensor:
-    """See `rms_norm`."""
+    """See `norm`."""
     u = upcast(x)
     if skip is not None and skip_weight is not None:
         u = u + upcast(skip) * skip_weight.repeat_interleave(x.shape[-1] // len(skip_weight))
     a = None if gate is None else ACTIVATIONS[activation](upcast(gate))
     if a is not None and gate_first:
         u = u * a
-    y = F.rms_norm(u.unflatten(-1, (-1, size)), (size,), eps=eps)
+    y = u.unflatten(-1, (-1, size))
+    if kind != "none":
+        function: Any = F.rms_norm if kind == "rms" else F.layer_norm
+        y = function(y, (size,), eps=eps)
+    y = y * scale
     if weight is not None:
         y = y * upcast(weight).view(-1, size)
-    y = y.flatten(-2) * scale
+    if bias is not None:
+        y = y + upcast(bias).view(-1, size)
+    y = y.flatten(-2)
     return (y if a is None or gate_first else y * a).to(x.dtype)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension."""
     dim = x.shape[-1]
-    return rms_norm(x, eps=eps / dim, scale=dim**-0.5)
+    return norm(x, eps=eps / dim, scale=dim**-0.5)

@@ -19,6 +19,8 @@ from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, Mi
 from linear_moe.modeling.mixers.checks import check, scaled
 from linear_moe.modeling.norm import LayerNorm
 from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
+from linear_moe.modeling.ops.gates import gate
 
 
 @dataclass
@@ -95,12 +97,13 @@ class RWKV6(LinearMixer):
         before = token_shift(x.view(rows), layout, cache)
         x_r, x_w, x_k, x_v, x_g = self.shifted(x, before.view_as(x))
         tokens = {"q": self.r_proj(x_r), "k": self.k_proj(x_k), "v": self.v_proj(x_v)}
-        tokens["g"] = -self.w_proj(x_w).float().exp()
+        tokens["g"] = gate(self.w_proj(x_w), "exp", scale=-1.0, floor=MIN_GATE)
         inputs = {name: y.view(rows).unflatten(-1, (self.heads, -1)) for name, y in tokens.items()}
         return inputs | {"bonus": self.bonus}, self.g_proj(x_g)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, scale=1.0, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        options: Any = {"initial_state": states.get("state"), "cu_seqlens": layout.cu_seqlens}
+        o, state = decay(**inputs, scale=1.0, bounded=True, **options)
         return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
@@ -117,11 +120,11 @@ class RWKV6(LinearMixer):
 
     def activation_elements(self) -> float:
         hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
-        # the step from the token before, its first interpolation, the five weights and results; low ranks; q, k; in
-        # fp32 the exponential, the gate, the gate clamped; v, o, normalised o without and with its weight, gate, its
-        # SiLU, product; scores within a chunk of 64
+        # the step from the token before, its first interpolation, the five weights and results; low ranks; q, k;
+        # the decay's projection, in fp32 the decay and its sums; v, o, normalised o without and with its weight, gate,
+        # its SiLU, product; scores within a chunk of 64
         low = 5 * self.config.shift_rank + self.config.decay_rank
-        return 12 * hidden + low + 2 * k + 2 * 3 * k + 7 * v + 64 * self.heads
+        return 12 * hidden + low + 2 * k + k + 2 * 2 * k + 7 * v + 64 * self.heads
 
 
 def _shift(to_last: float, power: float = 1.0, less: float = 0.0) -> Init:

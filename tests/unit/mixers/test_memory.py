@@ -30,10 +30,31 @@ class Saves(torch.autograd.Function):
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, **options: Any) -> tuple[Tensor, None]:
     """Saves its inputs, the gate's running sum and, where the gate is per channel or a delta rule, 64 a head."""
+    if options.get("gv") is not None:  # token by token: its inputs and the output in fp32
+        return Saves.apply(v, q, k, v, *args, options["g"], options["gv"], torch.empty(v.shape)), None
     gates = [*args, *(options[name] for name in ("beta", "g") if options.get(name) is not None)]
     sums = [torch.empty_like(gates[-1])] if gates else []
     chunk = [torch.empty(*q.shape[:3], 64, dtype=v.dtype)] if len(gates) == 2 or any(g.ndim == 4 for g in sums) else []
     return Saves.apply(v, q, k, v, *gates, *sums, *chunk), None
+
+
+def delta_product(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """Saves its inputs and, for every write, the gate's running sum and 64 a head."""
+    sums = [] if g is None else [torch.empty_like(beta)]
+    return Saves.apply(v[:, :, 0], q, k, v, beta, *sums, torch.empty(*beta.shape, 64, dtype=v.dtype)), None
+
+
+def dplr(*inputs: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """Saves its inputs."""
+    return Saves.apply(inputs[2], *inputs), None
+
+
+def gsa(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, tuple[None, None]]:
+    """Saves its inputs, the scores of slots, in fp32 their softmax and the scores within a chunk of 64."""
+    scores = [torch.empty_like(s), torch.empty_like(g), torch.empty(*q.shape[:3], 64)]
+    return Saves.apply(v, q, k, v, s, g, *scores), (None, None)
 
 
 def linear_scan(x: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -51,14 +72,23 @@ def diagonal_scan(u: Tensor, log_a: Tensor, c: Tensor, **_: Any) -> tuple[Tensor
     return Saves.apply(u, log_a, c, *(u.float() for _ in range(2)), *states), None
 
 
-SCANS = {"linear_scan": linear_scan, "selective_scan": selective_scan, "diagonal_scan": diagonal_scan}
+OPS = {
+    "decay": recurrence,
+    "delta": recurrence,
+    "delta_product": delta_product,
+    "diagonal_scan": diagonal_scan,
+    "dplr": dplr,
+    "gsa": gsa,
+    "linear_scan": linear_scan,
+    "selective_scan": selective_scan,
+}
 
 
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cls = mixer_class(name)
     module = sys.modules[cls.__module__]
-    for op, stand_in in (dict.fromkeys((cls.family, "decay", "delta"), recurrence) | SCANS).items():
+    for op, stand_in in ({cls.family: recurrence} | OPS).items():
         if hasattr(module, op):
             monkeypatch.setattr(module, op, stand_in)
     monkeypatch.setattr(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None))

@@ -1,0 +1,138 @@
+"""Gated slot attention: softmax attention over a fixed number of slots, each with a decay of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.feature_maps import FeatureMap
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
+from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.gsa import gsa
+
+
+@dataclass
+class GSAConfig(MixerConfig):
+    type: str = opt("gsa", "name of the mixer")
+    num_heads: int | None = opt(None, "query heads; null: model.num_heads", ge=1, le=2**16)
+    num_kv_heads: int | None = opt(None, "key and value heads; null: num_heads", ge=1, le=2**16)
+    num_slots: int = opt(64, "slots of each head", ge=1, le=2**16)
+    expand_k: float = opt(1.0, "width of all heads' queries over hidden_size", gt=0, le=64)
+    expand_v: float = opt(1.0, "width of all heads' outputs over hidden_size", gt=0, le=64)
+    gate_normalizer: float = opt(8.0, "the log decay is logsigmoid(.) over this", gt=0)
+    scale: float = opt(1.0, "of the scores of slots", gt=0)
+    feature_map: str = opt("swish", "of queries and keys", choices=("swish", "relu", "t2r", "identity"))
+    conv_size: int = opt(0, "taps of a short convolution with SiLU on q, k and v; 0: none", ge=0, le=2**10)
+
+
+class GatedSlotAttention(LinearMixer):
+    """Weights as in flash-linear-attention's `GatedSlotAttention` under the same names, except `o_norm.weight` for its
+    `g_norm.weight`, and convolutions `[C, W]` for its `[C, 1, W]`. As there, the output is SiLU, RMSNorm over all
+    heads, projection; the key-value heads' states are kept for each query head."""
+
+    Config = GSAConfig
+    family = "decay"
+    formula = (
+        "K_t = K_{t-1} diag(a_t) + k_t (1 - a_t)^T,  V_t = diag(a_t) V_{t-1} + (1 - a_t) v_t^T,"
+        "  o_t = V_t^T softmax(K_t^T q_t)"
+    )
+    paper = "arXiv 2409.07146"
+
+    def __init__(self, config: GSAConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads = config.num_heads or dims.num_heads
+        kv_heads = config.num_kv_heads or heads
+        keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
+        self.key_dim, self.value_dim = keys // heads, values // heads
+        self.heads, self.kv_heads = host.split(heads), host.split(kv_heads)
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        widths = {"q": keys, "k": kv_heads * self.key_dim, "v": kv_heads * self.value_dim}
+        for name, width in widths.items():
+            self.add_module(f"{name}_proj", column(width))
+            if config.conv_size:
+                self.add_module(f"{name}_conv1d", ShortConv(host, width, config.conv_size, name=f"conv_{name}"))
+        self.f_proj = column(kv_heads * config.num_slots)
+        self.feature_map = FeatureMap(config.feature_map, host, self.key_dim)
+        self.o_norm = RMSNorm(host, values, dims.norm_eps, split="column")
+        self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: GSAConfig, dims: Dims, tensor: int, path: str) -> None:
+        keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
+        values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
+        heads = config.num_heads or dims.num_heads
+        divisible = f"be divisible by parallel.tensor = {tensor}"
+        check(
+            f"{path}.num_heads",
+            heads,
+            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
+            f"must divide the key width {keys} and value width {values} and {divisible}",
+        )
+        check(
+            f"{path}.num_kv_heads",
+            config.num_kv_heads or heads,
+            lambda n: heads % n == 0 and n % tensor == 0,
+            f"must divide num_heads = {heads} and {divisible}",
+        )
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+        rows, inputs = (layout.batch, layout.length, -1), {}
+        for name in "qkv":
+            y = self.get_submodule(f"{name}_proj")(x).view(rows)
+            if self.config.conv_size:
+                y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
+            y = y.unflatten(-1, (self.heads if name == "q" else self.kv_heads, -1))
+            inputs[name] = F.silu(y) if name == "v" else self.feature_map(y)
+        g = gate(self.f_proj(x), "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
+        inputs["g"] = g.view(rows).unflatten(-1, (self.kv_heads, -1))
+        inputs["s"] = -torch.expm1(inputs["g"]).to(x.dtype)
+        if self.kv_heads != self.heads:
+            for name in "kvgs":
+                inputs[name] = inputs[name].repeat_interleave(self.heads // self.kv_heads, dim=2)
+        return inputs, None
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        initial = (states["keys"], states["values"]) if states else None
+        options: Any = {"initial_states": initial, "cu_seqlens": layout.cu_seqlens, "bounded": True}
+        o, (keys, values) = gsa(**inputs, scale=self.config.scale, **options)
+        return o, {"keys": keys, "values": values}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        return self.o_proj(self.o_norm(F.silu(o).flatten(2).flatten(0, 1)))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        keys = (batch, self.heads, self.key_dim, self.config.num_slots)
+        values = (batch, self.heads, self.config.num_slots, self.value_dim)
+        return {"keys": (keys, torch.float32), "values": (values, torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        heads = self.config.num_heads or self.dims.num_heads
+        return heads * self.config.num_slots * (4.0 * self.key_dim + 4.0 * self.value_dim + 5.0)
+
+    def activation_elements(self) -> float:
+        slots, repeated = self.config.num_slots, self.heads != self.kv_heads
+        written = self.kv_heads * slots
+        q, k = self.heads * self.key_dim, self.kv_heads * self.key_dim
+        o, v = self.heads * self.value_dim, self.kv_heads * self.value_dim
+        conv = q + k + v if self.config.conv_size else 0
+        mapped = (self.feature_map.kept - self.key_dim) * (self.heads + self.kv_heads)
+        # v before SiLU; the decay's projection and, in fp32, what is written
+        inputs = conv + mapped + v + written * (1 + 2)
+        # as the recurrence gets them: q, k, v, what is written, in fp32 the decay
+        inputs += q + self.heads * (self.key_dim + self.value_dim + 3 * slots)
+        if repeated and self.config.feature_map == "relu":
+            inputs += k  # its result, not repeated
+        # scores, in fp32 their softmax and the scores of tokens within a chunk of 64; o, its SiLU, norm
+        return inputs + self.heads * (3 * slots + 2 * 64) + 3 * o

@@ -105,7 +105,7 @@ def show(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> No
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("mixer", no_wrap=True)
     for column in ("family", "backends here", "can"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     table.add_column("parameters", justify="right")
     table.add_column("state", justify="right")
     for row in rows:
@@ -130,7 +130,8 @@ Choose a mixer by `model.mixer.type=NAME` and set its options as `model.mixer.OP
 one line: [adding a mixer](adding_a_mixer.md).
 
 Costs are of one layer (not the first, which is smaller in some) with default options, in bf16, at `hidden_size`
-{hidden} and `num_heads` {heads}; state: of one sequence after {length} tokens. Can: {letters}."""
+{hidden} and `num_heads` {heads}; state: of one sequence after {length} tokens. Can:
+{letters}."""
 
 
 def markdown(hidden: int, heads: int, length: int) -> str:

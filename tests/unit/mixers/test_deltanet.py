@@ -47,7 +47,7 @@ def test_deltanet_is_the_papers_equations(fields: dict[str, Any]) -> None:
         return (
             x / x.abs().sum(-1, keepdim=True).clamp(min=1e-6)
             if c.qk_norm == "sum"
-            else x / x.norm(dim=-1, keepdim=True)
+            else x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         )
 
     def theirs(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def delta_product(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    bounded: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """S_t0 = exp(g_t) S_{t-1},  S_ti = S_t(i-1) + beta_ti k_ti (v_ti - k_ti^T S_t(i-1))^T for i = 1..n,
@@ -34,7 +36,8 @@ def delta_product(
         q: `[B, T, H, K]`.
         k: `[B, T, n, H, K]`, v: `[B, T, n, H, V]`, beta: `[B, T, n, H]`: the writes of a token in their order.
         g: `[B, T, H]` log-decay, at most 0; None: no decay.
-        scale, initial_state, cu_seqlens, backend: as for `linear_moe.modeling.ops.delta.delta`; offsets count tokens.
+        scale, initial_state, cu_seqlens, bounded, backend: as for `linear_moe.modeling.ops.delta.delta`; offsets count
+            tokens.
 
     Returns:
         `o [B, T, H, V]` in v's dtype and the final state `[N, H, K, V]` in fp32; both differentiable in every input.
@@ -51,7 +54,8 @@ def delta_product(
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, beta, g, state=initial_state, scale=scale)
-    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v))
+    implementations = IMPLEMENTATIONS | {"gpu": partial(_gpu, bounded=bounded)}
+    implementation = choose(backend, implementations, v, gpu.unsupported(q, v))
     return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
@@ -108,6 +112,7 @@ def _gpu(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The kernels of flash-linear-attention. Products in v's dtype; gates below -80 count as -80."""
     n, keys, size = k.shape[2], q.shape[-1], tiled(q.shape[-1])
@@ -115,7 +120,7 @@ def _gpu(
         q=pad_keys(q.to(v.dtype), -1, size),
         k=pad_keys(k.to(v.dtype), -1, size).flatten(1, 2),
         v=v.flatten(1, 2),
-        g=None if g is None else g.float().clamp(min=MIN_GATE),
+        g=g if g is None or bounded else g.float().clamp(min=MIN_GATE),
         beta=beta.flatten(1, 2),
         num_householder=n,
         scale=scale,

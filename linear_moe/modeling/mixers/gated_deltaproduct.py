@@ -1,0 +1,125 @@
+"""Gated DeltaProduct: several writes of the delta rule per token, after a scalar decay (arXiv 2502.10297)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.fields import opt
+from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
+from linear_moe.modeling.linear import Linear
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.gated_deltanet import GatedDeltaNet
+from linear_moe.modeling.norm import GatedRMSNorm, RMSNorm, l2_norm
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
+from linear_moe.modeling.ops.delta.product import delta_product
+from linear_moe.modeling.ops.gates import gate
+
+
+@dataclass
+class GatedDeltaProductConfig(MixerConfig):
+    type: str = opt("gated_deltaproduct", "name of the mixer")
+    num_heads: int | None = opt(None, "query and key heads; null: model.num_heads", ge=1, le=2**16)
+    num_v_heads: int | None = opt(None, "value heads, a multiple of num_heads; null: num_heads", ge=1, le=2**16)
+    head_dim: int | None = opt(
+        None, "size of a key head; null: 3/4 hidden_size / num_heads, as published", ge=1, le=2**16
+    )
+    expand_v: float = opt(2.0, "size of a value head over head_dim", gt=0, le=64)
+    num_householder: int = opt(2, "writes per token, each a (generalised) Householder reflection", ge=1, le=2**6)
+    conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
+    use_forget_gate: bool = opt(True, "a decay before the writes; false: DeltaProduct")
+    use_output_gate: bool = opt(True, "the output is gated by silu of a projection")
+    allow_neg_eigval: bool = opt(True, "beta in (0, 2), so that transitions have negative eigenvalues")
+
+
+class GatedDeltaProduct(LinearMixer):
+    """Weights as in flash-linear-attention's `GatedDeltaProduct` under the same names (convolutions `[C, W]` for its
+    `[C, 1, W]`), but the rows of k, v and b (projections and convolutions) are by head, then write, then channel, so
+    that they split by heads; its are by write, then head, then channel."""
+
+    Config = GatedDeltaProductConfig
+    family = "delta"
+    formula = (
+        "S_t = prod_i (I - beta_ti k_ti k_ti^T) exp(g_t) S_{t-1} + sum_i prod_{j>i} (I - beta_tj k_tj k_tj^T) "
+        "beta_ti k_ti v_ti^T,  o_t = S_t^T q_t / sqrt(K)"
+    )
+    paper = "arXiv 2502.10297"
+
+    def __init__(self, config: GatedDeltaProductConfig, dims: Dims, host: Host):
+        super().__init__(config, dims, host)
+        heads, writes = config.num_heads or dims.num_heads, config.num_householder
+        self.num_v_heads = config.num_v_heads or heads
+        self.key_dim = config.head_dim or 3 * dims.hidden_size // (4 * heads)
+        self.value_dim = round(self.key_dim * config.expand_v)
+        self.heads, self.v_heads = host.split(heads), host.split(self.num_v_heads)
+        keys, values = heads * self.key_dim, self.num_v_heads * self.value_dim
+        column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
+        self.q_proj, self.k_proj, self.v_proj = column(keys), column(keys * writes), column(values * writes)
+        self.b_proj = column(self.num_v_heads * writes)
+        if config.use_forget_gate:
+            self.a_proj = column(self.num_v_heads)
+            per_head = partial(host.parameter, self.num_v_heads, axes={0: "tensor"}, decay=False, fp32=True)
+            self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
+            self.dt_bias = per_head(init=inverse_softplus_step())
+        sizes = {"q": keys, "k": keys * writes, "v": values * writes} if config.conv_size else {}
+        for name, channels in sizes.items():
+            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+        if config.use_output_gate:
+            self.g_proj = column(values)
+        norm = GatedRMSNorm if config.use_output_gate else RMSNorm
+        self.o_norm = norm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
+
+    @classmethod
+    def validate(cls, config: GatedDeltaProductConfig, dims: Dims, tensor: int, path: str) -> None:
+        GatedDeltaNet.validate(config, dims, tensor, path)  # type: ignore[arg-type]  # the same sizes
+
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+        rows, writes, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
+        for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
+            y = self.get_submodule(f"{name}_proj")(x).view(rows)
+            conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
+            y = F.silu(y) if conv is None else conv(y, layout, cache)
+            y = y.unflatten(-1, (heads, 1 if name == "q" else writes, -1)).transpose(2, 3)  # [B, T, writes, H, D]
+            if name != "v":
+                y = l2_norm(y)
+                if self.v_heads != self.heads:
+                    y = y.repeat_interleave(self.v_heads // self.heads, dim=3)
+            inputs[name] = y.squeeze(2) if name == "q" else y
+        beta = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
+        inputs["beta"] = beta.view(*rows[:2], self.v_heads, writes).transpose(2, 3)
+        if self.config.use_forget_gate:
+            g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
+            inputs["g"] = g.view(rows)
+        return inputs, self.g_proj(x) if self.config.use_output_gate else None
+
+    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+        options: Any = {"initial_state": states.get("state"), "cu_seqlens": layout.cu_seqlens}
+        o, state = delta_product(**inputs, bounded=True, **options)
+        return o, {"state": state}
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        return self.o_proj(self.o_norm(o).flatten(0, 1).flatten(1) if gate is None else self.o_norm(o, gate))
+
+    def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        state = (batch, self.v_heads, self.key_dim, self.value_dim)
+        return {"state": (state, torch.float32)} | conv_states(self, batch)
+
+    def recurrence_flops(self, length: int) -> float:
+        return (4.0 * self.config.num_householder + 2.0) * self.num_v_heads * self.key_dim * self.value_dim
+
+    def activation_elements(self) -> float:
+        writes, v = self.config.num_householder, self.v_heads * self.value_dim
+        qk, repeated = (1 + writes) * self.heads * self.key_dim, (1 + writes) * self.v_heads * self.key_dim
+        # before and after SiLU, q, k also L2-normalised; o, the gate, the norm; per write the inverse within a chunk
+        # of 64 and, in fp32, beta and the sums of g; the projections to beta and g
+        chunk = (64 + 2 * 2 + 1) * writes + (1 + 2 if self.config.use_forget_gate else 0)
+        elements = (qk + writes * v) + qk + repeated + writes * v + chunk * self.v_heads
+        return elements + (3 if self.config.use_output_gate else 2) * v

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.ops.rotary import rotate as rotate
 
 
 def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
@@ -21,14 +22,3 @@ def rotations(layout: Layout, device: torch.device, base: float, size: int) -> t
         positions = torch.arange(layout.length, device=device).unsqueeze(0)
     angles = rotary_angles(positions, base, size)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first features of `x [B, T, H, D]`, as many as there are angles, twice.
-
-    Feature i is paired with i + size / 2, as in Hugging Face's models. Products are fp32.
-    """
-    size = 2 * cos.shape[-1]
-    a, b = x[..., : size // 2], x[..., size // 2 : size]
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-    return rotated if size == x.shape[-1] else torch.cat((rotated, x[..., size:]), -1)

@@ -11,11 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops import bounded_gate, gates, norms, repeat_heads, short_conv
+from linear_moe.modeling.ops import bounded_gate, gates, norms, repeat_heads, rotary, short_conv
 from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops import bounded_gate_gpu, gates_gpu, norms_gpu, repeat_heads_gpu, short_conv_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops import (  # noqa: E402  they import triton
+    bounded_gate_gpu,
+    gates_gpu,
+    norms_gpu,
+    repeat_heads_gpu,
+    rotary_gpu,
+    short_conv_gpu,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -203,3 +210,17 @@ def test_short_conv(
         assert_close(a, e, FP32 if dtype == torch.float32 else HALF, f"{i}")
     assert state is not None
     assert_close(short_conv._last(inputs[0], taps - 1, offsets), state, FP32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "heads", "dim", "size"), [(1, 8, 64, 64), (2, 3, 20, 12), (2, 1, 96, 96)])
+def test_rotate(rows: int, heads: int, dim: int, size: int, dtype: torch.dtype) -> None:
+    wide = draw(2, 37, heads, dim + 8, dtype=dtype)  # a slice, as of a projection to several tensors
+    x = wide[..., 8:].detach().requires_grad_()
+    angles = 30 * draw(rows, 37, 1, size // 2, seed=2)
+    expected = rotary.definition(x, angles.cos(), angles.sin())
+    assert_close(rotary_gpu.rotate(x, angles.cos(), angles.sin()), expected, FP32 if dtype == torch.float32 else HALF)
+    (gradient,) = torch.autograd.grad(expected, x, wide[..., :dim])
+    actual = rotary_gpu.rotate(wide[..., :dim], angles.cos(), angles.sin(), back=True)
+    assert actual.dtype == dtype
+    assert_close(actual, gradient, FP32 if dtype == torch.float32 else HALF)

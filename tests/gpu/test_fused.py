@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops import bounded_gate, gates, norms, repeat_heads, rotary, short_conv
+from linear_moe.modeling.ops import bounded_gate, feature_maps, gates, norms, repeat_heads, rotary, short_conv
 from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
 
 triton = pytest.importorskip("triton")
 from linear_moe.modeling.ops import (  # noqa: E402  they import triton
     bounded_gate_gpu,
+    feature_maps_gpu,
     gates_gpu,
     norms_gpu,
     repeat_heads_gpu,
@@ -224,3 +225,9 @@ def test_rotate(rows: int, heads: int, dim: int, size: int, dtype: torch.dtype) 
     actual = rotary_gpu.rotate(wide[..., :dim], angles.cos(), -angles.sin())
     assert actual.dtype == dtype
     assert_close(actual, gradient, FP32 if dtype == torch.float32 else HALF)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elu_plus_one(dtype: torch.dtype) -> None:
+    inputs: list[Tensor | None] = [30 * draw(5, 7, 100, dtype=dtype, step=2)]
+    compare(feature_maps_gpu, feature_maps.elu_definition, inputs, {})

@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.fused import fused, upcast
+
 NORM_EPS = 1e-4  # flash-linear-attention's, so that weights trained there mean the same here
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """`elu(x) + 1` (arXiv 2006.16236)."""
-    return F.elu(x) + 1
+    """`elu(x) + 1` (arXiv 2006.16236), in fp32, rounded once. Triton kernels on CUDA."""
+    return fused(elu_definition, "feature_maps_gpu", x)
+
+
+def elu_definition(x: Tensor) -> Tensor:
+    """See `elu_plus_one`."""
+    return (F.elu(upcast(x)) + 1).to(x.dtype)
 
 
 def dpfp(x: Tensor, nu: int) -> Tensor:
@@ -66,7 +73,7 @@ class _Squares(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         i, j, _ = _pairs(x.shape[-1], x.device)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = upcast(x)
         factors = torch.full(i.shape, 2**0.5, dtype=wide.dtype, device=x.device)  # x_i x_j and x_j x_i in one
         factors = factors.masked_fill(i == j, 1.0)
         return (wide.index_select(-1, i) * wide.index_select(-1, j) * factors).to(x.dtype)
@@ -75,7 +82,7 @@ class _Squares(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        size, wide = x.shape[-1], x.to(torch.promote_types(x.dtype, torch.float32))
+        size, wide = x.shape[-1], upcast(x)
         # A small symmetric matrix per token, gathered: index_add would be atomic additions on a GPU.
         matrix = gradient.index_select(-1, _pairs(size, x.device)[2].flatten()).unflatten(-1, (size, size))
         factors = torch.full((size, size), 2**0.5, dtype=wide.dtype, device=x.device).fill_diagonal_(2.0)

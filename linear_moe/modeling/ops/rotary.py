@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,16 +47,18 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        if x.is_cuda and has_triton():
+            return _kernels().rotate(x, cos, sin)
+        return definition(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        if grad.is_cuda and has_triton():
+            return _kernels().rotate(grad, cos, sin, back=True), None, None
+        return definition(grad, cos, -sin), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if x.is_cuda and has_triton():
-        return importlib.import_module("linear_moe.modeling.ops.rotary_gpu").rotate(x, cos, sin)
-    return definition(x, cos, sin)
+def _kernels() -> ModuleType:
+    return importlib.import_module("linear_moe.modeling.ops.rotary_gpu")

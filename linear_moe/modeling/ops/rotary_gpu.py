@@ -12,8 +12,8 @@ TILE = 2048  # elements of a tile, 16 for each thread of 4 warps
 
 @triton.jit
 def _kernel(
-    x, cos, sin, y, rows, heads, length, stride_batch, stride_token, stride_head, DIM: tl.constexpr,
-    HALF: tl.constexpr, BATCHED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    x, cos, sin, y, rows, heads, length, stride_batch, stride_token, stride_head, DIM: tl.constexpr, HALF: tl.constexpr,
+    BATCHED: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head, token = row % heads, row // heads
@@ -25,6 +25,8 @@ def _kernel(
     angle = (token if BATCHED else place)[:, None] * HALF + pair[None, :]
     c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        s = -s
     a = tl.load(source + pair[None, :], mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + HALF + pair[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(target + pair[None, :], (a * c - b * s).to(y.dtype.element_ty), mask=inside)
@@ -35,8 +37,8 @@ def _kernel(
         tl.store(target + column[None, :], tl.load(source + column[None, :], mask=inside), mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `rotary.rotate`; x in any layout with neighbouring features."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """See `rotary.rotate`; x in any layout. `back`: by minus the angles, as gradients are."""
     batch, length, heads, dim = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -44,7 +46,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tile_rows = max(1, TILE // triton.next_power_of_2(dim))
     _kernel[(triton.cdiv(rows, tile_rows),)](
         x, cos.contiguous(), sin.contiguous(), y, rows, heads, length, *x.stride()[:3], dim, half,
-        cos.shape[0] == batch, tile_rows, triton.next_power_of_2(half), triton.next_power_of_2(max(dim - 2 * half, 1)),
-        num_warps=4,
+        cos.shape[0] == batch, back, tile_rows, triton.next_power_of_2(half),
+        triton.next_power_of_2(max(dim - 2 * half, 1)), num_warps=4,
     )  # fmt: skip
     return y

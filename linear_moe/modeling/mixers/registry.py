@@ -15,6 +15,7 @@ MIXERS: dict[str, str] = {
     "gated_deltanet": "linear_moe.modeling.mixers.gated_deltanet:GatedDeltaNet",
     "gated_deltaproduct": "linear_moe.modeling.mixers.gated_deltaproduct:GatedDeltaProduct",
     "gateloop": "linear_moe.modeling.mixers.gateloop:GateLoop",
+    "gated_linear_fast_weight": ("linear_moe.modeling.mixers.gated_linear_fast_weight:GatedLinearFastWeight"),
     "gla": "linear_moe.modeling.mixers.gla:GatedLinearAttention",
     "gsa": "linear_moe.modeling.mixers.gsa:GatedSlotAttention",
     "hgrn": "linear_moe.modeling.mixers.hgrn:HGRN",

@@ -93,7 +93,7 @@ def show(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> No
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("mixer", no_wrap=True)
     table.add_column("recurrence")
     table.add_column("arXiv", no_wrap=True)
@@ -102,17 +102,18 @@ def show(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> No
     console.print("[bold cyan]Recurrences[/]")
     console.print(table)
 
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("mixer", no_wrap=True)
-    for column in ("family", "backends here", "can"):
-        table.add_column(column, overflow="fold")
-    table.add_column("parameters", justify="right")
-    table.add_column("state", justify="right")
+    table.add_column("family", no_wrap=True)
+    table.add_column("backends")
+    table.add_column("can", no_wrap=True)
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("state", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["name"], row["family"], " ".join(row["backends"]), *summary(row))
     console.print(
         f"[bold cyan]One layer with default options, hidden_size {hidden}, num_heads {heads}, bf16; "
-        f"state of one sequence after {length} tokens[/]"
+        f"state of one sequence after {length} tokens; backends on this machine[/]"
     )
     console.print(table)
     console.print(f"can: {letters()}")

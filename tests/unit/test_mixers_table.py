@@ -69,7 +69,7 @@ def test_tables(
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     for name, row in rows.items():
-        assert out.count(f"  {name} ") == 2  # its recurrence, its costs
+        assert out.count(f"\n {name} ") == 2  # its recurrence, its costs
         assert str(row["paper"]).removeprefix("arXiv ") in out
     assert "50 tokens" in out and "…" not in out
 

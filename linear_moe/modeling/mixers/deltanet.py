@@ -17,9 +17,10 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm, RMSNorm, l2_norm
 from linear_moe.modeling.ops.delta import delta
 from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+from linear_moe.modeling.ops.gates import gate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -71,7 +72,9 @@ class DeltaNet(LinearMixer):
             conv = partial(ShortConv, host, channels, config.conv_size, name=f"conv_{name}")
             plain = name != "v" and config.qk_activation != "silu"
             self.add_module(f"{name}_conv1d", conv(activation=None) if plain else conv())
-        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_norm = (GatedRMSNorm if config.use_gate else RMSNorm)(
+            host, self.value_dim, dims.norm_eps, split="shared"
+        )
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -97,11 +100,11 @@ class DeltaNet(LinearMixer):
                 y = ACTIVATIONS[activation](y)
             y = y.unflatten(-1, (self.heads, -1))
             inputs[name] = y if name == "v" else NORMS[self.config.qk_norm](y)
+        most = 2.0 if self.config.allow_neg_eigval else 1.0
         if self.config.use_beta:
-            beta = self.b_proj(x).float().sigmoid().view(rows)
+            inputs["beta"] = gate(self.b_proj(x), "sigmoid", scale=most).view(rows)
         else:
-            beta = x.new_ones((layout.batch, layout.length, self.heads), dtype=torch.float32)
-        inputs["beta"] = beta * 2 if self.config.allow_neg_eigval else beta
+            inputs["beta"] = x.new_full((layout.batch, layout.length, self.heads), most, dtype=torch.float32)
         return inputs, self.g_proj(x) if self.config.use_gate else None
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
@@ -109,8 +112,7 @@ class DeltaNet(LinearMixer):
         return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        o = self.o_norm(o).flatten(0, 1).flatten(1)
-        return self.o_proj(o if gate is None else o * F.silu(gate))
+        return self.o_proj(self.o_norm(o).flatten(0, 1).flatten(1) if gate is None else self.o_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.heads, self.key_dim, self.value_dim)
@@ -121,7 +123,7 @@ class DeltaNet(LinearMixer):
 
     def activation_elements(self) -> float:
         k, v = self.heads * self.key_dim, self.heads * self.value_dim
-        # what precedes the activation; q, k before and after their norm; v, o, norm; beta and its logit in fp32, scores
-        # within a chunk of 64; gate, its SiLU, product
-        gate = 3 * v if self.config.use_gate else 0
-        return (2 * k + v) + 4 * k + 3 * v + (2 * 4 + 64) * self.heads + gate
+        # what precedes the activation; q, k before and after their norm; v, o, norm; beta's logit and, in fp32, beta,
+        # its sums; scores within a chunk of 64; gate
+        gate = v if self.config.use_gate else 0
+        return (2 * k + v) + 4 * k + 3 * v + (1 + 2 * 2 + 64) * self.heads + gate

@@ -17,9 +17,11 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
 from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+from linear_moe.modeling.ops.gates import gate
 
 
 @dataclass
@@ -72,7 +74,7 @@ class KimiDeltaAttention(LinearMixer):
         self.A_log, self.dt_bias = split(self.num_v_heads, init=rate), split(gates, init=inverse_softplus_step())
         for name, channels in {"q": keys, "k": keys, "v": values}.items() if config.conv_size else ():
             self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
-        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared", activation="sigmoid")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -112,19 +114,22 @@ class KimiDeltaAttention(LinearMixer):
             inputs[name] = l2_norm(inputs[name])
             if self.v_heads != self.heads:
                 inputs[name] = inputs[name].repeat_interleave(self.v_heads // self.heads, dim=2)
-        inputs["beta"] = self.b_proj(x).float().sigmoid().view(rows) * (2 if self.config.allow_neg_eigval else 1)
-        f = (self.f_proj(x).float() + self.dt_bias).view(*rows[:2], self.v_heads, self.key_dim)
-        rate, bound = self.A_log.exp()[:, None], self.config.lower_bound
-        inputs["g"] = -rate * F.softplus(f) if bound is None else bound * torch.sigmoid(rate * f)
+        inputs["beta"] = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0).view(rows)
+        f, bound = self.f_proj(x), self.config.lower_bound
+        if bound is None:
+            g = gate(f, "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
+        else:
+            g = bound * torch.sigmoid(self.A_log.exp().repeat_interleave(self.key_dim) * (f.float() + self.dt_bias))
+        inputs["g"] = g.view(*rows[:2], self.v_heads, self.key_dim)
         return inputs, self.g_proj(x)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = delta(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        o, state = delta(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
         return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.o_norm(o).reshape(gate.shape) * gate.sigmoid())
+        return self.o_proj(self.o_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.v_heads, self.key_dim, self.value_dim)
@@ -135,7 +140,8 @@ class KimiDeltaAttention(LinearMixer):
 
     def activation_elements(self) -> float:
         qk, v, gates = self.heads * self.key_dim, self.v_heads * self.value_dim, self.v_heads * self.key_dim
-        # before and after SiLU, q, k also L2-normalised; v, o, norm, gate, its sigmoid, product; the low ranks; in fp32
-        # the decay before and after softplus, as used and summed up; beta likewise; scores within a chunk of 64
+        # before and after SiLU, q, k also L2-normalised; v, o, the gate, the gated norm; the low ranks; the projections
+        # to the decay and beta and, in fp32, these and the decay's sums; scores within a chunk of 64
         qkv = (2 * qk + v) + 2 * qk + 2 * gates
-        return qkv + 6 * v + 2 * self.value_dim + 2 * 4 * gates + (64 + 2 * 4) * self.v_heads
+        decay = gates + 2 * 2 * gates if self.config.lower_bound is None else 2 * 4 * gates
+        return qkv + 4 * v + 2 * self.value_dim + decay + (64 + 1 + 2) * self.v_heads

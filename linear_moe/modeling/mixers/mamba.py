@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
@@ -17,6 +16,8 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_integers
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import scaled
+from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.norms import norm
 from linear_moe.modeling.ops.scan import selective_scan
 
 
@@ -61,20 +62,21 @@ class Mamba(LinearMixer):
     def validate(cls, config: MambaConfig, dims: Dims, tensor: int, path: str) -> None:
         scaled(f"{path}.expand", dims.hidden_size, config.expand, "hidden_size", tensor)
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         rows, size = (layout.batch, layout.length, -1), self.config.state_size
         u = self.conv1d(self.u_proj(x).view(rows), layout, cache)
         low_rank, B, C = self.host.enter(self.x_proj(u.flatten(0, 1))).view(rows).split([self.rank, size, size], dim=-1)
-        dt = F.softplus(self.dt_proj(low_rank).float() + self.dt_bias)
-        return {"u": u, "dt": dt, "A": -self.A_log.exp(), "B": B, "C": C}, self.z_proj(x)
+        dt = gate(self.dt_proj(low_rank), "softplus", bias=self.dt_bias)
+        return {"u": u, "dt": dt, "A": -self.A_log.exp(), "B": B, "C": C}, (self.z_proj(x), u)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         y, state = selective_scan(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return (y + self.D * inputs["u"]).to(y.dtype), {"state": state}
+        return y, {"state": state}
 
-    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        return self.out_proj(o.reshape(gate.shape) * F.silu(gate))
+    def output(self, o: Tensor, gate: tuple[Tensor, Tensor]) -> Tensor:
+        z, u = gate
+        o, u = o.reshape(z.shape), u.reshape(z.shape)
+        return self.out_proj(norm(o, None, None, z, u, self.D, kind="none"))  # (o + D u) silu(z)
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         return {"state": ((batch, self.inner, self.config.state_size), torch.float32)} | conv_states(self, batch)
@@ -84,6 +86,6 @@ class Mamba(LinearMixer):
 
     def activation_elements(self) -> float:
         size = self.config.state_size
-        # the convolution's input; u, o, z, its SiLU, product; in fp32 dt before and after softplus, and the states
-        # before every 32 tokens; dt's low-rank form, B and C
-        return (6 + 2 * 2 + 2 * size / 32) * self.inner + self.rank + 2 * size
+        # the convolution's input; u, o, z, what they give; the projection to dt and, in fp32, dt, and the states before
+        # every 32 tokens; dt's low-rank form, B and C
+        return (5 + 1 + 2 + 2 * size / 32) * self.inner + self.rank + 2 * size

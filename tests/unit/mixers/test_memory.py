@@ -46,8 +46,9 @@ def delta_product(
     return Saves.apply(v[:, :, 0], q, k, v, beta, *sums, torch.empty(*beta.shape, 64, dtype=v.dtype)), None
 
 
-def dplr(*inputs: Tensor, **_: Any) -> tuple[Tensor, None]:
-    """Saves its inputs."""
+def saves_inputs(*inputs: Tensor, **options: Any) -> tuple[Tensor, None]:
+    """Of q, k, v and others."""
+    inputs = (*inputs, *(x for x in options.values() if isinstance(x, Tensor)))
     return Saves.apply(inputs[2], *inputs), None
 
 
@@ -73,11 +74,12 @@ def diagonal_scan(u: Tensor, log_a: Tensor, c: Tensor, **_: Any) -> tuple[Tensor
 
 
 OPS = {
+    "complex_decay": saves_inputs,
     "decay": recurrence,
     "delta": recurrence,
     "delta_product": delta_product,
     "diagonal_scan": diagonal_scan,
-    "dplr": dplr,
+    "dplr": saves_inputs,
     "gsa": gsa,
     "linear_scan": linear_scan,
     "selective_scan": selective_scan,

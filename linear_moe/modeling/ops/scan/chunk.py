@@ -166,15 +166,16 @@ def diagonal_scan(
     u: Tensor, log_a: Tensor, c: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.scan.diagonal_scan`. A convolution within chunks, states between them."""
-    chunks, (batch, _, dim) = Chunks(u.unsqueeze(-1), cu_seqlens), u.shape
+    # a GPU has few steps between chunks rather than little work within them
+    tokens_at_once = 128 if u.is_cuda and cu_seqlens is None else None
+    chunks, (batch, _, dim) = Chunks(u.unsqueeze(-1), cu_seqlens, tokens_at_once), u.shape
     size, count = chunks.size, chunks.count
     # fp64: an angle times a number of tokens is large, and only what is left of whole turns counts
     exponents = torch.view_as_complex(log_a.double())[..., None] * torch.arange(size + 1, device=u.device)
     powers = exponents.exp().to(torch.complex64)  # [D, S, C + 1]
     weights = torch.view_as_complex(c.contiguous())[..., None]
     kernel = (weights * powers[..., :size]).real.sum(1)  # [D, C]: of an input on the outputs after it
-    lags = torch.arange(size, device=u.device)[:, None] - torch.arange(size, device=u.device)
-    toeplitz = kernel[:, lags.clamp(min=0)].tril()  # [D, C, C]
+    toeplitz = F.pad(kernel, (size - 1, 0)).unfold(-1, size, 1).flip(-1)  # [D, C, C]: at (i, j) kernel[i - j]
     to_end = torch.view_as_real(powers[..., :size].flip(-1)).transpose(1, 2).flatten(2)  # [D, C, S*2]
     read = torch.view_as_real((weights * powers[..., 1:]).conj().resolve_conj()).permute(0, 1, 3, 2)  # re(w p s)
 

@@ -17,10 +17,12 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
 from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+from linear_moe.modeling.ops.gates import gate
 from linear_moe.modeling.ops.grouping import Grouping
 
 
@@ -86,7 +88,7 @@ class MixtureOfMemories(LinearMixer):
         for name, channels in {"q": keys, "k": keys, "v": values}.items():
             part = conv.ShortConv(host, channels, config.conv_size, name=f"conv_{name}")
             self.add_module(f"{name}_conv1d", part)
-        self.o_norm = RMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
+        self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -135,11 +137,11 @@ class MixtureOfMemories(LinearMixer):
         else:
             q, k = l2_norm(q), l2_norm(k)
             per_head = (layout.batch, layout.length, self.heads, -1, 1)
-            beta = self.b_proj(x).float().sigmoid()
-            a = self.a_proj(x).float().view(per_head)
-            g = -self.A_log.exp()[:, None, None] * F.softplus(a + self.dt_bias[:, None, None])
-            for name, gate in {"beta": beta.view(per_head), "g": g}.items():
-                inputs[name] = grouping.collect(gate).masked_fill(other, 0.0).squeeze(-1)
+            a, b = self.a_proj(x), self.b_proj(x)
+            bias = self.dt_bias.repeat_interleave(a.shape[-1] // self.heads)
+            g = gate(a, "softplus", scale=-1.0, bias=bias, log_rate=self.A_log, floor=MIN_GATE)
+            for name, y in {"beta": gate(b, "sigmoid"), "g": g}.items():
+                inputs[name] = grouping.collect(y.view(per_head)).masked_fill(other, 0.0).squeeze(-1)
         inputs |= {"q": q * weights.to(q.dtype), "k": k, "v": v}  # o_t = sum_m w_m q S_m = sum_m (w_m q) S_m
         return {name: t.flatten(2, 3) for name, t in inputs.items()} | {"grouping": grouping}, self.g_proj(x)
 
@@ -168,14 +170,15 @@ class MixtureOfMemories(LinearMixer):
         """GLA's gate of every memory, `[B, T, heads, M, K]` in fp32."""
         low = self.gk_down(x).view(*grouping.place.shape[:2], 1, -1, self.config.gate_rank)
         up, bias = (t.expand(-1, self.memories, *t.shape[2:]) for t in (self.gk_up, self.gk_bias))
-        gate = torch.einsum("btmr,hmkr->bthmk", grouping.collect(low).squeeze(2), up) + bias
-        return F.logsigmoid(gate.float()) / self.config.gate_normalizer
+        high = torch.einsum("btmr,hmkr->bthmk", grouping.collect(low).squeeze(2), up) + bias
+        return gate(high, "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         grouping: Grouping = inputs["grouping"]
         op = decay if self.config.memory == "gla" else delta
         o, state = op(
             **{name: t for name, t in inputs.items() if name != "grouping"},
+            bounded=True,
             initial_state=states.get("state"),
             cu_seqlens=layout.cu_seqlens,
         )
@@ -183,7 +186,7 @@ class MixtureOfMemories(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
+        return self.o_proj(self.o_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         heads, history = self.heads * self.memories, self.config.conv_size - 1
@@ -202,10 +205,10 @@ class MixtureOfMemories(LinearMixer):
         keys, values = heads * self.key_dim, heads * self.value_dim
         # the router: the token in fp32, scores, choices, permutations in int64, masks
         router = 2 * self.dims.hidden_size + 4 * self.config.top_k + 12 * self.memories
-        # inputs of the convolutions and of the recurrence, q before its weight; o, norm, gate, its SiLU, product
-        shared = router + 5 * keys + 2 * values + 5 * v
+        # inputs of the convolutions and of the recurrence, q before its weight; o, gate, the gated norm
+        shared = router + 5 * keys + 2 * values + 3 * v
         if self.config.memory == "gla":
-            # in fp32 the gate before and after logsigmoid, clamped and summed up; scores within a chunk of 64
-            return shared + 2 * 4 * keys + self.memories * self.config.gate_rank + 64 * heads
-        # q, k before the L2 norm; the inverse within a chunk of 64 and, in fp32, what beta and g are computed from
-        return shared + 2 * keys + (64 + 2 * 8) * heads
+            # the gate's projection and, in fp32, the gate and its sums; scores within a chunk of 64
+            return shared + 5 * keys + self.memories * self.config.gate_rank + 64 * heads
+        # q, k before the L2 norm; the inverse within a chunk of 64 and, in fp32, beta, g and its sums
+        return shared + 2 * keys + (64 + 2 * 3) * heads

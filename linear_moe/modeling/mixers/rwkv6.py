@@ -108,7 +108,7 @@ class RWKV6(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.g_norm(o.reshape(gate.shape)) * F.silu(gate))
+        return self.o_proj(self.g_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.heads, self.key_dim, self.value_dim)
@@ -121,10 +121,10 @@ class RWKV6(LinearMixer):
     def activation_elements(self) -> float:
         hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
         # the step from the token before, its first interpolation, the five weights and results; low ranks; q, k;
-        # the decay's projection, in fp32 the decay and its sums; v, o, normalised o without and with its weight, gate,
-        # its SiLU, product; scores within a chunk of 64
+        # the decay's projection, in fp32 the decay and its sums; v, o, gate, the gated norm; scores within a
+        # chunk of 64
         low = 5 * self.config.shift_rank + self.config.decay_rank
-        return 12 * hidden + low + 2 * k + k + 2 * 2 * k + 7 * v + 64 * self.heads
+        return 12 * hidden + low + 2 * k + k + 2 * 2 * k + 4 * v + 64 * self.heads
 
 
 def _shift(to_last: float, power: float = 1.0, less: float = 0.0) -> Init:

@@ -32,3 +32,8 @@ def uniform(bound: float) -> Init:
 def log_integers() -> Init:
     """`A_log = log A`, A = 1 .. S along the last dimension: S4D-Real, as in Mamba (arXiv 2312.00752, section 3.6)."""
     return lambda t, g: t.copy_(torch.arange(1, t.shape[-1] + 1).log().expand_as(t))
+
+
+def orthogonal(gain: float) -> Init:
+    """Orthonormal rows or columns, whichever are fewer, times `gain`."""
+    return lambda t, g: torch.nn.init.orthogonal_(t, gain, generator=g)

@@ -118,14 +118,15 @@ def record(name: str, out: Path) -> None:
     inputs = {key: normal(*shape).to("cuda", torch.bfloat16) for key, shape in further.items()}
     if "lower_bound" in inputs:
         inputs["lower_bound"] = inputs["lower_bound"].sigmoid()
+    # copies, since fla's RWKV-7 writes the gradient of its input over that input
+    tensors = {"x": x.clone()} | {f"input.{key}": value.clone() for key, value in inputs.items()}
     x.requires_grad_()
     output = layer(x, **inputs)
     y = output[0] if isinstance(output, tuple) else output
     parameters = dict(layer.named_parameters())
     (y * cotangent).sum().backward()
     assert x.grad is not None
-    tensors = {"x": x, "cotangent": cotangent, "y": y, "grad.x": x.grad}
-    tensors |= {f"input.{key}": value for key, value in inputs.items()}
+    tensors |= {"cotangent": cotangent, "y": y, "grad.x": x.grad}
     tensors |= {f"weight.{key}": value for key, value in parameters.items()}
     tensors |= {f"grad.{key}": value.grad for key, value in parameters.items() if value.grad is not None}
     assert all(bool(t.isfinite().all()) for t in tensors.values()), name

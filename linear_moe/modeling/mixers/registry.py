@@ -30,6 +30,7 @@ MIXERS: dict[str, str] = {
     "rebased": "linear_moe.modeling.mixers.rebased:ReBased",
     "retention": "linear_moe.modeling.mixers.retention:Retention",
     "rwkv6": "linear_moe.modeling.mixers.rwkv6:RWKV6",
+    "rwkv7": "linear_moe.modeling.mixers.rwkv7:RWKV7",
     "s4": "linear_moe.modeling.mixers.s4:S4",
     "titans": "linear_moe.modeling.mixers.titans:Titans",
     "ttt_linear": "linear_moe.modeling.mixers.ttt_linear:TTTLinear",

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops import bounded_gate, feature_maps, gates, norms, repeat_heads, rotary, short_conv
+from linear_moe.modeling.ops import (
+    bounded_gate,
+    feature_maps,
+    gates,
+    norms,
+    repeat_heads,
+    rotary,
+    shift_mix,
+    short_conv,
+)
+from linear_moe.modeling.ops.packing import first_tokens
 from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
 
 triton = pytest.importorskip("triton")
@@ -22,6 +32,7 @@ from linear_moe.modeling.ops import (  # noqa: E402  they import triton
     norms_gpu,
     repeat_heads_gpu,
     rotary_gpu,
+    shift_mix_gpu,
     short_conv_gpu,
 )
 
@@ -197,7 +208,7 @@ def test_short_conv(
     inputs = [draw(batch, length, channels, dtype=dtype), draw(channels, taps, dtype=dtype, seed=2)]
     inputs += [draw(channels, dtype=dtype, seed=3)] if bias else []
     offsets = None if documents is None else torch.tensor([0, *documents], device=DEVICE).cumsum(0)
-    first = None if offsets is None else short_conv._first(offsets, length)
+    first = None if offsets is None else first_tokens(offsets, length)
     leaves = [x.detach().cpu().requires_grad_() for x in inputs]
     packed = None if offsets is None else offsets.cpu()
     expected, state = short_conv.short_conv(*leaves, activation=activation, cu_seqlens=packed)
@@ -231,3 +242,31 @@ def test_rotate(rows: int, heads: int, dim: int, size: int, dtype: torch.dtype) 
 def test_elu_plus_one(dtype: torch.dtype) -> None:
     inputs: list[Tensor | None] = [30 * draw(5, 7, 100, dtype=dtype, step=2)]
     compare(feature_maps_gpu, feature_maps.elu_definition, inputs, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("count", "more", "batch", "length", "width", "documents"),
+    [
+        (5, True, 2, 37, 72, None),
+        (6, False, 1, 70, 128, [0, 1, 2, 0, 40, 27, 0]),
+        (1, False, 3, 1, 20, None),
+        (1, True, 1, 1, 1, None),
+    ],
+)
+def test_shift_mix(
+    count: int, more: bool, batch: int, length: int, width: int, documents: list[int] | None, dtype: torch.dtype
+) -> None:
+    offsets = None if documents is None else torch.tensor([0, *documents], device=DEVICE).cumsum(0)
+    leaves = [draw(batch, length, width, dtype=dtype), draw(count, width, dtype=dtype, seed=2)]
+    leaves += [draw(count, batch, length, width, dtype=dtype, seed=3)] if more else []
+    leaves = [x.requires_grad_() for x in leaves]
+    rest = [*([] if more else [None]), None, None if offsets is None else first_tokens(offsets, length)]
+    expected = shift_mix.definition(*leaves, *rest)
+    grads = tuple(draw(batch, length, width, dtype=dtype, seed=4 + i) for i in range(count))
+    wanted = [*expected, *torch.autograd.grad(expected, leaves, grads)]
+    inputs = [*(x.detach() for x in leaves), *rest]
+    found = [*shift_mix_gpu.forward(*inputs), *(x for x in shift_mix_gpu.backward(grads, *inputs) if x is not None)]
+    for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
+        assert a.dtype == e.dtype, i
+        assert_close(a, e, FP32 if dtype == torch.float32 else HALF, f"{i}")

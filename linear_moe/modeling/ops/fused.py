@@ -25,36 +25,39 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        definition: Callable[..., Tensor] | None,
+        definition: Callable[..., Any] | None,
         kernels: ModuleType | None,
         options: dict,
         *inputs: Tensor | None,
-    ) -> Tensor:
+    ) -> Any:
         ctx.definition, ctx.kernels, ctx.options = definition, kernels, options
         ctx.save_for_backward(*inputs)
         function: Any = definition if kernels is None else kernels.forward
-        return function(*inputs, **options)
+        y = function(*inputs, **options)
+        ctx.several = isinstance(y, tuple)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if ctx.kernels is not None:
-            return None, None, None, *ctx.kernels.backward(grad, *inputs, **ctx.options)
+            return None, None, None, *ctx.kernels.backward(grads if ctx.several else grads[0], *inputs, **ctx.options)
         leaves = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         with torch.enable_grad():
             y = ctx.definition(*leaves, **ctx.options)
         wanted = [x for x in leaves if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grad))
+        found = iter(torch.autograd.grad(y, wanted, grads))
         return None, None, None, *(next(found) if need else None for need in needs)
 
 
-def fused(definition: Callable[..., Tensor], kernels: str, *inputs: Tensor | None, **options: Any) -> Tensor:
+def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
     """`definition(*inputs, **options)`, differentiable once, saving only the inputs for the backward pass.
 
     Args:
         kernels: a Triton module of this package, used if the first input is on CUDA, with `forward(*inputs, **options)`
-            and `backward(grad, *inputs, **options)` -> a gradient (or None) for each input.
+            and `backward(grad, *inputs, **options)` -> a gradient (or None) for each input. Where the definition
+            returns a tuple, so does `forward`, and `grad` is one.
     """
     first = inputs[0]
     assert first is not None
@@ -63,7 +66,7 @@ def fused(definition: Callable[..., Tensor], kernels: str, *inputs: Tensor | Non
     return _Fused.apply(definition, None, options, *inputs)
 
 
-def on_kernels(kernels: str, *inputs: Tensor | None, **options: Any) -> Tensor:
+def on_kernels(kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
     """The Triton kernels of `fused`, for inputs on CUDA."""
     module = importlib.import_module(f"linear_moe.modeling.ops.{kernels}")
     return _Fused.apply(None, module, options, *inputs)

@@ -13,6 +13,12 @@ MAX_CHUNK = 32  # the fastest on CPU at K = V = 32 to 64
 MIN_CHUNK = 16
 
 
+def first_tokens(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The first token of every token's document, `[T]` int32."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].int()
+
+
 def separately(
     function: Callable[..., tuple[Tensor, Tensor]],
     inputs: Sequence[Tensor | None],

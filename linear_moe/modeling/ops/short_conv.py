@@ -8,6 +8,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
 from linear_moe.modeling.ops.fused import has_triton, on_kernels
+from linear_moe.modeling.ops.packing import first_tokens
 
 ACTIVATIONS = ("silu", None)
 KERNEL_TAPS = 4  # our kernels take at most as many
@@ -54,7 +55,7 @@ def short_conv(
         y = (window.float() * weight.float()).sum(-1)[:, None]
         return _finish(y, bias, activation).to(x.dtype), state
     if x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton():
-        first = None if cu_seqlens is None else _first(cu_seqlens, x.shape[1])
+        first = None if cu_seqlens is None else first_tokens(cu_seqlens, x.shape[1])
         y = on_kernels("short_conv_gpu", x, weight, bias, first, activation=activation)
         return y, _last(x, width - 1, cu_seqlens) if output_state else None
     if x.is_cuda and width > 1 and has_fla():
@@ -70,12 +71,6 @@ def short_conv(
     else:
         y, final = _packed(x.float(), weight.float(), before, cu_seqlens)
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
-
-
-def _first(cu_seqlens: Tensor, length: int) -> Tensor:
-    """The first token of every token's document, `[T]` int32."""
-    tokens = torch.arange(length, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].int()
 
 
 def _last(x: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:

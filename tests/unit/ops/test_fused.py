@@ -16,6 +16,7 @@ from linear_moe.modeling.ops.bounded_gate import bounded_gate
 from linear_moe.modeling.ops.gates import gate
 from linear_moe.modeling.ops.norms import l2_norm, norm
 from linear_moe.modeling.ops.repeat_heads import repeat_heads
+from linear_moe.modeling.ops.shift_mix import shift_mix
 from tests.tolerances import BF16_ROUNDING, FP64, assert_close
 
 ROWS, HEADS, SIZE = 3, 2, 4
@@ -78,6 +79,21 @@ def test_repeat_heads_by_its_formula() -> None:
     assert_close(repeat_heads(x, weight), torch.stack([weight[:, h, None] * x[:, h // 3] for h in range(6)], 1), FP64)
 
 
+def test_shift_mix_by_its_formula() -> None:
+    x, share, more, state = draw(2, 5, WIDTH), draw(3, WIDTH, seed=1), draw(3, 2, 5, WIDTH, seed=2), draw(2, WIDTH)
+    for start in (torch.zeros_like(state), state):
+        for i, y in enumerate(shift_mix(x, share, more, state=None if start is not state else state)):
+            for t in range(5):
+                before = start if t == 0 else x[:, t - 1]
+                weight = share[i] + more[i][:, t]
+                assert_close(y[:, t], x[:, t] * (1 - weight) + before * weight, FP64)
+    offsets = torch.tensor([0, 0, 2, 5])
+    packed = shift_mix(x[:1], share, cu_seqlens=offsets)
+    for start, end in ((0, 2), (2, 5)):
+        for y, alone in zip(packed, shift_mix(x[:1, start:end], share), strict=True):
+            assert_close(y[:, start:end], alone, FP64)
+
+
 CALLS: list[tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = [
     (lambda x, w, z, s, d: norm(x, w, None, z, s, d, eps=0.1, size=SIZE, gate_first=True), [(ROWS, WIDTH), (WIDTH,),
      (ROWS, WIDTH), (ROWS, WIDTH), (HEADS,)]),
@@ -85,6 +101,7 @@ CALLS: list[tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = [
      (ROWS, WIDTH)]),
     (lambda x, b, r: gate(x, "softplus", bias=b, log_rate=r), [(ROWS, WIDTH), (WIDTH,), (HEADS,)]),
     (repeat_heads, [(ROWS, 2, SIZE), (ROWS, 4)]),
+    (lambda x, share, more: shift_mix(x, share, more)[1], [(2, ROWS, WIDTH), (2, WIDTH), (2, 2, ROWS, WIDTH)]),
 ]  # fmt: skip
 
 
@@ -118,6 +135,9 @@ def test_gradients_and_what_is_saved(function: Callable[..., Tensor], shapes: li
         (gate, [(3, 8)], {"function": "exp", "log_rate": torch.ones(3)}, "log_rate"),
         (bounded_gate, [(3, 8), (4,)], {}, "logit"),
         (repeat_heads, [(3, 2, 4), (3, 5)], {}, "weight"),
+        (shift_mix, [(1, 3, 4), (7, 4)], {}, "share"),
+        (shift_mix, [(1, 3, 4), (2, 4), (2, 3, 4)], {}, "more"),
+        (shift_mix, [(1, 3, 4), (2, 4)], {"state": torch.ones(3, 4)}, "state"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -1,0 +1,64 @@
+"""Token shift: interpolations between every token and the one before it (RWKV), in one pass on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops.fused import fused, upcast
+from linear_moe.modeling.ops.packing import first_tokens
+
+MOST = 6  # interpolations that the kernels make at once
+
+
+def shift_mix(
+    x: Tensor,
+    share: Tensor,
+    more: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`y_i[t] = x[t] + (x[t - 1] - x[t]) * (share_i + more_i[t])`, with zeros or the state before a document.
+
+    Arithmetic in fp32, rounded once. Triton kernels on CUDA; only the inputs are saved for backward.
+
+    Args:
+        x: `[B, T, C]`.
+        share: `[n, C]`, n up to 6.
+        more: `[n, B, T, C]`.
+        state: `[B, C]`, the token before each row.
+        cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1, no state; documents may be empty.
+
+    Returns:
+        n tensors `[B, T, C]` in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    count, width = share.shape
+    if width != x.shape[-1] or not 1 <= count <= MOST:
+        raise ValueError(f"share must be [at most {MOST}, {x.shape[-1]}], got {tuple(share.shape)}")
+    if more is not None and tuple(more.shape) != (count, *x.shape):
+        raise ValueError(f"more must be {(count, *x.shape)}, got {tuple(more.shape)}")
+    if state is not None and (cu_seqlens is not None or tuple(state.shape) != (x.shape[0], width)):
+        raise ValueError(f"state must be {(x.shape[0], width)}, without cu_seqlens, got {tuple(state.shape)}")
+    first = None if cu_seqlens is None else first_tokens(cu_seqlens, x.shape[1])
+    if state is not None:
+        return definition(x, share, more, state, first)
+    return fused(definition, "shift_mix_gpu", x, share, more, None, first)
+
+
+def definition(
+    x: Tensor, share: Tensor, more: Tensor | None, state: Tensor | None, first: Tensor | None
+) -> tuple[Tensor, ...]:
+    """See `shift_mix`; `first [T]`: the first token of each token's document."""
+    wide = upcast(x)
+    start = torch.zeros_like(wide[:, :1]) if state is None else upcast(state).unsqueeze(1)
+    before = torch.cat([start, wide[:, :-1]], dim=1)
+    if first is not None:
+        before = before.masked_fill((first == torch.arange(len(first), device=x.device))[:, None], 0.0)
+    change, weights = before - wide, upcast(share)[:, None, None]
+    if more is not None:
+        weights = weights + upcast(more)
+    return tuple((wide + change * w).to(x.dtype) for w in weights)

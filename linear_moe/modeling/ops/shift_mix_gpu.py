@@ -1,0 +1,122 @@
+"""`shift_mix` in two Triton kernels: every input is read about once and every output and gradient written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 32, 64  # tokens and channels of a tile, 16 elements for each thread of 4 warps
+
+
+@triton.jit
+def _has_before(first, token, tokens, length):
+    """Whether there is a token before in the row or document, `[ROWS]`."""
+    if first is None:
+        return (token < tokens) & (token % length > 0)
+    else:
+        return (token < tokens) & (tl.load(first + token, mask=token < tokens, other=0) < token)
+
+
+@triton.jit
+def _forward(
+    x, share, more, first, y, tokens, length, channels, stride, stride_i, stride_more, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None] & (channel < channels)
+    follows = _has_before(first, token, tokens, length)[:, None] & (channel < channels)
+    now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
+    change = tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now
+    for i in tl.static_range(COUNT):
+        w = tl.load(share + i * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        if more is not None:
+            w = w + tl.load(more + i * stride_i + row * stride_more + channel, mask=inside, other=0.0).to(tl.float32)
+        to = y + (row + i * tokens) * channels + channel
+        tl.store(to, (now + change * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    d0, d1, d2, d3, d4, d5, x, share, more, first, dx, dshare, dmore, tokens, length, channels, stride, stride_i,
+    stride_more, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None] & (channel < channels)
+    follows = _has_before(first, token, tokens, length)[:, None] & (channel < channels)
+    followed = _has_before(first, token + 1, tokens, length)[:, None] & (channel < channels)
+    now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
+    change = tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in tl.static_range(COUNT):
+        if i == 0:
+            dy = d0
+        elif i == 1:
+            dy = d1
+        elif i == 2:
+            dy = d2
+        elif i == 3:
+            dy = d3
+        elif i == 4:
+            dy = d4
+        else:
+            dy = d5
+        here = dy + row * channels + channel
+        d = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+        after = tl.load(here + channels, mask=followed, other=0.0).to(tl.float32)
+        w = tl.load(share + i * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        w_after = w
+        if more is not None:
+            source = more + i * stride_i + row * stride_more + channel
+            w_after = w + tl.load(source + stride_more, mask=followed, other=0.0).to(tl.float32)
+            w = w + tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        total += d * (1 - w) + after * w_after
+        dw = d * change
+        if more is not None:
+            to = dmore + (row + i * tokens) * channels + channel
+            tl.store(to, dw.to(dmore.dtype.element_ty), mask=inside)
+        partial = dshare + (tl.program_id(0).to(tl.int64) * COUNT + i) * channels + channel
+        tl.store(partial, tl.sum(dw, 0)[None, :], mask=channel < channels)
+    tl.store(dx + row * channels + channel, total.to(dx.dtype.element_ty), mask=inside)
+
+
+def _strides(more: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """`more [n, B, T, C]` with neighbouring channels and evenly spaced tokens; strides of n and of tokens."""
+    if more is None:
+        return None, 0, 0
+    flat = more.flatten(1, 2)
+    flat = flat if flat.stride(2) == 1 else flat.contiguous()
+    return flat, flat.stride(0), flat.stride(1)
+
+
+def forward(x: Tensor, share: Tensor, more: Tensor | None, state: None, first: Tensor | None) -> tuple[Tensor, ...]:
+    """See `shift_mix.definition`; the kernels take no state."""
+    batch, length, channels = x.shape
+    flat, tokens, (more, stride_i, stride_more) = x.reshape(-1, channels).contiguous(), batch * length, _strides(more)
+    y = torch.empty(len(share), *x.shape, dtype=x.dtype, device=x.device)
+    _forward[(triton.cdiv(tokens, ROWS), triton.cdiv(channels, COLUMNS))](
+        flat, share.contiguous(), more, first, y, tokens, length, channels, channels, stride_i, stride_more,
+        len(share), ROWS, COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return y.unbind()
+
+
+def backward(
+    grads: tuple[Tensor, ...], x: Tensor, share: Tensor, more: Tensor | None, state: None, first: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, share and more. Sums over tokens are in a fixed order."""
+    batch, length, channels = x.shape
+    flat, tokens, (source, stride_i, stride_more) = x.reshape(-1, channels).contiguous(), batch * length, _strides(more)
+    grid = (triton.cdiv(tokens, ROWS), triton.cdiv(channels, COLUMNS))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dmore = None if more is None else torch.empty(more.shape, dtype=more.dtype, device=x.device)
+    dshare = torch.empty(grid[0], len(share), channels, dtype=torch.float32, device=x.device)
+    pointers = [grad.contiguous() for grad in grads] + [grads[0]] * (6 - len(grads))
+    _backward[grid](
+        *pointers, flat, share.contiguous(), source, first, dx, dshare, dmore, tokens, length, channels, channels,
+        stride_i, stride_more, len(share), ROWS, COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return dx, dshare.sum(0).to(share.dtype), dmore, None, None

@@ -85,5 +85,5 @@ class HGRN(LinearMixer):
     def activation_elements(self) -> float:
         conv = 2 if self.config.conv_size else 0
         # the convolutions' inputs; i, SiLU(i), the forget gate's projection and complement, o, its gate, the gated
-        # norm; in fp32 the forget gate, the states
-        return (conv + 7 + 2 * 2) * self.inner
+        # norm; in fp32 the forget gate
+        return (conv + 7 + 2) * self.inner

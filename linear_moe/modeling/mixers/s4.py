@@ -63,6 +63,12 @@ class S4(LinearMixer):
     @classmethod
     def validate(cls, config: S4Config, dims: Dims, tensor: int, path: str) -> None:
         check(f"{path}.state_size", config.state_size, lambda n: n % 2 == 0, "must be even: pairs of conjugates")
+        check(
+            "model.hidden_size",
+            dims.hidden_size,
+            lambda n: n % tensor == 0,
+            f"must be divisible by parallel.tensor = {tensor}, which splits s4's channels",
+        )
         if config.dt_min > config.dt_max:
             raise ConfigError(f"{path}.dt_min", config.dt_min, f"must be at most dt_max = {config.dt_max:g}")
 

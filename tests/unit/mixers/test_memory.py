@@ -59,7 +59,8 @@ def gsa(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, **_: Any) -> tupl
 
 
 def linear_scan(x: Tensor, g: Tensor, **_: Any) -> tuple[Tensor, None]:
-    return Saves.apply(x, g, torch.empty_like(g)), None
+    """Saves the gate and its output, which what comes after it saves too."""
+    return Saves.apply(x, g), None
 
 
 def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **_: Any) -> tuple[Tensor, None]:

@@ -51,6 +51,10 @@ from tests.unit.mixers.common import case_ids, cases, dims
         ("mom", {"expand_v": 0.6}, 1, "expand_v", [0.5, 0.75]),
         ("mla", {"num_heads": 6}, 4, "num_heads", [4, 8]),
         ("mla", {"qk_rope_head_dim": 7}, 1, "qk_rope_head_dim", [6, 8]),
+        ("hgrn", {"expand": 3 / 32}, 2, "expand", [2 / 32, 4 / 32]),
+        ("mamba", {"expand": 0.3}, 1, "expand", [9 / 32, 10 / 32]),
+        ("s4", {"state_size": 7}, 1, "state_size", [6, 8]),
+        ("gateloop", {"num_heads": 3}, 1, "num_heads", [2, 4]),
     ],
 )
 def test_names_field_and_working_values(

@@ -11,14 +11,15 @@ from linear_moe.modeling.ops.scan import chunk
 def linear_scan(
     x: Tensor, g: Tensor, *, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.scan.linear_scan`; flash-linear-attention's kernels, in fp32.
+    """See `linear_moe.modeling.ops.scan.linear_scan`; flash-linear-attention's kernels, arithmetic in fp32.
 
     They are given neither an initial state nor documents: they have no gradient of the one, and their chunked form
-    does not take the others. Both are in the first tokens' inputs and gates.
+    does not take the others. Both are in the first tokens' inputs and gates. Without an initial state, as in training,
+    the final one is the last output, rounded to x's dtype.
     """
-    inputs, gates = chunk.restart(x.float(), g.float(), initial_state, cu_seqlens)
+    inputs, gates = chunk.restart(x if initial_state is None else x.float(), g.float(), initial_state, cu_seqlens)
     h, _ = fla("ops.hgrn").chunk_hgrn(inputs, gates)
-    return h.to(x.dtype), chunk.last(h, initial_state, cu_seqlens)
+    return h.to(x.dtype), chunk.last(h, initial_state, cu_seqlens).float()
 
 
 def selective_scan(

@@ -142,7 +142,7 @@ def test_step_matches_reference_and_updates_in_place(family: str, gate: str | No
 @pytest.mark.parametrize(("family", "gate"), [v for v in VARIANTS if v[1] not in (None, "bonus")])
 @pytest.mark.parametrize("extreme", ["zero", "-50", "-1e30", "-inf", "mixed"])
 def test_extreme_gates(family: str, gate: str, extreme: str) -> None:
-    inputs = make_inputs(family, gate, (2, 130, 5, 16, 8))
+    inputs = make_inputs(family, gate, (1, 70, 5, 16, 8))
     if extreme == "mixed":
         set_extreme_gates(inputs)
     else:

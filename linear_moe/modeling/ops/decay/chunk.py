@@ -32,7 +32,6 @@ def decay(
         g = g.expand(q.shape[:3])[..., None]
     a, b = (None if x is None else chunks.split(x.float()).exp() for x in (g, gv))
     q, k, v = (chunks.split(x.float()) for x in (q, k, v))
-    q = q * scale
     before_gate = bonus is not None  # q reads the state before its own token's gates and update
     own = None if bonus is None else (q * k * bonus.float().repeat(chunks.batch, 1)[:, None]).sum(-1, keepdim=True) * v
     scores, q, k, kept = _key_gates(q, k, a, before_gate)
@@ -49,7 +48,8 @@ def decay(
     before, final = chunks.scan(advance, state)
     across = q @ before
     o = o.add_(across) if from_start is None else torch.addcmul(o, from_start, across)
-    return chunks.join(o if own is None else o.add_(own)).to(dtype), final
+    o = o if own is None else o.add_(own)
+    return chunks.join(o.mul_(scale)).to(dtype), final
 
 
 def _key_gates(
@@ -98,7 +98,7 @@ def _value_gates(scores: Tensor, v: Tensor, b: Tensor, before_gate: bool) -> tup
         pairs = scores.unflatten(-1, halves).unflatten(-4, halves)[
             ..., 1, :, :, 0, :
         ]  # [N, X, pairs, block, pairs, block]
-        across = pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3) @ v.unflatten(-2, halves)[..., 0, :, :]
+        across = _matmul(pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3), v.unflatten(-2, halves)[..., 0, :, :])
         o_1, o_2 = o.unflatten(-2, halves).unbind(-3)
         o_2 = torch.addcmul(o_2, from_start.unflatten(-2, halves)[..., 1, :, :], across)
         o = torch.stack([o_1, o_2], -3).flatten(-4, -2)
@@ -114,3 +114,12 @@ def _merge(from_start: Tensor, to_end: Tensor, whole: Tensor, block: int) -> tup
     from_start = from_start.unflatten(-2, (-1, 2, block)) * torch.stack([one, whole_1], -2)[..., None, :]
     to_end = to_end.unflatten(-2, (-1, 2, block)) * torch.stack([whole_2, one], -2)[..., None, :]
     return from_start.flatten(-4, -2), to_end.flatten(-4, -2), whole_1 * whole_2
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`; batched matmuls of next to nothing are slow."""
+    inner = a.shape[-1]
+    if inner > 2:
+        return a @ b
+    terms = [a[..., i, None] * b[..., i, None, :] for i in range(inner)]
+    return terms[0] if inner == 1 else terms[0] + terms[1]

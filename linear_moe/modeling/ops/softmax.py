@@ -90,6 +90,16 @@ def _packed(
     return varlen_attn(q[0], k[0], v[0], offsets, offsets, longest, longest, **extra).unsqueeze(0)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """FlashAttention reads 16 bytes at a time wherever a head begins, and does not look whether it may."""
+    starts = [x.storage_offset(), *(s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)]
+    return (
+        x
+        if x.stride(-1) == 1 and all(s * x.element_size() % 16 == 0 for s in starts)
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -127,6 +137,8 @@ def softmax_attention(
         if size < width and scale is None:
             scale = size**-0.5
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
+    if q.is_cuda:
+        q, k, v = (_aligned(t) for t in (q, k, v))
     if cu_seqlens is not None:
         packed = _packed(q, k, v, scale, cu_seqlens, max_document or q.shape[1], window)
         if packed is not None:

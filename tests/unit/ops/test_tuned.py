@@ -22,11 +22,15 @@ def test_nearest_entry() -> None:
         {"key": [128, False, BF16], "config": {"n": -1}},
         {"key": [128, True, "torch.float32"], "config": {"n": -2}},
     ]
+    heads = ["H", "USE_G"]
     for size, expected in ((64, 64), (128, 128), (32, 64), (256, 128), (90, 64), (97, 128), (0, 64)):
-        assert tuned.nearest(entries, [size, True, BF16]) == {"n": expected}
-    assert tuned.nearest(entries, [128, False, "torch.float32"]) is None
-    assert tuned.nearest(entries, [128, True]) is None
-    assert tuned.nearest([], [128]) is None
+        assert tuned.nearest(entries, [size, True, BF16], heads) == {"n": expected}
+    assert tuned.nearest(entries, [128, False, "torch.float32"], heads) is None
+    assert tuned.nearest(entries, [128, True], heads) is None
+    assert tuned.nearest([], [128], heads) is None
+    sizes = ["K", "USE_G"]  # of a head: only the same
+    assert tuned.nearest(entries, [64, True, BF16], sizes) == {"n": 64}
+    assert tuned.nearest(entries, [32, True, BF16], sizes) is None
 
 
 def test_file_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +54,7 @@ def test_shipped_files(path: Path) -> None:
         keys = [json.dumps(entry["key"]) for entry in entries]
         assert entries and len(set(keys)) == len(keys)
         for entry in entries:
-            assert tuned.nearest(entries, entry["key"]) == entry["config"]
+            assert tuned.nearest(entries, entry["key"], []) == entry["config"]
             assert {"num_warps", "num_stages"} <= set(entry["config"])
 
 
@@ -70,7 +74,7 @@ class Autotuner:
     """Triton's, as far as `install` knows it: takes the last configuration when it has to search."""
 
     def __init__(self, broken: int | None = None):
-        self.arg_names, self.keys, self.broken = ["x", "size"], ["size"], broken
+        self.arg_names, self.keys, self.broken = ["x", "H"], ["H"], broken
         self.configs, self.cache = [Config(block=n) for n in (16, 32, 64)], {}  # type: ignore[var-annotated]
         self.base_fn, self.searched = types.SimpleNamespace(__module__="fla.ops", __name__="kernel"), 0
 
@@ -80,7 +84,7 @@ class Autotuner:
 
     def run(self, *args: Any, **kwargs: Any) -> int:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
-        key = (kwargs["size"],)
+        key = (kwargs["H"],)
         if key not in self.cache:
             self.cache[key] = self.prune_configs(kwargs)[-1]
             self.searched += 1
@@ -112,13 +116,13 @@ def tuner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Autotuner]:
 
 def test_a_tuned_kernel_is_not_searched_for(tuner: type[Autotuner]) -> None:
     kernel = tuner()
-    assert [kernel.run(None, size=size) for size in (128, 256, 128)] == [32, 32, 32] and kernel.searched == 0
+    assert [kernel.run(None, H=size) for size in (128, 256, 128)] == [32, 32, 32] and kernel.searched == 0
 
 
 def test_a_configuration_that_does_not_fit_is_replaced(tuner: type[Autotuner]) -> None:
     kernel = tuner(broken=32)
-    assert kernel.run(None, size=128) == 64 and kernel.searched == 1
-    assert kernel.run(None, size=128) == 64 and kernel.searched == 1
+    assert kernel.run(None, H=128) == 64 and kernel.searched == 1
+    assert kernel.run(None, H=128) == 64 and kernel.searched == 1
 
 
 def test_unknown_kernels_and_configurations_are_tuned(tuner: type[Autotuner]) -> None:
@@ -127,4 +131,4 @@ def test_unknown_kernels_and_configurations_are_tuned(tuner: type[Autotuner]) ->
     foreign.base_fn.__module__ = "mine"
     changed.configs = [Config(block=n) for n in (16, 64)]  # another release of the package
     for kernel in (other, foreign, changed):
-        assert kernel.run(None, size=128) == 64 and kernel.searched == 1
+        assert kernel.run(None, H=128) == 64 and kernel.searched == 1

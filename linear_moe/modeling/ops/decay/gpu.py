@@ -58,12 +58,21 @@ def decay(
         o, state = fla("ops.rwkv6").chunk_rwkv6(r=q, w=w, u=pad_keys(bonus.float(), -1, size), **inputs)
     elif g is not None and g.ndim == 4:
         o, state = fla("ops.gla").chunk_gla(q=q, g=pad_keys(g, -1, size), **inputs)
-    elif g is not None and g.ndim == 1 and not g.requires_grad:  # the kernels have no gradient of constants
+    elif g is not None and g.ndim == 1 and _constant(g, q, cu_seqlens):
         o, state = fla("ops.simple_gla").chunk_simple_gla(q=q, g_gamma=g, **inputs)
     else:
         g = g.expand(q.shape[:3]) if g is not None and g.ndim == 1 else g
         o, state = fla("ops.simple_gla").chunk_simple_gla(q=q, g=g, **inputs)
     return o[..., :values].to(v.dtype), state[:, :, :keys, :values]
+
+
+def _constant(g: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the kernels' own form of constants can serve.
+
+    It has no gradient of them, and past the end of a chunk that is not full it makes NaN of g below -88 / 63: zeros
+    times exp(63 g) overflown.
+    """
+    return not g.requires_grad and cu_seqlens is None and q.shape[1] % 64 == 0
 
 
 def _by_channel(g: Tensor | None, k: Tensor) -> Tensor:

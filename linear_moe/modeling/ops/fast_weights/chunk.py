@@ -133,5 +133,9 @@ def titans(
 
 def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[list[int], Tensor]:
     """Of every document (or of all rows): its last chunk's index, and whether that is full `[S, 1, 1, 1]`."""
-    complete = torch.tensor(chunks.complete).view(-1, 1, 1, 1).to(device)
+    full = chunks.complete
+    if len(set(full)) == 1:  # no copy to the device, for which the host would wait
+        complete = torch.full((len(full), 1, 1, 1), full[0], device=device)
+    else:
+        complete = torch.tensor(full).view(-1, 1, 1, 1).to(device)
     return [max(end - 1, 0) for _, end in chunks.spans], complete

@@ -2,8 +2,9 @@
 
 `NVIDIA_H100.json` and its like hold, per kernel, what Triton's autotuner chose for each of its keys (sizes, flags,
 dtypes of the arguments). `scripts/bench/tune.py` makes them. A key that is not there takes the configuration of the
-nearest one with the same flags and dtypes; only a kernel without any, or whose configuration does not fit the GPU, is
-tuned anew.
+nearest one that differs in counts only (heads, rows, tokens). Sizes within a head decide which configurations work at
+all (some of flash-linear-attention 0.6.0's give wrong results or fault at sizes they were not chosen for), so for
+another K or V, or a kernel whose configuration does not fit the GPU, Triton tunes anew.
 
 The environment variable `LINEAR_MOE_TUNED` names another file, or is "off".
 """
@@ -23,6 +24,9 @@ import torch
 VARIABLE = "LINEAR_MOE_TUNED"
 Entry = dict[str, Any]  # {"key": [...], "config": {...}}
 
+COUNTS = {"B", "H", "HQ", "HV", "G", "N", "T", "T_BUCKET", "NB", "NC"}
+"""Names of key values that may differ from the table's."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,18 +39,19 @@ def table_path(gpu: str) -> Path | None:
     return max(files, key=lambda path: len(path.stem), default=None)
 
 
-def nearest(entries: list[Entry], key: list[Any]) -> dict[str, Any] | None:
-    """The configuration of the entry nearest to `key`, by ratios of numbers; whatever is no number must be equal."""
+def nearest(entries: list[Entry], key: list[Any], names: list[str]) -> dict[str, Any] | None:
+    """The configuration of the entry nearest to `key`, by ratios of counts; whatever is no count must be equal.
 
-    def is_size(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    Args:
+        names: of the key's first values; the others are dtypes.
+    """
 
     def distance(other: list[Any]) -> float:
         if len(other) != len(key):
             return math.inf
         total = 0.0
-        for a, b in zip(other, key, strict=True):
-            if is_size(a) and is_size(b) and a >= 0 and b >= 0:
+        for i, (a, b) in enumerate(zip(other, key, strict=True)):
+            if i < len(names) and names[i] in COUNTS:
                 total += abs(math.log2((a + 1) / (b + 1)))
             elif a != b:
                 return math.inf
@@ -56,11 +61,12 @@ def nearest(entries: list[Entry], key: list[Any]) -> dict[str, Any] | None:
     return None if best is None or distance(best["key"]) == math.inf else best["config"]
 
 
-def tuning_key(tuner: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The key under which Triton's `Autotuner` caches its choice, while it runs with these keyword arguments."""
+def tuning_key(tuner: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[str]]:
+    """The key under which Triton's `Autotuner` caches its choice for these keyword arguments; names of its values."""
     given = {name: value for name, value in {**tuner.nargs, **kwargs}.items() if name in tuner.arg_names}
     dtypes = [str(value.dtype) for value in given.values() if hasattr(value, "dtype")]
-    return tuple([given[name] for name in tuner.keys if name in given] + dtypes)
+    names = [name for name in tuner.keys if name in given]
+    return tuple([given[name] for name in names] + dtypes), names
 
 
 def kernel_name(tuner: Any) -> str:
@@ -92,10 +98,10 @@ def install() -> dict[tuple[str, tuple[Any, ...]], Any]:
     search, candidates = Autotuner.run, Autotuner.prune_configs
 
     def prune_configs(tuner: Any, kwargs: dict[str, Any]) -> list[Any]:  # called only for a key that is not cached
-        configs, name, key = candidates(tuner, kwargs), kernel_name(tuner), tuning_key(tuner, kwargs)
+        configs, name, (key, names) = candidates(tuner, kwargs), kernel_name(tuner), tuning_key(tuner, kwargs)
         if not name.startswith("fla.") or (name, key) in taken:
             return configs
-        wanted = nearest(table.get(name, []), list(key))
+        wanted = nearest(table.get(name, []), list(key), names)
         fitting = [config for config in configs if describe(config) == wanted]
         if fitting:
             tuner.cache[key] = taken[name, key] = fitting[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from linear_moe.modeling.ops.dispatch import has_fla
 from linear_moe.modeling.ops.short_conv import short_conv
 from tests.tolerances import BF16, BF16_SAME, FP32, assert_close
+from tests.unit.ops import test_gsa
 from tests.unit.ops.cases import NO_KERNEL, OPS, VARIANTS, make_inputs, run, set_extreme_gates
 
 pytestmark = [
@@ -97,6 +98,21 @@ def test_constant_gates_that_are_not_trained() -> None:
     inputs = to_gpu(make_inputs("decay", "constant", (2, LENGTH, HEADS, DIM, DIM)))
     decay = partial(OPS["decay"], g=inputs.pop("g"))
     compare(run(decay, inputs, backend="gpu"), run(decay, inputs, backend="reference"), BF16, "constant")
+
+
+@needs_fla
+@pytest.mark.parametrize("slots", [64, 24])  # one kernel, two
+@pytest.mark.parametrize("packed", [False, True])
+def test_gsa_kernels_match_reference(slots: int, packed: bool) -> None:
+    sizes = {"q": DIM, "k": DIM, "v": DIM, "s": slots, "g": slots}
+    inputs = test_gsa.make_inputs(1 if packed else 2, LENGTH, len(OFFSETS) - 1 if packed else None, sizes)
+    inputs["s"] = 1 - inputs["g"].exp()
+    half = {n: x.cuda().to(torch.bfloat16 if n in ("q", "k", "v", "s") else torch.float32) for n, x in inputs.items()}
+    cu_seqlens = torch.tensor(OFFSETS, device="cuda") if packed else None
+    actual, expected = (
+        test_gsa.run(half, scale=0.1, cu_seqlens=cu_seqlens, backend=backend) for backend in ("gpu", "reference")
+    )
+    compare(actual, expected, BF16, f"gsa {slots} slots")
 
 
 @pytest.mark.parametrize(("family", "gate"), VARIANTS)

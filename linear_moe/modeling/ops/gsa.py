@@ -57,7 +57,8 @@ def gsa(
     implementations: dict[str, Any] = {
         name: partial(_two_passes, backend=name) for name in ("reference", "chunk", "gpu")
     }
-    if s.shape[-1] == tiled(s.shape[-1]):  # slots cannot be padded in one kernel: its softmax would see the padding
+    # slots cannot be padded in one kernel: its softmax would see the padding; it refuses odd values
+    if s.shape[-1] == tiled(s.shape[-1]) and v.shape[-1] % 2 == 0:
         implementations["gpu"] = _kernel
     implementation = choose(backend, implementations, v, None)
     return implementation(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded)

@@ -18,12 +18,14 @@ SIZES = {"q": 12, "k": 12, "v": 8, "s": 10, "g": 10}
 OFFSETS = [0, 0, 5, 70, 134, 134, 135, 200]
 
 
-def make_inputs(batch: int, length: int, sequences: int | None = None) -> dict[str, Tensor]:
+def make_inputs(
+    batch: int, length: int, sequences: int | None = None, sizes: dict[str, int] = SIZES
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    inputs = {name: torch.randn(batch, length, 2, size, generator=generator) for name, size in SIZES.items()}
+    inputs = {name: torch.randn(batch, length, 2, size, generator=generator) for name, size in sizes.items()}
     inputs["g"] = F.logsigmoid(inputs["g"])
-    inputs["keys"] = torch.randn(sequences or batch, 2, 12, 10, generator=generator)
-    inputs["values"] = torch.randn(sequences or batch, 2, 10, 8, generator=generator)
+    inputs["keys"] = torch.randn(sequences or batch, 2, sizes["k"], sizes["s"], generator=generator)
+    inputs["values"] = torch.randn(sequences or batch, 2, sizes["s"], sizes["v"], generator=generator)
     return inputs
 
 
@@ -34,7 +36,7 @@ def run(inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     output, (keys, values) = gsa(**tokens, initial_states=(leaves["keys"], leaves["values"]), **options)
     generator = torch.Generator().manual_seed(1)
     results = [output, keys, values]
-    weights = [torch.randn(x.shape, generator=generator) for x in results]
+    weights = [torch.randn(x.shape, generator=generator).to(x) for x in results]
     gradients = torch.autograd.grad(results, list(leaves.values()), weights)
     return {"output": output, "final keys": keys, "final values": values} | {
         f"d {name}": x for name, x in zip(leaves, gradients, strict=True)

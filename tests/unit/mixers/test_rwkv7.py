@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Cache, Layout, Mixer
 from linear_moe.modeling.mixers.rwkv7 import RWKV7
 from linear_moe.modeling.ops.dispatch import use_backend
@@ -120,6 +121,19 @@ def test_two_layers_decode() -> None:
     pieces = [layers(x[:, a:b].flatten(0, 1), Layout(2, b - a), caches) for a, b in ((0, 4), (4, 5), (5, 6), (6, 9))]
     expected = layers(x.flatten(0, 1), Layout(2, 9)).view(2, 9, -1)
     assert_close(torch.cat([piece.view(2, -1, 32) for piece in pieces], 1), expected, DECODE)
+
+
+def test_two_layers_recomputed() -> None:
+    """The first layer's values, made inside a recomputed region, carry gradients from the second."""
+    layers, host, weight, results = two_layers(), Host(recompute=True), stream(2, 7, seed=1), []
+    for run in (host.recompute, lambda layer, *args: layer(*args)):
+        x, layout = stream(2, 7).requires_grad_(), Layout(2, 7)
+        y = x
+        for layer in layers.layers:
+            y = run(layer, y, layout)
+        results.append(torch.autograd.grad((y * weight).sum(), [x, *layers.parameters()]))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_two_layers_on_two_tensor_ranks() -> None:

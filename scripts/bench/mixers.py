@@ -11,6 +11,7 @@ Columns, in milliseconds of one forward and backward pass (CUDA events, median):
 and the same of the time that kernels ran, without the gaps between them (`*_busy`, torch.profiler).
 first_step_seconds counts to the end of the first forward and backward pass: for a mixer's first shape from the start of
 its own process, forked when torch is imported (imports, building, compiling, tuning), for the next from its building.
+First steps of --together mixers are taken side by side, so they compete for the CPU; then one mixer at a time measures.
 
     python scripts/bench/mixers.py                           # every mixer, B8 T2048 and B1 T32768
     python scripts/bench/mixers.py --mixers gla,mamba2 --update
@@ -25,6 +26,7 @@ import datetime
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import platform
 import shlex
 import statistics
@@ -259,14 +261,12 @@ def first_step(name: str, at: Setting, batch: int, length: int) -> tuple[Mixer, 
     return mixer, x, step
 
 
-def measure(name: str, at: Setting, batch: int, length: int, since: float) -> dict[str, Any]:
+def measure(mixer: Mixer, x: Tensor, step: Work, at: Setting, batch: int, length: int) -> dict[str, Any]:
     """One row, without its identification."""
-    mixer, x, step = first_step(name, at, batch, length)
-    row: dict[str, Any] = {"first_step_seconds": time.perf_counter() - since}
-    works, row["kernel"] = parts(mixer, batch, length, x, step)
+    works, kernel = parts(mixer, batch, length, x, step)
     spans = {column: milliseconds(run, at) for column, run in works.items()}
-    running = {column: busy(run, at) for column, run in works.items()}
-    row |= {f"{column}_ms": span for column, span in spans.items()}
+    running = {column: busy(run, at) for column, run in works.items() if column != "recurrence"}
+    row: dict[str, Any] = {"kernel": kernel} | {f"{column}_ms": span for column, span in spans.items()}
     row["overhead_ms"] = spans["mixer"] - spans["op"] - spans["projections"]
     row["overhead_over_op"] = row["overhead_ms"] / spans["op"]
     if all(running.values()):
@@ -282,47 +282,71 @@ def measure(name: str, at: Setting, batch: int, length: int, since: float) -> di
     return row
 
 
-def worker(name: str, at: Setting, send: Connection) -> None:
-    """Rows of one mixer, sent one by one; an error is a row too."""
-    since = time.perf_counter()
+def guarded(row: dict[str, Any], function: Callable[[], Any]) -> Any:
+    """What the function returns; an error becomes the row's."""
+    try:
+        return function()
+    except Exception as error:
+        traceback.print_exc()
+        row["error"] = f"{type(error).__name__}: {error}"[:500]
+        return None
+
+
+def worker(name: str, at: Setting, parent: Connection) -> None:
+    """Takes the first steps, waits to be told that nobody else uses the device, measures; sends a row per shape."""
+    since, prepared = time.perf_counter(), []
     for batch, length in at.shapes:
         row: dict[str, Any] = {"mixer": name, "batch": batch, "length": length}
-        try:
-            row["device"] = platform.processor() or "cpu"
-            if at.device.type == "cuda":  # not in the parent, which forks
-                row["device"] = torch.cuda.get_device_name()
-                torch.cuda.empty_cache()
-            row |= measure(name, at, batch, length, since)
-        except Exception as error:
-            traceback.print_exc()
-            row["error"] = f"{type(error).__name__}: {error}"[:500]
-        send.send(row)
+        row["device"] = torch.cuda.get_device_name() if at.device.type == "cuda" else platform.processor() or "cpu"
+        made = guarded(row, lambda batch=batch, length=length: first_step(name, at, batch, length))  # type: ignore[misc]
+        row["first_step_seconds"] = time.perf_counter() - since
+        prepared.append((row, made))
+        if at.device.type == "cuda" and made:
+            torch.cuda.empty_cache()
         since = time.perf_counter()
+    parent.send("ready")
+    parent.recv()
+    for row, made in prepared:
+        if made:
+            sizes = row["batch"], row["length"]
+            row |= guarded(row, lambda made=made, sizes=sizes: measure(*made, at, *sizes)) or {}  # type: ignore[misc]
+            made = None
+        parent.send(row)
 
 
-def isolated(name: str, at: Setting, timeout: float) -> list[dict[str, Any]]:
-    """Rows of one mixer from a process of its own, which a fault on the device or the time-out may end."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=worker, args=(name, at, send))
-    process.start()
-    send.close()
-    deadline, rows = time.monotonic() + timeout, []
-    for batch, length in at.shapes:
+class Isolated:
+    """One mixer in a process of its own, which a fault on the device or a time-out may end."""
+
+    def __init__(self, name: str, at: Setting):
+        self.name, self.at = name, at
+        context = multiprocessing.get_context("fork")
+        self.connection, child = context.Pipe()
+        self.process = context.Process(target=worker, args=(name, at, child))
+        self.process.start()
+        child.close()
+
+    def receive(self, deadline: float) -> Any:
+        if not self.connection.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("not done in time")
+        return self.connection.recv()
+
+    def rows(self, prepared_by: float, timeout: float) -> list[dict[str, Any]]:
+        """Its rows; those that it did not send say why."""
+        rows: list[dict[str, Any]] = []
         try:
-            if not receive.poll(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"not done after {timeout:g} s")
-            rows.append(receive.recv())
-        except (EOFError, TimeoutError) as error:
-            process.join(0 if isinstance(error, TimeoutError) else 10)
-            why = str(error) or f"the process ended with exit code {process.exitcode}"
-            rows.append({"mixer": name, "batch": batch, "length": length, "error": why})
-    if process.is_alive():
-        process.join(5)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    return rows
+            self.receive(prepared_by)
+            self.connection.send("go")
+            deadline = time.monotonic() + timeout
+            rows += [self.receive(deadline) for _ in self.at.shapes]
+        except (EOFError, TimeoutError, OSError) as error:
+            self.process.join(0 if isinstance(error, TimeoutError) else 10)
+            why = str(error) or f"the process ended with exit code {self.process.exitcode}"
+            missing = self.at.shapes[len(rows) :]
+            rows += [{"mixer": self.name, "batch": b, "length": t, "error": why} for b, t in missing]
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+        return rows
 
 
 COLUMNS = ("mixer_ms", "op_ms", "recurrence_ms", "projections_ms", "overhead_ms", "overhead_over_op", "mixer_busy_ms",
@@ -396,7 +420,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one mixer")
+    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for a group's first steps, and a mixer")
+    parser.add_argument("--together", type=int, default=1, help="mixers that take their first steps side by side")
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
     parser.add_argument("--update", action="store_true", help="keep the file's rows of mixers not measured now")
     parser.add_argument("--profile", metavar="NAME", help="print one mixer's kernels, and write nothing")
@@ -412,11 +437,20 @@ def main() -> None:
     path, rows = Path(args.folder) / f"{args.name}.json", []
     revision = args.commit or commit()
     describe = partial(write, path, at=at, revision=revision, update=args.update)
-    for name in names:
-        new = isolated(name, at, args.timeout)
-        rows += new
-        describe(rows)
-        print(table(new), flush=True)
+    for group in (names[i : i + args.together] for i in range(0, len(names), args.together)):
+        started = [Isolated(name, at) for name in group]
+        prepared_by = time.monotonic() + args.timeout
+        for mixer in started:  # nobody measures while others take first steps
+            multiprocessing.connection.wait(
+                [mixer.connection, mixer.process.sentinel], max(0.0, prepared_by - time.monotonic())
+            )
+            if not mixer.connection.poll():
+                mixer.process.kill()
+        for mixer in started:
+            new = mixer.rows(prepared_by, args.timeout)
+            rows += new
+            describe(rows)
+            print(table(new).splitlines()[-len(new) :], flush=True)
     print(table(rows))
 
 

@@ -19,6 +19,11 @@ def first_tokens(cu_seqlens: Tensor, length: int) -> Tensor:
     return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].int()
 
 
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the CPU, without waiting for the device."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
 def separately(
     function: Callable[..., tuple[Tensor, Tensor]],
     inputs: Sequence[Tensor | None],
@@ -68,7 +73,7 @@ class Chunks:
         self.count = int(ends[-1])
         self.spans = list(zip(firsts.tolist(), ends.tolist(), strict=True))
         shift = (firsts * self.size - offsets[:-1]).repeat_interleave(lengths)
-        self.slots = (torch.arange(self.length) + shift).to(x.device)
+        self.slots = on_device(torch.arange(self.length) + shift, x.device)
 
     def split(self, x: Tensor) -> Tensor:
         """`[B, T, H, ...]` -> `[N, B*H, C, ...]`."""

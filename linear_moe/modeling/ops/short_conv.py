@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
 from linear_moe.modeling.ops.fused import has_triton, on_kernels
-from linear_moe.modeling.ops.packing import first_tokens
+from linear_moe.modeling.ops.packing import first_tokens, on_device
 
 ACTIVATIONS = ("silu", None)
 KERNEL_TAPS = 4  # our kernels take at most as many
@@ -89,7 +89,7 @@ def _packed(x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor) -> tu
     places = torch.arange(history) + (offsets[:-1] + history * torch.arange(documents))[:, None]
     ends = (offsets[1:] + history * torch.arange(1, documents + 1))[:, None]
     tokens = torch.arange(x.shape[1]) + history * torch.arange(1, documents + 1).repeat_interleave(offsets.diff())
-    places, ends, tokens = places.to(x.device), ends.to(x.device), tokens.to(x.device)
+    places, ends, tokens = (on_device(t, x.device) for t in (places, ends, tokens))
     inputs = x.new_zeros(x.shape[1] + history * documents, channels)
     inputs = inputs.index_copy(0, places.flatten(), before.reshape(-1, channels)).index_copy(0, tokens, x[0])
     final = inputs[ends - history + torch.arange(history, device=x.device)]

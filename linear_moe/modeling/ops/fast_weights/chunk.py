@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops.fast_weights.reference import with_one
-from linear_moe.modeling.ops.packing import Chunks, segment_sums
+from linear_moe.modeling.ops.packing import Chunks, on_device, segment_sums
 
 States = tuple[Tensor, ...]
 
@@ -133,9 +133,5 @@ def titans(
 
 def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[list[int], Tensor]:
     """Of every document (or of all rows): its last chunk's index, and whether that is full `[S, 1, 1, 1]`."""
-    full = chunks.complete
-    if len(set(full)) == 1:  # no copy to the device, for which the host would wait
-        complete = torch.full((len(full), 1, 1, 1), full[0], device=device)
-    else:
-        complete = torch.tensor(full).view(-1, 1, 1, 1).to(device)
+    complete = on_device(torch.tensor(chunks.complete).view(-1, 1, 1, 1), device)
     return [max(end - 1, 0) for _, end in chunks.spans], complete

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.packing import Chunks
+from linear_moe.modeling.ops.packing import Chunks, on_device
 
 
 def restart(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def diagonal_scan(
     x = chunks.split(u.float().unsqueeze(-1)).view(count, batch, dim, size)
     lengths = _lengths(chunks, u.shape[1], cu_seqlens)
     # a chunk's last input must be the end's last: those behind a document's end are rolled to its last chunk's front
-    places = torch.arange(size).sub((size - lengths)[:, None]).remainder(size).to(u.device)
+    places = on_device(torch.arange(size).sub((size - lengths)[:, None]).remainder(size), u.device)
     ended = x.gather(-1, places[:, None, None].expand_as(x))
     sums = (ended.movedim(2, 0).flatten(1, 2) @ to_end).view(dim, count, batch, -1, 2).movedim(0, 2)
     updates = torch.view_as_complex(sums.contiguous()).flatten(1, 2).unbind()  # N x [B*D, S]

@@ -68,17 +68,13 @@ def conv_states(mixer: nn.Module, batch: int) -> dict[str, tuple[tuple[int, ...]
     return {conv.name: ((batch, conv.channels, conv.size - 1), None) for conv in convs}
 
 
-def token_shift(x: Tensor, layout: Layout, cache: Cache | None = None, name: str = "shift") -> Tensor:
-    """The token before each: `x [B, T, C]` -> the same shape, zeros (or `cache[name] [B, C]`) before a sequence.
+def shift_state(x: Tensor, cache: Cache | None, name: str = "shift") -> Tensor | None:
+    """The token before each row of `x [B, T, C]`, as `shift_mix` takes it; the last one takes its place in the cache.
 
-    Reads and writes `cache[name]` in place.
+    `cache[name] [B, C]` is updated in place; None without a cache.
     """
-    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if cache is None else cache[name].unsqueeze(1).clone()
-    if cache is not None:
-        cache[name].copy_(x[:, -1])
-    before = torch.cat([first, x[:, :-1]], dim=1)
-    if layout.cu_seqlens is None:
-        return before
-    inside = torch.ones(x.shape[1] + 1, dtype=torch.bool, device=x.device)  # an empty last document begins at T
-    inside = inside.index_fill(0, layout.cu_seqlens, False)[:-1]
-    return before.where(inside[:, None], before.new_zeros(()))
+    if cache is None:
+        return None
+    before = cache[name].clone()
+    cache[name].copy_(x[:, -1])
+    return before

@@ -269,4 +269,4 @@ def test_shift_mix(
     found = [*shift_mix_gpu.forward(*inputs), *(x for x in shift_mix_gpu.backward(grads, *inputs) if x is not None)]
     for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
         assert a.dtype == e.dtype, i
-        assert_close(a, e, FP32 if dtype == torch.float32 else HALF, f"{i}")
+        assert_close(a, e, FP32 if dtype == torch.float32 else 4 * BF16_ROUNDING, f"{i}")  # every step is rounded

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
-from linear_moe.modeling.conv import token_shift
+from linear_moe.modeling.conv import shift_state
 from linear_moe.modeling.host import Host, Init
 from linear_moe.modeling.initializers import uniform
 from linear_moe.modeling.linear import Linear
@@ -21,6 +21,7 @@ from linear_moe.modeling.norm import LayerNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.shift_mix import shift_mix
 
 
 @dataclass
@@ -84,18 +85,17 @@ class RWKV6(LinearMixer):
             f"must divide the key width {keys} and value width {values} and be divisible by parallel.tensor = {tensor}",
         )
 
-    def shifted(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-        """`x`, `before [N, hidden]` -> five interpolations between them, for r, w, k, v and g."""
+    def shifted(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, ...]:
+        """`x [B, T, hidden]` -> five interpolations with the tokens before, `[N, hidden]`, for r, w, k, v and g."""
         mu, down, up, bias = (self.host.shared(p) for p in (self.x_mu, self.x_down, self.x_up, self.x_bias))
-        change = before - x
-        low = torch.tanh(F.linear(x + change * mu, down)).unflatten(-1, (5, -1))
-        weights = torch.einsum("nir,hir->inh", low, up.unflatten(-1, (5, -1))) + bias[:, None]
-        return (x + change * weights).unbind()
+        mix = partial(shift_mix, x, state=shift_state(x, cache), cu_seqlens=layout.cu_seqlens)
+        low = torch.tanh(F.linear(mix(mu[None])[0].flatten(0, 1), down)).unflatten(-1, (5, -1))
+        weights = torch.einsum("nir,hir->inh", low, up.unflatten(-1, (5, -1)))
+        return tuple(y.flatten(0, 1) for y in mix(bias, weights.view(5, *x.shape)))
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, -1)
-        before = token_shift(x.view(rows), layout, cache)
-        x_r, x_w, x_k, x_v, x_g = self.shifted(x, before.view_as(x))
+        x_r, x_w, x_k, x_v, x_g = self.shifted(x.view(rows), layout, cache)
         tokens = {"q": self.r_proj(x_r), "k": self.k_proj(x_k), "v": self.v_proj(x_v)}
         tokens["g"] = gate(self.w_proj(x_w), "exp", scale=-1.0, floor=MIN_GATE)
         inputs = {name: y.view(rows).unflatten(-1, (self.heads, -1)) for name, y in tokens.items()}
@@ -120,11 +120,11 @@ class RWKV6(LinearMixer):
 
     def activation_elements(self) -> float:
         hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
-        # the step from the token before, its first interpolation, the five weights and results; low ranks; q, k;
+        # the first interpolation, the five weights and results; low ranks; q, k;
         # the decay's projection, in fp32 the decay and its sums; v, o, gate, the gated norm; scores within a
         # chunk of 64
         low = 5 * self.config.shift_rank + self.config.decay_rank
-        return 12 * hidden + low + 2 * k + k + 2 * 2 * k + 4 * v + 64 * self.heads
+        return 11 * hidden + low + 2 * k + k + 2 * 2 * k + 4 * v + 64 * self.heads
 
 
 def _shift(to_last: float, power: float = 1.0, less: float = 0.0) -> Init:

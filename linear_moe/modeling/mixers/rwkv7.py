@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
-from linear_moe.modeling.conv import token_shift
+from linear_moe.modeling.conv import shift_state
 from linear_moe.modeling.host import Host, Init, constant
 from linear_moe.modeling.initializers import orthogonal, uniform
 from linear_moe.modeling.linear import Linear
@@ -22,6 +22,7 @@ from linear_moe.modeling.norm import LayerNorm, l2_norm
 from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 from linear_moe.modeling.ops.dplr import dplr
 from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.shift_mix import shift_mix
 
 MIN_LOG_DECAY = -math.exp(-0.5)
 
@@ -118,9 +119,10 @@ class RWKV7(LinearMixer):
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, self.heads, -1)
-        change = token_shift(x.view(*rows[:2], -1), layout, cache).view_as(x) - x
+        tokens = x.view(*rows[:2], -1)
         shares = self.host.shared(torch.stack([self.get_parameter(f"x_{name}") for name in "rwkvag"]))
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, change, share) for share in shares)
+        mixed = shift_mix(tokens, shares, state=shift_state(tokens, cache), cu_seqlens=layout.cu_seqlens)
+        x_r, x_w, x_k, x_v, x_a, x_g = (y.view_as(x) for y in mixed)
         r, k, v, rate = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v), self.a_lora(x_a).sigmoid()
         if self.dims.layer == 0:
             layout.shared["v_first"] = v
@@ -154,12 +156,12 @@ class RWKV7(LinearMixer):
         hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
         residual = [self.v_lora] if self.dims.layer > 0 else []
         low = sum(2 * lora[0].out_features for lora in (self.w_lora, self.a_lora, self.g_lora, *residual))
-        # the step from the token before and six mixtures; r, k before and after its rate, that rate less 1 and with k,
+        # six mixtures with the token before; r, k before and after its rate, that rate less 1 and with k,
         # k scaled, of unit length, negated, times the rate; in fp32 the decay, and its projection
         keys = 9 * k + 3 * k
         # v; the bonus, gate and their stack; o, normalised without and with its weight, with the bonus, gated
         values = v + 7 * v + (3 * v if residual else 0)
-        return 7 * hidden + low + keys + values
+        return 6 * hidden + low + keys + values
 
 
 def _shift(power: float) -> Init:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.fused import fused, upcast
+from linear_moe.modeling.ops.fused import fused
 from linear_moe.modeling.ops.packing import first_tokens
 
 MOST = 6  # interpolations that the kernels make at once
@@ -21,7 +21,8 @@ def shift_mix(
 ) -> tuple[Tensor, ...]:
     """`y_i[t] = x[t] + (x[t - 1] - x[t]) * (share_i + more_i[t])`, with zeros or the state before a document.
 
-    Arithmetic in fp32, rounded once. Triton kernels on CUDA; only the inputs are saved for backward.
+    Every step is rounded to x's dtype, as in the published layers: the first outputs of an RWKV-6 head can be near 0,
+    and its norm then makes much of any other rounding. Triton kernels on CUDA; only the inputs are saved for backward.
 
     Args:
         x: `[B, T, C]`.
@@ -53,12 +54,11 @@ def definition(
     x: Tensor, share: Tensor, more: Tensor | None, state: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, ...]:
     """See `shift_mix`; `first [T]`: the first token of each token's document."""
-    wide = upcast(x)
-    start = torch.zeros_like(wide[:, :1]) if state is None else upcast(state).unsqueeze(1)
-    before = torch.cat([start, wide[:, :-1]], dim=1)
+    start = torch.zeros_like(x[:, :1]) if state is None else state.to(x.dtype).unsqueeze(1)
+    before = torch.cat([start, x[:, :-1]], dim=1)
     if first is not None:
         before = before.masked_fill((first == torch.arange(len(first), device=x.device))[:, None], 0.0)
-    change, weights = before - wide, upcast(share)[:, None, None]
+    change, weights = before - x, share.to(x.dtype)[:, None, None]
     if more is not None:
-        weights = weights + upcast(more)
-    return tuple((wide + change * w).to(x.dtype) for w in weights)
+        weights = weights + more.to(x.dtype)
+    return tuple(x + change * w for w in weights)

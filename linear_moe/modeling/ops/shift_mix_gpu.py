@@ -20,6 +20,12 @@ def _has_before(first, token, tokens, length):
 
 
 @triton.jit
+def _round(value, like):
+    """To the dtype that a pointer points to, and back."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _forward(
     x, share, more, first, y, tokens, length, channels, stride, stride_i, stride_more, COUNT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -29,13 +35,14 @@ def _forward(
     row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None] & (channel < channels)
     follows = _has_before(first, token, tokens, length)[:, None] & (channel < channels)
     now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now
+    change = _round(tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now, x)
     for i in tl.static_range(COUNT):
         w = tl.load(share + i * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
         if more is not None:
-            w = w + tl.load(more + i * stride_i + row * stride_more + channel, mask=inside, other=0.0).to(tl.float32)
+            dynamic = tl.load(more + i * stride_i + row * stride_more + channel, mask=inside, other=0.0)
+            w = _round(w + dynamic.to(tl.float32), x)
         to = y + (row + i * tokens) * channels + channel
-        tl.store(to, (now + change * w).to(y.dtype.element_ty), mask=inside)
+        tl.store(to, (now + _round(change * w, x)).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def _backward(
     follows = _has_before(first, token, tokens, length)[:, None] & (channel < channels)
     followed = _has_before(first, token + 1, tokens, length)[:, None] & (channel < channels)
     now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
-    change = tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now
+    change = _round(tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now, x)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(COUNT):
         if i == 0:
@@ -71,8 +78,8 @@ def _backward(
         w_after = w
         if more is not None:
             source = more + i * stride_i + row * stride_more + channel
-            w_after = w + tl.load(source + stride_more, mask=followed, other=0.0).to(tl.float32)
-            w = w + tl.load(source, mask=inside, other=0.0).to(tl.float32)
+            w_after = _round(w + tl.load(source + stride_more, mask=followed, other=0.0).to(tl.float32), x)
+            w = _round(w + tl.load(source, mask=inside, other=0.0).to(tl.float32), x)
         total += d * (1 - w) + after * w_after
         dw = d * change
         if more is not None:

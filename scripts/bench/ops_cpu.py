@@ -2,8 +2,8 @@
 """Chunks against the token-by-token definition on one CPU thread, as docs/results/NAME.json.
 
 Every op and gate form of the tests (B1, H4, K = V = 64, fp32), then the recurrence of every mixer with default options
-on the inputs that it makes of random tokens (hidden size 256, 4 heads). Seconds are medians; forward without autograd,
-and forward+backward with the gradients of all inputs.
+on the inputs that it makes of random tokens (hidden size 256, 4 heads). Seconds are the best of a few; forward
+without autograd, and forward+backward with the gradients of all inputs.
 
     python scripts/bench/ops_cpu.py
     python scripts/bench/ops_cpu.py --only delta --length 512 --folder /tmp
@@ -16,7 +16,6 @@ import datetime
 import json
 import platform
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,13 +57,13 @@ def leaves(value: Any) -> Any:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Median of 5 after a warm-up, or of as many as fit into a second."""
+    """Best of 5 after a warm-up, or of as many as fit into a second: what else runs on the machine only adds."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < 6 and sum(times[1:]) < 1.0):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def measure(function: Callable[[Any], Any], inputs: Any) -> dict[str, float]:

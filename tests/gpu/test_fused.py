@@ -186,6 +186,25 @@ def test_repeat_heads(groups: int, heads: int, size: int, dtype: torch.dtype) ->
     compare(repeat_heads_gpu, rounded_once, inputs, {})
 
 
+def test_layouts_that_autograd_makes() -> None:
+    """Gradients of sums have no strides, inputs may be transposed."""
+    x, weight, column = draw(6, 2, 20), draw(8, 6, seed=2).T, draw(20, 6, seed=3).T
+    calls: list[tuple[ModuleType, list[Tensor | None], dict[str, Any]]] = [
+        (repeat_heads_gpu, [x, weight], {}),
+        (gates_gpu, [column, None, None], {"function": "softplus", "scale": 1.0, "floor": None}),
+        (bounded_gate_gpu, [column, None], {"complement": False}),
+        (feature_maps_gpu, [column], {}),
+    ]
+    for kernels, inputs, options in calls:
+        dense = [t if t is None else t.contiguous() for t in inputs]
+        y = kernels.forward(*inputs, **options)
+        assert_close(y, kernels.forward(*dense, **options), FP32)
+        gradients = kernels.backward(torch.ones((), device=DEVICE).expand_as(y), *inputs, **options)
+        for actual, expected in zip(gradients, kernels.backward(torch.ones_like(y), *dense, **options), strict=True):
+            if expected is not None:
+                assert_close(actual, expected, FP32, kernels.__name__)
+
+
 # rows, tokens, channels, taps, bias, activation, lengths of packed documents
 CONVS = [
     (2, 37, 200, 4, False, "silu", None),

@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
-from linear_moe.modeling.ops.packing import Chunks, separately
+from linear_moe.modeling.ops.packing import Chunks, by_token, separately
 
 SEGMENT = 64  # tokens, for the kernels
+MAX_ROWS = 2**15  # segments at once: the kernels' grids have at most 65,535
 
 
 def complex_decay(
@@ -76,12 +77,12 @@ def _reference(
     def tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
         real, imaginary = state.chunk(2, dim=2)
-        for t in range(q.shape[1]):
-            decay = g[:, t, :, :, None].exp()
-            cos, sin = decay * theta[:, t, :, :, None].cos(), decay * theta[:, t, :, :, None].sin()
-            update = k[:, t, :, :, None] * v[:, t, :, None, :]
+        for q_t, k_t, v_t, g_t, theta_t in by_token(q, k, v, g, theta):
+            decay = g_t[..., None].exp()
+            cos, sin = decay * theta_t[..., None].cos(), decay * theta_t[..., None].sin()
+            update = k_t[..., None] * v_t[..., None, :]
             real, imaginary = cos * real - sin * imaginary + update, sin * real + cos * imaginary
-            outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], real))
+            outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, real))
         return torch.stack(outputs, dim=1), torch.cat([real, imaginary], dim=2)
 
     inputs = [x.float() for x in (q, k, v, g, theta)]
@@ -140,7 +141,9 @@ def _forward(
 
     rotated_q, rotated_k = (one_head((torch.cat([x, x], dim=-1) * turns).to(dtype)) for x in (q, k))
     gates = one_head(torch.cat([g, g], dim=-1))
-    o, local = decay(rotated_q, rotated_k, one_head(v), gates, scale=1.0, backend=backend)
+    parts = zip(*(x.split(MAX_ROWS) for x in (rotated_q, rotated_k, one_head(v), gates)), strict=True)
+    results = zip(*(decay(*part, scale=1.0, backend=backend) for part in parts), strict=True)
+    o, local = (x[0] if len(x) == 1 else torch.cat(x) for x in results)
     # a segment's own state: sums of k v at angles -phi, turned to its end
     cosines, sines = local.view(*v.shape[:2], 2, -1, v.shape[-1]).unbind(2)
     end = torch.complex(cos[..., -1, :], sin[..., -1, :])[..., None]

@@ -55,13 +55,13 @@ def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, 
     """`definition(*inputs, **options)`, differentiable once, saving only the inputs for the backward pass.
 
     Args:
-        kernels: a Triton module of this package, used if the first input is on CUDA, with `forward(*inputs, **options)`
-            and `backward(grad, *inputs, **options)` -> a gradient (or None) for each input. Where the definition
-            returns a tuple, so does `forward`, and `grad` is one.
+        kernels: a Triton module of this package, used if the first input is on CUDA and not fp64, with
+            `forward(*inputs, **options)` and `backward(grad, *inputs, **options)` -> a gradient (or None) for each
+            input. Where the definition returns a tuple, so does `forward`, and `grad` is one.
     """
     first = inputs[0]
     assert first is not None
-    if first.is_cuda and has_triton():
+    if first.is_cuda and first.dtype != torch.float64 and has_triton():
         return on_kernels(kernels, *inputs, **options)
     return _Fused.apply(definition, None, options, *inputs)
 
@@ -69,7 +69,8 @@ def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, 
 def on_kernels(kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
     """The Triton kernels of `fused`, for inputs on CUDA."""
     module = importlib.import_module(f"linear_moe.modeling.ops.{kernels}")
-    return _Fused.apply(None, module, options, *inputs)
+    with torch.cuda.device_of(inputs[0]):  # where Triton launches; autograd sees to the backward pass
+        return _Fused.apply(None, module, options, *inputs)
 
 
 def upcast(x: Tensor) -> Tensor:

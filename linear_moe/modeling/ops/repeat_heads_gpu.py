@@ -56,7 +56,13 @@ def _tile(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int, int, dict[str
     at_once = min(triton.next_power_of_2(heads // groups), max(1, TILE // block))
     warps = min(8, max(1, at_once * block // 512))
     tile = {"SIZE": size, "BLOCK": block, "HEADS": at_once, "num_warps": warps}
-    return x.reshape(-1, groups * size).contiguous(), weight.reshape(-1, heads), groups, heads // groups, tile
+    return (
+        x.reshape(-1, groups * size).contiguous(),
+        weight.reshape(-1, heads).contiguous(),
+        groups,
+        heads // groups,
+        tile,
+    )
 
 
 def forward(x: Tensor, weight: Tensor) -> Tensor:

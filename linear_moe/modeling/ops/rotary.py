@@ -48,7 +48,8 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         if x.is_cuda and has_triton():
-            return _kernels().rotate(x, cos, sin)
+            with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
+                return _kernels().rotate(x, cos, sin)
         return definition(x, cos, sin)
 
     @staticmethod

@@ -36,11 +36,13 @@ def _forward(
     follows = _has_before(first, token, tokens, length)[:, None] & (channel < channels)
     now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
     change = _round(tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now, x)
+    if more is not None:
+        source = more + row * stride_more + channel  # advanced step by step: i * stride_i may not fit 32 bits
     for i in tl.static_range(COUNT):
         w = tl.load(share + i * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
         if more is not None:
-            dynamic = tl.load(more + i * stride_i + row * stride_more + channel, mask=inside, other=0.0)
-            w = _round(w + dynamic.to(tl.float32), x)
+            w = _round(w + tl.load(source, mask=inside, other=0.0).to(tl.float32), x)
+            source += stride_i
         to = y + (row + i * tokens) * channels + channel
         tl.store(to, (now + _round(change * w, x)).to(y.dtype.element_ty), mask=inside)
 
@@ -58,6 +60,8 @@ def _backward(
     now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
     change = _round(tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now, x)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if more is not None:
+        source = more + row * stride_more + channel
     for i in tl.static_range(COUNT):
         if i == 0:
             dy = d0
@@ -77,9 +81,9 @@ def _backward(
         w = tl.load(share + i * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
         w_after = w
         if more is not None:
-            source = more + i * stride_i + row * stride_more + channel
             w_after = _round(w + tl.load(source + stride_more, mask=followed, other=0.0).to(tl.float32), x)
             w = _round(w + tl.load(source, mask=inside, other=0.0).to(tl.float32), x)
+            source += stride_i
         total += d * (1 - w) + after * w_after
         dw = d * change
         if more is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -46,6 +47,17 @@ def test_chunk_matches_reference(batch: int) -> None:
         compare(run(complex_decay, inputs, backend="chunk"), run(complex_decay, inputs, backend="reference"), length)
     del inputs["initial_state"]
     compare(run(complex_decay, inputs, backend="chunk"), run(complex_decay, inputs, backend="reference"), "stateless")
+
+
+def test_more_segments_than_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, rows = make_inputs(2, 65), []
+    expected = run(complex_decay, inputs, backend="chunk")
+    module = importlib.import_module(complex_decay.__module__)
+    decay = module.decay
+    monkeypatch.setattr(module, "MAX_ROWS", 5)
+    monkeypatch.setattr(module, "decay", lambda q, *args, **options: rows.append(len(q)) or decay(q, *args, **options))
+    compare(run(complex_decay, inputs, backend="chunk"), expected, "in parts")
+    assert len(rows) > 1 and max(rows) == 5
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunk"])

@@ -5,7 +5,10 @@ tests/gpu/test_fused.py compares the CUDA kernels with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops.bounded_gate import bounded_gate
+from linear_moe.modeling.ops.fused import on_kernels
 from linear_moe.modeling.ops.gates import gate
 from linear_moe.modeling.ops.norms import l2_norm, norm
 from linear_moe.modeling.ops.repeat_heads import repeat_heads
@@ -119,6 +123,22 @@ def test_gradients_and_what_is_saved(function: Callable[..., Tensor], shapes: li
     half = [t.detach().bfloat16() for t in inputs]
     actual, expected = function(*half), function(*(t.double() for t in half))
     assert_close(actual, expected, BF16_ROUNDING)  # rounded once
+
+
+def test_kernels_are_launched_where_their_inputs_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        seen.append(x)
+        yield
+        seen.append(x)
+
+    kernels = types.SimpleNamespace(forward=lambda x: x + len(seen))  # 1 where the device is that of the input
+    monkeypatch.setitem(sys.modules, "linear_moe.modeling.ops.stub_gpu", kernels)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.zeros(2)
+    assert on_kernels("stub_gpu", x).tolist() == [1, 1] and all(t is x for t in seen) and len(seen) == 2
 
 
 @pytest.mark.parametrize(

@@ -178,4 +178,5 @@ def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.scan.selective_scan`."""
-    return _SelectiveScan.apply(u, dt, A.float(), B, C, initial_state, cu_seqlens)
+    with torch.cuda.device_of(u):  # where Triton launches; autograd sees to the backward pass
+        return _SelectiveScan.apply(u, dt, A.float(), B, C, initial_state, cu_seqlens)

@@ -15,6 +15,8 @@ from linear_moe.modeling.ops.feature_maps import dpfp, elu_plus_one, hedgehog
 
 POSITIVE = ("elu", "relu", "softmax", "dpfp", "hedgehog", "t2r")
 """Maps whose features are never negative, so that their products can be normalised."""
+TRAINED = ("hedgehog", "t2r", "elementwise_product")
+"""Maps with weights."""
 FEATURE_MAPS = (*POSITIVE, "swish", "elementwise_product", "identity")
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

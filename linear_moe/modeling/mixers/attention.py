@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, Mixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.softmax import softmax_attention
 from linear_moe.modeling.rotary import rotate, rotations
@@ -92,6 +92,8 @@ class Attention(Mixer):
                 if head_dim > 1
                 else "set rope: false",
             )
+        if not config.rope:
+            unused(path, config, "rope_base", "rotary_fraction", needs="set rope")
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         rows = (layout.batch, layout.length, -1, self.head_dim)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 from linear_moe.config.errors import ConfigError, nearest
 
@@ -29,3 +31,12 @@ def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) ->
             fix="nearest: " + " or ".join(f"{n * multiple / size:g}" for n in sorted(near)),
         )
     return whole * multiple
+
+
+def unused(path: str, config: Any, *names: str, needs: str) -> None:
+    """Raises ConfigError for the first of these fields that is not at its default, where it would do nothing."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            fix = f"{needs}, or leave it at {field.default!r}"
+            raise ConfigError(f"{path}.{field.name}", value, "does nothing here", fix=fix)

@@ -16,7 +16,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.lower_bound import BOUNDS, LowerBound
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import scaled
+from linear_moe.modeling.mixers.checks import scaled, unused
 from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.scan import linear_scan
 
@@ -60,6 +60,8 @@ class HGRN(LinearMixer):
     @classmethod
     def validate(cls, config: HGRNConfig, dims: Dims, tensor: int, path: str) -> None:
         scaled(f"{path}.expand", dims.hidden_size, config.expand, "hidden_size", tensor)
+        if not config.conv_size:
+            unused(path, config, "conv_bias", needs="set conv_size")
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, -1)

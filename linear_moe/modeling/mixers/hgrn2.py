@@ -16,7 +16,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.lower_bound import BOUNDS, LowerBound
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay import decay
 
@@ -69,6 +69,8 @@ class HGRN2(LinearMixer):
             lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
             f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
         )
+        if not config.conv_size:
+            unused(path, config, "conv_bias", needs="set conv_size")
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         tensors = {}

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.fields import opt
-from linear_moe.modeling.feature_maps import FEATURE_MAPS, POSITIVE, FeatureMap
+from linear_moe.modeling.feature_maps import FEATURE_MAPS, POSITIVE, TRAINED, FeatureMap
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check, scaled, unused
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.feature_maps import sum_to_one
@@ -35,7 +35,7 @@ class LinearAttentionConfig(MixerConfig):
     norm_q: bool = opt(False, "divide a query's features by their sum")
     norm_k: bool = opt(False, "divide a key's features by their sum")
     normalize: bool = opt(False, "divide outputs by the sum of their weights; RMSNorm of the output undoes it")
-    normalizer_eps: float = opt(1e-10, "added to that sum", ge=0)
+    normalizer_eps: float = opt(1e-10, "added to that sum", gt=0)
     output_norm: str = opt("rmsnorm", "norm of each head's output", choices=("rmsnorm", "none"))
 
 
@@ -85,6 +85,12 @@ class LinearAttention(LinearMixer):
             lambda n: heads % n == 0 and n % tensor == 0,
             f"must divide num_heads = {heads} and {divisible}",
         )
+        if not config.normalize:
+            unused(path, config, "normalizer_eps", needs="set normalize")
+        if config.feature_map != "dpfp":
+            unused(path, config, "dpfp_nu", needs="set feature_map to dpfp")
+        if config.feature_map not in TRAINED:
+            unused(path, config, "tie_feature_map_qk", needs=f"set feature_map to one of {', '.join(TRAINED)}")
         divides = next((name for name in ("normalize", "norm_q", "norm_k") if getattr(config, name)), None)
         if divides is not None and config.feature_map not in POSITIVE:
             raise ConfigError(

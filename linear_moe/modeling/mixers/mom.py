@@ -16,7 +16,7 @@ from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check, scaled, unused
 from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
@@ -109,6 +109,8 @@ class MixtureOfMemories(LinearMixer):
         limit = f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit"
         check(f"{path}.head_dim", head_dim, lambda n: n <= MAX_KEY_DIM, limit)
         scaled(f"{path}.expand_v", head_dim, config.expand_v, "head_dim")
+        if config.memory != "gla":
+            unused(path, config, "gate_rank", "gate_normalizer", needs="set memory to gla")
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [N, hidden]` -> every memory's weight `[N, M]`, 0 where not chosen, in fp32, and the chosen, bool."""

@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.feature_maps import squares
 from linear_moe.modeling.ops.normalizer import normalized
@@ -29,7 +29,7 @@ class ReBasedConfig(MixerConfig):
     use_gamma: bool = opt(True, "gamma")
     use_beta: bool = opt(True, "beta")
     tie_feature_map_qk: bool = opt(True, "one gamma and one beta for queries and keys, as in the published code")
-    normalizer_eps: float = opt(1e-5, "added to the sum of a token's weights, by which outputs are divided", ge=0)
+    normalizer_eps: float = opt(1e-5, "added to the sum of a token's weights, by which outputs are divided", gt=0)
 
 
 class QuadraticMap(nn.Module):
@@ -80,6 +80,10 @@ class ReBased(LinearMixer):
             lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
             f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
         )
+        least = 2 if config.qk_norm else 1
+        check(f"{path}.feature_dim", config.feature_dim, lambda n: n >= least, "must be at least 2 for qk_norm")
+        if not (config.use_gamma or config.use_beta):
+            unused(path, config, "tie_feature_map_qk", needs="set use_gamma or use_beta")
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)

@@ -40,8 +40,9 @@ class RWKV6(LinearMixer):
     its `NAME_proj.linear` and `w_proj.linear.lora.N`; `x_mu`, `x_down`, `x_up` for `x_proj.0.mu`,
     `x_proj.0.linear.weight`, `x_proj.2.weight`; `x_bias`, `bonus`, `g_norm`, `o_proj` as they are.
 
-    Initial values are RWKV-LM's; where it starts a low-rank projection at zero, its first factor is normal here and its
-    second one small, as there.
+    Initial values of shifts, decays and bonus are RWKV-LM's. Where it starts a low-rank projection at zero, its first
+    factor is random here and its second one small, as there; the other projections are this model's. Its expand_k is
+    the paper's 1, not flash-linear-attention's 0.5.
     """
 
     Config = RWKV6Config
@@ -81,8 +82,9 @@ class RWKV6(LinearMixer):
         check(
             f"{path}.num_heads",
             config.num_heads or dims.num_heads,
-            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
-            f"must divide the key width {keys} and value width {values} and be divisible by parallel.tensor = {tensor}",
+            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0 and values > n,
+            f"must divide the key width {keys} and value width {values} (into 2 or more, for the norm of heads) and be "
+            f"divisible by parallel.tensor = {tensor}",
         )
 
     def shifted(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, ...]:

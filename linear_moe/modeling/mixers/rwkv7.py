@@ -107,10 +107,12 @@ class RWKV7(LinearMixer):
                 n % tensor == 0
                 and dims.hidden_size % n == 0
                 and values % n == 0
+                and values > n
                 and dims.hidden_size // n <= MAX_KEY_DIM
             ),
             f"must divide hidden_size = {dims.hidden_size} (into at most {MAX_KEY_DIM}, the GPU kernels' limit) and "
-            f"the value width {values}, and be divisible by parallel.tensor = {tensor}",
+            f"the value width {values} (into 2 or more, for the norm of heads), and be divisible by "
+            f"parallel.tensor = {tensor}",
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.norm import LayerNorm
 from linear_moe.modeling.ops.fast_weights import ttt
 from linear_moe.modeling.rotary import rotary_angles
@@ -80,6 +80,8 @@ class TTTLinear(LinearMixer):
             f"must divide hidden_size = {dims.hidden_size} into heads of even size and be divisible by "
             f"parallel.tensor = {tensor}",
         )
+        if not config.share_qk:
+            unused(path, config, "conv_size", needs="set share_qk")
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         rows, config = (layout.batch, layout.length, -1), self.config

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.mixers.base import Layout
 from tests.golden.golden import compare_golden
-from tests.unit.mixers.common import build, dims
+from tests.tolerances import FP32, assert_close
+from tests.unit.mixers.common import build, dims, stream
 from tests.unit.mixers.truth import compare, load, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True, "conv_size": 3, "head_dim": 8},
+    {"num_heads": 2, "num_v_heads": 4, "allow_neg_eigval": True, "conv_size": 3, "head_dim": 8, "expand_v": 1.5},
 ]
 
 
@@ -52,3 +54,11 @@ def test_gated_deltanet_is_flas() -> None:
         return {key: value.squeeze(1) if "conv1d" in key else value for key, value in theirs.items()}
 
     compare_golden("gated_deltanet", "gated_deltanet", {"head_dim": 64, "expand_v": 1.0}, names)
+
+
+def test_negative_eigenvalues() -> None:
+    """Writes of twice the strength, and nothing else, where beta may pass 1 (arXiv 2411.12537)."""
+    mixers = [build("gated_deltanet", {"allow_neg_eigval": option}) for option in (False, True)]
+    less, more = (mixer.project(stream(1, 5), Layout(1, 5), None)[0] for mixer in mixers)
+    assert_close(more.pop("beta"), 2 * less.pop("beta"), FP32)
+    assert all(torch.equal(more[name], less[name]) for name in less)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.mixers.base import Layout
+from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import compare, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"gate_rank": 4, "qkv_bias": True, "output_norm": True, "expand_k": 0.5, "expand_v": 2.0, "gate_init": 0.9},
+    {"num_heads": 2},
 ]
 
 
@@ -23,7 +26,8 @@ def test_fast_weights_are_the_papers_equations(fields: dict[str, Any]) -> None:
     ours = build("gated_linear_fast_weight", fields)
     randomise(ours)
     w = {name: value.double() for name, value in ours.state_dict().items()}
-    key_dim, value_dim = len(w["k_proj.weight"]) // 4, len(w["v_proj.weight"]) // 4
+    count = fields.get("num_heads", 4)
+    key_dim, value_dim = len(w["k_proj.weight"]) // count, len(w["v_proj.weight"]) // count
 
     def linear(name: str, x: Tensor) -> Tensor:
         return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0)
@@ -35,11 +39,11 @@ def test_fast_weights_are_the_papers_equations(fields: dict[str, Any]) -> None:
     def theirs(x: Tensor) -> Tensor:
         outputs = []
         for sequence in x.double():
-            states, row = [torch.zeros(value_dim, key_dim, dtype=torch.float64)] * 4, []
+            states, row = [torch.zeros(value_dim, key_dim, dtype=torch.float64)] * count, []
             for token in sequence:
                 q, k, v = (linear(f"{n}_proj", token) for n in "qkv")
                 z, f, heads = gate("gv_proj", token), gate("gk_proj", token), []
-                for h in range(4):
+                for h in range(count):
                     key = slice(key_dim * h, key_dim * (h + 1))
                     value = slice(value_dim * h, value_dim * (h + 1))
                     states[h] = torch.outer(z[value], f[key]) * states[h] + torch.outer(v[value], k[key])
@@ -52,3 +56,10 @@ def test_fast_weights_are_the_papers_equations(fields: dict[str, Any]) -> None:
         return torch.stack(outputs)
 
     compare(ours, theirs)
+
+
+def test_gates_begin_at_gate_init() -> None:
+    ours = build("gated_linear_fast_weight", {"gate_init": 0.9})
+    inputs, _ = ours.project(torch.zeros(3, 32), Layout(1, 3), None)
+    for name in ("g", "gv"):
+        assert_close(inputs[name].exp(), torch.full((1, 3, 4, 8), 0.9), FP32, name)

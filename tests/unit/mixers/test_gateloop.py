@@ -13,7 +13,7 @@ from tests.unit.mixers.truth import compare, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"expand_k": 0.5, "num_heads": 2, "output_norm": True, "transition_bias": False},
+    {"expand_k": 0.5, "expand_v": 2.0, "num_heads": 2, "output_norm": True, "transition_bias": False},
     {"phase": False},
 ]
 

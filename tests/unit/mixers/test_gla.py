@@ -15,12 +15,16 @@ from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream
 from tests.unit.mixers.truth import LENGTH, compare, randomise
 
-VARIANTS: list[dict[str, Any]] = [{}, {"conv_size": 4, "qkv_bias": True, "expand_k": 1.0}]
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"num_heads": 2, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 4, "gate_normalizer": 4.0},
+    {"conv_size": 4, "qkv_bias": True, "expand_k": 1.0},
+]
 
 
 def test_gla_is_the_papers_equations() -> None:
     """Section 4.3 and 4.4 of arXiv 2312.06635, one token and one head at a time, in fp64."""
-    ours = build("gla", {"qkv_bias": True}, at=dims(hidden=32, heads=4))
+    ours = build("gla", {"qkv_bias": True, "gate_normalizer": 4.0})
     randomise(ours)
     w = {name: value.double() for name, value in ours.state_dict().items()}
 
@@ -32,7 +36,7 @@ def test_gla_is_the_papers_equations() -> None:
             for token in sequence:
                 q, k, v = (w[f"{n}_proj.weight"] @ token + w[f"{n}_proj.bias"] for n in "qkv")
                 low_rank = w["gk_proj.1.weight"] @ (w["gk_proj.0.weight"] @ token) + w["gk_proj.1.bias"]
-                alpha = torch.sigmoid(low_rank) ** (1 / 16)
+                alpha = torch.sigmoid(low_rank) ** (1 / 4)
                 r = w["g_proj.weight"] @ token
                 heads = []
                 for h in range(4):

@@ -13,14 +13,14 @@ from tests.unit.mixers.truth import compare, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {"num_slots": 8},
-    {"num_slots": 64, "scale": 0.5},
+    {"num_slots": 64, "num_heads": 2, "scale": 0.5, "gate_normalizer": 2.0},
     {"num_slots": 6, "num_kv_heads": 2, "conv_size": 4, "feature_map": "relu", "expand_k": 0.5, "expand_v": 2.0},
 ]
 
 
 def test_gsa_is_the_papers_equations() -> None:
     """Section 3.2 of arXiv 2409.07146, one token and one head at a time, in fp64."""
-    ours = build("gsa", VARIANTS[0])
+    ours = build("gsa", {"num_slots": 8, "scale": 0.5, "gate_normalizer": 2.0})
     randomise(ours)
     w = {name: value.double() for name, value in ours.state_dict().items()}
 
@@ -36,13 +36,13 @@ def test_gsa_is_the_papers_equations() -> None:
             row = []
             for token in sequence:
                 q, k, v = (swish(w[f"{n}_proj.weight"] @ token) for n in "qkv")
-                alpha, heads = torch.sigmoid(w["f_proj.weight"] @ token) ** (1 / 8), []
+                alpha, heads = torch.sigmoid(w["f_proj.weight"] @ token) ** (1 / 2), []
                 for h in range(4):
                     one = slice(8 * h, 8 * h + 8)
                     a = alpha[one, None]
                     keys[h] = a * keys[h] + (1 - a) * k[one]
                     values[h] = a * values[h] + (1 - a) * v[one]
-                    heads.append(values[h].T @ torch.softmax(keys[h] @ q[one], 0))
+                    heads.append(values[h].T @ torch.softmax(0.5 * keys[h] @ q[one], 0))
                 o = swish(torch.cat(heads))
                 o = o / (o.square().mean() + dims().norm_eps).sqrt() * w["o_norm.weight"]
                 row.append(w["o_proj.weight"] @ o)

@@ -62,3 +62,11 @@ def test_bounded_gate() -> None:
     f = (F.linear(F.linear(x, w["f_proj.0.weight"]), w["f_proj.1.weight"]) + w["dt_bias"]).view(LENGTH, 4, 8)
     expected = torch.stack([-3.0 / (1 + torch.exp(-w["A_log"][h].exp() * f[:, h])) for h in range(4)], dim=1)
     assert_close(inputs["g"][0], expected, FP32)
+
+
+def test_negative_eigenvalues() -> None:
+    """Writes of twice the strength, and nothing else, where beta may pass 1 (arXiv 2411.12537)."""
+    mixers = [build("kda", {"allow_neg_eigval": option}) for option in (False, True)]
+    less, more = (mixer.project(stream(1, 5), Layout(1, 5), None)[0] for mixer in mixers)
+    assert_close(more.pop("beta"), 2 * less.pop("beta"), FP32)
+    assert all(torch.equal(more[name], less[name]) for name in less)

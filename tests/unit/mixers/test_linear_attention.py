@@ -16,7 +16,7 @@ from tests.unit.mixers.truth import compare, randomise
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"feature_map": "elu", "normalize": True, "output_norm": "none"},
-    {"feature_map": "softmax", "num_kv_heads": 2, "expand_v": 2.0, "normalize": True, "output_norm": "none"},
+    {"feature_map": "softmax", "num_kv_heads": 2, "expand_v": 2.0, "normalize": True, "normalizer_eps": 0.1},
     {"feature_map": "dpfp", "dpfp_nu": 2, "norm_q": True, "norm_k": True},
     {"feature_map": "hedgehog", "normalize": True, "output_norm": "none"},
     {"feature_map": "t2r", "expand_k": 2.0, "tie_feature_map_qk": True},
@@ -57,12 +57,14 @@ MAPS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("divide", [None, "normalize", "norm_q", "norm_k"])
 @pytest.mark.parametrize("name", MAPS)
-def test_linear_attention_is_the_papers_equations(name: str, normalize: bool) -> None:
+def test_linear_attention_is_the_papers_equations(name: str, divide: str | None) -> None:
     """Equations 18 to 20 of arXiv 2006.16236 for each map, one token and one head at a time, in fp64."""
-    fields = {"feature_map": name, "normalize": normalize, "output_norm": "none", "dpfp_nu": 2, "num_kv_heads": 2}
-    if normalize and name in ("swish", "elementwise_product", "identity"):
+    fields: dict[str, Any] = {"feature_map": name, "output_norm": "none", "num_kv_heads": 2}
+    fields |= {"dpfp_nu": 2} if name == "dpfp" else {}
+    fields |= {divide: True} if divide else {}
+    if divide and name in ("swish", "elementwise_product", "identity"):
         with pytest.raises(ConfigError, match="may be negative"):
             build("linear_attention", fields)
         return
@@ -81,9 +83,11 @@ def test_linear_attention_is_the_papers_equations(name: str, normalize: bool) ->
                     key, value = (t[8 * (h // 2) : 8 * (h // 2) + 8] for t in (k, v))
                     phi_q = MAPS[name](q[8 * h : 8 * h + 8], w, "feature_map_q")
                     phi_k = MAPS[name](key, w, "feature_map_k")
+                    phi_q = phi_q / (phi_q.sum() + 1e-4) if divide == "norm_q" else phi_q
+                    phi_k = phi_k / (phi_k.sum() + 1e-4) if divide == "norm_k" else phi_k
                     s[h], z[h] = s[h] + torch.outer(phi_k, value), z[h] + phi_k
                     o = phi_q @ s[h]
-                    heads.append(o / (phi_q @ z[h] + 1e-10) if normalize else o / len(phi_q) ** 0.5)
+                    heads.append(o / (phi_q @ z[h] + 1e-10) if divide == "normalize" else o / len(phi_q) ** 0.5)
                 row.append(w["o_proj.weight"] @ torch.cat(heads))
             outputs.append(torch.stack(row))
         return torch.stack(outputs)

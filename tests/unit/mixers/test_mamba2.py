@@ -14,7 +14,7 @@ from tests.unit.mixers.truth import compare, load, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {"head_dim": 8, "state_size": 8, "num_groups": 2},
-    {"head_dim": 16, "state_size": 4, "num_groups": 4},
+    {"head_dim": 16, "state_size": 4, "num_groups": 4, "expand": 4, "conv_size": 3},
 ]
 
 

@@ -17,8 +17,8 @@ from tests.unit.mixers.truth import LENGTH, compare, load, randomise
 SIZES = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 VARIANTS: list[dict[str, Any]] = [
     SIZES,
-    {**SIZES, "q_lora_rank": 16, "v_head_dim": 12, "rope_interleave": False},
-    {"kv_lora_rank": 32, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 8, "rope_base": 100.0},
+    {**SIZES, "num_heads": 2, "q_lora_rank": 16, "v_head_dim": 12, "rope_interleave": False},
+    {"kv_lora_rank": 32, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "rope_base": 100.0},
 ]
 
 

@@ -20,8 +20,8 @@ from tests.unit.mixers.truth import compare, randomise
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"single_kv_proj": True, "num_memories": 3, "shared_memory": False, "head_dim": 6, "expand_v": 1.5},
-    {"memory": "gla", "num_memories": 5, "top_k": 3, "conv_size": 3},
-    {"memory": "gla", "single_kv_proj": True, "gate_rank": 4},
+    {"memory": "gla", "num_memories": 5, "top_k": 3, "conv_size": 3, "num_heads": 2, "balance_loss": 0.1},
+    {"memory": "gla", "single_kv_proj": True, "gate_rank": 4, "gate_normalizer": 4.0},
 ]
 HEADS = 2  # of the recordings
 

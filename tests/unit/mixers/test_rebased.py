@@ -21,22 +21,27 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_rebased_is_the_papers_equations(tied: bool) -> None:
+@pytest.mark.parametrize("fields", [{"feature_dim": 16}, *VARIANTS[1:]])
+def test_rebased_is_the_papers_equations(fields: dict[str, Any]) -> None:
     """Section 4 of arXiv 2402.10644 as attention: all pairs of tokens, in fp64."""
-    ours = build("rebased", {"tie_feature_map_qk": tied, "normalizer_eps": 1e-2})
+    fields = {**fields, "normalizer_eps": 1e-2}
+    ours = build("rebased", fields)
     randomise(ours)
     w = {name: value.double() for name, value in ours.state_dict().items()}
 
     def normed(x: Tensor, which: str) -> Tensor:
-        x = x - x.mean(-1, keepdim=True)
-        x = x / (x.square().mean(-1, keepdim=True) + dims().norm_eps).sqrt()
-        return w[f"feature_map_{which}.gamma"] * x + w[f"feature_map_{which}.beta"]
+        if fields.get("qk_norm", True):
+            x = x - x.mean(-1, keepdim=True)
+            x = x / (x.square().mean(-1, keepdim=True) + dims().norm_eps).sqrt()
+        return w.get(f"feature_map_{which}.gamma", 1.0) * x + w.get(f"feature_map_{which}.beta", 0.0)
 
     def theirs(x: Tensor) -> Tensor:
-        q, k, v = ((x.double() @ w[f"{n}_proj.weight"].T).unflatten(-1, (4, -1)).transpose(1, 2) for n in "qkv")
-        q, k = normed(q, "q"), normed(k, "q" if tied else "k")
-        weights = (q @ k.mT).square().tril() / 16
+        q, k, v = (
+            (x.double() @ w[f"{n}_proj.weight"].T).unflatten(-1, (fields.get("num_heads", 4), -1)).transpose(1, 2)
+            for n in "qkv"
+        )
+        q, k = normed(q, "q"), normed(k, "q" if fields.get("tie_feature_map_qk", True) else "k")
+        weights = (q @ k.mT).square().tril() / fields["feature_dim"]
         o = (weights / (weights.sum(-1, keepdim=True) + 1e-2)) @ v
         return o.transpose(1, 2).flatten(2) @ w["o_proj.weight"].T
 

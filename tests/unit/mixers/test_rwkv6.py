@@ -15,7 +15,7 @@ from tests.unit.mixers.truth import compare, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {"shift_rank": 4, "decay_rank": 8},
-    {"expand_k": 0.5, "expand_v": 2.0, "shift_rank": 2, "decay_rank": 4, "norm_eps": 0.02},
+    {"num_heads": 2, "expand_k": 0.5, "expand_v": 2.0, "shift_rank": 2, "decay_rank": 4, "norm_eps": 0.02},
 ]
 
 

@@ -14,10 +14,9 @@ from tests.unit.mixers.truth import compare, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"chunk_size": 1, "conv_size": 2},
+    {"num_heads": 2, "chunk_size": 1, "conv_size": 2},
     {"chunk_size": 4, "initial_rate": 0.1, "initial_momentum": 0.9, "initial_forget": 0.5},
 ]
-HEADS, SIZE = 4, 8
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
@@ -27,6 +26,7 @@ def test_titans_is_the_papers_equations(fields: dict[str, Any]) -> None:
     ours = build("titans", fields)
     randomise(ours)
     w, config = {name: value.double() for name, value in ours.state_dict().items()}, ours.config
+    count = config.num_heads or 4
 
     def head(memory: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor]) -> Tensor:
         surprise, outputs = torch.zeros_like(memory), []
@@ -43,7 +43,7 @@ def test_titans_is_the_papers_equations(fields: dict[str, Any]) -> None:
     def projected(tokens: Tensor, name: str) -> Tensor:
         weight = w[f"{name}_conv1d.weight"]
         x = F.pad((tokens @ w[f"{name}_proj.weight"].T).T, (weight.shape[1] - 1, 0))
-        return F.silu(F.conv1d(x, weight[:, None], groups=len(weight))).T.unflatten(-1, (HEADS, SIZE))
+        return F.silu(F.conv1d(x, weight[:, None], groups=len(weight))).T.unflatten(-1, (count, -1))
 
     def theirs(x: Tensor) -> Tensor:
         rows = []
@@ -55,7 +55,7 @@ def test_titans_is_the_papers_equations(fields: dict[str, Any]) -> None:
                 for name in ("theta", "eta", "alpha")
             }
             heads = []
-            for h in range(HEADS):
+            for h in range(count):
                 o = head(w["M0"][h], q[:, h], k[:, h], v[:, h], {name: gate[:, h] for name, gate in gates.items()})
                 heads.append(o / (o.square().mean(-1, keepdim=True) + dims().norm_eps).sqrt() * w["o_norm.weight"])
             o = torch.cat(heads, -1) * F.silu(tokens @ w["g_proj.weight"].T)

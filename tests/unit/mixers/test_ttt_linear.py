@@ -14,15 +14,14 @@ from tests.unit.mixers.truth import compare, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"mini_batch_size": 4},
+    {"num_heads": 2, "mini_batch_size": 4, "conv_size": 3, "rope_base": 100.0, "inner_norm_eps": 1e-2},
     {"mini_batch_size": 3, "share_qk": False, "gate": False, "inner_lr": 2.0},
 ]
-HEADS, SIZE = 4, 8
 
 
-def rotated(x: Tensor, place: int) -> Tensor:
+def rotated(x: Tensor, place: int, base: float) -> Tensor:
     """Each pair of neighbouring features as a complex number, turned."""
-    frequencies = 10000.0 ** (-torch.arange(0, SIZE, 2, dtype=torch.float64) / SIZE)
+    frequencies = base ** (-torch.arange(0, len(x), 2, dtype=torch.float64) / len(x))
     turn = torch.polar(torch.ones_like(frequencies), place * frequencies)
     return torch.view_as_real(torch.view_as_complex(x.contiguous().view(-1, 2)) * turn).flatten()
 
@@ -39,12 +38,13 @@ def test_ttt_linear_is_the_papers_equations(fields: dict[str, Any]) -> None:
     ours = build("ttt_linear", fields)
     randomise(ours)
     w, config = {name: value.double() for name, value in ours.state_dict().items()}, ours.config
-    size = config.mini_batch_size
+    size, heads = config.mini_batch_size, config.num_heads or 4
+    head_dim = 32 // heads
 
     def head(h: int, q: Tensor, k: Tensor, v: Tensor, rate: Tensor) -> Tensor:
         def memory(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
             normed = F.layer_norm(
-                x @ weights + bias, (SIZE,), w["ttt_norm_weight"][h], w["ttt_norm_bias"][h], config.inner_norm_eps
+                x @ weights + bias, (head_dim,), w["ttt_norm_weight"][h], w["ttt_norm_bias"][h], config.inner_norm_eps
             )
             return x + normed
 
@@ -53,7 +53,7 @@ def test_ttt_linear_is_the_papers_equations(fields: dict[str, Any]) -> None:
             weights = [t if t.requires_grad else t.clone().requires_grad_() for t in weights]
             total = [torch.zeros_like(t) for t in weights]
             for i, t in enumerate(range(first, min(first + size, len(q)))):
-                query, key = rotated(q[t], i), rotated(k[t], i)
+                query, key = (rotated(x[t], i, config.rope_base) for x in (q, k))
                 loss = (memory(key, *weights) - v[t]).square().sum() / 2
                 gradients = torch.autograd.grad(loss, weights, create_graph=True)
                 total = [s + rate[t] * g for s, g in zip(total, gradients, strict=True)]
@@ -71,9 +71,9 @@ def test_ttt_linear_is_the_papers_equations(fields: dict[str, Any]) -> None:
                 q, k = (causal_conv(q, w[f"conv_{n}.weight"], w[f"conv_{n}.bias"]) for n in "qk")
             else:
                 k = tokens @ w["k_proj.weight"].T
-            rates = (tokens @ w["lr_proj.weight"].T + w["lr_proj.bias"]).sigmoid() * config.inner_lr / SIZE
-            split = [t.unflatten(-1, (HEADS, SIZE)) for t in (q, k, v)]
-            o = torch.cat([head(h, *(t[:, h] for t in split), rates[:, h]) for h in range(HEADS)], -1)
+            rates = (tokens @ w["lr_proj.weight"].T + w["lr_proj.bias"]).sigmoid() * config.inner_lr / head_dim
+            split = [t.unflatten(-1, (heads, head_dim)) for t in (q, k, v)]
+            o = torch.cat([head(h, *(t[:, h] for t in split), rates[:, h]) for h in range(heads)], -1)
             o = F.layer_norm(o, o.shape[-1:], w["post_norm.weight"], w["post_norm.bias"], dims().norm_eps)
             if config.gate:
                 o = o * F.gelu(tokens @ w["g_proj.weight"].T, approximate="tanh")

@@ -60,6 +60,9 @@ from tests.unit.mixers.common import case_ids, cases, dims
         ("mamba", {"expand": 0.3}, 1, "expand", [9 / 32, 10 / 32]),
         ("s4", {"state_size": 7}, 1, "state_size", [6, 8]),
         ("gateloop", {"num_heads": 3}, 1, "num_heads", [2, 4]),
+        ("rebased", {"feature_dim": 1}, 1, "feature_dim", [2]),
+        ("rwkv6", {"expand_v": 0.5, "num_heads": 16}, 1, "num_heads", [8]),
+        ("rwkv7", {"expand_v": 0.5, "num_heads": 16}, 1, "num_heads", [8]),
     ],
 )
 def test_names_field_and_working_values(
@@ -72,6 +75,27 @@ def test_names_field_and_working_values(
     assert message.startswith(f"model.mixer.{field} = ") and "\n" not in message
     offered = [float(n) for n in re.findall(r"[\d.]+", message.split("nearest")[1])]
     assert offered == pytest.approx(near, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "field"),
+    [
+        ("attention", {"rope": False, "rope_base": 100.0}, "rope_base"),
+        ("attention", {"rope": False, "rotary_fraction": 0.5}, "rotary_fraction"),
+        ("hgrn", {"conv_bias": True}, "conv_bias"),
+        ("hgrn2", {"conv_bias": True}, "conv_bias"),
+        ("linear_attention", {"dpfp_nu": 2}, "dpfp_nu"),
+        ("linear_attention", {"normalizer_eps": 1e-3}, "normalizer_eps"),
+        ("linear_attention", {"tie_feature_map_qk": True}, "tie_feature_map_qk"),
+        ("mom", {"gate_rank": 4}, "gate_rank"),
+        ("mom", {"gate_normalizer": 4.0}, "gate_normalizer"),
+        ("rebased", {"use_gamma": False, "use_beta": False, "tie_feature_map_qk": False}, "tie_feature_map_qk"),
+        ("ttt_linear", {"share_qk": False, "conv_size": 3}, "conv_size"),
+    ],
+)
+def test_refuses_what_would_do_nothing(name: str, fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model.mixer.{field} = .*: does nothing here; set .* or leave it at"):
+        mixer_class(name).validate(mixer_config(name, **fields), dims(), 1, "model.mixer")
 
 
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -132,7 +133,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     chunks, dtype = Chunks(q, cu_seqlens, size), v.dtype
     q, k, v, g, theta = (chunks.split(x) for x in (q, k, v, g.float(), theta.float()))  # [N, B*H, C, D]
-    phi, kept = theta.double().cumsum(-2).float(), g.cumsum(-2).exp()
+    # fp64: angles are not bounded, and only what is left of whole turns counts
+    phi, kept = theta.double().cumsum(-2).remainder(2 * math.pi).float(), g.cumsum(-2).exp()
     cos, sin = phi.cos(), phi.sin()
     turns = torch.cat([cos, sin], dim=-1)
 

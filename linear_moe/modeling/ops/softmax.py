@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops.dispatch import requested
+
 
 def visible(
     length: int,
@@ -61,13 +63,15 @@ def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def _suits_flash(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+
+
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor, longest: int, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor | None, longest: int, window: int | None
 ) -> Tensor | None:
-    """FlashAttention over packed documents, or None where this PyTorch, device or dtype cannot."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
-        return None
-    if (found := _varlen()) is None:
+    """FlashAttention over packed documents, or over rows; None where this PyTorch, device or dtype cannot."""
+    if not _suits_flash(q) or (found := _varlen()) is None:
         return None
     varlen_attn, parameters = found
     extra: dict[str, Any] = {}
@@ -86,8 +90,11 @@ def _packed(
             extra["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-    offsets = cu_seqlens.to(torch.int32)
-    return varlen_attn(q[0], k[0], v[0], offsets, offsets, longest, longest, **extra).unsqueeze(0)
+    batch, length = q.shape[:2]
+    ends = torch.arange(batch + 1, device=q.device) * length if cu_seqlens is None else cu_seqlens
+    offsets = ends.to(torch.int32)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, **extra).unflatten(0, (batch, length))
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -113,8 +120,8 @@ def softmax_attention(
 ) -> Tensor:
     """`q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] -> o [B, T, H, V]`; G divides H, head h reads group h // (H / G).
 
-    On PyTorch's fused kernels. Packed documents take its variable-length FlashAttention on a GPU in half precision;
-    elsewhere, and with a window or a cache, a dense `[T, S]` mask.
+    On PyTorch's fused kernels. Packed documents and windows take its variable-length FlashAttention on a GPU in half
+    precision; elsewhere, and with a cache, a dense `[T, S]` mask. Within `use_backend("reference")`, the definition.
 
     Args:
         scale: of the scores; None: 1 / sqrt(D).
@@ -130,23 +137,24 @@ def softmax_attention(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
     if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
         raise ValueError("packed documents need a batch of 1 and no cache")
+    visibility: dict[str, Any] = {"cu_seqlens": cu_seqlens, "positions": positions, "window": window}
+    if requested("auto") == "reference":
+        return softmax_attention_reference(q, k, v, scale=scale, **visibility)
     value_dim = v.shape[-1]
+    plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
     if positions is None:  # FlashAttention takes one size for all; over packed documents, a multiple of 8
         size, width = q.shape[-1], max(q.shape[-1], value_dim)
-        width = width if cu_seqlens is None else -(-width // 8) * 8
+        width = width if plain else -(-width // 8) * 8
         if size < width and scale is None:
             scale = size**-0.5
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
     if q.is_cuda:
         q, k, v = (_aligned(t) for t in (q, k, v))
-    if cu_seqlens is not None:
+    if positions is None and not plain:
         packed = _packed(q, k, v, scale, cu_seqlens, max_document or q.shape[1], window)
         if packed is not None:
             return packed[..., :value_dim]
-    plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
-    mask = None
-    if not plain:
-        mask = visible(q.shape[1], k.shape[1], q.device, cu_seqlens=cu_seqlens, positions=positions, window=window)
+    mask = None if plain else visible(q.shape[1], k.shape[1], q.device, **visibility)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -159,4 +167,4 @@ def softmax_attention(
     return o.transpose(1, 2)[..., :value_dim]
 
 
-IMPLEMENTATIONS = {"sdpa": softmax_attention}
+IMPLEMENTATIONS = {"reference": softmax_attention_reference, "sdpa": softmax_attention}

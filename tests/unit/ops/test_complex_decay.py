@@ -20,7 +20,7 @@ def make_inputs(batch: int, length: int, sequences: int | None = None) -> dict[s
     q, k, g, theta = (torch.randn(batch, length, 2, 6, generator=generator) for _ in range(4))
     v = torch.randn(batch, length, 2, 5, generator=generator)
     state = torch.randn(sequences or batch, 2, 12, 5, generator=generator)
-    return {"q": q, "k": k, "v": v, "g": F.logsigmoid(g + 2), "theta": 3 * theta, "initial_state": state}
+    return {"q": q, "k": k, "v": v, "g": F.logsigmoid(g + 2), "theta": 100 * theta, "initial_state": state}
 
 
 def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], case: object) -> None:

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops import softmax
+from linear_moe.modeling.ops.dispatch import use_backend
 from linear_moe.modeling.ops.softmax import softmax_attention, softmax_attention_reference
 from tests.tolerances import BF16, FP32, assert_close
 
@@ -41,6 +44,40 @@ def test_fused_equals_reference(length: int, keys: int, options: dict[str, Any],
         assert_close(a, b, FP32)
     half = [t.detach().bfloat16() for t in inputs]
     assert_close(softmax_attention(*half, **options), softmax_attention_reference(*half, **options), BF16)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("length", "keys", "options"), [case for case in CASES if "positions" not in case[2]])
+def test_what_variable_length_attention_is_given(
+    length: int, keys: int, options: dict[str, Any], groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents, or rows where there is a window: no `[T, S]` mask. With the reference in the kernel's place."""
+    calls = []
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *args: Any, window_size: tuple[int, int], **given: Any) -> Tensor:
+        calls.append(args)
+        offsets, same, longest, _ = args
+        assert offsets is same and offsets.dtype == torch.int32 and longest >= offsets.diff().max()
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 8 and given.pop("enable_gqa", False) == (groups < 4)
+        (behind, ahead), (q, k, v) = window_size, (t.unsqueeze(0) for t in (q, k, v))
+        assert ahead == 0
+        window = None if behind < 0 else behind + 1
+        return softmax_attention_reference(q, k, v, cu_seqlens=offsets.long(), window=window, **given)[0]
+
+    monkeypatch.setattr(softmax, "_suits_flash", lambda q: True)
+    monkeypatch.setattr(softmax, "_varlen", lambda: (varlen_attn, {"window_size", "scale", "enable_gqa"}))
+    inputs = tensors(1 if "cu_seqlens" in options else 3, length, keys, groups=groups)
+    actual, expected = softmax_attention(*inputs, **options), softmax_attention_reference(*inputs, **options)
+    assert_close(actual, expected, FP32)
+    assert bool(calls) == ("cu_seqlens" in options or options.get("window", keys) < keys)
+
+
+def test_the_reference_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tensors(1, 10, 10)
+    expected = softmax_attention_reference(*inputs)
+    monkeypatch.delattr(F, "scaled_dot_product_attention")
+    with use_backend("reference"):
+        assert torch.equal(softmax_attention(*inputs), expected)
 
 
 @pytest.mark.parametrize(("length", "keys", "options"), CASES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,15 @@ def first_tokens(cu_seqlens: Tensor, length: int) -> Tensor:
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """A small tensor from the CPU, without waiting for the device."""
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
+def by_token(*inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The inputs `[B, T, ...]` of each token `[B, ...]`; None stays None.
+
+    Unbound at once: the gradient of T separate selections would be T tensors of the whole size.
+    """
+    length = next(x.shape[1] for x in inputs if x is not None)
+    return zip(*([None] * length if x is None else x.unbind(1) for x in inputs), strict=True)
 
 
 def separately(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.packing import separately, start_state
+from linear_moe.modeling.ops.packing import by_token, separately, start_state
 
 
 def decay(
@@ -37,15 +37,15 @@ def _tokens(
     bonus: Tensor | None, state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     outputs = []
-    for t in range(q.shape[1]):
+    for q_t, k_t, v_t, g_t, gv_t in by_token(q, k, v, g, gv):
         before = state
-        if g is not None:
-            gate = g[:, t] if g.ndim == 4 else g[:, t, :, None]  # [B, H, K] or [B, H, 1]
+        if g_t is not None:
+            gate = g_t if g_t.ndim == 3 else g_t[..., None]  # [B, H, K] or [B, H, 1]
             state = gate.exp()[..., None] * state
-        if gv is not None:
-            state = state * gv[:, t, :, None].exp()
-        update = k[:, t, :, :, None] * v[:, t, :, None, :]
+        if gv_t is not None:
+            state = state * gv_t[..., None, :].exp()
+        update = k_t[..., None] * v_t[..., None, :]
         state = state + update
         read = state if bonus is None else before + bonus * update
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], read))
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, read))
     return torch.stack(outputs, dim=1), state

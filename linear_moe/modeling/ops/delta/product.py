@@ -13,7 +13,7 @@ from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import chunk, gpu
 from linear_moe.modeling.ops.delta.decode import step as delta_step
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, fla, pad_keys, requested, tiled
-from linear_moe.modeling.ops.packing import separately, start_state
+from linear_moe.modeling.ops.packing import by_token, separately, start_state
 
 
 def delta_product(
@@ -79,13 +79,13 @@ def _reference(
 
 def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
     outputs = []
-    for t in range(q.shape[1]):
-        if g is not None:
-            state = g[:, t, :, None, None].exp() * state
-        for key, value, strength in zip(*(x[:, t].unbind(1) for x in (k, v, beta[..., None])), strict=True):
+    for q_t, k_t, v_t, beta_t, g_t in by_token(q, k, v, beta, g):
+        if g_t is not None:
+            state = g_t[..., None, None].exp() * state
+        for key, value, strength in by_token(k_t, v_t, beta_t[..., None]):
             write = strength * (value - torch.einsum("bhk,bhkv->bhv", key, state))
             state = state + key[..., None] * write[:, :, None, :]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, state))
     return torch.stack(outputs, dim=1), state
 
 

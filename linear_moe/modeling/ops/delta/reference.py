@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.packing import separately, start_state
+from linear_moe.modeling.ops.packing import by_token, separately, start_state
 
 
 def delta(
@@ -30,12 +30,12 @@ def delta(
 
 def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
     outputs = []
-    for t in range(q.shape[1]):
-        if g is not None:
-            gate = g[:, t] if g.ndim == 4 else g[:, t, :, None]  # [B, H, K] or [B, H, 1]
+    for q_t, k_t, v_t, beta_t, g_t in by_token(q, k, v, beta, g):
+        if g_t is not None:
+            gate = g_t if g_t.ndim == 3 else g_t[..., None]  # [B, H, K] or [B, H, 1]
             state = gate.exp()[..., None] * state
-        read = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        write = beta[:, t, :, None] * (v[:, t] - read)
-        state = state + k[:, t, :, :, None] * write[:, :, None, :]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+        read = torch.einsum("bhk,bhkv->bhv", k_t, state)
+        write = beta_t[..., None] * (v_t - read)
+        state = state + k_t[..., None] * write[..., None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, state))
     return torch.stack(outputs, dim=1), state

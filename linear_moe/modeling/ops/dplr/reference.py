@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.packing import separately, start_state
+from linear_moe.modeling.ops.packing import by_token, separately, start_state
 
 
 def dplr(
@@ -31,9 +31,9 @@ def dplr(
 
 def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     outputs = []
-    for t in range(q.shape[1]):
-        read = torch.einsum("bhk,bhkv->bhv", a[:, t], state)
-        state = g[:, t, :, :, None].exp() * state + b[:, t, :, :, None] * read[:, :, None, :]
-        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    for q_t, k_t, v_t, a_t, b_t, g_t in by_token(q, k, v, a, b, g):
+        read = torch.einsum("bhk,bhkv->bhv", a_t, state)
+        state = g_t[..., None].exp() * state + b_t[..., None] * read[..., None, :]
+        state = state + k_t[..., None] * v_t[..., None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, state))
     return torch.stack(outputs, dim=1), state

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops.packing import by_token
+
 States = tuple[Tensor, ...]
 
 
@@ -113,7 +115,7 @@ def _documents(
 
 def _tokens(token: Callable[..., tuple[Tensor, States]], states: States, inputs: States) -> tuple[Tensor, States]:
     outputs = []
-    for t in range(inputs[0].shape[1]):
-        o, states = token(t, states, *(x[:, t] for x in inputs))
+    for t, of_token in enumerate(by_token(*inputs)):
+        o, states = token(t, states, *of_token)
         outputs.append(o)
     return torch.stack(outputs, dim=1), states

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.packing import separately
+from linear_moe.modeling.ops.packing import by_token, separately
 
 
 def _run(
@@ -25,8 +25,8 @@ def linear_scan(
 
     def tokens(state: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
-        for t in range(x.shape[1]):
-            state = g[:, t].exp() * state + x[:, t]
+        for x_t, g_t in by_token(x, g):
+            state = g_t.exp() * state + x_t
             outputs.append(state)
         return torch.stack(outputs, dim=1), state
 
@@ -43,10 +43,10 @@ def selective_scan(
 
     def tokens(state: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
-        for t in range(u.shape[1]):
-            update = (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
-            state = (dt[:, t, :, None] * A).exp() * state + update
-            outputs.append((state * C[:, t, None, :]).sum(-1))
+        for u_t, dt_t, B_t, C_t in by_token(u, dt, B, C):
+            update = (dt_t * u_t)[..., None] * B_t[:, None, :]
+            state = (dt_t[..., None] * A).exp() * state + update
+            outputs.append((state * C_t[:, None, :]).sum(-1))
         return torch.stack(outputs, dim=1), state
 
     return _run(tokens, [u, dt, B, C], initial_state, cu_seqlens, u.dtype)
@@ -63,8 +63,8 @@ def diagonal_scan(
     def tokens(state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
         re, im = state.unbind(-1)
-        for t in range(u.shape[1]):
-            re, im = a_re * re - a_im * im + u[:, t, :, None], a_re * im + a_im * re
+        for (u_t,) in by_token(u):
+            re, im = a_re * re - a_im * im + u_t[..., None], a_re * im + a_im * re
             outputs.append((c_re * re - c_im * im).sum(-1))
         return torch.stack(outputs, dim=1), torch.stack([re, im], dim=-1)
 

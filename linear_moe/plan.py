@@ -152,6 +152,8 @@ def _stage_memory(config: Config, layout: ParallelLayout, rows: int, stage: int)
     weights = gradients = optimizer = 0
     for p in model.parameters():
         weights += p.numel() * p.element_size()
+        if not p.requires_grad:
+            continue
         gradients += p.numel() * 4  # Megatron's DDP accumulates in an fp32 buffer
         state = 8 if p.dtype == torch.float32 else 12  # Adam's two moments, and an fp32 copy of other weights
         replicas = layout.expert_data if _is_expert(p) else layout.data

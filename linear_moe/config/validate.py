@@ -13,9 +13,10 @@ from itertools import product
 from pathlib import Path
 
 from linear_moe.config.errors import ConfigError, nearest
-from linear_moe.config.schema import Config, ModelConfig, ParallelConfig
+from linear_moe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
@@ -141,6 +142,7 @@ def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
 
 def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
     moe, parallel, kinds = config.model.moe, config.parallel, {layer.ffn for layer in layers}
+    _check_most("model.moe.first_dense_layers", moe.first_dense_layers, "model.num_layers - 1", len(layers) - 1)
     if "dense" in kinds:
         _check_divisible("model.ffn_size", config.model.ffn_size, "parallel.tensor", parallel.tensor)
     if "moe" not in kinds:
@@ -149,7 +151,7 @@ def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
                 value = getattr(parallel, name)
                 raise ConfigError(f"parallel.{name}", value, "no layer has experts", fix="set it to 1")
         return
-    _check_most("model.moe.top_k", moe.top_k, "model.moe.num_experts", moe.num_experts)
+    _check_router(moe)
     _check_divisible("model.moe.num_experts", moe.num_experts, "parallel.expert", parallel.expert)
     expert_tensor = parallel.expert_tensor
     _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", expert_tensor)
@@ -159,6 +161,36 @@ def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
     if parallel.tensor > 1 and not tensor_sequence(parallel):
         constraint = "experts with parallel.tensor > 1 need activations sharded by tokens"
         raise ConfigError("parallel.tensor_sequence", False, constraint, fix="set it to true or null")
+
+
+def _check_router(moe: MoEConfig) -> None:
+    path, groups = "model.moe", moe.num_groups
+    _check_most(f"{path}.top_k", moe.top_k, f"{path}.num_experts", moe.num_experts)
+    constraint = f"must divide {path}.num_experts = {moe.num_experts}"
+    check(f"{path}.num_groups", groups, lambda n: moe.num_experts % n == 0, constraint)
+    _check_most(f"{path}.top_k_groups", moe.top_k_groups, f"{path}.num_groups", groups)
+    per_group = moe.num_experts // groups
+    if moe.top_k > moe.top_k_groups * per_group:
+        constraint = f"must be <= {moe.top_k_groups} groups (top_k_groups) of {per_group} experts"
+        fix = f"nearest valid: {moe.top_k_groups * per_group}, or {path}.top_k_groups={-(-moe.top_k // per_group)}"
+        raise ConfigError(f"{path}.top_k", moe.top_k, constraint, fix=fix)
+    if groups == 1:
+        unused(path, moe, "group_score", needs="set num_groups")
+    elif moe.group_score == "sum_top_2" and per_group < 2:
+        constraint = f"groups have one expert (num_experts {moe.num_experts}, num_groups {groups})"
+        raise ConfigError(f"{path}.group_score", moe.group_score, constraint, fix="set it to max")
+    if moe.top_k_first and moe.score != "softmax":
+        raise ConfigError(f"{path}.top_k_first", True, "needs score: softmax", fix="set it to false")
+    if moe.top_k == 1 and (moe.top_k_first or moe.normalize_top_k):
+        name = "top_k_first" if moe.top_k_first else "normalize_top_k"
+        constraint = "with top_k = 1 every weight is 1 and the router cannot learn"
+        raise ConfigError(f"{path}.{name}", True, constraint, fix="set it to false, or raise top_k")
+    if not moe.shared_ffn_size:
+        unused(path, moe, "shared_gate", needs="set shared_ffn_size")
+    if not moe.expert_bias:
+        unused(path, moe, "bias_update_rate", needs="set expert_bias")
+    if moe.capacity_factor is None:
+        unused(path, moe, "capacity_pad", "drop_policy", needs="set capacity_factor")
 
 
 def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from linear_moe.config.schema import ModelConfig
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Dims
+from linear_moe.modeling.mixers.base import Dims, Layout
 from linear_moe.modeling.moe.experts import Experts
 from linear_moe.modeling.moe.router import Router
 
@@ -23,13 +23,16 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(host, dims.hidden_size, ffn_size, split="column", std=dims.init_std)
         self.down_proj = Linear(host, ffn_size, dims.hidden_size, split="row", std=dims.output_init_std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         x = self.host.enter(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoE(nn.Module):
-    """Router -> dispatch -> experts -> combine, plus the shared expert: `[n, D]` -> `[n, D]`."""
+    """Router -> dispatch -> experts -> combine, plus the shared expert: `[n, D]` -> `[n, D]`.
+
+    Weights mean what those of Hugging Face's Mixtral, Qwen2-MoE, DeepSeek-V2 and -V3 blocks do.
+    """
 
     def __init__(self, config: ModelConfig, dims: Dims, host: Host):
         super().__init__()
@@ -38,11 +41,17 @@ class MoE(nn.Module):
         self.dispatcher = host.dispatcher(moe)
         self.experts = Experts(moe, dims.hidden_size, dims.init_std, dims.output_init_std, host)
         self.shared_expert = SwiGLU(dims, moe.shared_ffn_size, host) if moe.shared_ffn_size else None
+        self.shared_expert_gate = Linear(host, dims.hidden_size, 1, std=dims.init_std) if moe.shared_gate else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        probs, routing_map = self.router(x)
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        probs, routing_map = self.router(x, layout)
         y = self.dispatcher.combine(self.experts(*self.dispatcher.dispatch(x, probs, routing_map)))
-        return y if self.shared_expert is None else y + self.shared_expert(x)
+        if self.shared_expert is None:
+            return y
+        shared = self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            shared = self.shared_expert_gate(x).sigmoid() * shared
+        return y + shared
 
 
 def build_ffn(kind: str, config: ModelConfig, dims: Dims, host: Host) -> nn.Module:

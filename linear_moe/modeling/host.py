@@ -23,6 +23,7 @@ from linear_moe.modeling.ops.cross_entropy import cross_entropy
 
 if TYPE_CHECKING:
     from linear_moe.config.schema import MoEConfig
+    from linear_moe.modeling.mixers.base import Layout
     from linear_moe.modeling.moe.dispatch import Dispatcher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -96,15 +97,18 @@ class Host:
         decay: bool = True,
         fp32: bool = False,
         tokenwise: bool = False,
+        trained: bool = True,
     ) -> nn.Parameter:
         """An uninitialised parameter, this rank's share of full `shape`; see ParameterSpec and `initialize`.
 
         Args:
             tokenwise: an unsplit parameter used outside `enter`..`leave`, on this rank's tokens only.
+            trained: by gradients; else it has none, no weight decay and no optimizer state.
         """
         spec = ParameterSpec(tuple(shape), init, dict(axes or {}), decay, fp32)
         local = [self.split(n, spec.axes[d]) if d in spec.axes else n for d, n in enumerate(shape)]
-        parameter = nn.Parameter(torch.empty(local, dtype=torch.float32 if fp32 else self.dtype, device=self.device))
+        kind = torch.float32 if fp32 else self.dtype
+        parameter = nn.Parameter(torch.empty(local, dtype=kind, device=self.device), requires_grad=trained)
         parameter.spec = spec  # type: ignore[attr-defined]
         return parameter
 
@@ -141,11 +145,27 @@ class Host:
 
         return Dispatcher(config.num_experts)
 
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """This rank's tokens `[n, ...]` -> all of the micro-batch `[N, ...]`, without gradients."""
+        return x
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Undoes `all_tokens`."""
+        return x
+
     def router_losses(
-        self, probs: Tensor, logits: Tensor, routing_map: Tensor, config: MoEConfig, layer: int
+        self, probs: Tensor, logits: Tensor, chosen: Tensor, config: MoEConfig, layer: int, layout: Layout
     ) -> Tensor:
-        """Attach the router's auxiliary losses to `probs [n, E]`; one process without a training loop has none."""
+        """Attach the router's auxiliary losses to `probs [n, E]`; one process without a training loop has none.
+
+        Args:
+            logits: `[n, E]`.
+            chosen: boolean `[n, E]`, the choice before any limit of capacity.
+        """
         return probs
+
+    def observe_routing(self, chosen: Tensor, taken: Tensor, layer: int) -> None:
+        """Hears every layer's choice, boolean `[n, E]`, and what its experts took; a training loop keeps statistics."""
 
     # -- auxiliary losses -----------------------------------------------------------------------------------------
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:

@@ -54,7 +54,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), layout, cache)
-        return x + self.ffn(self.ffn_norm(x))
+        return x + self.ffn(self.ffn_norm(x), layout)
 
 
 class LanguageModel(nn.Module):

@@ -8,7 +8,7 @@ atom := letters | '"' letters '"' | "'" letters "'" | "(" sum ")" | "[" sum "]"
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import ModelConfig
@@ -108,4 +108,15 @@ def resolve_layers(model: ModelConfig) -> list[ResolvedLayer]:
         fix = f"set model.num_layers={len(symbols)}, or write a pattern of {model.num_layers} symbols"
         constraint = f"stands for {len(symbols)} layers, but model.num_layers = {model.num_layers}"
         raise ConfigError(PATH, model.pattern, constraint, fix=fix)
-    return [ResolvedLayer(s, *meaning[s]) for s in symbols]
+    layers = [ResolvedLayer(s, *meaning[s]) for s in symbols]
+    own = {symbol for symbol, layer in model.symbols.items() if layer.ffn is not None}
+    return [
+        layer if layer.symbol in own or _has_experts(model, i) else replace(layer, ffn="dense")
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _has_experts(model: ModelConfig, i: int) -> bool:
+    """Whether a layer whose symbol leaves it open, and model.ffn = moe, is a mixture of experts."""
+    beyond = i - model.moe.first_dense_layers
+    return beyond >= 0 and beyond % model.moe.layer_frequency == 0

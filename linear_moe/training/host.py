@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +23,18 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_default_pg_collection,
-    switch_load_balancing_loss_func,
-    z_loss_func,
 )
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.host import Host, Init
+from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.moe.dispatch import Dispatcher
+from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens, z_loss
 from linear_moe.modeling.moe.router import scores
+from linear_moe.training.routing import RoutingStatistics
 
 DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
 
@@ -58,6 +62,8 @@ class MegatronHost(Host):
             "expert": ps.get_expert_model_parallel_rank(),
             "expert_tensor": ps.get_expert_tensor_parallel_rank(),
         }
+        self._recomputing = False
+        self.routing = RoutingStatistics(device, config.num_layers)
         self._auxiliary: dict[str, Tensor] = {}  # by name: the sum of what is reported, and how many were added
 
     def size(self, axis: str) -> int:
@@ -74,9 +80,12 @@ class MegatronHost(Host):
         decay: bool = True,
         fp32: bool = False,
         tokenwise: bool = False,
+        trained: bool = True,
     ) -> nn.Parameter:
         """See Host; also tells Megatron over which ranks to reduce the gradient and to count it in the norm."""
-        parameter: Any = super().parameter(*shape, init=init, axes=axes, decay=decay, fp32=fp32, tokenwise=tokenwise)
+        parameter: Any = super().parameter(
+            *shape, init=init, axes=axes, decay=decay, fp32=fp32, tokenwise=tokenwise, trained=trained
+        )
         split = {axis: dim for dim, axis in parameter.spec.axes.items()}
         expert = "expert" in split
         assert not expert or "expert_tensor" in split, "clipping would count an expert's unsplit parameter many times"
@@ -118,10 +127,24 @@ class MegatronHost(Host):
             return super().dispatcher(config)
         return MegatronDispatcher(config, self)
 
+    def all_tokens(self, x: Tensor) -> Tensor:
+        if not self.tensor_sequence:
+            return x
+        everywhere = x.new_empty(x.shape[0] * self.size("tensor"), *x.shape[1:])
+        dist.all_gather_into_tensor(everywhere, x.detach().contiguous(), group=ps.get_tensor_model_parallel_group())
+        return everywhere
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        return x.chunk(self.size("tensor"))[self.rank("tensor")] if self.tensor_sequence else x
+
+    def observe_routing(self, chosen: Tensor, taken: Tensor, layer: int) -> None:
+        if torch.is_grad_enabled() and not self._recomputing:
+            self.routing.add(chosen, taken, layer)
+
     def router_losses(
-        self, probs: Tensor, logits: Tensor, routing_map: Tensor, config: MoEConfig, layer: int
+        self, probs: Tensor, logits: Tensor, chosen: Tensor, config: MoEConfig, layer: int, layout: Layout
     ) -> Tensor:
-        """Attach load-balancing loss and z-loss of one micro-batch to `probs`, as in the Switch Transformer and ST-MoE.
+        """Attach one micro-batch's losses to `probs`: that of balance, in up to three scopes, and the z-loss.
 
         Each tensor rank adds its tokens' part. Gradients are later divided by the global number of tokens, so the mean
         losses are multiplied by the micro-batch's (Megatron's own router multiplies by this *rank's* tokens, which
@@ -131,22 +154,45 @@ class MegatronHost(Host):
             return probs
         ranks = self.size("tensor") if self.tensor_sequence else 1
         tokens = probs.shape[0] * ranks
-        tokens_per_expert = routing_map.sum(0)
-        if ranks > 1:
-            dist.all_reduce(tokens_per_expert, group=ps.get_tensor_model_parallel_group())
-        all_scores = scores(logits, config)
-        balance = switch_load_balancing_loss_func(
-            all_scores / all_scores.sum(-1, keepdim=True),
-            tokens_per_expert,
-            tokens,
-            config.top_k,
-            config.num_experts,
-            moe_aux_loss_coeff=1.0,
-        )
-        z = z_loss_func(logits, 1.0 / ranks)
-        self._report("load_balancing_loss", balance, 1.0 / ranks)
-        self._report("router_z_loss", z, 1.0 / ranks)
-        return MoEAuxLossAutoScaler.apply(probs, (config.aux_loss * balance + config.z_loss * z) * tokens)
+        shares = scores(logits, config)
+        shares = shares / shares.sum(-1, keepdim=True)
+        counts = chosen.sum(0)
+        whole = self._sum_over_tokens(counts)
+        score_sums = shares.sum(0, keepdim=True)
+        terms = {
+            "load_balancing_loss": (config.aux_loss, balance_loss(whole.unsqueeze(0), score_sums, tokens)),
+            "router_z_loss": (config.z_loss, z_loss(logits) / tokens),
+        }
+        if config.sequence_aux_loss:
+            place = self.rank("tensor") * probs.shape[0] if ranks > 1 else 0
+            sequence, number = sequence_of_tokens(layout, place, probs.shape[0], probs.device)
+            zeros = shares.new_zeros(number, config.num_experts)
+            by_sequence = self._sum_over_tokens(zeros.index_add(0, sequence, chosen.to(zeros.dtype)))
+            sums = zeros.index_add(0, sequence, shares)
+            value = balance_loss(by_sequence, sums, tokens)
+            terms["sequence_balancing_loss"] = (config.sequence_aux_loss, value)
+        if config.global_aux_loss:
+            routing = self.routing
+            load = routing.global_load(layer) if self._recomputing else routing.add_global(counts, layer)
+            value = balance_loss(load.unsqueeze(0), score_sums, tokens)
+            terms["global_balancing_loss"] = (config.global_aux_loss, value)
+        for name, (_, value) in terms.items():
+            self._report(name, value, 1.0 / ranks)
+        weighted = [coefficient * value for coefficient, value in terms.values() if coefficient]
+        return MoEAuxLossAutoScaler.apply(probs, sum(weighted) * tokens) if weighted else probs
+
+    def _sum_over_tokens(self, counts: Tensor) -> Tensor:
+        """Counts of this rank's tokens -> of all tokens of the micro-batch."""
+        if self.tensor_sequence:
+            dist.all_reduce(counts := counts.clone(), group=ps.get_tensor_model_parallel_group())
+        return counts
+
+    def recompute(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """See Host; nothing is counted or reported a second time."""
+        if not (self.recompute_layers and torch.is_grad_enabled()):
+            return function(*args)
+        contexts = partial(_second_time, self)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
         """See Host. Every tensor rank adds an equal part, since the region's gradients are summed over them.
@@ -159,7 +205,8 @@ class MegatronHost(Host):
         return MoEAuxLossAutoScaler.apply(carrier, value * (coefficient * tokens / self.size("tensor")))
 
     def _report(self, name: str, value: Tensor, count: float) -> None:
-        # A layer that is recomputed adds itself twice, with its count.
+        if self._recomputing:
+            return
         added = torch.stack([value, torch.full_like(value, count)]).detach().float()
         self._auxiliary[name] = self._auxiliary[name] + added if name in self._auxiliary else added
 
@@ -178,6 +225,20 @@ class MegatronHost(Host):
         self._auxiliary.clear()
         dist.all_reduce(totals)
         return {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True)}
+
+
+def _second_time(host: MegatronHost) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For `checkpoint`: contexts of a layer's forward pass and of its recomputation."""
+
+    @contextmanager
+    def recomputing() -> Iterator[None]:
+        host._recomputing = True
+        try:
+            yield
+        finally:
+            host._recomputing = False
+
+    return nullcontext(), recomputing()
 
 
 class MegatronDispatcher(Dispatcher):

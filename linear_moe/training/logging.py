@@ -6,11 +6,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
+
+if TYPE_CHECKING:
+    from linear_moe.training.routing import LayerRouting
 
 SHOWN = {  # record key -> how the progress display writes it
     "loss": "loss {:.4f}",
@@ -36,6 +40,17 @@ def one_line(record: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def routing_line(record: dict[str, Any]) -> str:
+    """How the tokens of a step with experts were routed, "" for others."""
+    if "max_load" not in record:
+        return ""
+    return (
+        f"experts: max/mean load {record['max_load']:.2f} (layer {record['max_load_layer']})  "
+        f"entropy {record['load_entropy']:.3f}  dropped {record['dropped_fraction']:.2%}  "
+        f"dead {record['dead_experts']}"
+    )
+
+
 class Logger:
     """Writes records; every method does nothing on ranks other than 0.
 
@@ -49,6 +64,7 @@ class Logger:
 
     def __init__(self, run: Path, steps: int, *, active: bool, tensorboard: bool, step: int = 0):
         self.active = active
+        self._dead: dict[int, set[int]] = {}
         self._file: TextIO | None = None
         self._writer: Any = None
         self._bar: Progress | None = None
@@ -91,11 +107,40 @@ class Logger:
         self._write(record)
         self._scalars("train", record)
         if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], figures=one_line(record))
+            figures = "\n".join(filter(None, [one_line(record), routing_line(record)]))
+            self._bar.update(self._task, completed=record["step"], figures=figures)
         elif time.monotonic() - self._last_line > 5 or record["step"] == self.steps:
             # Not a terminal: a line now and then instead of a bar.
             self._last_line = time.monotonic()
             self.message(f"step {record['step']}/{self.steps}  {one_line(record)}")
+            if line := routing_line(record):
+                self.message(f"  {line}")
+
+    def routing(self, step: int, layers: list[LayerRouting]) -> None:
+        """Every MoE layer's routing, expert by expert."""
+        if not self.active or not layers:
+            return
+        self.event("routing", step=step, layers={str(layer.layer): layer.to_json() for layer in layers})
+        if self._writer is None:
+            return
+        for layer in layers:
+            for name in ("max_load", "entropy", "dropped"):
+                self._writer.add_scalar(f"routing_{name}/layer_{layer.layer}", getattr(layer, name), step)
+            self._writer.add_histogram(f"routing_load/layer_{layer.layer}", np.array(layer.load), step)
+            if layer.bias is not None:
+                self._writer.add_histogram(f"routing_bias/layer_{layer.layer}", np.array(layer.bias), step)
+
+    def dead_experts(self, step: int, layers: list[LayerRouting], dead_after: int) -> None:
+        """Warn of experts that no token has chosen in the last `dead_after` steps; once of each."""
+        for layer in layers:
+            new = set(layer.dead(dead_after)) - self._dead.get(layer.layer, set())
+            if new and self.active:
+                self.event("dead_experts", step=step, layer=layer.layer, experts=sorted(new))
+                self.message(
+                    f"warning: step {step}: layer {layer.layer}: no token chose experts {sorted(new)} in the last "
+                    f"{dead_after} steps; raise model.moe.aux_loss, or set model.moe.expert_bias"
+                )
+            self._dead[layer.layer] = set(layer.dead(dead_after))
 
     def validation(self, step: int, loss: float, tokens: int) -> None:
         """A validation's mean loss in nats per token."""

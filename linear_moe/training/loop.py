@@ -20,6 +20,7 @@ from linear_moe.training.logging import Logger
 from linear_moe.training.metrics import Throughput, memory_gib, peak_tflops, seconds_alive
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer
+from linear_moe.training.routing import summary
 from linear_moe.training.schedule import learning_rate, set_learning_rate
 from linear_moe.training.step import Stepper
 
@@ -67,7 +68,11 @@ def train(config: Config, data: PreparedData) -> int:
                 record["first_step_seconds"] = seconds_alive()
             record |= speed.lap(laps, training.steps - step) | {"memory_gib": memory_gib()} | stepper.auxiliary_losses()
             laps = 0
-            log.step(record)
+            routing = stepper.routing()
+            log.step(record | summary(routing, config.logging.dead_after))
+            log.dead_experts(step, routing, config.logging.dead_after)
+            if step % config.logging.routing_every == 0 or step in (first_step, training.steps):
+                log.routing(step, routing)
 
         stopped = result.stop and step < training.steps
         last = step == training.steps and config.checkpoint.last

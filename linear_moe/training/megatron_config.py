@@ -26,6 +26,8 @@ def transformer_config(config: Config) -> TransformerConfig:
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.top_k,
             "moe_router_pre_softmax": True,  # the router is ours; without it Megatron refuses top_k = 1
+            "moe_router_load_balancing_type": "none",
+            "moe_expert_capacity_factor": model.moe.capacity_factor,  # not None: dispatchers count the tokens
             "moe_ffn_hidden_size": model.moe.expert_ffn_size,
             "moe_token_dispatcher_type": model.moe.dispatcher,
             "expert_model_parallel_size": parallel.expert,

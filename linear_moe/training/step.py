@@ -16,6 +16,8 @@ from torch import Tensor
 from linear_moe.config.schema import Config
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training.faults import StopSignal
+from linear_moe.training.host import MegatronHost
+from linear_moe.training.routing import LayerRouting, routers_of
 
 Batch = dict[str, Any]
 
@@ -71,6 +73,8 @@ class Stepper:
         stop: StopSignal,
     ):
         self.config, self.model, self.optimizer, self.device, self.stop = config, model, optimizer, device, stop
+        self.host: MegatronHost = model[0].module.host  # type: ignore[union-attr,assignment]
+        self.routers = routers_of(model)
         training = config.training
         self.micro_batches = training.global_batch // (training.micro_batch * ps.get_data_parallel_world_size())
 
@@ -114,6 +118,7 @@ class Stepper:
             chunk.train()
         results = self._run(batches, self.micro_batches, forward_only=False)
         _, gradient_norm, _ = self.optimizer.step()
+        self.host.routing.finish_step(self.routers)
         loss, tokens, stopping = self._totals(results)
         return StepResult(loss / max(tokens, 1), tokens, float(gradient_norm or 0.0), stopping)
 
@@ -130,4 +135,8 @@ class Stepper:
 
     def auxiliary_losses(self) -> dict[str, float]:
         """Mean auxiliary losses since the last call, over all ranks. Collective."""
-        return self.model[0].module.host.pop_auxiliary_losses()  # type: ignore[union-attr,operator]
+        return self.host.pop_auxiliary_losses()
+
+    def routing(self) -> list[LayerRouting]:
+        """Every MoE layer's routing in the steps since the last call, over all ranks. Collective."""
+        return self.host.routing.pop(self.routers)

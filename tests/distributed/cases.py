@@ -29,6 +29,7 @@ from linear_moe.training.megatron_config import transformer_config
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.parallel import Groups
+from linear_moe.training.routing import routers_of
 from linear_moe.training.step import Stepper
 from tests.distributed import masked
 
@@ -51,6 +52,11 @@ def shard(model: Any, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...],
     return spec.shape, tuple(offset), parameter.main_grad.clone()
 
 
+def gradients(model: Any) -> dict[str, Any]:
+    """`shard` of every parameter that has a gradient, by name."""
+    return {name: shard(model, p) for name, p in model.named_parameters() if p.requires_grad}
+
+
 def sequences(config: Config, groups: Groups, step: int) -> Iterator[Tensor]:
     """This replica's micro-batches `[B, T + 1]` of a step: replica r takes every data_size-th."""
     generator = torch.Generator().manual_seed(step)
@@ -67,7 +73,8 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
     tree, groups = start(config)
     model = build_model(tree, vocab_size(tree), groups)
     optimizer = build_optimizer(model, tree)
-    result: dict[str, Any] = {"losses": [], "norms": [], "router": []}
+    inner = model[0].module
+    result: dict[str, Any] = {"losses": [], "norms": [], "router": [], "routing": []}
     result |= {"last_stage": groups.last_stage, "data_rank": groups.data_rank}
 
     def forward(batches: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
@@ -99,12 +106,12 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
         optimizer.zero_grad()
         run(step, forward_only=False, force_all_reduce=step == 0)
         if step == 0:
-            (chunk,) = model
-            inner = chunk.module
-            result["gradients"] = {name: shard(inner, p) for name, p in inner.named_parameters()}
+            result["gradients"] = gradients(inner)
         _, norm, _ = optimizer.step()
+        inner.host.routing.finish_step(routers_of(model))
         result["norms"].append(float(norm))
-        result["router"].append(model[0].module.host.pop_auxiliary_losses())
+        result["router"].append(inner.host.pop_auxiliary_losses())
+        result["routing"].append(inner.host.routing.pop(routers_of(model)))
     with torch.no_grad():
         run(steps, forward_only=True)
     return result
@@ -121,12 +128,11 @@ def masked_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
     optimizer = build_optimizer(model, tree)
     stepper = Stepper(tree, model, optimizer, groups.device, StopSignal())
     place = groups.data_rank, groups.data_size
-    gradients: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     update = optimizer.step
 
     def record_and_update() -> Any:
-        inner = model[0].module
-        gradients.update({name: shard(inner, p) for name, p in inner.named_parameters()})
+        found.update(gradients(model[0].module))
         return update()
 
     def validate() -> dict[str, Any]:
@@ -146,7 +152,7 @@ def masked_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
         results.append(train(0))
     results += [train(step) for step in range(1, steps)]
     counts = [int(batch["loss_mask"].sum()) for batch in masked.micro_batches(tree, 0, *place)]
-    return {"results": [*results, validate()], "gradients": gradients, "data_rank": place[0], "counts": counts}
+    return {"results": [*results, validate()], "gradients": found, "data_rank": place[0], "counts": counts}
 
 
 def host_of(config: dict[str, Any]) -> MegatronHost:
@@ -183,13 +189,14 @@ def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor])
     return {"y": y.detach(), "counts": counts, "dx": tokens.grad, "dprobs": probs.grad * chosen}
 
 
-def router_losses(config: dict[str, Any], logits: Tensor) -> dict[str, Any]:
+def router_losses(config: dict[str, Any], logits: Tensor, layout: Layout | None = None) -> dict[str, Any]:
     """The gradient that the router's losses alone give this tensor rank's part of `logits`, and what is logged."""
     tree, groups = start(config)
     host = MegatronHost(transformer_config(tree), groups.device)
     part = logits.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
-    probs, routing_map = route(part, tree.model.moe)
-    (host.router_losses(probs, part, routing_map, tree.model.moe, layer=0) * 0).sum().backward()
+    probs, chosen = route(part, tree.model.moe)
+    layout = layout or Layout(1, len(logits))
+    (host.router_losses(probs, part, chosen, tree.model.moe, 0, layout) * 0).sum().backward()
     return {"gradient": part.grad, "logged": host.pop_auxiliary_losses()}
 
 

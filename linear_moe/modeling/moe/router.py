@@ -1,4 +1,4 @@
-"""The router: scores, top-k and weights, one arithmetic for training and inference."""
+"""The router: scores, choice and weights, one arithmetic for training and inference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.config.schema import MoEConfig
-from linear_moe.modeling.host import Host, normal
+from linear_moe.modeling.host import Host, constant, normal
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.moe.capacity import capacity, within_capacity
 
 
 def scores(logits: Tensor, config: MoEConfig) -> Tensor:
@@ -16,28 +18,72 @@ def scores(logits: Tensor, config: MoEConfig) -> Tensor:
     return logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
 
 
-def route(logits: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """Choose the top-k experts of every token.
+def choose(choice: Tensor, config: MoEConfig) -> Tensor:
+    """The top-k experts of every token by `choice [n, E]`, within its best groups: indices `[n, k]`."""
+    if config.num_groups > 1:
+        groups = choice.unflatten(-1, (config.num_groups, -1))
+        best = groups.amax(-1) if config.group_score == "max" else groups.topk(2, dim=-1).values.sum(-1)
+        index = best.topk(config.top_k_groups, dim=-1).indices
+        allowed = torch.zeros_like(best, dtype=torch.bool).scatter(-1, index, True)
+        choice = groups.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
+    return choice.topk(config.top_k, dim=-1).indices
+
+
+def route(logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Choose the top-k experts of every token and weigh them.
+
+    Args:
+        logits: `[n, E]`.
+        bias: `[E]` fp32, added to the scores for the choice only.
 
     Returns:
         probs `[n, E]` fp32, zero where not chosen, and the boolean routing map `[n, E]`.
     """
-    top, index = scores(logits, config).topk(config.top_k, dim=-1)
-    if config.normalize_top_k:
-        top = top / (top.sum(-1, keepdim=True) + 1e-20)
-    zeros = torch.zeros_like(logits, dtype=top.dtype)
-    return zeros.scatter(-1, index, top), torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    all_scores = scores(logits, config)
+    choice = all_scores.detach()
+    index = choose(choice if bias is None else choice + bias, config)
+    if config.top_k_first:
+        top = logits.float().gather(-1, index).softmax(-1)
+    else:
+        top = all_scores.gather(-1, index)
+        if config.normalize_top_k:
+            top = top / (top.sum(-1, keepdim=True) + 1e-20)
+    zeros = torch.zeros_like(all_scores)
+    probs = zeros.scatter(-1, index, top * config.routed_scaling_factor)
+    return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
 
 
 class Router(nn.Module):
-    """Linear router in fp32: `x [n, D]` -> (probs `[n, E]`, routing map `[n, E]`), with the host's auxiliary losses."""
+    """Linear router in fp32: `x [n, D]` -> (probs `[n, E]`, routing map `[n, E]`), with the host's auxiliary losses.
+
+    `expert_bias [E]` is not trained by gradients: the training loop moves it after each step (`expert_bias` of
+    MoEConfig); it is saved and exported like a parameter.
+    """
 
     def __init__(self, config: MoEConfig, hidden_size: int, init_std: float, layer: int, host: Host):
         super().__init__()
         self.config, self.layer, self.host = config, layer, host
         self.weight = host.parameter(config.num_experts, hidden_size, init=normal(init_std), tokenwise=True)
+        self.expert_bias: nn.Parameter | None = None
+        if config.expert_bias:
+            self.expert_bias = host.parameter(
+                config.num_experts, init=constant(0.0), decay=False, fp32=True, trained=False
+            )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+        """`layout` None: the tokens are one sequence, and all on this rank."""
+        config = self.config
         logits = F.linear(x.float(), self.weight.float())
-        probs, routing_map = route(logits, self.config)
-        return self.host.router_losses(probs, logits, routing_map, self.config, self.layer), routing_map
+        probs, chosen = route(logits, config, self.expert_bias)
+        taken = chosen
+        if config.capacity_factor is not None and self.training:
+            taken = self._limit(probs.detach(), chosen)
+        self.host.observe_routing(chosen, taken, self.layer)
+        probs = self.host.router_losses(probs, logits, chosen, config, self.layer, layout or Layout(1, len(x)))
+        return (probs, chosen) if taken is chosen else (probs * taken, taken)
+
+    def _limit(self, probs: Tensor, chosen: Tensor) -> Tensor:
+        """What the experts take, over all tokens of the micro-batch: the same however tensor ranks share them."""
+        everywhere = self.host.all_tokens(torch.where(chosen, probs, -1.0))
+        taken = within_capacity(everywhere, capacity(len(everywhere), self.config), self.config)
+        return self.host.own_tokens(taken)

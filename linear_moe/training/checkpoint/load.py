@@ -27,7 +27,7 @@ from linear_moe.inference.checkpoint_reader import (
 )
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.mixers.base import MixerConfig
-from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
 from linear_moe.training.checkpoint import state
 from linear_moe.training.checkpoint.collective import on_rank_0
 
@@ -39,7 +39,9 @@ MISSING = object()
 # What may differ between a checkpoint's model and the one that resumes from it: how it started, how it is computed, and
 # what its losses weigh; the weights mean the same. The rows of the embedding are for the parameters' shapes to tell.
 FREE = {"init_std", "scale_output_init", "vocab_multiple"}
-FREE_MOE = {"aux_loss", "z_loss", "experts", "dispatcher"}
+FREE_MOE = {"aux_loss", "sequence_aux_loss", "global_aux_loss", "z_loss", "bias_update_rate", "experts", "dispatcher"}
+FREE_MOE |= {"capacity_factor", "capacity_pad", "drop_policy"}  # in training only
+FREE_MOE |= {"first_dense_layers", "layer_frequency"}  # compared layer by layer
 
 # What the layers are made from: these are compared layer by layer, as far as a layer uses them.
 LAYERS = {"num_heads", "pattern", "mixer", "attention", "symbols", "ffn", "ffn_size", "moe"}
@@ -125,7 +127,7 @@ def _model_difference(here: ModelConfig, there: ModelConfig) -> Difference | Non
         if a.symbol != b.symbol:
             return "model.pattern", here.pattern, there.pattern
         if a.ffn != b.ffn:
-            return _ffn_path(here, a.symbol), a.ffn, b.ffn
+            return _ffn_difference(here, there, a, b)
         name = next(name for name in mixers[0] if mixers[0][name] != mixers[1].get(name, MISSING))
         shared = name == "num_heads" and getattr(a.mixer, name) is None
         path = "model" if shared else mixer_path(here, a.symbol)
@@ -145,9 +147,14 @@ def _mixer_fields(model: ModelConfig, mixer: MixerConfig) -> dict[str, Any]:
     return fields | ({"num_heads": model.num_heads} if fields.get("num_heads", MISSING) is None else {})
 
 
-def _ffn_path(model: ModelConfig, symbol: str) -> str:
-    own = symbol in model.symbols and model.symbols[symbol].ffn is not None
-    return f"model.symbols.{symbol}.ffn" if own else "model.ffn"
+def _ffn_difference(here: ModelConfig, there: ModelConfig, a: ResolvedLayer, b: ResolvedLayer) -> Difference:
+    if a.symbol in here.symbols and here.symbols[a.symbol].ffn is not None:
+        return f"model.symbols.{a.symbol}.ffn", a.ffn, b.ffn
+    for name in ("first_dense_layers", "layer_frequency"):
+        mine, other = getattr(here.moe, name), getattr(there.moe, name)
+        if here.ffn == there.ffn and mine != other:
+            return f"model.moe.{name}", mine, other
+    return "model.ffn", a.ffn, b.ffn
 
 
 def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) -> int:

@@ -185,10 +185,11 @@ def weights(model: list[Any]) -> Shards:
 
 
 def main_weights(model: list[Any], optimizer: MegatronOptimizer) -> Shards:
-    """`model.NAME` for what this rank's optimizer owns, in fp32: to save, or to load into."""
+    """`model.NAME` for what this rank's optimizer owns, in fp32, and for what none trains: to save, or to load into."""
     owned = owned_by_optimizer(optimizer)
     names = named_parameters(model).items()
-    return {MODEL + name: shard(MODEL + name, owned[p].main, p, owned[p]) for name, p in names if p in owned}
+    shards = {MODEL + name: shard(MODEL + name, owned[p].main, p, owned[p]) for name, p in names if p in owned}
+    return shards | {MODEL + name: shard(MODEL + name, p, p) for name, p in names if not p.requires_grad}
 
 
 def moments(model: list[Any], optimizer: MegatronOptimizer) -> Shards:

@@ -1,0 +1,40 @@
+"""The router's auxiliary losses, from sums over tokens, so that ranks can share out the tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.mixers.base import Layout
+
+
+def balance_loss(counts: Tensor, score_sums: Tensor, tokens: int) -> Tensor:
+    """Load-balancing loss `E * sum_i f_i P_i`, within each of S sequences, averaged over them by their tokens. Scalar.
+
+    Switch Transformer's eq. 4, with f_i an expert's share of all choices; DeepSeek-V2's eq. 23. 1 for an even load.
+
+    Args:
+        counts: `[S, E]` how often each expert was chosen, by the sequence's tokens or others in their place.
+        score_sums: `[S, E]` sums of the tokens' scores, each token's divided by their sum. The loss is linear in them:
+            those of parts of the tokens add up to that of all.
+        tokens: of all sequences.
+    """
+    share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+    return counts.shape[-1] * (share * score_sums).sum() / tokens
+
+
+def sequence_of_tokens(layout: Layout, start: int, tokens: int, device: torch.device) -> tuple[Tensor, int]:
+    """Number of the sequence, or packed document, that each token is in `[tokens]`, and how many there are.
+
+    Args:
+        start: place of the first token among all of the layout's.
+    """
+    place = torch.arange(start, start + tokens, device=device)
+    if layout.cu_seqlens is None:
+        return place // layout.length, layout.batch
+    return torch.searchsorted(layout.cu_seqlens, place, right=True) - 1, len(layout.cu_seqlens) - 1
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """ST-MoE's eq. 5, summed over tokens: `[n, E]` -> scalar."""
+    return logits.logsumexp(-1).square().sum()

@@ -1,0 +1,151 @@
+"""Routing spread over ranks = routing in one process: losses in all scopes, biases, capacity, statistics; resuming."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from linear_moe.modeling.mixers.base import Layout
+from tests.distributed.harness import run
+from tests.distributed.test_parallel_training import config, gradients, losses
+from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
+
+STEPS = 3
+GROUPED = {"num_experts": 8, "top_k": 2, "num_groups": 4, "top_k_groups": 2}
+MOE: dict[str, dict[str, Any]] = {
+    # Everything of DeepSeek-V3, and losses that make a visible difference.
+    "v3": GROUPED
+    | {"score": "sigmoid", "group_score": "sum_top_2", "expert_bias": True, "bias_update_rate": 0.05, "aux_loss": 0.0}
+    | {"sequence_aux_loss": 0.1, "routed_scaling_factor": 2.5},
+    "v2": GROUPED | {"normalize_top_k": False, "sequence_aux_loss": 0.1, "shared_gate": True},
+    "mixtral": {"num_experts": 4, "top_k_first": True, "global_aux_loss": 0.1},
+    "drop": {"num_experts": 4, "capacity_factor": 1.0},
+    "drop-last": {"num_experts": 4, "capacity_factor": 0.75, "drop_policy": "position"},
+    "pad": {"num_experts": 4, "capacity_factor": 1.25, "capacity_pad": True, "expert_bias": True},
+}
+PARALLEL: dict[str, tuple[int, dict[str, int]]] = {
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor": 2}),
+    "ep2": (2, {"expert": 2}),
+    "tp2-etp2": (2, {"tensor": 2, "expert_tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2-ep4": (4, {"tensor": 2, "expert": 4}),
+}
+COVERED = [
+    *(("v3", parallel) for parallel in PARALLEL),
+    *(("v2", parallel) for parallel in ("tp2", "ep2")),
+    *(("drop", parallel) for parallel in PARALLEL),
+    *(("drop-last", parallel) for parallel in ("tp2", "ep2")),
+    *(("pad", parallel) for parallel in ("tp2", "ep2", "tp2-ep4")),
+    *(("mixtral", parallel) for parallel in ("tp2", "tp2-etp2", "pp2")),
+]
+RECOMPUTED = ("v3", "mixtral", "drop")
+
+
+def case(moe: str, parallel: dict[str, int], **training: Any) -> tuple[str, dict[str, Any]]:
+    tree = config({}, parallel, training=training)
+    tree["model"]["moe"] = tree["model"]["moe"] | MOE[moe]
+    return "train", {"config": tree, "steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[Any]]:
+    one = {moe: case(moe, {}) for moe in MOE} | {f"{moe}-recompute": case(moe, {}, recompute="full") for moe in RECOMPUTED}
+    # Two replicas with a micro-batch of two know each other's load; one with a micro-batch of four does too.
+    found = run(1, one | {"mixtral-4": case("mixtral", {}, micro_batch=4)} | sequence_losses(1))
+    for world in (2, 4):
+        sizes = {name: sizes for name, (ranks, sizes) in PARALLEL.items() if ranks == world}
+        spread = {f"{moe}/{name}": case(moe, sizes[name]) for moe, name in COVERED if name in sizes}
+        if world == 2:
+            spread |= {"mixtral/global": case("mixtral", {"expert": 2})} | sequence_losses(2)
+        found |= run(world, spread)
+    return found
+
+
+def assert_equal_training(ranks: list[Any], reference: list[Any]) -> None:
+    assert_gradients_close(gradients(ranks), gradients(reference), FP32, FP32_GRADIENT_FLOOR)
+    assert_close(losses(ranks), losses(reference), FP32, "losses")
+    for rank in ranks:
+        for step, (routing, expected) in enumerate(zip(rank["routing"], reference[0]["routing"], strict=True)):
+            assert rank["router"][step] == pytest.approx(reference[0]["router"][step], rel=FP32)
+            assert [layer.layer for layer in routing] == [0, 1]
+            assert routing == expected  # whole numbers: also the biases are equal, on all ranks
+
+
+@pytest.mark.parametrize(("moe", "parallel"), COVERED, ids=lambda name: name)
+def test_equals_one_process(results: dict[str, list[Any]], moe: str, parallel: str) -> None:
+    assert_equal_training(results[f"{moe}/{parallel}"], results[moe])
+
+
+@pytest.mark.parametrize("moe", RECOMPUTED)
+def test_recomputed_layers_count_once(results: dict[str, list[Any]], moe: str) -> None:
+    assert_equal_training(results[f"{moe}-recompute"], results[moe])
+
+
+def test_global_loss_sees_all_replicas(results: dict[str, list[Any]]) -> None:
+    """With the load of all replicas, two halves of a batch give the loss, and gradients, of the whole batch."""
+    ranks, (whole,) = results["mixtral/global"], results["mixtral-4"]
+    for rank in ranks:
+        for step in range(STEPS):
+            name = "global_balancing_loss"
+            expected = pytest.approx(whole["router"][step][name], rel=FP32) if step == 0 else pytest.approx(1, abs=1)
+            assert rank["router"][step][name] == expected
+    local = results["mixtral"][0]["router"][0]
+    assert local["global_balancing_loss"] != pytest.approx(local["load_balancing_loss"], rel=1e-3)
+    assert whole["router"][0]["global_balancing_loss"] == pytest.approx(
+        whole["router"][0]["load_balancing_loss"], rel=FP32
+    )
+
+
+def test_biases_follow_the_load(results: dict[str, list[Any]]) -> None:
+    """Written out: each step adds the rate to the experts below the mean load, and takes it from those above."""
+    biases = torch.zeros(2, 8)
+    for step in results["v3"][0]["routing"]:
+        for layer in step:
+            biases[layer.layer] += 0.05 * torch.sign(1 - torch.tensor(layer.load))
+            assert_close(torch.tensor(layer.bias), biases[layer.layer], FP32, "bias")
+    assert biases.abs().sum() > 0
+
+
+def test_dropped_fraction(results: dict[str, list[Any]]) -> None:
+    for name, least in (("drop", 0.01), ("drop-last", 0.25)):
+        for step in results[name][0]["routing"]:
+            assert all(least <= layer.dropped < 0.6 for layer in step)
+    assert all(layer.dropped == 0 for step in results["v3"][0]["routing"] for layer in step)
+
+
+LENGTHS = (5, 0, 3, 8)
+LAYOUTS = {
+    "rows": Layout(4, 4),
+    "packed": Layout(1, 16, torch.tensor([0, 5, 5, 8, 16]), max_document=8),
+}
+LOGITS = torch.randn(16, 4, generator=torch.Generator().manual_seed(3))
+
+
+def sequence_losses(world: int) -> dict[str, Any]:
+    tree = config({}, {"tensor": world})
+    tree["model"]["moe"] = tree["model"]["moe"] | {"aux_loss": 0.0, "z_loss": 0.0, "sequence_aux_loss": 0.5}
+    return {
+        f"sequence-{name}-{world}": ("router_losses", {"config": tree, "logits": LOGITS, "layout": layout})
+        for name, layout in LAYOUTS.items()
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_sequence_loss(results: dict[str, list[Any]], name: str, world: int) -> None:
+    """DeepSeek-V2's equations 23 to 25 in every sequence; packed documents weigh by their tokens."""
+    logits = LOGITS.clone().requires_grad_()
+    total = torch.zeros(())
+    for part in logits.split(LENGTHS if name == "packed" else (4,) * 4):
+        if len(part):
+            scores = part.softmax(1)
+            f = 4 / (2 * len(part)) * torch.bincount(part.topk(2).indices.flatten(), minlength=4)
+            total = total + len(part) * (f * scores.mean(0)).sum()
+    (0.5 * total).backward()
+    ranks = results[f"sequence-{name}-{world}"]
+    assert_close(torch.cat([rank["gradient"] for rank in ranks]), logits.grad, FP32, "gradient of the logits")
+    for rank in ranks:
+        assert rank["logged"]["sequence_balancing_loss"] == pytest.approx(total.item() / 16, rel=FP32)

@@ -71,6 +71,23 @@ def test_symbols_resolve_to_mixer_and_ffn() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first_dense", "frequency", "kinds"),
+    [(0, 1, "mmmmmm"), (2, 1, "ddmmmm"), (0, 2, "mdmdmd"), (1, 2, "dmdmdm"), (2, 3, "ddmddm")],
+)
+def test_dense_layers_among_experts(first_dense: int, frequency: int, kinds: str) -> None:
+    """Whatever mixes the tokens; a symbol that says what it is stays that."""
+    moe = {"first_dense_layers": first_dense, "layer_frequency": frequency}
+    for pattern in ("LLN * 2", "N * 6"):
+        layers = resolve_layers(model(num_layers=6, pattern=pattern, moe=moe))
+        assert "".join(layer.ffn[0] for layer in layers) == kinds
+    symbols = {"D": {"ffn": "dense"}, "E": {"ffn": "moe"}}
+    layers = resolve_layers(model(num_layers=6, pattern="EDLEDL", moe=moe, symbols=symbols))
+    assert "".join(layer.ffn[0] for layer in layers) == f"md{kinds[2]}md{kinds[5]}"
+    layers = resolve_layers(model(num_layers=2, pattern="LE", ffn="dense", moe=moe, symbols=symbols))
+    assert [layer.ffn for layer in layers] == ["dense", "moe"]
+
+
+@pytest.mark.parametrize(
     ("values", "parts"),
     [
         ({"pattern": "LLLN * 3", "num_layers": 4}, ["12 layers", "num_layers = 4", "model.num_layers=12"]),

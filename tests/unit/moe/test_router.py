@@ -1,0 +1,128 @@
+"""The choice of experts and what limits it, against loops; where losses and statistics do not come into it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.config.schema import MoEConfig
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.moe.capacity import capacity, within_capacity
+from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens
+from linear_moe.modeling.moe.router import Router, route, scores
+from tests.tolerances import FP32, assert_close
+
+LOGITS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("group_score", ["max", "sum_top_2"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_group_limited_choice(group_score: str, score: str) -> None:
+    config = MoEConfig(12, top_k=3, num_groups=4, top_k_groups=2, group_score=group_score, score=score)
+    bias = torch.linspace(-0.1, 0.1, 12).roll(7)
+    _, chosen = route(LOGITS, config, bias)
+    for token, logits in enumerate(LOGITS):
+        choice = (logits.softmax(0) if score == "softmax" else logits.sigmoid()) + bias
+        groups = [choice[3 * g : 3 * g + 3].sort(descending=True).values for g in range(4)]
+        best = sorted(range(4), key=lambda g: -(groups[g][0] if group_score == "max" else groups[g][:2].sum()))[:2]
+        allowed = [e for e in range(12) if e // 3 in best]
+        expected = sorted(sorted(allowed, key=lambda e: -choice[e])[:3])
+        assert chosen[token].nonzero().flatten().tolist() == expected
+
+
+def test_bias_does_not_weigh() -> None:
+    """The bias moves the choice; weights are the scores of the chosen, and a gradient reaches no bias."""
+    config = MoEConfig(12, top_k=2, normalize_top_k=False, score="sigmoid")
+    bias = torch.zeros(12)
+    bias[5] = 10.0
+    probs, chosen = route(LOGITS, config, bias)
+    assert chosen[:, 5].all() and (chosen.sum(1) == 2).all()
+    assert torch.equal(probs, LOGITS.sigmoid() * chosen)
+
+
+def test_softmax_over_the_chosen_is_the_normalised_softmax() -> None:
+    first, after = (route(LOGITS, MoEConfig(12, top_k=3, top_k_first=value)) for value in (True, False))
+    assert torch.equal(first[1], after[1])
+    assert_close(first[0], after[0], FP32)
+    assert_close(first[0].sum(1), torch.ones(64), FP32)
+
+
+def limited(config: MoEConfig, probs: Tensor, chosen: Tensor) -> Tensor:
+    """Written out: per expert, a list of its tokens in the order of preference."""
+    limit = min(64, math.ceil(64 * config.top_k / 12 * config.capacity_factor))
+    taken = torch.zeros_like(chosen)
+    for e in range(12):
+        tokens = [t for t in range(64) if chosen[t, e]]
+        if config.drop_policy == "probs":
+            tokens.sort(key=lambda t: -probs[t, e].item())
+        if config.capacity_pad:
+            tokens += [t for t in range(64) if not chosen[t, e]]
+        taken[tokens[:limit], e] = True
+    return taken
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5, 100.0])
+def test_capacity(factor: float, policy: str, pad: bool) -> None:
+    config = MoEConfig(12, top_k=2, capacity_factor=factor, drop_policy=policy, capacity_pad=pad)
+    probs, chosen = route(LOGITS, config)
+    taken = within_capacity(torch.where(chosen, probs, -1.0), capacity(64, config), config)
+    assert torch.equal(taken, limited(config, probs, chosen))
+    if pad:
+        assert (taken.sum(0) == capacity(64, config)).all()
+    elif factor == 100:
+        assert torch.equal(taken, chosen)
+
+
+def router(**fields: Any) -> Router:
+    host = Host(torch.float32)
+    module = Router(MoEConfig(12, top_k=2, **fields), 16, 0.5, layer=0, host=host)
+    initialize(module, host, seed=0)
+    return module
+
+
+def test_capacity_is_for_training() -> None:
+    """Validation and inference drop nothing, so that decoding token by token equals one pass."""
+    module, x = router(capacity_factor=0.5), torch.randn(64, 16)
+    probs, taken = module(x)
+    assert (taken.sum(1) < 2).any() and torch.equal(probs > 0, taken)
+    whole = module.eval()(x)
+    assert (whole[1].sum(1) == 2).all()
+    assert torch.equal(torch.cat([module(token)[0] for token in x.split(1)]) > 0, whole[1])
+
+
+def test_scores_are_fp32_and_the_bias_is_no_trained_weight() -> None:
+    host = Host(torch.bfloat16)
+    module = Router(MoEConfig(12, top_k=2, expert_bias=True), 16, 0.5, layer=0, host=host)
+    initialize(module, host, seed=0)
+    probs, _ = module(torch.randn(4, 16, dtype=torch.bfloat16))
+    assert probs.dtype == torch.float32 == module.expert_bias.dtype == module.state_dict()["expert_bias"].dtype
+    probs.sum().backward()
+    assert module.expert_bias.grad is None and not module.expert_bias.requires_grad
+
+
+def test_balance_loss() -> None:
+    """1 for an even load; the number of experts where all tokens go to one; parts of the tokens add up."""
+    even = torch.full((1, 4), 6)
+    assert balance_loss(even, torch.full((1, 4), 3.0), 12) == 1
+    one = torch.tensor([[24, 0, 0, 0]])
+    assert balance_loss(one, torch.tensor([[12.0, 0, 0, 0]]), 12) == 4
+    config = MoEConfig(12, top_k=2)
+    counts = route(LOGITS, config)[1].sum(0, keepdim=True)
+    shares = scores(LOGITS, config)
+    parts = [balance_loss(counts, part.sum(0, keepdim=True), 64) for part in shares.split(16)]
+    assert_close(sum(parts), balance_loss(counts, shares.sum(0, keepdim=True), 64), FP32)
+
+
+def test_sequences_of_tokens() -> None:
+    rows = sequence_of_tokens(Layout(3, 4), 6, 6, torch.device("cpu"))
+    assert (rows[0].tolist(), rows[1]) == ([1, 1, 2, 2, 2, 2], 3)
+    packed = Layout(1, 9, torch.tensor([0, 2, 2, 5, 9]), max_document=4)
+    documents = sequence_of_tokens(packed, 1, 6, torch.device("cpu"))
+    assert (documents[0].tolist(), documents[1]) == ([0, 2, 2, 2, 3, 3], 4)

@@ -25,7 +25,8 @@ AFTER = 20  # steps compared after a resume
 def config(
     folder: Path, dtype: str = "fp32", parallel: dict[str, int] | None = None, **sections: Any
 ) -> dict[str, Any]:
-    """A hybrid with bf16 or fp32 weights, and fp32 ones (Mamba2's) in either; experts, shared and routed."""
+    """A hybrid with bf16 or fp32 weights, and fp32 ones (Mamba2's) in either; experts, shared and routed; a bias of the
+    experts' choice, which no gradient trains."""
     tree: dict[str, Any] = {
         "run": str(folder),
         "model": {
@@ -34,7 +35,14 @@ def config(
             "num_heads": 4,
             "pattern": "LN",
             "mixer": {"type": "mamba2", "head_dim": 16, "num_groups": 2, "state_size": 16},
-            "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "shared_ffn_size": 16},
+            "moe": {
+                "num_experts": 4,
+                "top_k": 2,
+                "expert_ffn_size": 16,
+                "shared_ffn_size": 16,
+                "shared_gate": True,
+                "expert_bias": True,
+            },
         },
         "training": {"sequence_length": 16, "micro_batch": 2, "global_batch": 4, "dtype": dtype, "steps": 200},
         "data": {"tokenizer": {"type": "bytes"}},

@@ -22,13 +22,14 @@ from tests.distributed.harness import ROOT, all_tensors, environment
 STEPS, EVERY, COMPARED = 60, 10, 20  # steps of the run, between checkpoints, and at least compared after a resume
 # What a step computes; the other keys are times and memory.
 NUMBERS = ("loss", "gradient_norm", "learning_rate", "load_balancing_loss", "router_z_loss")
+NUMBERS += ("max_load", "load_entropy", "dropped_fraction", "dead_experts")
 CONFIG = {
     "model": {
         "hidden_size": 64,
         "num_layers": 2,
         "num_heads": 4,
         "pattern": "LN",
-        "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 32, "shared_ffn_size": 32},
+        "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 32, "shared_ffn_size": 32, "expert_bias": True},
     },
     "parallel": {"expert": 2},
     "data": {"tokenizer": {"type": "bytes"}, "validation_fraction": 0.2},
@@ -105,6 +106,7 @@ class Session:
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
     validations: dict[int, tuple[float, int]] = field(default_factory=dict)
     checkpoints: list[int] = field(default_factory=list)
+    routings: dict[int, dict[str, Any]] = field(default_factory=dict)
     stopped: int | None = None
 
 
@@ -120,6 +122,8 @@ def sessions(run: Path) -> list[Session]:
             found[-1].checkpoints.append(step)
         elif event == "stopped":
             found[-1].stopped = step
+        elif event == "routing":
+            found[-1].routings[step] = record["layers"]
         else:
             assert event is None
             found[-1].steps[step] = {key: record[key] for key in NUMBERS}
@@ -177,6 +181,8 @@ def assert_same(session: Session, straight: Session, last: int) -> None:
     for step, numbers in session.steps.items():
         assert numbers == straight.steps[step], step
     assert session.validations == {s: v for s, v in straight.validations.items() if session.start < s <= last}
+    for step in session.routings.keys() & straight.routings.keys():  # a session also records its first step
+        assert session.routings[step] == straight.routings[step], step
 
 
 def test_straight_run(results: Results) -> None:
@@ -184,6 +190,8 @@ def test_straight_run(results: Results) -> None:
     assert straight.start == 0 and list(straight.steps) == list(range(1, STEPS + 1))
     assert straight.checkpoints == [*range(EVERY, STEPS + 1, EVERY)]
     assert list(straight.validations) == [16, 32, 48, 60]
+    assert list(straight.routings) == [1, 50, 60]
+    assert any(straight.routings[60]["0"]["bias"])
     for key in ("loss", "gradient_norm"):
         assert len({numbers[key] for numbers in straight.steps.values()}) == STEPS
     assert straight.steps[STEPS]["loss"] < 0.8 * straight.steps[1]["loss"], "nothing was learnt"

@@ -111,6 +111,17 @@ def test_biases_follow_the_load(results: dict[str, list[Any]]) -> None:
     assert biases.abs().sum() > 0
 
 
+def test_idle_steps(results: dict[str, list[Any]]) -> None:
+    """Steps since an expert was last chosen: 0 where it was in this one."""
+    before = [[0] * 8, [0] * 8]
+    for step in results["v3"][0]["routing"]:
+        for layer in step:
+            expected = [0 if load else idle + 1 for load, idle in zip(layer.load, before[layer.layer], strict=True)]
+            assert layer.idle == expected
+            before[layer.layer] = layer.idle
+            assert sum(layer.load) == pytest.approx(8)
+
+
 def test_dropped_fraction(results: dict[str, list[Any]]) -> None:
     for name, least in (("drop", 0.01), ("drop-last", 0.25)):
         for step in results[name][0]["routing"]:

@@ -1,0 +1,58 @@
+"""The router of a training step on a GPU, with everything on, never waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("capacity", [None, 1.25])
+def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> None:
+    from linear_moe.training import platform
+
+    platform.install()
+    from linear_moe.config.load import from_dict
+    from linear_moe.config.schema import Config
+    from linear_moe.modeling.host import initialize
+    from linear_moe.modeling.mixers.base import Layout
+    from linear_moe.modeling.moe.router import Router
+    from linear_moe.training import parallel
+    from linear_moe.training.host import MegatronHost
+    from linear_moe.training.megatron_config import transformer_config
+
+    moe = {"num_experts": 64, "top_k": 8, "num_groups": 8, "top_k_groups": 4, "group_score": "sum_top_2"}
+    moe |= {"expert_bias": True, "sequence_aux_loss": 0.01, "global_aux_loss": 0.01, "capacity_factor": capacity}
+    config = from_dict(Config, {"model": {"hidden_size": 256, "moe": moe}})
+    groups = parallel.initialize(config)
+    try:
+        host = MegatronHost(transformer_config(config), groups.device)
+        router = Router(config.model.moe, 256, 0.02, layer=0, host=host)
+        initialize(router, host, seed=0)
+        x = torch.randn(4096, 256, device=groups.device, dtype=torch.bfloat16, requires_grad=True)
+        chosen = torch.zeros((), device=groups.device)
+        for step in range(3):
+            if step:  # the first one initialises libraries
+                torch.cuda.set_sync_debug_mode("error")
+            probs, taken = router(x, Layout(4, 1024))
+            F.silu(probs).sum().backward()
+            host.routing.finish_step([router])
+            chosen = chosen + taken.sum()
+            torch.cuda.set_sync_debug_mode("default")
+        (layer,) = host.routing.pop([router])
+        assert sum(layer.load) == pytest.approx(64)
+        assert layer.bias is not None and any(layer.bias)
+        assert float(chosen) == pytest.approx(3 * 8 * 4096 * (1 - layer.dropped))
+    finally:
+        parallel.destroy()

@@ -20,7 +20,7 @@ MOE: dict[str, dict[str, Any]] = {
     | {"score": "sigmoid", "group_score": "sum_top_2", "expert_bias": True, "bias_update_rate": 0.05, "aux_loss": 0.0}
     | {"sequence_aux_loss": 0.1, "routed_scaling_factor": 2.5},
     "v2": GROUPED | {"normalize_top_k": False, "sequence_aux_loss": 0.1, "shared_gate": True},
-    "mixtral": {"num_experts": 4, "top_k_first": True, "global_aux_loss": 0.1},
+    "mixtral": {"num_experts": 4, "top_k_first": True, "aux_loss": 0.0, "global_aux_loss": 0.1},
     "drop": {"num_experts": 4, "capacity_factor": 1.0},
     "drop-last": {"num_experts": 4, "capacity_factor": 0.75, "drop_policy": "position"},
     "pad": {"num_experts": 4, "capacity_factor": 1.25, "capacity_pad": True, "expert_bias": True},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.softmax import visible
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import LENGTH, compare, load, randomise
 
@@ -18,6 +19,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"num_kv_heads": 2, "head_dim": 16, "qk_norm": True, "output_gate": True},
     {"num_heads": 2, "rope": False},
 ]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 99])
+def test_flops_are_those_of_visible_pairs(window: int | None) -> None:
+    ours: Any = build("attention", {"window": window, "num_kv_heads": 2, "head_dim": 6})
+    for length in (1, 3, 50):
+        pairs = int(visible(length, length, torch.device("cpu"), window=window).sum())
+        assert ours.recurrence_flops(length) == pytest.approx(4 * (2 * 6 + 2 * 6) * pairs / length)
 
 
 @pytest.mark.parametrize(

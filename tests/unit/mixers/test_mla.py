@@ -59,6 +59,13 @@ def test_mla_is_hugging_faces(family: str, fields: dict[str, Any], options: dict
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
+def test_flops_are_those_of_visible_pairs(fields: dict[str, Any]) -> None:
+    ours: Any = build("mla", fields)
+    head = 2 * (ours.config.qk_nope_head_dim + ours.config.qk_rope_head_dim) + 2 * ours.config.v_head_dim
+    assert ours.recurrence_flops(50) == pytest.approx(ours.num_heads * head * (50 * 51 / 2) / 50)
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
 @torch.no_grad()
 def test_attention_to_latents_is_attention_to_expanded_ones(fields: dict[str, Any]) -> None:
     ours: Any = build("mla", fields)

@@ -257,6 +257,18 @@ def test_bf16(name: str, fields: dict[str, Any]) -> None:
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_finite_at_extreme_inputs(name: str, fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """Gates of 0 and of 1, one-hot softmaxes; and zeros, whose norms are 0."""
+    mixer = build(name, fields, Host(dtype=dtype))
+    for length, size in ((66, 1e3), (9, 0.0)):
+        x = (size * stream(2, length)).to(dtype)
+        for key, result in outputs_and_gradients(mixer, x, Layout(2, length)).items():
+            assert bool(result.isfinite().all()), (size, key)
+        assert bool(decode(mixer, x, 2, prefill=length - 2)[0].isfinite().all()), size
+
+
+@every_case
 def test_estimates_scale_with_sizes(name: str, fields: dict[str, Any]) -> None:
     full, shard = build(name, fields), build(name, fields, Shard(0), tensor=2)
     assert full.recurrence_flops(64) == shard.recurrence_flops(64) > 0  # over all heads

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from linear_moe.config.errors import ConfigError, nearest
 from linear_moe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig
@@ -123,8 +124,15 @@ def mixer_path(model: ModelConfig, symbol: str) -> str:
 
 
 def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
+    first: dict[str, tuple[str, Any]] = {}  # of each type, the first layer's path and config
     for i, layer in enumerate(layers):
         path, cls = mixer_path(config.model, layer.symbol), mixer_class(layer.mixer.type)
+        first_path, first_mixer = first.setdefault(layer.mixer.type, (path, layer.mixer))
+        for name in cls.crossing_fields:
+            value, expected = getattr(layer.mixer, name), getattr(first_mixer, name)
+            if value != expected:
+                constraint = f"must be {first_path}.{name} = {expected!r}: these layers pass each other tensors"
+                raise ConfigError(f"{path}.{name}", value, constraint)
         cls.validate(layer.mixer, layer_dims(config.model, i), config.parallel.tensor, path)
         for needed, capability, option in (
             (config.parallel.tensor > 1, "tensor_parallel", "parallel.tensor > 1"),

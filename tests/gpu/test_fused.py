@@ -146,6 +146,7 @@ def test_gate_far_from_zero() -> None:
     x = torch.tensor([[-1e30, -200.0, -30.0, -1e-8, 0.0, 30.0, 200.0, 1e30]], device=DEVICE)
     for function in ("logsigmoid", "softplus", "sigmoid"):
         compare(gates_gpu, gates.definition, [x, None, None], {"function": function, "scale": 1.0, "floor": -80.0})
+    compare(gates_gpu, gates.definition, [x, None, None], {"function": "exp", "scale": -1.0, "floor": -80.0})
     y = gates_gpu.forward(x, None, None, function="softplus", scale=1.0, floor=None)
     assert_close(y[0, 2], torch.tensor(-30.0).exp(), FP32)  # not rounded away beside 1
 

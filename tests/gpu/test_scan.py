@@ -50,6 +50,17 @@ def test_selective_scan_of_odd_sizes(dim: int, size: int) -> None:
         compare("selective", make_inputs("selective", 2, length, dim, size), 10 * FP32)
 
 
+@pytest.mark.parametrize("scan", ["linear", "selective"])
+def test_many_blocks(scan: str) -> None:
+    """flash-linear-attention's scan of blocks of 128 tokens reads in every block what other threads wrote just before;
+    from the third block on nothing but the order of its warps makes that right."""
+    for seed in range(3):
+        inputs = make_inputs(scan, 2, 1500, 130, 4, seed=seed)
+        if scan == "linear":
+            inputs["g"] *= 0.01  # so that what a block begins with matters to its end
+        compare(scan, {name: x.bfloat16() if name in HALF else x for name, x in inputs.items()}, BF16)
+
+
 def test_extreme_gates() -> None:
     linear, selective = make_inputs("linear", 2, 200, 96, 16), make_inputs("selective", 2, 200, 96, 16)
     for every, value in ((2, 0.0), (3, -1e-4), (7, -50.0), (31, -1e30), (67, float("-inf"))):

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import pytest
 
 from linear_moe.cli import main
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
-from tests.unit.mixers import common, test_memory, test_mixers, test_validate
+from tests.unit.mixers import common, test_fields, test_memory, test_mixers, test_validate
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding_a_mixer.md").read_text()
@@ -33,7 +34,7 @@ MIXER_FILE, TEST_FILE = FILES
 def module(file: str) -> ModuleType:
     """A file of the page as the module that it would be."""
     name = file.removesuffix(".py").replace("/", ".")
-    made = ModuleType(name)
+    made = importlib.util.module_from_spec(ModuleSpec(name, loader=None))
     sys.modules[name] = made
     exec(compile(FILES[file], file, "exec"), made.__dict__)
     return made
@@ -58,7 +59,7 @@ def of_every_mixer(*modules: ModuleType) -> list[Callable[..., None]]:
 
 
 MIXER_ARGUMENTS = ("name", ("name", "fields"))
-MODULES = (test_mixers, test_memory, test_validate)
+MODULES = (test_mixers, test_memory, test_validate, test_fields)
 CHECKS = of_every_mixer(*MODULES)
 
 

@@ -77,6 +77,7 @@ class Mixer(nn.Module):
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
     unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
+    crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it `crosses_layers`
 
     def __init__(self, config: Any, dims: Dims, host: Host):
         super().__init__()

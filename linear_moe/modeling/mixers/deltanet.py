@@ -37,7 +37,9 @@ class DeltaNetConfig(MixerConfig):
     num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
     expand_k: float = opt(1.0, "width of all heads' keys over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' values over hidden_size", gt=0, le=64)
-    use_beta: bool = opt(True, "the strength of a write is computed from the token; false: it is 1")
+    use_beta: bool = opt(
+        True, "the strength beta of a write is computed from the token; false: it is 1 (with allow_neg_eigval 2)"
+    )
     use_gate: bool = opt(False, "the output is gated by silu of a projection")
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
     qk_activation: str = opt("silu", "of q and k ('elu' is elu + 1); that of v is silu", choices=tuple(ACTIVATIONS))

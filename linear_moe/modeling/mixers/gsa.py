@@ -28,7 +28,7 @@ class GSAConfig(MixerConfig):
     type: str = opt("gsa", "name of the mixer")
     num_heads: int | None = opt(None, "query heads; null: model.num_heads", ge=1, le=2**16)
     num_kv_heads: int | None = opt(None, "key and value heads; null: num_heads", ge=1, le=2**16)
-    num_slots: int = opt(64, "slots of each head", ge=1, le=2**16)
+    num_slots: int = opt(64, "slots of each head", ge=2, le=2**16)
     expand_k: float = opt(1.0, "width of all heads' queries over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' outputs over hidden_size", gt=0, le=64)
     gate_normalizer: float = opt(8.0, "the log decay is logsigmoid(.) over this", gt=0)

@@ -57,6 +57,7 @@ class RWKV7(LinearMixer):
     formula = "S_t = diag(exp(w_t)) S_{t-1} - (a_t * k'_t) (k'_t^T S_{t-1}) + k_t v_t^T,  o_t = S_t^T r_t"
     paper = "arXiv 2503.14456"
     unsplit_states = frozenset({"shift"})
+    crossing_fields = ("expand_v",)
 
     def __init__(self, config: RWKV7Config, dims: Dims, host: Host):
         super().__init__(config, dims, host)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
@@ -17,8 +16,16 @@ from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check
-from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.ops.fast_weights import titans
+from linear_moe.modeling.ops.gates import Function
+from linear_moe.modeling.ops.gates import gate as evaluate
+
+_GATES: dict[str, tuple[str, Function, float]] = {
+    "rate": ("theta", "sigmoid", 1.0),
+    "keep": ("alpha", "softplus", -1.0),  # log(1 - sigmoid(.))
+    "momentum": ("eta", "logsigmoid", 1.0),
+}
 
 
 @dataclass
@@ -61,7 +68,7 @@ class Titans(LinearMixer):
             bias = per_head(init=constant(math.log(initial / (1 - initial))), decay=False)
             self.register_parameter(f"{name}_bias", bias)
         self.M0 = per_head(self.head_dim, self.head_dim, init=normal(dims.init_std))
-        self.o_norm = RMSNorm(host, self.head_dim, dims.norm_eps, split="shared")
+        self.o_norm = GatedRMSNorm(host, self.head_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, width, width, split="row", std=dims.output_init_std)
 
     @classmethod
@@ -80,12 +87,11 @@ class Titans(LinearMixer):
             for name in "qkv"
         )
         q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)) for t in (q, k, v))
-        theta, eta, alpha = (
-            (self.get_submodule(f"{name}_proj")(x).float() + self.get_parameter(f"{name}_bias")).view(rows)
-            for name in ("theta", "eta", "alpha")
-        )
-        gates = {"rate": theta.sigmoid(), "keep": F.logsigmoid(-alpha), "momentum": F.logsigmoid(eta)}
-        return {"q": l2_norm(q), "k": l2_norm(k), "v": v} | gates, self.g_proj(x)
+        inputs = {"q": l2_norm(q), "k": l2_norm(k), "v": v}
+        for key, (name, function, scale) in _GATES.items():
+            y, bias = self.get_submodule(f"{name}_proj")(x), self.get_parameter(f"{name}_bias")
+            inputs[key] = evaluate(y, function, scale=scale, bias=bias).view(rows)
+        return inputs, self.g_proj(x)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         size = self.config.chunk_size
@@ -105,7 +111,7 @@ class Titans(LinearMixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
-        return self.o_proj(self.o_norm(o).reshape(gate.shape) * F.silu(gate))
+        return self.o_proj(self.o_norm(o, gate))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         shape = (batch, self.heads, self.head_dim, self.head_dim)
@@ -126,6 +132,6 @@ class Titans(LinearMixer):
 
     def activation_elements(self) -> float:
         width, size = self.heads * self.head_dim, self.config.chunk_size
-        # the convolutions' inputs; q, k before the L2 norm and after; v, o, norm, gate, its SiLU, product; in fp32 q
-        # and k, those weighted by gates, errors and their sum; M and S of every chunk; gates between two tokens of it
-        return width * (3 + 4 + 5 + 2 * 8 + 2 * 2 * self.head_dim / size) + 2 * 7 * size * self.heads
+        # the convolutions' inputs; q, k before the L2 norm and after; v, o, gate, the gated norm; in fp32 q and k,
+        # those weighted by gates, errors and their sum; M and S of every chunk; gates between two tokens of it
+        return width * (3 + 4 + 4 + 2 * 8 + 2 * 2 * self.head_dim / size) + 2 * 7 * size * self.heads

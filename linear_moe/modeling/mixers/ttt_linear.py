@@ -18,7 +18,8 @@ from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, Mi
 from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.norm import LayerNorm
 from linear_moe.modeling.ops.fast_weights import ttt
-from linear_moe.modeling.rotary import rotary_angles
+from linear_moe.modeling.ops.gates import gate as evaluate
+from linear_moe.modeling.rotary import rotary_angles, token_positions
 
 
 @dataclass
@@ -91,19 +92,12 @@ class TTTLinear(LinearMixer):
         else:
             k = self.k_proj(x).view(rows)
         q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)) for t in (q, k, v))
-        angles = rotary_angles(
-            self._positions(layout, x.device) % config.mini_batch_size, config.rope_base, self.head_dim
-        )
+        places = token_positions(layout, x.device) % config.mini_batch_size
+        angles = rotary_angles(places, config.rope_base, self.head_dim)
         cos, sin = angles.cos(), angles.sin()
-        rate = self.lr_proj(x).float().sigmoid().view(rows) * (config.inner_lr / self.head_dim)
+        rate = evaluate(self.lr_proj(x), "sigmoid", scale=config.inner_lr / self.head_dim).view(rows)
         inputs = {"q": rotate_pairs(q, cos, sin), "k": rotate_pairs(k, cos, sin), "v": v, "rate": rate}
         return inputs, None if self.g_proj is None else F.gelu(self.g_proj(x), approximate="tanh")
-
-    @staticmethod
-    def _positions(layout: Layout, device: torch.device) -> Tensor:
-        if layout.positions is not None:
-            return layout.positions
-        return torch.arange(layout.length, device=device).unsqueeze(0)
 
     def _initial_weights(self) -> Tensor:
         return torch.cat([self.W1, self.b1.unsqueeze(1)], dim=1)  # [H, D + 1, D]

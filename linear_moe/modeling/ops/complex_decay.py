@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 from linear_moe.modeling.ops.packing import Chunks, by_token, separately
+from linear_moe.modeling.ops.pairwise import pairwise
 
 SEGMENT = 64  # tokens, for the kernels
 MAX_ROWS = 2**15  # segments at once: the kernels' grids have at most 65,535
@@ -112,10 +113,10 @@ def _segments(
     that of their sines at the angles' running sums phi. Over a whole sequence this would be one call, but the gradient
     of an angle would be a sum over all tokens after it of terms that cancel, with all of their rounding errors.
 
-    Saves its inputs only and computes the rest again in the backward pass: it is many times as large.
+    With kernels it saves its inputs only and computes the rest again in the backward pass: it is many times as large.
     """
     inputs = (q, k, v, g, theta, initial_state, cu_seqlens, backend, size)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and backend == "gpu":
         return checkpoint(_forward, *inputs, use_reentrant=False, preserve_rng_state=False)
     return _forward(*inputs)
 
@@ -134,31 +135,33 @@ def _forward(
     chunks, dtype = Chunks(q, cu_seqlens, size), v.dtype
     q, k, v, g, theta = (chunks.split(x) for x in (q, k, v, g.float(), theta.float()))  # [N, B*H, C, D]
     # fp64: angles are not bounded, and only what is left of whole turns counts
-    phi, kept = theta.double().cumsum(-2).remainder(2 * math.pi).float(), g.cumsum(-2).exp()
+    phi = theta.double().cumsum(-2).remainder(2 * math.pi).float()
     cos, sin = phi.cos(), phi.sin()
-    turns = torch.cat([cos, sin], dim=-1)
-
-    def one_head(x: Tensor) -> Tensor:
-        return x.flatten(0, 1).unsqueeze(2)
-
-    rotated_q, rotated_k = (one_head((torch.cat([x, x], dim=-1) * turns).to(dtype)) for x in (q, k))
-    gates = one_head(torch.cat([g, g], dim=-1))
-    parts = zip(*(x.split(MAX_ROWS) for x in (rotated_q, rotated_k, one_head(v), gates)), strict=True)
-    results = zip(*(decay(*part, scale=1.0, backend=backend) for part in parts), strict=True)
-    o, local = (x[0] if len(x) == 1 else torch.cat(x) for x in results)
+    rotated_q, rotated_k = (torch.cat([x * cos, x * sin], dim=-1) for x in (q, k))
+    gates = torch.cat([g, g], dim=-1)
+    if backend == "chunk":
+        v = v.float()
+        [[scores]], [reads], [ends], kept = pairwise([rotated_q], [rotated_k], gates)
+        o, local, kept = scores @ v, ends.mT @ v, kept.chunk(2, dim=2)[0]
+    else:
+        inputs = (rotated_q.to(dtype), rotated_k.to(dtype), v, gates)
+        parts = zip(*(x.flatten(0, 1).unsqueeze(2).split(MAX_ROWS) for x in inputs), strict=True)
+        results = zip(*(decay(*part, scale=1.0, backend=backend) for part in parts), strict=True)
+        o, local = (x[0] if len(x) == 1 else torch.cat(x) for x in results)
+        kept = g.cumsum(-2).exp()
+        reads, kept = torch.cat([q * kept * cos, q * kept * sin], dim=-1).to(dtype), kept[..., -1, :, None]
     # a segment's own state: sums of k v at angles -phi, turned to its end
     cosines, sines = local.view(*v.shape[:2], 2, -1, v.shape[-1]).unbind(2)
     end = torch.complex(cos[..., -1, :], sin[..., -1, :])[..., None]
-    updates, across = (torch.complex(cosines, -sines) * end).unbind(), (kept[..., -1, :, None] * end).unbind()
+    updates, across = (torch.complex(cosines, -sines) * end).unbind(), (kept * end).unbind()
 
     def advance(n: int, state: Tensor) -> Tensor:
         return torch.addcmul(updates[n], across[n], state)
 
     real, imaginary = initial_state.chunk(2, dim=2)
     before, final = chunks.scan(advance, torch.complex(real, imaginary))
-    reads = torch.cat([q * kept * cos, -(q * kept * sin)], dim=-1).to(dtype)
-    inherited = reads @ torch.cat([before.real, before.imag], dim=-2).to(dtype)
-    return chunks.join(o.view_as(v) + inherited), torch.cat([final.real, final.imag], dim=2)
+    o = o.view_as(v) + reads @ torch.cat([before.real, -before.imag], dim=-2).to(reads.dtype)
+    return chunks.join(o).to(dtype), torch.cat([final.real, final.imag], dim=2)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from linear_moe.modeling.ops.fused import has_triton
 
 CHUNK_ELEMENTS = 2**26  # fp32 working space of the PyTorch version: 256 MiB
 
@@ -40,11 +41,12 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         ctx.backend = None
-        if logits.is_cuda and find_spec("triton") is not None:
+        if logits.is_cuda and has_triton():
             from linear_moe.modeling.ops import cross_entropy_gpu
 
             ctx.backend = cross_entropy_gpu
-        loss, normaliser = (ctx.backend.forward if ctx.backend else forward)(logits, labels)
+        with torch.cuda.device_of(logits):  # where Triton launches; autograd sees to the backward pass
+            loss, normaliser = (ctx.backend.forward if ctx.backend else forward)(logits, labels)
         ctx.save_for_backward(labels, normaliser)
         ctx.logits = logits.detach()
         return loss

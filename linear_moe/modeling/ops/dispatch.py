@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ def choose(
     """The implementation that `backend` names.
 
     "auto" is the kernels for 16-bit tensors on CUDA when they are installed and take the shapes, else "chunk": the
-    kernels multiply in bf16 or tf32, so tensors kept in fp32 get fp32 arithmetic.
+    kernels multiply in bf16 or tf32, so tensors kept in fp32 get fp32 arithmetic. Within `torch.autocast` too:
+    dtypes are those of the inputs and of the implementation's own choice.
 
     Args:
         unsupported: why the kernels cannot take these inputs; None if they can.
@@ -113,13 +114,22 @@ def choose(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         fits = v.is_cuda and v.element_size() == 2 and unsupported is None and has_fla()
-        return implementations["gpu" if fits else "chunk"]
+        backend = "gpu" if fits else "chunk"
     if backend == "gpu":
         if not v.is_cuda:
             raise ValueError(f"backend 'gpu' needs CUDA tensors, got tensors on {v.device}")
         if unsupported is not None:
             raise ValueError(f"backend 'gpu': {unsupported}")
-    return implementations[backend]
+    chosen, device = implementations[backend], v.device.type
+    return _without_autocast(chosen, device) if torch.is_autocast_enabled(device) else chosen
+
+
+def _without_autocast(function: Callable[..., Result], device: str) -> Callable[..., Result]:
+    def run(*args: Any, **options: Any) -> Result:
+        with torch.autocast(device, enabled=False):
+            return function(*args, **options)
+
+    return run
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +13,14 @@ from linear_moe.modeling.ops.fused import fused, upcast
 
 Function = Literal["logsigmoid", "softplus", "sigmoid", "exp"]
 
-_FUNCTIONS = {"logsigmoid": F.logsigmoid, "softplus": F.softplus, "sigmoid": torch.sigmoid, "exp": torch.exp}
+# exp(88) is finite in fp32: above it exp and, through a floor, its gradient would be infinity times zero
+MAX_EXPONENT = 88.0
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logsigmoid": F.logsigmoid,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid,
+    "exp": lambda x: torch.exp(x.clamp(max=MAX_EXPONENT)),
+}
 
 
 def gate(
@@ -24,7 +32,7 @@ def gate(
     log_rate: Tensor | None = None,
     floor: float | None = None,
 ) -> Tensor:
-    """`max(scale * exp(log_rate) * function(x + bias), floor)`, in fp32 from x of any dtype.
+    """`max(scale * exp(log_rate) * function(x + bias), floor)`, in fp32 from x of any dtype; exp is that of at most 88.
 
     GLA's log-decay is `gate(x, "logsigmoid", scale=1 / 16)`, Mamba-2's and Gated DeltaNet's `gate(x, "softplus",
     scale=-1, bias=dt_bias, log_rate=A_log)`, a write strength `gate(x, "sigmoid")`.

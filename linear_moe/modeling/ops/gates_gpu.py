@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.modeling.ops import gates
+
+MAX_EXPONENT = tl.constexpr(gates.MAX_EXPONENT)
 TILE = 2048  # elements of a tile, 16 for each thread of 4 warps
 COLUMNS = 128  # of a tile at most
 PROGRAMS = 4  # per multiprocessor, each with its own partial sums of the bias's and rate's gradients
@@ -30,8 +33,8 @@ def _evaluate(x, FUNCTION: tl.constexpr):
         s = tl.sigmoid(x)
         return s, s * (1 - s)
     else:
-        e = tl.exp(x)
-        return e, e
+        e = tl.exp(tl.minimum(x, MAX_EXPONENT))
+        return e, tl.where(x > MAX_EXPONENT, 0.0, e)
 
 
 @triton.jit

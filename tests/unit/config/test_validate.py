@@ -37,6 +37,11 @@ BAD: list[tuple[str, int | None, list[str]]] = [
         None,
         ["model.symbols.M.mixer.num_heads = 3"],
     ),
+    (
+        "model.mixer.type=rwkv7 model.pattern=LLLM model.symbols.M.mixer.type=rwkv7 model.symbols.M.mixer.expand_v=2",
+        None,
+        ["model.symbols.M.mixer.expand_v = 2.0: must be model.mixer.expand_v = 1.0"],
+    ),
     ("parallel.tensor=8", None, ["model.mixer.num_heads = 4", "parallel.tensor = 8"]),
     ("model.moe.top_k=9", None, ["model.moe.top_k = 9", "model.moe.num_experts = 8", "nearest valid: 8"]),
     (

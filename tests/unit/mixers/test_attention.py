@@ -9,15 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.softmax import visible
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import LENGTH, compare, load, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
+    {"num_heads": 2, "rope": False},
     {"num_kv_heads": 2, "qkv_bias": True, "rotary_fraction": 0.5, "rope_base": 100.0, "window": 3},
     {"num_kv_heads": 2, "head_dim": 16, "qk_norm": True, "output_gate": True},
-    {"num_heads": 2, "rope": False},
 ]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 99])
+def test_flops_are_those_of_visible_pairs(window: int | None) -> None:
+    ours: Any = build("attention", {"window": window, "num_kv_heads": 2, "head_dim": 6})
+    for length in (1, 3, 50):
+        pairs = int(visible(length, length, torch.device("cpu"), window=window).sum())
+        assert ours.recurrence_flops(length) == pytest.approx(4 * (2 * 6 + 2 * 6) * pairs / length)
 
 
 @pytest.mark.parametrize(

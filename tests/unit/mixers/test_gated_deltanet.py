@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout
@@ -62,3 +64,21 @@ def test_negative_eigenvalues() -> None:
     less, more = (mixer.project(stream(1, 5), Layout(1, 5), None)[0] for mixer in mixers)
     assert_close(more.pop("beta"), 2 * less.pop("beta"), FP32)
     assert all(torch.equal(more[name], less[name]) for name in less)
+
+
+@pytest.mark.parametrize(("name", "slowest"), [("gated_deltanet", 0.0), ("gated_deltaproduct", 0.0), ("kda", 1.0)])
+def test_initial_decays_are_mamba_2s(name: str, slowest: float) -> None:
+    """Rates uniform up to 16, steps log-uniform between 1/1000 and 1/10."""
+    mixer = build(name, {"num_heads": 512, "head_dim": 1, "expand_v": 1.0})
+    state = mixer.state_dict()
+    rates, steps = state["A_log"].exp(), F.softplus(state["dt_bias"])
+    assert slowest <= float(rates.min()) < slowest + 0.5 and 15.5 < float(rates.max()) <= 16
+    assert float(rates.mean()) == pytest.approx((slowest + 16) / 2, rel=0.1)
+    assert 1e-3 <= float(steps.min()) < 1.1e-3 and 0.09 < float(steps.max()) <= 0.1 + 1e-6
+    assert float(steps.log().mean()) == pytest.approx(-2 * math.log(10), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "gated_deltaproduct"])
+def test_default_head_size_is_three_quarters(name: str) -> None:
+    """Of hidden_size / num_heads, as in flash-linear-attention's 256 for 2048 / 6."""
+    assert len(build(name, {}).get_parameter("q_proj.weight")) == 24

@@ -15,8 +15,8 @@ from tests.unit.mixers.truth import compare, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"gate_rank": 4, "qkv_bias": True, "output_norm": True, "expand_k": 0.5, "expand_v": 2.0, "gate_init": 0.9},
     {"num_heads": 2},
+    {"gate_rank": 4, "qkv_bias": True, "output_norm": True, "expand_k": 0.5, "expand_v": 2.0, "gate_init": 0.9},
 ]
 
 

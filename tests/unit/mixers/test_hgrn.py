@@ -25,21 +25,32 @@ def test_hgrn_is_flash_linear_attentions() -> None:
     compare_golden("hgrn", "hgrn", {"lower_bound": "fixed"}, dict, bounds)
 
 
-@pytest.mark.parametrize("kind", ["learned", "fixed", "none"])
-def test_hgrn_is_the_papers_equations(kind: str) -> None:
-    """Section 3 of arXiv 2311.04823 without phases, one token at a time, in fp64; the third of four layers."""
-    ours = build("hgrn", {"lower_bound": kind}, at=replace(dims(), layer=2, num_layers=4))
+@pytest.mark.parametrize(("kind", "taps"), [("learned", 0), ("fixed", 3), ("none", 0)])
+def test_hgrn_is_the_papers_equations(kind: str, taps: int) -> None:
+    """Section 3 of arXiv 2311.04823 without phases, one token at a time, in fp64; the third of four layers.
+
+    The convolutions are linear, as in flash-linear-attention, and on the input and the forget gate.
+    """
+    options = {"lower_bound": kind} | ({"conv_size": taps, "conv_bias": True} if taps else {})
+    ours = build("hgrn", options, at=replace(dims(), layer=2, num_layers=4))
     randomise(ours)
     w = {name: value.double() for name, value in ours.state_dict().items()}
     assert ("lower_bound.logit" in w) == (kind == "learned")
     gamma = {"learned": w.get("lower_bound.logit", torch.zeros(())).sigmoid(), "fixed": 0.5, "none": 0.0}[kind]
 
+    def projected(name: str, sequence: Tensor, t: int) -> Tensor:
+        tokens = [w[f"{name}_proj.weight"] @ token for token in sequence[max(0, t - taps + 1) : t + 1]]
+        if not taps:
+            return w[f"{name}_proj.weight"] @ sequence[t]
+        filters = w[f"{name}_conv1d.weight"].unbind(1)[taps - len(tokens) :]
+        return w[f"{name}_conv1d.bias"] + sum(a * b for a, b in zip(filters, tokens, strict=True))
+
     def theirs(x: Tensor) -> Tensor:
         outputs = []
         for sequence in x.double():
             h, row = torch.zeros(32, dtype=torch.float64), []
-            for token in sequence:
-                i, f, gate = (w[f"{n}_proj.weight"] @ token for n in "ifg")
+            for t, token in enumerate(sequence):
+                i, f, gate = projected("i", sequence, t), projected("f", sequence, t), w["g_proj.weight"] @ token
                 forget = gamma + (1 - gamma) * f.sigmoid()
                 h = forget * h + (1 - forget) * i * i.sigmoid()
                 o = h / (h.square().mean() + dims().norm_eps).sqrt() * w["g_norm.weight"]

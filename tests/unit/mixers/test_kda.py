@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.mixers.base import Layout
 from tests.golden.golden import compare_golden
-from tests.tolerances import FP32, assert_close
-from tests.unit.mixers.common import build, dims, stream
-from tests.unit.mixers.truth import LENGTH, compare, load, randomise
+from tests.unit.mixers.common import build, dims
+from tests.unit.mixers.truth import compare, load, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -53,20 +51,52 @@ def test_kda_is_flas() -> None:
     compare_golden("kda", "kda", {"head_dim": 64}, names)
 
 
-def test_bounded_gate() -> None:
-    """g = lower_bound * sigmoid(A (f + dt_bias)), per value head."""
-    ours = build("kda", {"lower_bound": -3.0})
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_kda_is_the_papers_equations(fields: dict[str, Any]) -> None:
+    """Section 3 of arXiv 2510.26692, one token and one head at a time, in fp64."""
+    ours = build("kda", fields)
     randomise(ours)
-    w, x = ours.state_dict(), stream(1, LENGTH)
-    inputs, _ = ours.project(x, Layout(1, LENGTH), None)
-    f = (F.linear(F.linear(x, w["f_proj.0.weight"]), w["f_proj.1.weight"]) + w["dt_bias"]).view(LENGTH, 4, 8)
-    expected = torch.stack([-3.0 / (1 + torch.exp(-w["A_log"][h].exp() * f[:, h])) for h in range(4)], dim=1)
-    assert_close(inputs["g"][0], expected, FP32)
+    c: Any = ours.config
+    w = {name: value.double() for name, value in ours.state_dict().items()}
+    heads, size = c.num_v_heads or 4, c.head_dim or 8
+    group = heads // (c.num_heads or 4)
 
+    def features(name: str, sequence: Tensor) -> Tensor:
+        """`[T, heads, channels]`."""
+        y = (sequence @ w[f"{name}_proj.weight"].T).T
+        if c.conv_size:
+            y = F.conv1d(F.pad(y, (c.conv_size - 1, 0)), w[f"{name}_conv1d.weight"].unsqueeze(1), groups=len(y))
+        y = F.silu(y.T)
+        if name == "v":
+            return y.unflatten(-1, (heads, -1))
+        y = y.unflatten(-1, (-1, size))
+        return (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(group, 1)
 
-def test_negative_eigenvalues() -> None:
-    """Writes of twice the strength, and nothing else, where beta may pass 1 (arXiv 2411.12537)."""
-    mixers = [build("kda", {"allow_neg_eigval": option}) for option in (False, True)]
-    less, more = (mixer.project(stream(1, 5), Layout(1, 5), None)[0] for mixer in mixers)
-    assert_close(more.pop("beta"), 2 * less.pop("beta"), FP32)
-    assert all(torch.equal(more[name], less[name]) for name in less)
+    def low_rank(name: str, token: Tensor) -> Tensor:
+        y = w[f"{name}_proj.1.weight"] @ (w[f"{name}_proj.0.weight"] @ token) + w.get(f"{name}_proj.1.bias", 0)
+        return y.view(heads, -1)
+
+    def log_decay(h: int, f: Tensor) -> Tensor:
+        if c.lower_bound is not None:
+            return c.lower_bound * torch.sigmoid(w["A_log"][h].exp() * f)
+        return -w["A_log"][h].exp() * torch.log1p(f.exp())
+
+    def theirs(x: Tensor) -> Tensor:
+        outputs = []
+        for sequence in x.double():
+            q, k, v = (features(name, sequence) for name in "qkv")
+            states: list[Any] = [torch.zeros(size, v.shape[-1]).double()] * heads
+            for t, token in enumerate(sequence):
+                beta = torch.sigmoid(w["b_proj.weight"] @ token) * (2 if c.allow_neg_eigval else 1)
+                f, gate = low_rank("f", token) + w["dt_bias"].view(heads, size), low_rank("g", token)
+                row = []
+                for h in range(heads):
+                    state, key = log_decay(h, f[h]).exp()[:, None] * states[h], k[t, h]
+                    states[h] = state + beta[h] * torch.outer(key, v[t, h] - state.T @ key)
+                    o = states[h].T @ q[t, h] / size**0.5
+                    o = o / (o.square().mean() + dims().norm_eps).sqrt() * w["o_norm.weight"]
+                    row.append(o * torch.sigmoid(gate[h]))
+                outputs.append(w["o_proj.weight"] @ torch.cat(row))
+        return torch.stack(outputs).view(x.shape)
+
+    compare(ours, theirs)

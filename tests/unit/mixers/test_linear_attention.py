@@ -95,6 +95,12 @@ def test_linear_attention_is_the_papers_equations(name: str, divide: str | None)
     compare(ours, theirs)
 
 
+def test_hedgehog_begins_as_the_identity() -> None:
+    for which in "qk":
+        layer: Any = build("linear_attention", {"feature_map": "hedgehog"}).get_submodule(f"feature_map_{which}.layer")
+        assert torch.equal(layer.weight, torch.eye(8)) and not layer.bias.any()
+
+
 def test_linear_attention_is_flash_linear_attentions() -> None:
     compare_golden("linear_attention", "linear_attention", {"feature_map": "elu", "normalize": True}, dict)
     compare_golden("linear_attention_hedgehog", "linear_attention", {"feature_map": "hedgehog"}, dict)

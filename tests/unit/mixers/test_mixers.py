@@ -42,12 +42,26 @@ class Shard(Host):
     def __init__(self, rank: int, exchange: Exchange | None = None):
         super().__init__()
         self.tensor_rank, self.exchange = rank, exchange or Exchange()
+        self.tokenwise: set[int] = set()  # ids of parameters whose gradients are summed over the ranks at the end
 
     def size(self, axis: str) -> int:
         return 2 if axis == "tensor" else 1
 
     def rank(self, axis: str) -> int:
         return self.tensor_rank if axis == "tensor" else 0
+
+    def parameter(self, *shape: int, tokenwise: bool = False, **options: Any) -> torch.nn.Parameter:
+        parameter = super().parameter(*shape, tokenwise=tokenwise, **options)
+        if tokenwise:
+            self.tokenwise.add(id(parameter))
+        return parameter
+
+    def shared(self, weight: Tensor) -> Tensor:
+        """Doubles gradients instead of summing them over the ranks, which shows that it was called, and once."""
+        weight = weight.view_as(weight)
+        if weight.requires_grad:
+            weight.register_hook(lambda gradient: 2 * gradient)
+        return weight
 
     def enter(self, x: Tensor) -> Tensor:
         return torch.cat(self.exchange(self.tensor_rank, x))
@@ -147,6 +161,16 @@ def test_chunk_equals_reference_packed(name: str, fields: dict[str, Any]) -> Non
 
 
 @every_case
+def test_recomputed_equals_saved(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = build(name, fields, Host(recompute=True)), stream(2, 9)
+    saved, forward = outputs_and_gradients(mixer, x, Layout(2, 9)), mixer.forward
+    monkeypatch.setattr(mixer, "forward", lambda *args: mixer.host.recompute(forward, *args))
+    recomputed = outputs_and_gradients(mixer, x, Layout(2, 9))
+    for key, expected in saved.items():
+        assert torch.equal(recomputed[key], expected), key
+
+
+@every_case
 def test_packed_equals_separate_documents(name: str, fields: dict[str, Any]) -> None:
     mixer, lengths = build(name, fields), [5, 1, 9, 2]
     x = stream(1, sum(lengths)).requires_grad_()
@@ -216,7 +240,8 @@ def test_gradients_reach_every_parameter(name: str, fields: dict[str, Any]) -> N
 @every_case
 def test_two_tensor_ranks_equal_one(name: str, fields: dict[str, Any]) -> None:
     full, x, weight, exchange = build(name, fields), stream(2, 7), stream(2, 7, seed=1), Exchange()
-    shards = [build(name, fields, Shard(rank, exchange), tensor=2) for rank in (0, 1)]
+    hosts = [Shard(rank, exchange) for rank in (0, 1)]
+    shards = [build(name, fields, host, tensor=2) for host in hosts]
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     actual, expected = on_two_ranks(shards, inputs[0], Layout(2, 7)), full(inputs[1], Layout(2, 7))
     assert_close(actual, expected, FP32)
@@ -226,11 +251,13 @@ def test_two_tensor_ranks_equal_one(name: str, fields: dict[str, Any]) -> None:
     assert_close(inputs[0].grad, inputs[1].grad, FP32, "x")
     assert sum(p.numel() for p in shards[0].parameters()) < sum(p.numel() for p in full.parameters())
     for key, parameter in full.named_parameters():
-        grads = [dict(shard.named_parameters())[key].grad for shard in shards]
+        parts = [shard.get_parameter(key) for shard in shards]
+        grads = [part.grad for part in parts if part.grad is not None]
         axes = parameter.spec.axes  # type: ignore[attr-defined]
-        assert all(g is not None for g in grads) and parameter.grad is not None
+        assert len(grads) == 2 and parameter.grad is not None
         joined = torch.cat(grads, dim=next(iter(axes))) if axes else grads[0] + grads[1]
-        assert_close(joined, parameter.grad, FP32, key)
+        shared = not axes and not any(id(part) in host.tokenwise for part, host in zip(parts, hosts, strict=True))
+        assert_close(joined, parameter.grad * (2 if shared else 1), FP32, key)
     for key, (shape, _) in full.state_shapes(2, 8).items():
         local = torch.Size(shards[0].state_shapes(2, 8)[key][0]).numel()
         split = key not in full.unsplit_states
@@ -254,6 +281,18 @@ def test_bf16(name: str, fields: dict[str, Any]) -> None:
     for key, parameter in half.named_parameters():
         expected = torch.float32 if parameter.spec.fp32 else torch.bfloat16  # type: ignore[attr-defined]
         assert parameter.dtype == expected, key
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_finite_at_extreme_inputs(name: str, fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """Gates of 0 and of 1, one-hot softmaxes; and zeros, whose norms are 0."""
+    mixer = build(name, fields, Host(dtype=dtype))
+    for length, size in ((66, 1e3), (9, 0.0)):
+        x = (size * stream(2, length)).to(dtype)
+        for key, result in outputs_and_gradients(mixer, x, Layout(2, length)).items():
+            assert bool(result.isfinite().all()), (size, key)
+        assert bool(decode(mixer, x, 2, prefill=length - 2)[0].isfinite().all()), size
 
 
 @every_case

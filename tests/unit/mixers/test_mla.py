@@ -59,6 +59,13 @@ def test_mla_is_hugging_faces(family: str, fields: dict[str, Any], options: dict
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
+def test_flops_are_those_of_visible_pairs(fields: dict[str, Any]) -> None:
+    ours: Any = build("mla", fields)
+    head = 2 * (ours.config.qk_nope_head_dim + ours.config.qk_rope_head_dim) + 2 * ours.config.v_head_dim
+    assert ours.recurrence_flops(50) == pytest.approx(ours.num_heads * head * (50 * 51 / 2) / 50)
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
 @torch.no_grad()
 def test_attention_to_latents_is_attention_to_expanded_ones(fields: dict[str, Any]) -> None:
     ours: Any = build("mla", fields)
@@ -66,3 +73,22 @@ def test_attention_to_latents_is_attention_to_expanded_ones(fields: dict[str, An
     inputs, _ = ours.project(stream(2, 5), Layout(2, 5, positions=positions), None)
     absorbed = ours._attend_to_latents(inputs["q"], inputs["latent"], positions)
     assert_close(absorbed, ours.mix(inputs, Layout(2, 5), None), FP32)
+
+
+@torch.no_grad()
+def test_decoding_takes_the_cheaper_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By multiplications for each head and slot of the cache: of queries with latents, or of the expansion and of
+    queries with what it gives."""
+    ours: Any = build("mla", VARIANTS[2])
+    to_latents: list[int] = []
+    attend = ours._attend_to_latents
+    monkeypatch.setattr(ours, "_attend_to_latents", lambda *args: to_latents.append(1) or attend(*args))
+    rank, nope, rope, value = 32, 4, 4, 8
+    for length in range(1, 12):
+        to_latents.clear()
+        positions = torch.arange(length).unsqueeze(0)
+        cache = ours.init_cache(1, 16, torch.float32, torch.device("cpu"))
+        ours(stream(1, length), Layout(1, length, positions=positions), cache)
+        absorbed = length * (rank + rope + rank)
+        expanded = rank * (nope + value) + length * (nope + rope + value)
+        assert bool(to_latents) == (absorbed < expanded), length

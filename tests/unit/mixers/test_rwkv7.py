@@ -164,6 +164,8 @@ def test_initial_values_are_rwkv_lms() -> None:
     """At the last of two layers, hidden size 32, heads of 8."""
     layer: Any = build("rwkv7", {}, None, replace(dims(), layer=1)).requires_grad_(False)
     n = torch.arange(32)
+    for name, bound in {"r": 0.5, "k": 0.05, "v": 0.5}.items():
+        assert_close(layer.get_parameter(f"{name}_proj.weight").abs().max(), torch.tensor(bound / 32**0.5), 1e-2)
     assert_close(layer.x_k, 1 - (n / 32) ** 0.35, FP32)
     z = (n % 8 - 3.5) / 3.5
     assert_close(layer.w_lora[2].bias, -6 + 6 * (n / 31) ** 2 + 0.5 + 2.5 * z * z.abs(), FP32)

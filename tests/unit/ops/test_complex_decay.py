@@ -55,7 +55,9 @@ def test_more_segments_than_the_kernels_take(monkeypatch: pytest.MonkeyPatch) ->
     module = importlib.import_module(complex_decay.__module__)
     decay = module.decay
     monkeypatch.setattr(module, "MAX_ROWS", 5)
-    monkeypatch.setattr(module, "decay", lambda q, *args, **options: rows.append(len(q)) or decay(q, *args, **options))
+    kernels = lambda q, *args, backend, **options: rows.append(len(q)) or decay(q, *args, backend="chunk", **options)  # noqa: E731
+    monkeypatch.setattr(module, "decay", kernels)
+    monkeypatch.setitem(module.IMPLEMENTATIONS, "chunk", module.IMPLEMENTATIONS["gpu"])
     compare(run(complex_decay, inputs, backend="chunk"), expected, "in parts")
     assert len(rows) > 1 and max(rows) == 5
 

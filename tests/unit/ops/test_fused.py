@@ -66,6 +66,15 @@ def test_gate_by_its_formula() -> None:
     assert gate(x.bfloat16(), "exp").dtype == torch.float32
 
 
+@pytest.mark.parametrize("function", ["logsigmoid", "softplus", "exp"])
+def test_gates_at_the_floor_have_no_gradient(function: Any) -> None:
+    x = torch.tensor([[-1e4, 1e4]]).requires_grad_()
+    y = gate(x, function, scale=1.0 if function == "logsigmoid" else -1.0, floor=-80.0)
+    y.sum().backward()
+    assert sorted(y.flatten().tolist()) == [-80.0, 0.0]
+    assert x.grad is not None and not x.grad.any()
+
+
 def test_bounded_gate_by_its_formula() -> None:
     x, logit = draw(ROWS, WIDTH), draw(WIDTH, seed=1)
     bound = 1 / (1 + (-logit).exp())

@@ -54,22 +54,25 @@ class _Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
         a, h = ctx.saved_tensors
-        dx = _scan(F.pad(a[:, 1:], (0, 0, 0, 1)).flip(1), dh.flip(1)).flip(1)
+        dx = _scan(F.pad(a[:, 1:], (0, 0, 0, 1)), dh, backwards=True)
         return dx * F.pad(h[:, :-1], (0, 0, 1, 0)), dx
 
 
-def _scan(a: Tensor, x: Tensor) -> Tensor:
+def _scan(a: Tensor, x: Tensor, backwards: bool = False) -> Tensor:
     """About sqrt(T) chunks of sqrt(T) tokens: all chunks' tokens one after the other, then the chunks."""
     batch, length, dim = x.shape
     size = 1 << math.isqrt(length - 1).bit_length()
     count = -(-length // size)
-    kept, h = (F.pad(t, (0, 0, 0, count * size - length)).view(batch, count, size, dim) for t in (a, x))
-    kept, h = kept.clone(), h.clone()  # kept: the product of a from the chunk's start
-    for i in range(1, size):
-        h[:, :, i].addcmul_(kept[:, :, i], h[:, :, i - 1])
-        kept[:, :, i].mul_(kept[:, :, i - 1])
-    for n in range(1, count):
-        h[:, n].addcmul_(kept[:, n], h[:, n - 1, -1:])
+    kept, h = x.new_zeros(2, batch, count * size, dim)  # kept: the product of a from the chunk's start
+    kept[:, :length], h[:, :length] = a, x
+    kept, h = (t.view(batch, count, size, dim) for t in (kept, h))
+    step = -1 if backwards else 1
+    for i in range(size)[::step][1:]:
+        h[:, :, i].addcmul_(kept[:, :, i], h[:, :, i - step])
+        kept[:, :, i].mul_(kept[:, :, i - step])
+    end = 0 if backwards else size - 1
+    for n in range(count)[::step][1:]:
+        h[:, n].addcmul_(kept[:, n], h[:, n - step, end, None])
     return h.view(batch, count * size, dim)[:, :length]
 
 
@@ -82,7 +85,7 @@ def linear_scan(
     return h.to(x.dtype), last(h, initial_state, cu_seqlens)
 
 
-BLOCK = 64  # tokens whose states selective_scan holds at a time; the states between blocks are saved
+BLOCK = 32  # tokens whose states selective_scan holds at a time; the states between blocks are saved
 
 
 def _spans(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
@@ -96,16 +99,16 @@ def _spans(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]
 
 
 def _block(dt: Tensor, A: Tensor, du: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One block's decays and states `[t, b, D, S]` from `dt, du [t, b, D]`, `B [t, b, S]` and the state before it."""
-    decays = (dt[..., None] * A).exp_()
-    states = du[..., None] * B[:, :, None, :]
-    for t in range(len(states)):
-        state = states[t].addcmul_(decays[t], state)
+    """One block's decays and states `[t, b, S, D]` from `dt, du [t, b, D]`, `B [t, b, S]` and the state before it."""
+    decays = (dt[..., None, :] * A).exp_()
+    states = B[..., None] * du[..., None, :]
+    for now, decay in zip(states.unbind(), decays.unbind(), strict=True):
+        state = now.addcmul_(decay, state)
     return decays, states
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """Tensors are fp32 and time comes first: `u, dt [T, b, D]`, `B, C [T, b, S]`; `initial_state [N, D, S]`.
+    """All in fp32, time first, channels last: `u, dt [T, b, D]`, `A [S, D]`, `B, C [T, b, S]`, states `[N, S, D]`.
 
     The batch `b` is N, or 1 with packed documents. Saves the states between blocks and computes those within again.
     """
@@ -120,10 +123,10 @@ class _SelectiveScan(torch.autograd.Function):
             current, t = final if cu is None else final[n : n + 1], slice(start, end)
             before[i] = current
             _, states = _block(dt[t], A, du[t], B[t], before[i])
-            y[t] = (states @ C[t, :, :, None]).squeeze(-1)
+            y[t] = (C[t, :, None, :] @ states).squeeze(-2)
             current.copy_(states[-1])
         ctx.save_for_backward(u, dt, A, B, C, before)
-        ctx.spans, ctx.packed, ctx.documents = spans, cu is not None, len(initial_state)
+        ctx.spans, ctx.packed = spans, cu is not None
         return y, final
 
     @staticmethod
@@ -136,20 +139,21 @@ class _SelectiveScan(torch.autograd.Function):
             n, start, end = ctx.spans[i]
             carried, t = grad_state[n : n + 1] if ctx.packed else grad_state, slice(start, end)
             decays, states = _block(dt[t], A, du[t], B[t], before[i])
-            grad_C[t] = (dy[t, :, None, :] @ states).squeeze(-2)
-            dh = dy[t, ..., None] * C[t, :, None, :]
+            grad_C[t] = (dy[t, :, None, :] @ states.mT).squeeze(-2)
+            dh = C[t, ..., None] * dy[t, :, None, :]
             dh[-1] += carried
+            by_token, factors = dh.unbind(), decays.unbind()
             for j in range(len(dh) - 1, 0, -1):
-                dh[j - 1].addcmul_(decays[j], dh[j])
-            carried.copy_(decays[0] * dh[0])
-            grad_B[t] = (du[t, :, None, :] @ dh).squeeze(-2)
-            grad_du = (dh @ B[t, :, :, None]).squeeze(-1)
+                by_token[j - 1].addcmul_(factors[j], by_token[j])
+            torch.mul(decays[0], dh[0], out=carried)
+            grad_B[t] = (du[t, :, None, :] @ dh.mT).squeeze(-2)
+            grad_du = (B[t, :, None, :] @ dh).squeeze(-2)
             exponent = decays.mul_(dh)  # the gradient of dt A: decay x state before x gradient of the state
             exponent[0] *= before[i]
             exponent[1:] *= states[:-1]
             grad_u[t] = grad_du * dt[t]
-            grad_dt[t] = grad_du * u[t] + (exponent * A).sum(-1)
-            grad_A += (exponent * dt[t, ..., None]).sum((0, 1))
+            grad_dt[t] = (exponent * A).sum(-2).addcmul_(grad_du, u[t])
+            grad_A += (exponent * dt[t, :, None, :]).sum((0, 1))
         return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_state, None
 
 
@@ -158,8 +162,10 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `linear_moe.modeling.ops.scan.selective_scan`."""
     by_time = [x.float().transpose(0, 1).contiguous() for x in (u, dt, B, C)]
-    y, state = _SelectiveScan.apply(*by_time[:2], A, *by_time[2:], initial_state, cu_seqlens)
-    return y.transpose(0, 1).to(u.dtype), state
+    # channels last: what they share is then a factor of whole rows
+    start = initial_state.mT.contiguous()
+    y, state = _SelectiveScan.apply(*by_time[:2], A.mT.contiguous(), *by_time[2:], start, cu_seqlens)
+    return y.transpose(0, 1).to(u.dtype), state.mT.contiguous()
 
 
 def diagonal_scan(

@@ -105,7 +105,8 @@ def _backward(
         grad = tl.load(dy + by_channel, mask=channels, other=0.0).to(tl.float32)
         before = tl.load(saved + (block + j) * D * S + place, mask=inside, other=0.0)
         decays, updates, states = _states(steps, inputs, rates, writes, before)
-        tl.store(dC + part + by_state, tl.sum(states * grad[:, :, None], axis=1), mask=states_)
+        dread = tl.sum(states * grad[:, :, None], axis=1)
+        tl.store(dC + part + by_state, dread.to(dC.dtype.element_ty), mask=states_)
         # dh_t = C_t dy_t + a_{t+1} dh_{t+1}; what comes from behind the block is added at its last token
         behind = ((t + 1 < BLOCK) & (tokens + 1 < end))[:, None] & (d < D)[None, :]
         next_steps = tl.load(dt + by_channel + D, mask=behind, other=0.0).to(tl.float32)
@@ -114,7 +115,8 @@ def _backward(
         kept, dh = tl.associative_scan((next_decays, direct), 0, _combine, reverse=True)
         dh += kept * carried[None, :, :]
         carried = tl.sum(tl.where((t == 0)[:, None, None], decays * dh, 0.0), axis=0)
-        tl.store(dB + part + by_state, tl.sum(dh * (steps * inputs)[:, :, None], axis=1), mask=states_)
+        dwrite = tl.sum(dh * (steps * inputs)[:, :, None], axis=1)
+        tl.store(dB + part + by_state, dwrite.to(dB.dtype.element_ty), mask=states_)
         dproduct = tl.sum(dh * writes[:, None, :], axis=2)  # of dt u
         dexponent = dh * (states - updates)  # of dt A: the state before, decayed
         drates += tl.sum(dexponent * steps[:, :, None], axis=0)
@@ -161,10 +163,11 @@ class _SelectiveScan(torch.autograd.Function):
         du, ddt, dinitial = torch.empty_like(u), torch.empty_like(dt), torch.empty_like(dfinal)
         grid, tile = _tiles(dim, size, len(dfinal))
         dA = A.new_empty(len(dfinal), dim, size)
-        dB, dC = (A.new_empty(grid[0], batch, length, size) for _ in range(2))
+        # at 16 states each as large as u: not in fp32, which the rounding of their sum would undo
+        dB, dC = (x.new_empty(grid[0], *x.shape) for x in (B, C))
         _backward[grid](u, dt, A, B, C, saved, dy, dfinal, du, ddt, dA, dB, dC, dinitial, cu_seqlens, blocks,
                         batch * length, length, dim, size, PACKED=cu_seqlens is not None, **tile)  # fmt: skip
-        return du, ddt, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dinitial, None
+        return du, ddt, dA.sum(0), *(x.sum(0, dtype=torch.float32).to(x.dtype) for x in (dB, dC)), dinitial, None
 
 
 def _tiles(dim: int, size: int, sequences: int) -> tuple[tuple[int, int], dict[str, int]]:

@@ -40,8 +40,7 @@ class MoE(nn.Module):
         self.shared_expert = SwiGLU(dims, moe.shared_ffn_size, host) if moe.shared_ffn_size else None
 
     def forward(self, x: Tensor) -> Tensor:
-        probs, routing_map = self.router(x)
-        y = self.dispatcher.combine(self.experts(*self.dispatcher.dispatch(x, probs, routing_map)))
+        y = self.dispatcher.combine(self.experts(*self.dispatcher.dispatch(x, *self.router(x))))
         return y if self.shared_expert is None else y + self.shared_expert(x)
 
 

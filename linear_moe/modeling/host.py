@@ -141,11 +141,12 @@ class Host:
 
         return Dispatcher(config.num_experts)
 
-    def router_losses(
-        self, probs: Tensor, logits: Tensor, routing_map: Tensor, config: MoEConfig, layer: int
-    ) -> Tensor:
-        """Attach the router's auxiliary losses to `probs [n, E]`; one process without a training loop has none."""
-        return probs
+    def router_losses(self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int) -> Tensor:
+        """Attach the auxiliary losses of a router that chose `index [n, k]` to its `weights [n, k]`.
+
+        One process without a training loop has none.
+        """
+        return weights
 
     # -- auxiliary losses -----------------------------------------------------------------------------------------
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:

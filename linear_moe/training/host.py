@@ -31,6 +31,7 @@ from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.host import Host, Init
 from linear_moe.modeling.moe.dispatch import Dispatcher
 from linear_moe.modeling.moe.router import scores
+from linear_moe.modeling.ops.experts import Assignment
 
 DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
 
@@ -118,20 +119,19 @@ class MegatronHost(Host):
             return super().dispatcher(config)
         return MegatronDispatcher(config, self)
 
-    def router_losses(
-        self, probs: Tensor, logits: Tensor, routing_map: Tensor, config: MoEConfig, layer: int
-    ) -> Tensor:
-        """Attach load-balancing loss and z-loss of one micro-batch to `probs`, as in the Switch Transformer and ST-MoE.
+    def router_losses(self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int) -> Tensor:
+        """Attach load-balancing loss and z-loss of one micro-batch to `weights`: Switch Transformer, ST-MoE.
 
         Each tensor rank adds its tokens' part. Gradients are later divided by the global number of tokens, so the mean
         losses are multiplied by the micro-batch's (Megatron's own router multiplies by this *rank's* tokens, which
         makes its losses' weight depend on the tensor-parallel size).
         """
         if not torch.is_grad_enabled():
-            return probs
+            return weights
         ranks = self.size("tensor") if self.tensor_sequence else 1
-        tokens = probs.shape[0] * ranks
-        tokens_per_expert = routing_map.sum(0)
+        tokens = logits.shape[0] * ranks
+        chosen = index.flatten()
+        tokens_per_expert = chosen.new_zeros(config.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
         if ranks > 1:
             dist.all_reduce(tokens_per_expert, group=ps.get_tensor_model_parallel_group())
         all_scores = scores(logits, config)
@@ -146,7 +146,7 @@ class MegatronHost(Host):
         z = z_loss_func(logits, 1.0 / ranks)
         self._report("load_balancing_loss", balance, 1.0 / ranks)
         self._report("router_z_loss", z, 1.0 / ranks)
-        return MoEAuxLossAutoScaler.apply(probs, (config.aux_loss * balance + config.z_loss * z) * tokens)
+        return MoEAuxLossAutoScaler.apply(weights, (config.aux_loss * balance + config.z_loss * z) * tokens)
 
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
         """See Host. Every tensor rank adds an equal part, since the region's gradients are summed over them.
@@ -192,10 +192,14 @@ class MegatronDispatcher(Dispatcher):
             local, list(range(first, first + local)), config=host.config, pg_collection=get_default_pg_collection()
         )
 
-    def dispatch(self, x: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Assignment]:
+        dense = (len(x), self.num_experts + 1)  # with a column for no expert
+        routing_map = torch.zeros(dense, dtype=torch.bool, device=x.device).scatter(1, index, True)[:, :-1].contiguous()
+        probs = weights.new_zeros(dense).scatter(1, index, weights)[:, :-1].contiguous()
         tokens, weights = self._dispatcher.dispatch_preprocess(x, routing_map, probs)
         tokens, weights = self._dispatcher.token_dispatch(tokens, weights)
-        return self._dispatcher.dispatch_postprocess(tokens, weights)
+        tokens, counts, weights = self._dispatcher.dispatch_postprocess(tokens, weights)
+        return tokens, weights, Assignment.of_rows(counts.to(x.device))
 
     def combine(self, y: Tensor) -> Tensor:
         y = self._dispatcher.combine_preprocess(y)

@@ -173,9 +173,11 @@ def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor])
     host = MegatronHost(transformer_config(tree), groups.device)
     tokens = x[groups.rank].requires_grad_()
     chosen = routing_map[groups.rank]
+    index = chosen.int().topk(tree.model.moe.top_k).indices
     probs = (chosen / chosen.sum(-1, keepdim=True)).requires_grad_()
     dispatcher = host.dispatcher(tree.model.moe)
-    sent, counts, weights = dispatcher.dispatch(tokens, probs, chosen)
+    sent, weights, to = dispatcher.dispatch(tokens, probs.gather(1, index), index)
+    counts = to.counts
     first = host.rank("expert") * len(counts)
     expert = torch.repeat_interleave(torch.arange(first, first + len(counts)), counts)
     y = dispatcher.combine(sent * (expert + 1).unsqueeze(-1) * weights.unsqueeze(-1))
@@ -188,8 +190,8 @@ def router_losses(config: dict[str, Any], logits: Tensor) -> dict[str, Any]:
     tree, groups = start(config)
     host = MegatronHost(transformer_config(tree), groups.device)
     part = logits.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
-    probs, routing_map = route(part, tree.model.moe)
-    (host.router_losses(probs, part, routing_map, tree.model.moe, layer=0) * 0).sum().backward()
+    weights, index = route(part, tree.model.moe)
+    (host.router_losses(weights, part, index, tree.model.moe, layer=0) * 0).sum().backward()
     return {"gradient": part.grad, "logged": host.pop_auxiliary_losses()}
 
 

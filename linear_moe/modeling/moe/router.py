@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,17 +19,16 @@ def route(logits: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
     """Choose the top-k experts of every token.
 
     Returns:
-        probs `[n, E]` fp32, zero where not chosen, and the boolean routing map `[n, E]`.
+        Their weights `[n, k]` fp32 and which they are, `[n, k]` int64.
     """
     top, index = scores(logits, config).topk(config.top_k, dim=-1)
     if config.normalize_top_k:
         top = top / (top.sum(-1, keepdim=True) + 1e-20)
-    zeros = torch.zeros_like(logits, dtype=top.dtype)
-    return zeros.scatter(-1, index, top), torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    return top, index
 
 
 class Router(nn.Module):
-    """Linear router in fp32: `x [n, D]` -> (probs `[n, E]`, routing map `[n, E]`), with the host's auxiliary losses."""
+    """Linear router in fp32: `x [n, D]` -> experts' weights `[n, k]` and index `[n, k]`, with the host's losses."""
 
     def __init__(self, config: MoEConfig, hidden_size: int, init_std: float, layer: int, host: Host):
         super().__init__()
@@ -39,5 +37,5 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(x.float(), self.weight.float())
-        probs, routing_map = route(logits, self.config)
-        return self.host.router_losses(probs, logits, routing_map, self.config, self.layer), routing_map
+        weights, index = route(logits, self.config)
+        return self.host.router_losses(weights, logits, index, self.config, self.layer), index

@@ -77,7 +77,7 @@ def combine(y: Tensor, to: Assignment) -> Tensor:
     if to.row is None:
         return y
     has_expert = (to.row < to.ends[-1]).unsqueeze(-1)
-    chosen = y.index_select(0, to.row.flatten()).view(*to.row.shape, -1)
+    chosen = y.index_select(0, to.row.flatten()).view(*to.row.shape, y.shape[1])
     return upcast(chosen).where(has_expert, 0.0).sum(1).to(y.dtype)
 
 

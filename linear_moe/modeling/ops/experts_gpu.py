@@ -69,7 +69,7 @@ def _collect(x, row_of, rows, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, T
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     value = tl.load(x + token * stride + feature, mask=feature < SIZE)
-    for choice in range(TOP_K):
+    for choice in tl.static_range(TOP_K):
         row = tl.load(row_of + token * TOP_K + choice).to(tl.int64)
         tl.store(rows + row * SIZE + feature, value, mask=feature < SIZE)
 
@@ -80,10 +80,10 @@ def _combine(rows, row_of, ends, y, experts, SIZE: tl.constexpr, WIDTH: tl.const
     feature = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
     end = tl.load(ends + experts - 1)
-    for choice in range(TOP_K):
+    for choice in tl.static_range(TOP_K):
         row = tl.load(row_of + token * TOP_K + choice).to(tl.int64)
-        inside = (feature < SIZE) & (row < end)
-        total += tl.load(rows + row * SIZE + feature, mask=inside, other=0.0).to(tl.float32)
+        size = tl.where(row < end, SIZE, 0)
+        total += tl.load(rows + row * SIZE + feature, mask=feature < size, other=0.0).to(tl.float32)
     tl.store(y + token * SIZE + feature, total.to(y.dtype.element_ty), mask=feature < SIZE)
 
 

@@ -4,6 +4,8 @@
 All get the same tokens, weights and routing (top-k indices and their weights; the router is not part of it), and give
 the gradients of tokens, router's weights and experts' weights:
     ours      linear_moe.modeling.ops.experts
+    grouped   the same with grouped_mm for all products
+    fused     the same with Triton kernels for all products that can be fused
     eager     nonzero, gather, grouped_mm, index_add in PyTorch, from a dense routing map
     loop      one expert after the other
     sonicmoe  SonicMoE, if it can be imported
@@ -44,7 +46,7 @@ from torch import Tensor
 
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import MoEConfig
-from linear_moe.modeling.ops.experts import assign, experts, grouped_mm
+from linear_moe.modeling.ops.experts import STEPS, assign, experts, grouped_mm
 
 Function = Callable[..., Tensor]
 Work = Callable[[], list[Tensor]]
@@ -89,6 +91,14 @@ def make(moe: MoEConfig, hidden: int, tokens: int, skew: float, device: str) -> 
 # -- implementations ---------------------------------------------------------------------------------------------------
 def ours(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return experts(x, weights, gate_up, down, assign(index, len(gate_up)))
+
+
+def grouped(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return experts(x, weights, gate_up, down, assign(index, len(gate_up)), frozenset())
+
+
+def fused(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return experts(x, weights, gate_up, down, assign(index, len(gate_up)), STEPS)
 
 
 def eager(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -159,6 +169,8 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
         "loop": lambda: work(loop, routed, case.grad),
         "eager": lambda: work(eager, routed, case.grad),
         "ours": lambda: work(ours, routed, case.grad),
+        "grouped": lambda: work(grouped, routed, case.grad),
+        "fused": lambda: work(fused, routed, case.grad),
         "sonicmoe": lambda: work(
             sonicmoe, [*routed[:3], leaf(case.gate_up.transpose(1, 2).flatten(1, 2)), case.down], case.grad
         ),
@@ -316,7 +328,7 @@ def show_profile(case: Case, name: str) -> None:
     print(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90))
 
 
-ALL = ("loop", "eager", "ours", "sonicmoe", "dense", "dense_ffn")
+ALL = ("loop", "eager", "ours", "grouped", "fused", "sonicmoe", "dense", "dense_ffn")
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ from linear_moe.modeling.ffn import MoE
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.ops import experts as definition
-from linear_moe.modeling.ops.experts import Assignment, assign, experts
+from linear_moe.modeling.ops.experts import STEPS, Assignment, assign, experts
 from tests.tolerances import BF16, BF16_ROUNDING, BF16_SAME, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops import experts_gpu  # noqa: E402  it imports triton
+from linear_moe.modeling.ops import experts_gemm_gpu, experts_gpu  # noqa: E402  they import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -99,6 +99,69 @@ def test_activation(
     assert_close(grad, expected, tolerance, "the output again")
 
 
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones in the interpreter, where they make up for small inputs."""
+    if INTERPRETED:
+        for name in ("UP", "DOWN_BACKWARD", "OUTER"):
+            small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16}
+            monkeypatch.setattr(experts_gemm_gpu, name, getattr(experts_gemm_gpu, name) | small)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("by_slot", [True, False])
+@pytest.mark.parametrize(("hidden", "ffn"), [(48, 40)] if INTERPRETED else [(48, 40), (256, 384), (1024, 896)])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "top_k", "drop"),
+    [(20, 6, 2, False), (7, 12, 3, True), *([] if INTERPRETED else [(1000, 6, 2, True), *ROUTINGS])],
+)
+def test_fused_products(
+    tokens: int, num_experts: int, top_k: int, drop: bool, hidden: int, ffn: int, by_slot: bool
+) -> None:
+    """Against the products of rows that were gathered; fp32 where the interpreter cannot multiply bf16."""
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    tolerance = FP32 if INTERPRETED else BF16
+    to = assign(choose(tokens, num_experts, top_k, drop), num_experts)
+    weights = draw(tokens, top_k, seed=2).abs()
+    if not by_slot:
+        to, weights = Assignment.of_rows(to.counts), weights.flatten()
+        tokens *= top_k
+    x, grad = (draw(tokens, hidden, dtype=dtype, seed=seed) for seed in (3, 4))
+    up = (draw(num_experts, 2, ffn, hidden, seed=5) * 0.2).to(dtype)
+    down = (draw(num_experts, hidden, ffn, seed=6) * 0.2).to(dtype)
+    used = int(to.ends[-1])
+    rows, drows = definition.collect(x, to).float(), definition.collect(grad, to).float()
+
+    gate_up, h = experts_gemm_gpu.up(x, up, weights, to)
+    expected = by_expert(rows, up.flatten(1, 2).transpose(1, 2), to)
+    assert_close(gate_up[:used], expected[:used], tolerance, "gate and up")
+    assert_close(h[:used], definition.activate(gate_up, weights, to)[:used], tolerance, "activation")
+
+    h_again = by_expert(drows, down, to)
+    expected = gate_up.float().clone()
+    dweights = definition.activate_backward(h_again, expected, weights, to)
+    h, found = experts_gemm_gpu.down_backward(grad, down, gate_up, weights, to)
+    assert_close(h[:used], h_again[:used], tolerance, "activation again")
+    assert_close(found, dweights, tolerance, "weights")
+    assert_close(gate_up[:used], expected[:used], tolerance, "gradient of gate and up")
+
+    for left, right, gathered in ((grad, h, "left"), (gate_up, x, "right")):
+        found = experts_gemm_gpu.outer(left, right, to, gathered == "left", gathered == "right")
+        a, b = (drows, h.float()) if gathered == "left" else (gate_up.float(), rows)
+        ends = [0, *to.ends.tolist()]
+        parts = [a[i:j].T @ b[i:j] for i, j in zip(ends, ends[1:], strict=False)]
+        assert_close(found, torch.stack(parts), tolerance, gathered)
+
+
+def by_expert(rows: Tensor, matrices: Tensor, to: Assignment) -> Tensor:
+    """`rows [M, K]` times their expert's matrix `[E, K, N]`, in fp32; 0 for those without."""
+    ends = [0, *to.ends.tolist()]
+    out = rows.new_zeros(len(rows), matrices.shape[2])
+    for e, (i, j) in enumerate(zip(ends, ends[1:], strict=False)):
+        out[i:j] = rows[i:j] @ matrices[e].float()
+    return out
+
+
 def layer(tokens: int, num_experts: int, top_k: int) -> tuple[MoE, Tensor]:
     config = ModelConfig(hidden_size=256, moe=MoEConfig(num_experts, top_k=top_k, expert_ffn_size=192))
     host = Host(torch.bfloat16, device=DEVICE)
@@ -108,8 +171,9 @@ def layer(tokens: int, num_experts: int, top_k: int) -> tuple[MoE, Tensor]:
 
 
 @on_gpu
+@pytest.mark.parametrize("fuse", [frozenset(), *({step} for step in STEPS), STEPS], ids=lambda f: "+".join(f) or "none")
 @pytest.mark.parametrize(("tokens", "num_experts", "top_k", "drop"), [(1000, 6, 2, False), *ROUTINGS])
-def test_operation(tokens: int, num_experts: int, top_k: int, drop: bool) -> None:
+def test_operation(tokens: int, num_experts: int, top_k: int, drop: bool, fuse: frozenset[str]) -> None:
     """bf16 on the GPU against fp32 on the CPU with the same inputs: outputs and every gradient."""
     index = choose(tokens, num_experts, top_k, drop)
     shapes = [(tokens, 256), (tokens, top_k), (num_experts, 2, 192, 256), (num_experts, 256, 192)]
@@ -119,7 +183,7 @@ def test_operation(tokens: int, num_experts: int, top_k: int, drop: bool) -> Non
     results = []
     for device, dtype in (("cuda", None), ("cpu", torch.float32)):
         leaves = [t.detach().to(device, dtype).requires_grad_() for t in inputs]
-        out = experts(*leaves, assign(index.to(device), num_experts))
+        out = experts(*leaves, assign(index.to(device), num_experts), frozenset(fuse))
         results.append([out, *torch.autograd.grad(out, leaves, grad.to(out))])
     for what, actual, expected in zip(("y", "x", "weights", "gate_up", "down"), *results, strict=True):
         assert_close(actual, expected, BF16, what)

@@ -20,6 +20,12 @@ from linear_moe.modeling.ops.fused import has_triton, upcast
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
 
+STEPS = frozenset({"up", "down_backward", "outer"})
+"""What can be one Triton kernel: tokens to activations, and back, and the projections' gradients."""
+
+FUSE: frozenset[str] = frozenset()
+"""Those of STEPS that are."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -111,7 +117,14 @@ def activate_backward(grad: Tensor, gate_up: Tensor, weights: Tensor, to: Assign
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------
-def experts(x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, to: Assignment) -> Tensor:
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    to: Assignment,
+    fuse: frozenset[str] | None = None,
+) -> Tensor:
     """`y[t] = sum_j weights[t, j] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, e the expert of slot (t, j).
 
     Differentiable once in `x`, `weights` and both projections. For the backward pass it keeps its inputs and the rows'
@@ -124,6 +137,8 @@ def experts(x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
         gate_up_proj: `[E, 2, F, D]` in x's dtype, gates first.
         down_proj: `[E, D, F]`.
         to: from `assign`, or `Assignment.of_rows`.
+        fuse: which of STEPS to compute by Triton kernels that gather and activate within a product, where there are
+            such kernels, instead of grouped_mm with those around it; None: the faster ones.
 
     Returns:
         `[n, D]` in x's dtype.
@@ -139,7 +154,11 @@ def experts(x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
         )
     if weights.numel() != len(x) * to.top_k or (to.row is not None and len(to.row) != len(x)):
         raise ValueError(f"{len(x)} tokens with {to.top_k} experts each do not fit weights {[*weights.shape]}")
-    return _Experts.apply(x, weights, gate_up_proj, down_proj, to.counts, to.ends, to.slot, to.row)
+    fuse = FUSE if fuse is None else fuse
+    assert fuse <= STEPS, fuse
+    if _kernels(x) is None or x.element_size() != 2 or hidden % 8 or ffn % 8:  # the tensor memory accelerator's terms
+        fuse = frozenset()
+    return _Experts.apply(fuse, x, weights, gate_up_proj, down_proj, to.counts, to.ends, to.slot, to.row)
 
 
 def _kernels(x: Tensor) -> Any:
@@ -147,6 +166,10 @@ def _kernels(x: Tensor) -> Any:
     if x.is_cuda and x.dtype != torch.float64 and has_triton():
         return importlib.import_module("linear_moe.modeling.ops.experts_gpu")
     return None
+
+
+def _products() -> Any:
+    return importlib.import_module("linear_moe.modeling.ops.experts_gemm_gpu")
 
 
 class _Definition:
@@ -159,14 +182,26 @@ class _Definition:
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *indices: Tensor | None
+        ctx: Any,
+        fuse: frozenset[str],
+        x: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        *indices: Tensor | None,
     ) -> Tensor:
         to = Assignment(*indices)  # type: ignore[arg-type]
-        ctx.kernels = _kernels(x) or _Definition
+        ctx.fuse, ctx.kernels = fuse, _kernels(x) or _Definition
         with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
-            gate_up = grouped_mm(ctx.kernels.collect(x, to), gate_up_proj.flatten(1, 2).transpose(1, 2), offs=to.ends)
-            h = ctx.kernels.activate(gate_up, weights, to)
+            if "up" in fuse:
+                gate_up, h = _products().up(x, gate_up_proj, weights, to)
+            else:
+                rows = ctx.kernels.collect(x, to)
+                gate_up = grouped_mm(rows, gate_up_proj.flatten(1, 2).transpose(1, 2), offs=to.ends)
+                del rows
+                h = ctx.kernels.activate(gate_up, weights, to)
             y = grouped_mm(h, down_proj.transpose(1, 2), offs=to.ends)
+            del h
             ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up, *indices)
             return ctx.kernels.combine(y, to)
 
@@ -174,17 +209,27 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weights, gate_up_proj, down_proj, gate_up, *indices = ctx.saved_tensors
-        to, kernels, (need_x, _, need_up, need_down) = Assignment(*indices), ctx.kernels, ctx.needs_input_grad[:4]
+        to, fuse, kernels, (need_x, _, need_up, need_down) = (
+            Assignment(*indices), ctx.fuse, ctx.kernels, ctx.needs_input_grad[1:5],
+        )  # fmt: skip
         dx = dup = ddown = None
-        dy = kernels.collect(grad.contiguous(), to)
-        h = grouped_mm(dy, down_proj, offs=to.ends)
-        dweights = kernels.activate_backward(h, gate_up, weights, to)
+        grad = grad.contiguous()
+        dy = grad if fuse >= {"down_backward", "outer"} else kernels.collect(grad, to)
+        if "down_backward" in fuse:
+            h, dweights = _products().down_backward(grad, down_proj, gate_up, weights, to)
+        else:
+            h = grouped_mm(dy, down_proj, offs=to.ends)
+            dweights = kernels.activate_backward(h, gate_up, weights, to)
         torch.autograd.graph.increment_version(gate_up)  # autograd refuses to use it a second time
-        if need_down:
+        if need_down and "outer" in fuse:
+            ddown = _products().outer(grad, h, to, gather_left=True, gather_right=False)
+        elif need_down:
             ddown = grouped_mm(dy.t(), h, offs=to.ends)
         del dy, h
         if need_x:
             dx = kernels.combine(grouped_mm(gate_up, gate_up_proj.flatten(1, 2), offs=to.ends), to)
-        if need_up:
+        if need_up and "outer" in fuse:
+            dup = _products().outer(gate_up, x, to, gather_left=False, gather_right=True).view(gate_up_proj.shape)
+        elif need_up:
             dup = grouped_mm(gate_up.t(), kernels.collect(x, to), offs=to.ends).view(gate_up_proj.shape)
-        return dx, dweights, dup, ddown, None, None, None, None
+        return None, dx, dweights, dup, ddown, None, None, None, None

@@ -202,9 +202,13 @@ def layer_activation_elements(config: Config, layer: nn.Module, stream: float) -
     if not hasattr(layer.ffn, "experts"):
         return elements + hidden + 4 * model.ffn_size / parallel.tensor  # gate, up, silu(gate), product
     moe = model.moe
-    elements += wide * (stream + 4 * moe.num_experts)  # the router's input and scores
-    # A balanced router sends a rank as many tokens as it has: x; gate, up, silu(gate), their product, the weighted one.
-    elements += moe.top_k * (stream * parallel.expert_tensor + 5 * moe.expert_ffn_size * stream / hidden)
+    elements += wide * 4 * moe.num_experts  # the router's scores
+    elements += wide * stream if wide > 1 else 0  # its input, if that is a copy
+    # A balanced router sends a rank as many tokens as it has. Those received are kept sorted by expert; those that did
+    # not have to travel are kept as they were. Of each expert: gate and up.
+    travels = parallel.expert * parallel.expert_tensor > 1
+    elements += stream * parallel.expert_tensor * (moe.top_k if travels else 1)
+    elements += 2 * moe.top_k * moe.expert_ffn_size * stream / hidden
     if moe.shared_ffn_size:
         elements += hidden + 4 * moe.shared_ffn_size / parallel.tensor
     return elements

@@ -44,8 +44,7 @@ class MoE(nn.Module):
         self.shared_expert_gate = Linear(host, dims.hidden_size, 1, std=dims.init_std) if moe.shared_gate else None
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        probs, routing_map = self.router(x, layout)
-        y = self.dispatcher.combine(self.experts(*self.dispatcher.dispatch(x, probs, routing_map)))
+        y = self.dispatcher.combine(self.experts(*self.dispatcher.dispatch(x, *self.router(x, layout))))
         if self.shared_expert is None:
             return y
         shared = self.shared_expert(x)

@@ -154,18 +154,19 @@ class Host:
         return x
 
     def router_losses(
-        self, probs: Tensor, logits: Tensor, chosen: Tensor, config: MoEConfig, layer: int, layout: Layout
+        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
     ) -> Tensor:
-        """Attach the router's auxiliary losses to `probs [n, E]`; one process without a training loop has none.
+        """Attach the losses of a router with `logits [n, E]` that chose `index [n, k]` to its `weights [n, k]`.
 
-        Args:
-            logits: `[n, E]`.
-            chosen: boolean `[n, E]`, the choice before any limit of capacity.
+        One process without a training loop has none.
         """
-        return probs
+        return weights
 
-    def observe_routing(self, chosen: Tensor, taken: Tensor, layer: int) -> None:
-        """Hears every layer's choice, boolean `[n, E]`, and what its experts took; a training loop keeps statistics."""
+    def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
+        """Hears every layer's choice `index [n, k]`, and which were within capacity (boolean `[n, k]`; None: all).
+
+        A training loop keeps statistics.
+        """
 
     # -- auxiliary losses -----------------------------------------------------------------------------------------
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:

@@ -34,6 +34,7 @@ from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.moe.dispatch import Dispatcher
 from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens, z_loss
 from linear_moe.modeling.moe.router import scores
+from linear_moe.modeling.ops.experts import Assignment
 from linear_moe.training.routing import RoutingStatistics
 
 DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
@@ -137,26 +138,26 @@ class MegatronHost(Host):
     def own_tokens(self, x: Tensor) -> Tensor:
         return x.chunk(self.size("tensor"))[self.rank("tensor")] if self.tensor_sequence else x
 
-    def observe_routing(self, chosen: Tensor, taken: Tensor, layer: int) -> None:
+    def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
         if torch.is_grad_enabled() and not self._recomputing:
-            self.routing.add(chosen, taken, layer)
+            self.routing.add(_counts(index, config.num_experts), None if kept is None else (~kept).sum(), layer)
 
     def router_losses(
-        self, probs: Tensor, logits: Tensor, chosen: Tensor, config: MoEConfig, layer: int, layout: Layout
+        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
     ) -> Tensor:
-        """Attach one micro-batch's losses to `probs`: that of balance, in up to three scopes, and the z-loss.
+        """Attach one micro-batch's losses to `weights`: that of balance, in up to three scopes, and the z-loss.
 
         Each tensor rank adds its tokens' part. Gradients are later divided by the global number of tokens, so the mean
         losses are multiplied by the micro-batch's (Megatron's own router multiplies by this *rank's* tokens, which
         makes its losses' weight depend on the tensor-parallel size).
         """
         if not torch.is_grad_enabled():
-            return probs
+            return weights
         ranks = self.size("tensor") if self.tensor_sequence else 1
-        tokens = probs.shape[0] * ranks
+        tokens = logits.shape[0] * ranks
         shares = scores(logits, config)
         shares = shares / shares.sum(-1, keepdim=True)
-        counts = chosen.sum(0)
+        counts = _counts(index, config.num_experts)
         whole = self._sum_over_tokens(counts)
         score_sums = shares.sum(0, keepdim=True)
         terms = {
@@ -164,11 +165,11 @@ class MegatronHost(Host):
             "router_z_loss": (config.z_loss, z_loss(logits) / tokens),
         }
         if config.sequence_aux_loss:
-            place = self.rank("tensor") * probs.shape[0] if ranks > 1 else 0
-            sequence, number = sequence_of_tokens(layout, place, probs.shape[0], probs.device)
-            zeros = shares.new_zeros(number, config.num_experts)
-            by_sequence = self._sum_over_tokens(zeros.index_add(0, sequence, chosen.to(zeros.dtype)))
-            sums = zeros.index_add(0, sequence, shares)
+            place = self.rank("tensor") * logits.shape[0] if ranks > 1 else 0
+            sequence, number = sequence_of_tokens(layout, place, logits.shape[0], logits.device)
+            chosen = sequence.unsqueeze(1) * config.num_experts + index
+            by_sequence = self._sum_over_tokens(_counts(chosen, number * config.num_experts).unflatten(0, (number, -1)))
+            sums = shares.new_zeros(by_sequence.shape).index_add(0, sequence, shares)
             value = balance_loss(by_sequence, sums, tokens)
             terms["sequence_balancing_loss"] = (config.sequence_aux_loss, value)
         if config.global_aux_loss:
@@ -179,7 +180,7 @@ class MegatronHost(Host):
         for name, (_, value) in terms.items():
             self._report(name, value, 1.0 / ranks)
         weighted = [coefficient * value for coefficient, value in terms.values() if coefficient]
-        return MoEAuxLossAutoScaler.apply(probs, sum(weighted) * tokens) if weighted else probs
+        return MoEAuxLossAutoScaler.apply(weights, sum(weighted) * tokens) if weighted else weights
 
     def _sum_over_tokens(self, counts: Tensor) -> Tensor:
         """Counts of this rank's tokens -> of all tokens of the micro-batch."""
@@ -227,6 +228,12 @@ class MegatronHost(Host):
         return {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True)}
 
 
+def _counts(index: Tensor, number: int) -> Tensor:
+    """How often each of 0 .. number - 1 is in `index`: `[number]` int64, without waiting for the device."""
+    index = index.flatten()
+    return index.new_zeros(number).scatter_add_(0, index, torch.ones_like(index))
+
+
 def _second_time(host: MegatronHost) -> tuple[AbstractContextManager, AbstractContextManager]:
     """For `checkpoint`: contexts of a layer's forward pass and of its recomputation."""
 
@@ -253,10 +260,14 @@ class MegatronDispatcher(Dispatcher):
             local, list(range(first, first + local)), config=host.config, pg_collection=get_default_pg_collection()
         )
 
-    def dispatch(self, x: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Assignment]:
+        dense = (len(x), self.num_experts + 1)  # with a column for no expert
+        routing_map = torch.zeros(dense, dtype=torch.bool, device=x.device).scatter(1, index, True)[:, :-1].contiguous()
+        probs = weights.new_zeros(dense).scatter(1, index, weights)[:, :-1].contiguous()
         tokens, weights = self._dispatcher.dispatch_preprocess(x, routing_map, probs)
         tokens, weights = self._dispatcher.token_dispatch(tokens, weights)
-        return self._dispatcher.dispatch_postprocess(tokens, weights)
+        tokens, counts, weights = self._dispatcher.dispatch_postprocess(tokens, weights)
+        return tokens, weights, Assignment.of_rows(counts.to(x.device))
 
     def combine(self, y: Tensor) -> Tensor:
         y = self._dispatcher.combine_preprocess(y)

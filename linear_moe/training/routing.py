@@ -90,11 +90,9 @@ class RoutingStatistics:
         self._idle: dict[int, Tensor] = {}  # layer -> [E] int64
 
     @torch.no_grad()
-    def add(self, chosen: Tensor, taken: Tensor, layer: int) -> None:
-        """One micro-batch: boolean `[n, E]` of this rank's tokens."""
-        counts = chosen.sum(0)
-        dropped = counts.new_zeros(()) if taken is chosen else (chosen & ~taken).sum()
-        added = torch.cat([counts, dropped.unsqueeze(0)])
+    def add(self, counts: Tensor, dropped: Tensor | None, layer: int) -> None:
+        """One micro-batch, this rank's tokens: choices of each expert `[E]`, and how many were dropped, a scalar."""
+        added = torch.cat([counts, counts.new_zeros(1) if dropped is None else dropped.unsqueeze(0)])
         self._step[layer] = self._step[layer] + added if layer in self._step else added
 
     @torch.no_grad()

@@ -179,9 +179,11 @@ def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor])
     host = MegatronHost(transformer_config(tree), groups.device)
     tokens = x[groups.rank].requires_grad_()
     chosen = routing_map[groups.rank]
+    index = chosen.int().topk(tree.model.moe.top_k).indices
     probs = (chosen / chosen.sum(-1, keepdim=True)).requires_grad_()
     dispatcher = host.dispatcher(tree.model.moe)
-    sent, counts, weights = dispatcher.dispatch(tokens, probs, chosen)
+    sent, weights, to = dispatcher.dispatch(tokens, probs.gather(1, index), index)
+    counts = to.counts
     first = host.rank("expert") * len(counts)
     expert = torch.repeat_interleave(torch.arange(first, first + len(counts)), counts)
     y = dispatcher.combine(sent * (expert + 1).unsqueeze(-1) * weights.unsqueeze(-1))
@@ -194,9 +196,9 @@ def router_losses(config: dict[str, Any], logits: Tensor, layout: Layout | None 
     tree, groups = start(config)
     host = MegatronHost(transformer_config(tree), groups.device)
     part = logits.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
-    probs, chosen = route(part, tree.model.moe)
+    weights, index = route(part, tree.model.moe)
     layout = layout or Layout(1, len(logits))
-    (host.router_losses(probs, part, chosen, tree.model.moe, 0, layout) * 0).sum().backward()
+    (host.router_losses(weights, part, index, tree.model.moe, 0, layout) * 0).sum().backward()
     return {"gradient": part.grad, "logged": host.pop_auxiliary_losses()}
 
 

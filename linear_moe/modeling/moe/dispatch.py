@@ -1,9 +1,10 @@
-"""Token dispatch in one process: sort tokens by expert, and add the experts' outputs back."""
+"""Token dispatch in one process: tokens stay where they are, and are only assigned to experts."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from linear_moe.modeling.ops.experts import Assignment, assign
 
 
 class Dispatcher:
@@ -11,18 +12,15 @@ class Dispatcher:
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
-        self._token: Tensor | None = None
-        self._shape: torch.Size | None = None
 
-    def dispatch(self, x: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens `x [n, D]`, `probs [n, E]`, boolean `routing_map [n, E]` -> what the local experts work on:
-        tokens sorted by expert `[M, D]`, tokens per local expert `[E_local]` int64, their probabilities `[M]`.
+    def dispatch(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Assignment]:
+        """Tokens `x [n, D]` and their experts' `weights [n, k]` and `index [n, k]` (num_experts: none) -> what the
+        local experts work on: tokens `[n', D]`, weights `[n', k']`, and which expert they are assigned to.
+
+        Either the same tokens, k times assigned, or tokens received from all ranks, sorted by local expert (k' = 1).
         """
-        self._shape = x.shape
-        expert, self._token = routing_map.T.nonzero(as_tuple=True)
-        return x[self._token], routing_map.sum(0), probs[self._token, expert]
+        return x, weights, assign(index, self.num_experts)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Experts' outputs `[M, D]`, already weighted by their probabilities -> `[n, D]`."""
-        assert self._token is not None and self._shape is not None, "combine() follows dispatch()"
-        return torch.zeros(self._shape, dtype=y.dtype, device=y.device).index_add(0, self._token, y)
+        """What the experts made of the dispatched tokens, `[n', D]` -> outputs of this rank's tokens `[n, D]`."""
+        return y

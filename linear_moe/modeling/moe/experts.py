@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.host import Host, normal
-
-grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
+from linear_moe.modeling.ops import experts as ops
 
 
 class Experts(nn.Module):
-    """This rank's experts: `down(silu(gate(x)) * up(x) * prob)`.
+    """This rank's experts: `down(silu(gate(x)) * up(x) * weight)`.
 
     Weights are `[out, in]` per expert as in nn.Linear: `gate_up_proj [E, 2, F, D]` (0: gate, 1: up) and
     `down_proj [E, D, F]`.
@@ -27,22 +26,23 @@ class Experts(nn.Module):
         self.down_proj = host.parameter(num, hidden_size, ffn, init=normal(output_init_std), axes=axes)
         self.compute = {"grouped": self.grouped, "sequential": self.sequential}[config.experts]
 
-    def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
-        """Tokens sorted by expert `x [M, D]`, tokens per expert `[E]`, weights `probs [M]` -> `[M, D]`."""
-        return self.compute(x, tokens_per_expert, probs)
+    def forward(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
+        """Tokens `x [n, D]`, the weights `[n, k]` of their experts, and which these are -> `[n, D]`."""
+        return self.compute(x, weights, to)
 
-    def grouped(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
-        """All experts in two grouped GEMMs."""
-        ends = tokens_per_expert.to(x.device).cumsum(0).to(torch.int32)
-        gate, up = grouped_mm(x, self.gate_up_proj.flatten(1, 2).transpose(1, 2), offs=ends).chunk(2, -1)
-        h = (F.silu(gate) * up * probs.unsqueeze(-1)).to(x.dtype)
-        return grouped_mm(h, self.down_proj.transpose(1, 2), offs=ends)
+    def grouped(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
+        """All experts in grouped GEMMs; the device is never waited for."""
+        return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to)
 
-    def sequential(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+    def sequential(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
         """One expert after the other: the definition."""
-        counts = tokens_per_expert.tolist()
+        counts = to.counts.tolist()
+        unassigned = weights.numel() - sum(counts)
+        *tokens, rest = ops.collect(x, to).split([*counts, unassigned])
+        *weight, _ = ops.row_weights(weights, to).split([*counts, unassigned])
         out = []
-        for i, (tokens, weight) in enumerate(zip(x.split(counts), probs.split(counts), strict=True)):
-            gate, up = F.linear(tokens, self.gate_up_proj[i].flatten(0, 1)).chunk(2, -1)
-            out.append(F.linear((F.silu(gate) * up * weight.unsqueeze(-1)).to(x.dtype), self.down_proj[i]))
-        return torch.cat(out)
+        for i in range(len(counts)):
+            gate, up = F.linear(tokens[i], self.gate_up_proj[i].flatten(0, 1)).chunk(2, -1)
+            h = (F.silu(gate) * up * weight[i].unsqueeze(-1)).to(x.dtype)
+            out.append(F.linear(h, self.down_proj[i]))
+        return ops.combine(torch.cat([*out, torch.zeros_like(rest)]), to)

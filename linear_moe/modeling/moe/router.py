@@ -37,7 +37,7 @@ def route(logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> tupl
         bias: `[E]` fp32, added to the scores for the choice only.
 
     Returns:
-        probs `[n, E]` fp32, zero where not chosen, and the boolean routing map `[n, E]`.
+        Their weights `[n, k]` fp32 and which they are, `[n, k]` int64.
     """
     all_scores = scores(logits, config)
     choice = all_scores.detach()
@@ -48,13 +48,13 @@ def route(logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> tupl
         top = all_scores.gather(-1, index)
         if config.normalize_top_k:
             top = top / (top.sum(-1, keepdim=True) + 1e-20)
-    zeros = torch.zeros_like(all_scores)
-    probs = zeros.scatter(-1, index, top * config.routed_scaling_factor)
-    return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    return top * config.routed_scaling_factor, index
 
 
 class Router(nn.Module):
-    """Linear router in fp32: `x [n, D]` -> (probs `[n, E]`, routing map `[n, E]`), with the host's auxiliary losses.
+    """Linear router in fp32: `x [n, D]` -> experts' weights `[n, k]` and index `[n, k]`, with the host's losses.
+
+    An index of num_experts is none: beyond an expert's capacity. With `capacity_pad`, k is the number of experts.
 
     `expert_bias [E]` is not trained by gradients: the training loop moves it after each step (`expert_bias` of
     MoEConfig); it is saved and exported like a parameter.
@@ -74,16 +74,23 @@ class Router(nn.Module):
         """`layout` None: the tokens are one sequence, and all on this rank."""
         config = self.config
         logits = F.linear(x.float(), self.weight.float())
-        probs, chosen = route(logits, config, self.expert_bias)
-        taken = chosen
-        if config.capacity_factor is not None and self.training:
-            taken = self._limit(probs.detach(), chosen)
-        self.host.observe_routing(chosen, taken, self.layer)
-        probs = self.host.router_losses(probs, logits, chosen, config, self.layer, layout or Layout(1, len(x)))
-        return (probs, chosen) if taken is chosen else (probs * taken, taken)
+        weights, index = route(logits, config, self.expert_bias)
+        limited = config.capacity_factor is not None and self.training
+        taken = self._taken(weights.detach(), index) if limited else None
+        kept = None if taken is None else taken.gather(1, index)
+        self.host.observe_routing(index, kept, config, self.layer)
+        layout = layout or Layout(1, len(x))
+        weights = self.host.router_losses(weights, logits, index, config, self.layer, layout)
+        if taken is None or kept is None:
+            return weights, index
+        if config.capacity_pad:
+            everyone = torch.arange(config.num_experts, device=x.device).expand_as(taken)
+            dense = torch.zeros_like(logits).scatter(1, index, weights)
+            return dense * taken, everyone.masked_fill(~taken, config.num_experts)
+        return weights * kept, index.masked_fill(~kept, config.num_experts)
 
-    def _limit(self, probs: Tensor, chosen: Tensor) -> Tensor:
-        """What the experts take, over all tokens of the micro-batch: the same however tensor ranks share them."""
-        everywhere = self.host.all_tokens(torch.where(chosen, probs, -1.0))
-        taken = within_capacity(everywhere, capacity(len(everywhere), self.config), self.config)
-        return self.host.own_tokens(taken)
+    def _taken(self, weights: Tensor, index: Tensor) -> Tensor:
+        """Boolean `[n, E]`: what experts take, over all tokens of the micro-batch however tensor ranks share them."""
+        dense = weights.new_full((len(weights), self.config.num_experts), -1.0).scatter(1, index, weights)
+        everywhere = self.host.all_tokens(dense)
+        return self.host.own_tokens(within_capacity(everywhere, capacity(len(everywhere), self.config), self.config))

@@ -97,7 +97,8 @@ def test_equals_documents_alone(packed: Packed) -> None:
     assert_close(losses, torch.cat(alone), FP32, "losses per token")
     assert count == mask.sum() < len(tokens)
     for name, parameter in model.named_parameters():
-        assert_close(actual[name], parameter.grad, FP32, f"gradient of {name}")
+        # Sums over the same tokens in two orders, of terms that partly cancel (Mamba-2's A_log: 1.0e-5).
+        assert_close(actual[name], parameter.grad, 2 * FP32, f"gradient of {name}")
 
 
 @torch.no_grad()

@@ -20,12 +20,19 @@ from tests.tolerances import FP32, assert_close
 LOGITS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
 
 
+def dense(weights: Tensor, index: Tensor, experts: int = 12) -> tuple[Tensor, Tensor]:
+    """`[n, k]` as weights and choice of all experts `[n, E]`."""
+    shape = (len(weights), experts + 1)  # with a column for no expert
+    chosen = torch.zeros(shape, dtype=torch.bool).scatter(1, index, True)
+    return weights.new_zeros(shape).scatter(1, index, weights)[:, :-1], chosen[:, :-1]
+
+
 @pytest.mark.parametrize("group_score", ["max", "sum_top_2"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_group_limited_choice(group_score: str, score: str) -> None:
     config = MoEConfig(12, top_k=3, num_groups=4, top_k_groups=2, group_score=group_score, score=score)
     bias = torch.linspace(-0.1, 0.1, 12).roll(7)
-    _, chosen = route(LOGITS, config, bias)
+    _, chosen = dense(*route(LOGITS, config, bias))
     for token, logits in enumerate(LOGITS):
         choice = (logits.softmax(0) if score == "softmax" else logits.sigmoid()) + bias
         groups = [choice[3 * g : 3 * g + 3].sort(descending=True).values for g in range(4)]
@@ -40,13 +47,13 @@ def test_bias_does_not_weigh() -> None:
     config = MoEConfig(12, top_k=2, normalize_top_k=False, score="sigmoid")
     bias = torch.zeros(12)
     bias[5] = 10.0
-    probs, chosen = route(LOGITS, config, bias)
+    probs, chosen = dense(*route(LOGITS, config, bias))
     assert chosen[:, 5].all() and (chosen.sum(1) == 2).all()
     assert torch.equal(probs, LOGITS.sigmoid() * chosen)
 
 
 def test_softmax_over_the_chosen_is_the_normalised_softmax() -> None:
-    first, after = (route(LOGITS, MoEConfig(12, top_k=3, top_k_first=value)) for value in (True, False))
+    first, after = (dense(*route(LOGITS, MoEConfig(12, top_k=3, top_k_first=value))) for value in (True, False))
     assert torch.equal(first[1], after[1])
     assert_close(first[0], after[0], FP32)
     assert_close(first[0].sum(1), torch.ones(64), FP32)
@@ -71,7 +78,7 @@ def limited(config: MoEConfig, probs: Tensor, chosen: Tensor) -> Tensor:
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5, 100.0])
 def test_capacity(factor: float, policy: str, pad: bool) -> None:
     config = MoEConfig(12, top_k=2, capacity_factor=factor, drop_policy=policy, capacity_pad=pad)
-    probs, chosen = route(LOGITS, config)
+    probs, chosen = dense(*route(LOGITS, config))
     taken = within_capacity(torch.where(chosen, probs, -1.0), capacity(64, config), config)
     assert torch.equal(taken, limited(config, probs, chosen))
     if pad:
@@ -90,11 +97,11 @@ def router(**fields: Any) -> Router:
 def test_capacity_is_for_training() -> None:
     """Validation and inference drop nothing, so that decoding token by token equals one pass."""
     module, x = router(capacity_factor=0.5), torch.randn(64, 16)
-    probs, taken = module(x)
+    probs, taken = dense(*module(x))
     assert (taken.sum(1) < 2).any() and torch.equal(probs > 0, taken)
-    whole = module.eval()(x)
+    whole = dense(*module.eval()(x))
     assert (whole[1].sum(1) == 2).all()
-    assert torch.equal(torch.cat([module(token)[0] for token in x.split(1)]) > 0, whole[1])
+    assert torch.equal(torch.cat([dense(*module(token))[0] for token in x.split(1)]) > 0, whole[1])
 
 
 def test_scores_are_fp32_and_the_bias_is_no_trained_weight() -> None:
@@ -114,7 +121,7 @@ def test_balance_loss() -> None:
     one = torch.tensor([[24, 0, 0, 0]])
     assert balance_loss(one, torch.tensor([[12.0, 0, 0, 0]]), 12) == 4
     config = MoEConfig(12, top_k=2)
-    counts = route(LOGITS, config)[1].sum(0, keepdim=True)
+    counts = dense(*route(LOGITS, config))[1].sum(0, keepdim=True)
     shares = scores(LOGITS, config)
     parts = [balance_loss(counts, part.sum(0, keepdim=True), 64) for part in shares.split(16)]
     assert_close(sum(parts), balance_loss(counts, shares.sum(0, keepdim=True), 64), FP32)

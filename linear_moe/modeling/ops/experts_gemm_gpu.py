@@ -1,0 +1,221 @@
+"""The experts' products with what surrounds them, in Triton: rows are gathered as they are read, and the activation is
+taken, forward and backward, of products that are still in registers.
+
+Tiles of rows do not cross experts. Their number depends on the counts, which stay on the device: as many programs are
+launched as there could be tiles, and those without one end at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from linear_moe.modeling.ops.experts import Assignment
+
+# Tiles for Hopper: two (up) or one (others) accumulators of fp32 in the registers of 8 warps, STAGES in shared memory.
+UP = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
+DOWN_BACKWARD = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 4}
+OUTER = {"ROWS": 256, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _rows(ends, experts, tile, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """Expert, first row and end of a tile; first >= end if there is no such tile."""
+    e = tl.arange(0, EXPERTS)
+    end = tl.load(ends + e, mask=e < experts, other=0)
+    start = tl.where(e < experts, tl.load(ends + e - 1, mask=(e > 0) & (e <= experts), other=0), 0)
+    until = tl.cumsum((end - start + ROWS - 1) // ROWS, 0)
+    expert = tl.sum((until <= tile).to(tl.int32), 0)
+    before = tl.max(tl.where(e < expert, until, 0), 0)
+    first = tl.sum(tl.where(e == expert, start, 0), 0) + (tile - before) * ROWS
+    return expert, first, tl.sum(tl.where(e == expert, end, 0), 0)
+
+
+@triton.jit
+def _slots(slot_of, row, end, TOP_K: tl.constexpr, GATHER: tl.constexpr):
+    """Slots of rows, and the rows of `x` that they read."""
+    if GATHER:
+        slot = tl.load(slot_of + row, mask=row < end, other=0)
+        return slot, (slot // TOP_K).to(tl.int64)
+    else:
+        slot = tl.where(row < end, row, 0)
+        return slot, slot.to(tl.int64)
+
+
+@triton.jit
+def _up(
+    x, proj, weights, slot_of, ends, gate_up, h, experts, stride, HIDDEN: tl.constexpr, SIZE: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    columns: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
+    expert, first, end = _rows(ends, experts, tl.program_id(0) // columns, EXPERTS, ROWS)
+    if first < end:
+        row = first + tl.arange(0, ROWS)
+        slot, token = _slots(slot_of, row, end, TOP_K, GATHER)
+        start = tl.program_id(0) % columns * COLUMNS
+        inner = tl.arange(0, INNER)
+        gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+        up = tl.zeros((ROWS, COLUMNS), tl.float32)
+        source = x + token[:, None] * stride + inner[None, :]
+        for k in range(0, HIDDEN, INNER):
+            if HIDDEN % INNER == 0:
+                a = tl.load(source + k)
+            else:
+                a = tl.load(source + k, mask=(k + inner < HIDDEN)[None, :], other=0.0)
+            b = proj.load([expert * 2 * SIZE + start, k])
+            gate = tl.dot(a, b.T, gate, input_precision="ieee")
+            b = proj.load([expert * 2 * SIZE + SIZE + start, k])
+            up = tl.dot(a, b.T, up, input_precision="ieee")
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < end)[:, None] & (column < SIZE)[None, :]
+        to = gate_up + row.to(tl.int64)[:, None] * (2 * SIZE) + column[None, :]
+        gate, up = gate.to(gate_up.dtype.element_ty), up.to(gate_up.dtype.element_ty)
+        tl.store(to, gate, mask=inside)
+        tl.store(to + SIZE, up, mask=inside)
+        gate, up = gate.to(tl.float32), up.to(tl.float32)  # as the backward pass will see them
+        weight = tl.load(weights + slot).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up * weight[:, None]
+        tl.store(h + row.to(tl.int64)[:, None] * SIZE + column[None, :], value.to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _down_backward(
+    grad, proj, weights, slot_of, ends, gate_up, h, dweights, experts, rows, stride, HIDDEN: tl.constexpr,
+    SIZE: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    columns: tl.constexpr = (SIZE + COLUMNS - 1) // COLUMNS
+    expert, first, end = _rows(ends, experts, tl.program_id(0) // columns, EXPERTS, ROWS)
+    if first < end:
+        row = first + tl.arange(0, ROWS)
+        slot, token = _slots(slot_of, row, end, TOP_K, GATHER)
+        start = tl.program_id(0) % columns * COLUMNS
+        inner = tl.arange(0, INNER)
+        d = tl.zeros((ROWS, COLUMNS), tl.float32)
+        source = grad + token[:, None] * stride + inner[None, :]
+        for k in range(0, HIDDEN, INNER):
+            if HIDDEN % INNER == 0:
+                a = tl.load(source + k)
+            else:
+                a = tl.load(source + k, mask=(k + inner < HIDDEN)[None, :], other=0.0)
+            d = tl.dot(a, proj.load([expert * HIDDEN + k, start]), d, input_precision="ieee")
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < end)[:, None] & (column < SIZE)[None, :]
+        at = gate_up + row.to(tl.int64)[:, None] * (2 * SIZE) + column[None, :]
+        gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(at + SIZE, mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(gate)
+        swish = gate * s
+        part = tl.sum(d * swish * up, 1)
+        tl.store(dweights + (tl.program_id(0) % columns).to(tl.int64) * rows + slot, part, mask=row < end)
+        weight = tl.load(weights + slot).to(tl.float32)[:, None]
+        to = h + row.to(tl.int64)[:, None] * SIZE + column[None, :]
+        tl.store(to, (swish * up * weight).to(h.dtype.element_ty), mask=inside)
+        d *= weight
+        dtype = gate_up.dtype.element_ty
+        tl.store(at, (d * up * (s + swish * (1 - s))).to(dtype), mask=inside)
+        tl.store(at + SIZE, (d * swish).to(dtype), mask=inside)
+
+
+@triton.jit
+def _outer(
+    left, right, slot_of, ends, out, stride_left, stride_right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    columns: tl.constexpr = (RIGHT + COLUMNS - 1) // COLUMNS
+    tiles: tl.constexpr = (LEFT + ROWS - 1) // ROWS * columns
+    expert = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    end = tl.load(ends + expert)
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    i = tile // columns * ROWS + tl.arange(0, ROWS)
+    j = tile % columns * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(first, end, INNER):
+        row = start + tl.arange(0, INNER)
+        _, a_row = _slots(slot_of, row, end, TOP_K, GATHER_LEFT)
+        _, b_row = _slots(slot_of, row, end, TOP_K, GATHER_RIGHT)
+        a = tl.load(
+            left + a_row[:, None] * stride_left + i[None, :], mask=(row < end)[:, None] & (i < LEFT)[None, :], other=0.0
+        )
+        b = tl.load(
+            right + b_row[:, None] * stride_right + j[None, :],
+            mask=(row < end)[:, None] & (j < RIGHT)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(a.T, b, total, input_precision="ieee")
+    to = out + expert.to(tl.int64) * (LEFT * RIGHT) + i.to(tl.int64)[:, None] * RIGHT + j[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(i < LEFT)[:, None] & (j < RIGHT)[None, :])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _launch(rows: int, size: int, to: Assignment, tile: dict[str, int]) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of `_up` and `_down_backward`, and constants."""
+    experts = len(to.ends)
+    tiles = triton.cdiv(rows, tile["ROWS"]) + min(experts, rows)
+    constants = {"TOP_K": to.top_k, "GATHER": to.slot is not None, "EXPERTS": triton.next_power_of_2(experts)}
+    return (tiles * triton.cdiv(size, tile["COLUMNS"]),), constants | tile
+
+
+def up(x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
+    """`collect`, product with `proj [E, 2, F, D]`, `activate` -> gate_up `[M, 2F]`, h `[M, F]`."""
+    x, rows, (_, _, size, hidden) = _tokens(x), weights.numel(), proj.shape
+    gate_up = torch.empty(rows, 2 * size, dtype=x.dtype, device=x.device)
+    h = torch.empty(rows, size, dtype=x.dtype, device=x.device)
+    if rows:
+        grid, constants = _launch(rows, size, to, UP)
+        matrix = TensorDescriptor.from_tensor(proj.view(-1, hidden), [UP["COLUMNS"], UP["INNER"]])
+        _up[grid](
+            x, matrix, weights.contiguous(), to.slot, to.ends, gate_up, h, len(to.ends), x.stride(0), HIDDEN=hidden,
+            SIZE=size, **constants,
+        )  # fmt: skip
+    return gate_up, h
+
+
+def down_backward(
+    grad: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment
+) -> tuple[Tensor, Tensor]:
+    """`collect`, product with `proj [E, D, F]`, `activate_backward` -> h `[M, F]` and the gradient of `weights`.
+
+    `gate_up` becomes its own gradient.
+    """
+    grad, (rows, _), (_, hidden, size) = _tokens(grad), gate_up.shape, proj.shape
+    h = torch.empty(rows, size, dtype=grad.dtype, device=grad.device)
+    # Slots without an expert are in no tile. Parts are added in a fixed order.
+    parts = torch.zeros(triton.cdiv(size, DOWN_BACKWARD["COLUMNS"]), rows, dtype=torch.float32, device=grad.device)
+    if rows:
+        grid, constants = _launch(rows, size, to, DOWN_BACKWARD)
+        matrix = TensorDescriptor.from_tensor(proj.view(-1, size), [DOWN_BACKWARD["INNER"], DOWN_BACKWARD["COLUMNS"]])
+        _down_backward[grid](
+            grad, matrix, weights.contiguous(), to.slot, to.ends, gate_up, h, parts, len(to.ends), rows,
+            grad.stride(0), HIDDEN=hidden, SIZE=size, **constants,
+        )  # fmt: skip
+    return h, parts.sum(0).view(weights.shape).to(weights.dtype)
+
+
+def outer(left: Tensor, right: Tensor, to: Assignment, gather_left: bool, gather_right: bool) -> Tensor:
+    """Each expert's sum over its rows of `left [row, :, None] * right [row, None, :]` -> `[E, L, R]`.
+
+    Args:
+        gather_left: `left` are tokens `[n, L]`, not rows `[M, L]`; so for `right`.
+    """
+    left, right = _tokens(left), _tokens(right)
+    out = torch.empty(len(to.ends), left.shape[1], right.shape[1], dtype=left.dtype, device=left.device)
+    tiles = triton.cdiv(left.shape[1], OUTER["ROWS"]) * triton.cdiv(right.shape[1], OUTER["COLUMNS"])
+    gather = to.slot is not None
+    _outer[(len(to.ends) * tiles,)](
+        left, right, to.slot, to.ends, out, left.stride(0), right.stride(0), LEFT=left.shape[1], RIGHT=right.shape[1],
+        TOP_K=to.top_k, GATHER_LEFT=gather_left and gather, GATHER_RIGHT=gather_right and gather, **OUTER,
+    )  # fmt: skip
+    return out

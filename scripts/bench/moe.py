@@ -1,0 +1,374 @@
+#!/usr/bin/env python3
+"""Experts of one MoE layer, forward and backward, against other implementations on the same GPU, side by side.
+
+All get the same tokens, weights and routing (top-k indices and their weights; the router is not part of it), and give
+the gradients of tokens, router's weights and experts' weights:
+    ours      linear_moe.modeling.ops.experts
+    grouped   the same with grouped_mm for all products
+    fused     the same with Triton kernels for all products that can be fused
+    eager     nonzero, gather, grouped_mm, index_add in PyTorch, from a dense routing map
+    loop      one expert after the other
+    sonicmoe  SonicMoE, if it can be imported
+    dense     the products alone, of all tokens' copies with one expert: the same FLOPs
+    dense_ffn a dense SwiGLU, top_k times as wide as an expert: the same FLOPs
+They take turns; a row has the median. `memory_mib` is the peak above what was allocated before, so with the gradients.
+`error` compares the output and gradients with those of the loop: the largest norm-wise relative error.
+`waits_for_device` says whether torch.cuda.set_sync_debug_mode("error") stopped it.
+
+    python scripts/bench/moe.py
+    python scripts/bench/moe.py --profile ours --presets a0.3b_2b --tokens 16384
+    python scripts/bench/moe.py --device cpu --tiny --folder /tmp
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import torch.nn.functional as F
+from pretrain import commit, versions
+from torch import Tensor
+
+from linear_moe.config.load import load_config
+from linear_moe.config.schema import MoEConfig
+from linear_moe.modeling.ops.experts import STEPS, assign, experts, grouped_mm
+
+Function = Callable[..., Tensor]
+Work = Callable[[], list[Tensor]]
+"""One forward and backward pass: the output and all gradients."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens routed to experts."""
+
+    x: Tensor
+    weights: Tensor
+    index: Tensor
+    gate_up: Tensor
+    down: Tensor
+    grad: Tensor
+
+    @property
+    def flops(self) -> int:
+        """Of the products, forward and backward."""
+        _, two, ffn, hidden = self.gate_up.shape
+        return 3 * 2 * self.index.numel() * (two + 1) * ffn * hidden
+
+
+def make(moe: MoEConfig, hidden: int, tokens: int, skew: float, device: str) -> Case:
+    """A router whose experts differ in popularity, as those of a model early in training do."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device) * scale
+
+    logits = draw(tokens, moe.num_experts) + skew * draw(moe.num_experts)
+    weights, index = logits.softmax(-1).topk(moe.top_k)
+    experts, ffn = moe.num_experts, moe.expert_ffn_size
+    x = draw(tokens, hidden).bfloat16()
+    gate_up = draw(experts, 2, ffn, hidden, scale=hidden**-0.5).bfloat16()
+    down = draw(experts, hidden, ffn, scale=ffn**-0.5).bfloat16()
+    leaves = [t.requires_grad_() for t in (x, weights / weights.sum(-1, keepdim=True), gate_up, down)]
+    return Case(leaves[0], leaves[1], index, *leaves[2:], draw(tokens, hidden).bfloat16())
+
+
+# -- implementations ---------------------------------------------------------------------------------------------------
+def ours(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return experts(x, weights, gate_up, down, assign(index, len(gate_up)))
+
+
+def grouped(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return experts(x, weights, gate_up, down, assign(index, len(gate_up)), frozenset())
+
+
+def fused(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return experts(x, weights, gate_up, down, assign(index, len(gate_up)), STEPS)
+
+
+def eager(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    shape = (len(x), len(gate_up))
+    probs = weights.new_zeros(shape).scatter(1, index, weights)
+    routing_map = torch.zeros(shape, dtype=torch.bool, device=x.device).scatter(1, index, True)
+    expert, token = routing_map.T.nonzero(as_tuple=True)
+    ends = routing_map.sum(0).cumsum(0).to(torch.int32)
+    gate, up = grouped_mm(x[token], gate_up.flatten(1, 2).transpose(1, 2), offs=ends).chunk(2, -1)
+    h = (F.silu(gate) * up * probs[token, expert].unsqueeze(-1)).to(x.dtype)
+    y = grouped_mm(h, down.transpose(1, 2), offs=ends)
+    return torch.zeros_like(x).index_add(0, token, y)
+
+
+def loop(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for e in range(len(gate_up)):
+        token, choice = (index == e).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], gate_up[e].flatten(0, 1)).chunk(2, -1)
+        h = (F.silu(gate) * up * weights[token, choice].unsqueeze(-1)).to(x.dtype)
+        out = out.index_add(0, token, F.linear(h, down[e]))
+    return out
+
+
+def sonicmoe(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Its weights have gates and ups in turns, and experts last (by strides, first)."""
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs
+
+    token = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(
+        index.shape[1], output_size=index.numel()
+    )
+    y, _ = moe_general_routing_inputs(
+        x, weights.flatten(), token, index.flatten().int(), gate_up.permute(1, 2, 0), None, down.permute(1, 2, 0), None,
+        len(gate_up), torch.cuda.current_stream().cuda_stream, ActivationType.SWIGLU,
+    )  # fmt: skip
+    return y
+
+
+def dense(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.linear(rows, gate_up)[:, : down.shape[1]], down)
+
+
+def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().contiguous().requires_grad_()
+
+
+def work(function: Function, inputs: list[Tensor], grad: Tensor) -> Work:
+    leaves = [t for t in inputs if t.requires_grad]
+
+    def run() -> list[Tensor]:
+        y = function(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    return run
+
+
+def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
+    """Each with its own copies where it needs other shapes."""
+    routed = [case.x, case.weights, case.index, case.gate_up, case.down]
+    top_k = case.index.shape[1]
+    hidden = case.x.shape[1]
+    made: dict[str, Callable[[], Work]] = {
+        "loop": lambda: work(loop, routed, case.grad),
+        "eager": lambda: work(eager, routed, case.grad),
+        "ours": lambda: work(ours, routed, case.grad),
+        "grouped": lambda: work(grouped, routed, case.grad),
+        "fused": lambda: work(fused, routed, case.grad),
+        "sonicmoe": lambda: work(
+            sonicmoe, [*routed[:3], leaf(case.gate_up.transpose(1, 2).flatten(1, 2)), case.down], case.grad
+        ),
+        "dense": lambda: work(
+            dense,
+            [leaf(case.x.repeat_interleave(top_k, 0)), leaf(case.gate_up[0].flatten(0, 1)), leaf(case.down[0])],
+            case.grad.repeat_interleave(top_k, 0),
+        ),
+        "dense_ffn": lambda: work(
+            dense_ffn,
+            [
+                case.x,
+                *(leaf(case.gate_up[:top_k, i].reshape(-1, hidden)) for i in (0, 1)),
+                leaf(case.down[:top_k].transpose(0, 1).reshape(hidden, -1)),
+            ],
+            case.grad,
+        ),
+    }
+    return {name: made[name]() for name in wanted if name != "sonicmoe" or find_spec("sonicmoe")}
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+def milliseconds(run: Work, cuda: bool) -> float:
+    if not cuda:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def in_turns(works: dict[str, Work], repeats: int, cuda: bool) -> dict[str, float]:
+    """Medians; every contender runs a few times in a row, as it would in training."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(3):
+        for name, run in works.items():
+            run()
+            times[name] += [milliseconds(run, cuda) for _ in range(max(1, repeats // 3))]
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def memory(run: Work) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def waits(run: Work) -> bool:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """sonicmoe's gate and up weights are in turns."""
+    worst = 0.0
+    for a, e in zip(found, expected, strict=True):
+        if a.shape != e.shape and a.numel() == e.numel() and e.dim() == 4:
+            e = e.transpose(1, 2).flatten(1, 2)
+        worst = max(worst, float((a.float() - e.float()).norm() / e.float().norm()))
+    return worst
+
+
+def first_calls(works: dict[str, Work], cuda: bool) -> tuple[list[dict[str, Any]], dict[str, Work]]:
+    """Rows with the first call's seconds, results against the loop's; and those that work."""
+    rows, running, expected = [], {}, None
+    for name, run in works.items():
+        row: dict[str, Any] = {"contender": name}
+        rows.append(row)
+        start = time.perf_counter()
+        try:
+            results = run()
+            if cuda:
+                torch.cuda.synchronize()
+            row["first_call_seconds"] = time.perf_counter() - start
+            if name == "loop":
+                expected = results
+            elif expected is not None and not name.startswith("dense"):
+                row["error"] = error(results, expected)
+            running[name] = run
+        except Exception as problem:
+            traceback.print_exc()
+            row["failed"] = f"{type(problem).__name__}: {problem}"[:500]
+    return rows, running
+
+
+def measure(case: Case, wanted: list[str], repeats: int) -> list[dict[str, Any]]:
+    cuda = case.x.is_cuda
+    rows, works = first_calls(contenders(case, wanted), cuda)
+    times = in_turns(works, repeats, cuda)
+    for row in rows:
+        name = row["contender"]
+        if name in works:
+            row |= {"ms": times[name], "tflops": case.flops / times[name] / 1e9}
+            row |= {f"{other}_over_it": times[other] / times[name] for other in ("dense", "loop") if other in times}
+            if cuda:
+                row |= {"memory_mib": memory(works[name]), "waits_for_device": waits(works[name])}
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    columns = {"ms": ".2f", "tflops": ".0f", "dense_over_it": ".0%", "loop_over_it": ".1f", "memory_mib": ".0f",
+               "waits_for_device": "", "error": ".1e", "first_call_seconds": ".1f"}  # fmt: skip
+    lines = ["| preset | tokens | | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+    lines.append("|" + "---|" * (3 + len(columns)))
+    for row in rows:
+        cells = [format(row[c], form) if c in row else "" for c, form in columns.items()]
+        cells = [f"failed: {row['failed'][:100]}"] if "failed" in row else cells
+        lines.append(f"| {row['preset']} | {row['tokens']} | {row['contender']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, rows: list[dict[str, Any]], device: str, skew: float, revision: str) -> None:
+    cuda = device != "cpu"
+    result = {
+        "name": path.stem,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "gpus": int(cuda),
+        **versions(),
+        "commit": revision,
+        "command": shlex.join(["scripts/bench/moe.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "dtype": "bf16",
+        "skew": skew,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(rows))
+
+
+def show_profile(case: Case, name: str) -> None:
+    run = contenders(case, [name])[name]
+    for _ in range(3):
+        run()
+    with torch.profiler.profile() as profile:
+        for _ in range(5):
+            run()
+    key = "self_device_time_total" if case.x.is_cuda else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90))
+
+
+ALL = ("loop", "eager", "ours", "grouped", "fused", "sonicmoe", "dense", "dense_ffn")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", default="a0.3b_2b,a1b_7b", help="files of configs/models, comma separated")
+    parser.add_argument("--tokens", default="16384,65536", help="comma separated")
+    parser.add_argument("--contenders", default=",".join(ALL), help="comma separated")
+    parser.add_argument("--skew", type=float, default=0.5, help="spread of the experts' mean logits; a token's is 1")
+    parser.add_argument("--name", default="moe_gpu", help="FOLDER/NAME.json and .md")
+    parser.add_argument("--folder", default="docs/results")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
+    parser.add_argument("--profile", metavar="NAME", help="print one contender's kernels, and write nothing")
+    args = parser.parse_args()
+    wanted = args.contenders.split(",")
+    if unknown := set(wanted) - set(ALL):
+        parser.error(f"no such contenders: {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    revision = args.commit or commit()
+    path, rows = Path(args.folder) / f"{args.name}.json", []
+    for preset in args.presets.split(","):
+        model = load_config(str(Path(__file__).parents[2] / "configs" / "models" / f"{preset}.yaml"), []).model
+        moe, hidden = model.moe, model.hidden_size
+        if args.tiny:
+            moe, hidden = MoEConfig(16, top_k=4, expert_ffn_size=48), 64
+        for tokens in (64, 256) if args.tiny else map(int, args.tokens.split(",")):
+            case = make(moe, hidden, tokens, args.skew, args.device)
+            if args.profile:
+                show_profile(case, args.profile)
+                continue
+            load = case.index.flatten().bincount(minlength=moe.num_experts)
+            balance = {"max_over_mean_load": float(load.max() / load.float().mean()), "idle": int((load == 0).sum())}
+            where = {"preset": preset, "tokens": tokens, "hidden": hidden, "experts": moe.num_experts}
+            where |= {"top_k": moe.top_k, "ffn": moe.expert_ffn_size} | balance
+            new = [where | row for row in measure(case, wanted, args.repeats)]
+            rows += new
+            print(table(new), flush=True)
+            write(path, rows, args.device, args.skew, revision)
+
+
+if __name__ == "__main__":
+    main()

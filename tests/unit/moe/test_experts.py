@@ -1,0 +1,218 @@
+"""The experts' operation against a loop over experts: outputs, every gradient, what is kept, what it waits for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linear_moe.config.schema import ModelConfig, MoEConfig
+from linear_moe.modeling.ffn import MoE, SwiGLU
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.moe.experts import Experts
+from linear_moe.modeling.ops.experts import Assignment, assign, experts
+from tests.tolerances import FP32, assert_close
+
+HIDDEN, FFN = 24, 16
+
+
+def build(num_experts: int, kind: str) -> Experts:
+    host = Host(torch.float32)
+    layer = Experts(MoEConfig(num_experts, expert_ffn_size=FFN, experts=kind), HIDDEN, 0.3, 0.3, host)
+    initialize(layer, host, seed=1)
+    return layer
+
+
+def skewed(tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """Distinct experts per token, low ones far more often: some of many get no token."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(tokens, num_experts, generator=generator)
+    return (noise / torch.arange(1, num_experts + 1).float() ** 1.5).topk(top_k).indices
+
+
+def dropped(tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """The same, every third slot without an expert, and all of the last token's."""
+    index = skewed(tokens, num_experts, top_k)
+    index.view(-1)[::3] = num_experts
+    index[-1] = num_experts
+    return index
+
+
+CASES = {
+    "mixed": skewed(50, 6, 2),
+    "idle experts": skewed(12, 40, 3),
+    "one token": skewed(1, 8, 2),
+    "one expert each": skewed(30, 4, 1),
+    "all experts": skewed(9, 5, 5),
+    "one for all": torch.full((20, 1), 3),
+    "dropped": dropped(31, 6, 2),
+    "all dropped": torch.full((5, 2), 6),
+    "no tokens": torch.empty(0, 2, dtype=torch.int64),
+}
+EXPERTS = {"idle experts": 40, "one token": 8, "all experts": 5, "one expert each": 4, "one for all": 4}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_assign_sorts_stably(name: str) -> None:
+    index, num = CASES[name], EXPERTS.get(name, 6)
+    to = assign(index, num)
+    pairs = sorted((e, slot) for slot, e in enumerate(index.flatten().tolist()))
+    assert to.slot.tolist() == [slot for _, slot in pairs]
+    assert to.row.flatten().tolist() == [pairs.index((e, s)) for s, e in enumerate(index.flatten().tolist())]
+    assert to.counts.tolist() == [sum(e == i for e, _ in pairs) for i in range(num)]
+    assert to.ends.tolist() == torch.tensor(to.counts.tolist()).cumsum(0).tolist()
+    assert {t.dtype for t in (to.slot, to.row, to.counts, to.ends)} == {torch.int32}
+
+
+def run(layer: Experts, x: Tensor, weights: Tensor, to: Assignment) -> list[Tensor]:
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    out = layer(x, weights, to)
+    factor = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    leaves = [x, weights, layer.gate_up_proj, layer.down_proj]
+    return [out, *torch.autograd.grad(out, leaves, factor, materialize_grads=True)]
+
+
+def draw(index: Tensor) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(len(index), HIDDEN, generator=generator), torch.rand(index.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_grouped_equals_sequential(name: str) -> None:
+    index, num = CASES[name], EXPERTS.get(name, 6)
+    x, weights = draw(index)
+    to = assign(index, num)
+    results = [run(build(num, kind), x, weights, to) for kind in ("grouped", "sequential")]
+    for what, grouped, sequential in zip(("y", "x", "weights", "gate_up", "down"), *results, strict=True):
+        assert_close(grouped, sequential, FP32, what)
+    idle = to.counts == 0
+    assert results[0][3][idle].abs().sum() == results[0][4][idle].abs().sum() == 0
+
+
+def test_written_out() -> None:
+    """Both against the equation of one token at a time; slots without an expert add nothing and learn nothing."""
+    index = CASES["dropped"]
+    x, weights = draw(index)
+    layer = build(6, "grouped")
+    out, _, dweights, *_ = run(layer, x, weights, assign(index, 6))
+    expected = torch.zeros_like(x)
+    for t, chosen in enumerate(index.tolist()):
+        for j, e in enumerate(chosen):
+            if e < 6:
+                gate, up = layer.gate_up_proj[e] @ x[t]
+                expected[t] += weights[t, j] * (layer.down_proj[e] @ (F.silu(gate) * up))
+    assert_close(out, expected, FP32)
+    assert dweights[index == 6].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["grouped", "sequential"])
+def test_tokens_already_sorted(kind: str) -> None:
+    """The form in which ranks receive tokens: the same as assigning each to its one expert."""
+    counts = torch.tensor([3, 0, 4, 1])
+    index = torch.arange(4).repeat_interleave(counts).unsqueeze(1)
+    x, weights = draw(index)
+    received = run(build(4, kind), x, weights.flatten(), Assignment.of_rows(counts))
+    local = run(build(4, kind), x, weights, assign(index, 4))
+    for actual, expected in zip(received, local, strict=True):
+        assert_close(actual, expected.view(actual.shape), FP32)
+
+
+def test_frozen_weights_and_inputs() -> None:
+    index = CASES["mixed"]
+    x, weights = draw(index)
+    layer = build(6, "grouped")
+    expected = run(layer, x, weights, assign(index, 6))
+    for i in range(4):
+        leaves = [x.clone(), weights.clone(), layer.gate_up_proj.detach(), layer.down_proj.detach()]
+        leaves[i] = leaves[i].clone().requires_grad_()
+        out = experts(*leaves, assign(index, 6))
+        factor = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+        (gradient,) = torch.autograd.grad(out, leaves[i], factor)
+        assert_close(gradient, expected[i + 1], FP32)
+
+
+def kept(function: Any, weights: set[int]) -> int:
+    """Bytes of the distinct storages that autograd keeps, other than the weights."""
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(s.nbytes() for address, s in saved.items() if address not in weights)
+
+
+def test_keeps_no_more_than_a_dense_ffn() -> None:
+    """Of the same active parameters; the indices of the assignment are all that comes on top."""
+    index = skewed(200, 8, 4)
+    x, weights = draw(index)
+    to, layer = assign(index, 8), build(8, "grouped")
+    config = ModelConfig(hidden_size=HIDDEN)
+    dense = SwiGLU(layer_dims(config, 0), 4 * FFN, Host(torch.float32))
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter)
+    addresses = {p.untyped_storage().data_ptr() for p in [*layer.parameters(), *dense.parameters()]}
+    x.requires_grad_()
+    indices = sum(t.untyped_storage().nbytes() for t in (to.counts, to.ends, to.slot, to.row)) + weights.nbytes
+    ours = kept(lambda: layer(x, weights, to), addresses)
+    assert ours == x.nbytes + 2 * 4 * FFN * 200 * 4 + indices
+    assert ours - indices < kept(lambda: dense(x), addresses)
+
+
+def test_one_backward_pass_only() -> None:
+    """It overwrites what it kept, so a second one must not pass for right."""
+    index = CASES["mixed"]
+    x, weights = draw(index)
+    out = build(6, "grouped")(x, weights, assign(index, 6))
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations whose result's size or value the host has to know."""
+
+    WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func.overloadpacket is torch.ops.aten.index and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if by_mask or any(name in str(func) for name in self.WAITING):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_never_waits_for_the_device() -> None:
+    config = ModelConfig(hidden_size=HIDDEN, moe=MoEConfig(6, top_k=2, expert_ffn_size=FFN))
+    host = Host(torch.float32)
+    layer = MoE(config, layer_dims(config, 0), host)
+    initialize(layer, host, 0)
+    with Waits() as waits:
+        layer(torch.randn(20, HIDDEN, requires_grad=True)).sum().backward()
+    assert waits.found == []
+    x = torch.randn(3, 2)
+    with waits:
+        x[x[:, 0] > 0]
+    assert waits.found, "this would have been seen"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "weights"), [(50, HIDDEN + 1, (50, 2)), (50, HIDDEN, (50, 3)), (49, HIDDEN, (49, 2))]
+)
+def test_shapes_that_do_not_fit(tokens: int, width: int, weights: tuple[int, int]) -> None:
+    layer = build(6, "grouped")
+    with pytest.raises(ValueError, match="fit"):
+        layer(torch.randn(tokens, width), torch.rand(weights), assign(CASES["mixed"], 6))

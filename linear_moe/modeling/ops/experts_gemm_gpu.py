@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from linear_moe.modeling.ops.experts import Assignment
 
 # Tiles for Hopper: two (up) or one (others) accumulators of fp32 in the registers of 8 warps, STAGES in shared memory.
-UP = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
-DOWN_BACKWARD = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 4}
-OUTER = {"ROWS": 256, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
+UP = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 4}
+DOWN_BACKWARD = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
+OUTER = {"ROWS": 256, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 5}
 
 
 @triton.jit
@@ -86,6 +86,32 @@ def _up(
 
 
 @triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _activate_backward(d, weight, gate_up, h, row, end, start, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """For some columns: gate_up becomes its gradient, h is stored; the part of the gradient of the weights."""
+    column = start + tl.arange(0, COLUMNS)
+    inside = (row < end)[:, None] & (column < SIZE)[None, :]
+    at = gate_up + row.to(tl.int64)[:, None] * (2 * SIZE) + column[None, :]
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + SIZE, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    swish = gate * s
+    value = swish * up
+    part = tl.sum(d * value, 1)
+    to = h + row.to(tl.int64)[:, None] * SIZE + column[None, :]
+    tl.store(to, (value * weight[:, None]).to(h.dtype.element_ty), mask=inside)
+    d *= weight[:, None]
+    tl.store(at, (d * up * (s + swish * (1 - s))).to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(at + SIZE, (d * swish).to(gate_up.dtype.element_ty), mask=inside)
+    return part
+
+
+@triton.jit
 def _down_backward(
     grad, proj, weights, slot_of, ends, gate_up, h, dweights, experts, rows, stride, HIDDEN: tl.constexpr,
     SIZE: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
@@ -106,22 +132,17 @@ def _down_backward(
             else:
                 a = tl.load(source + k, mask=(k + inner < HIDDEN)[None, :], other=0.0)
             d = tl.dot(a, proj.load([expert * HIDDEN + k, start]), d, input_precision="ieee")
-        column = start + tl.arange(0, COLUMNS)
-        inside = (row < end)[:, None] & (column < SIZE)[None, :]
-        at = gate_up + row.to(tl.int64)[:, None] * (2 * SIZE) + column[None, :]
-        gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(at + SIZE, mask=inside, other=0.0).to(tl.float32)
-        s = tl.sigmoid(gate)
-        swish = gate * s
-        part = tl.sum(d * swish * up, 1)
+        weight = tl.load(weights + slot).to(tl.float32)
+        # A quarter of the columns at a time: the whole does not fit into the registers.
+        part = tl.zeros((ROWS,), tl.float32)
+        left, right = _halves(d, ROWS, COLUMNS)
+        for half in tl.static_range(2):
+            first_quarter, second_quarter = _halves(left if half == 0 else right, ROWS, COLUMNS // 2)
+            column = start + half * (COLUMNS // 2)
+            part += _activate_backward(first_quarter, weight, gate_up, h, row, end, column, SIZE, COLUMNS // 4)
+            column += COLUMNS // 4
+            part += _activate_backward(second_quarter, weight, gate_up, h, row, end, column, SIZE, COLUMNS // 4)
         tl.store(dweights + (tl.program_id(0) % columns).to(tl.int64) * rows + slot, part, mask=row < end)
-        weight = tl.load(weights + slot).to(tl.float32)[:, None]
-        to = h + row.to(tl.int64)[:, None] * SIZE + column[None, :]
-        tl.store(to, (swish * up * weight).to(h.dtype.element_ty), mask=inside)
-        d *= weight
-        dtype = gate_up.dtype.element_ty
-        tl.store(at, (d * up * (s + swish * (1 - s))).to(dtype), mask=inside)
-        tl.store(at + SIZE, (d * swish).to(dtype), mask=inside)
 
 
 @triton.jit

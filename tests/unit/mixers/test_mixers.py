@@ -135,7 +135,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], what: st
     """Two results of `outputs_and_gradients`; see FP32_GRADIENT_FLOOR."""
     floor = FP32_GRADIENT_FLOOR * max(float(x.norm()) for key, x in expected.items() if key.startswith("d "))
     for key, x in expected.items():
-        error = float((actual[key] - x).norm()) / max(float(x.norm()), floor * key.startswith("d "))
+        error = float((actual[key] - x).detach().norm()) / max(float(x.detach().norm()), floor * key.startswith("d "))
         assert error <= FP32, f"{what}, {key}: {error:.2e}"  # NaN is not
 
 

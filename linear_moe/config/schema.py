@@ -65,7 +65,11 @@ class MoEConfig:
         "null, and always in validation and inference: all",
         gt=0,
     )
-    capacity_pad: bool = opt(False, "fill experts up to their capacity, with tokens of weight 0: equal work for all")
+    capacity_pad: bool = opt(
+        False,
+        "between the ranks of parallel.expert and .expert_tensor, exchange as many rows as capacity allows instead of "
+        "as many as there are: more is sent, but no rank waits to hear how much",
+    )
     drop_policy: str = opt(
         "probs", "what is dropped: the least weights, or the last tokens", choices=("probs", "position")
     )

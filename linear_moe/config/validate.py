@@ -199,6 +199,14 @@ def _check_router(moe: MoEConfig) -> None:
         unused(path, moe, "bias_update_rate", needs="set expert_bias")
     if moe.capacity_factor is None:
         unused(path, moe, "capacity_pad", "drop_policy", needs="set capacity_factor")
+    elif moe.capacity_factor >= (most := moe.num_experts / moe.top_k):
+        constraint = f"must be < num_experts / top_k = {most:g}: no expert is chosen by more than all tokens"
+        raise ConfigError(f"{path}.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
+    if moe.capacity_pad and moe.dispatcher != "alltoall":
+        constraint = "exchanges tokens all to all"
+        raise ConfigError(
+            f"{path}.capacity_pad", True, constraint, fix=f"set it to false, or {path}.dispatcher=alltoall"
+        )
 
 
 def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -> None:

@@ -44,7 +44,9 @@ class MoE(nn.Module):
         self.shared_expert_gate = Linear(host, dims.hidden_size, 1, std=dims.init_std) if moe.shared_gate else None
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        y = self.dispatcher.combine(self.experts(*self.dispatcher.dispatch(x, *self.router(x, layout))))
+        weights, index = self.router(x, layout)
+        received = self.dispatcher.dispatch(x, weights, index, self.router.limited)
+        y = self.dispatcher.combine(self.experts(*received))
         if self.shared_expert is None:
             return y
         shared = self.shared_expert(x)

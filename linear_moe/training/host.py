@@ -31,10 +31,12 @@ from torch.utils.checkpoint import checkpoint
 from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.host import Host, Init
 from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.moe.capacity import capacity
 from linear_moe.modeling.moe.dispatch import Dispatcher
 from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens, z_loss
 from linear_moe.modeling.moe.router import scores
 from linear_moe.modeling.ops.experts import Assignment
+from linear_moe.training.padded import PaddedExchange
 from linear_moe.training.routing import RoutingStatistics
 
 DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
@@ -249,10 +251,12 @@ def _second_time(host: MegatronHost) -> tuple[AbstractContextManager, AbstractCo
 
 
 class MegatronDispatcher(Dispatcher):
-    """Megatron's token dispatcher of one layer: tokens travel to the ranks of their experts and back."""
+    """Megatron's token dispatcher of one layer, or a padded exchange: tokens travel to their experts and back."""
 
     def __init__(self, config: MoEConfig, host: MegatronHost):
         super().__init__(config.num_experts)
+        self.config, self._ranks = config, host.size("tensor")
+        self._padded: PaddedExchange | None = PaddedExchange(config.num_experts) if config.capacity_pad else None
         assert host.tensor_sequence or host.size("tensor") == 1, "tensor ranks would dispatch the same tokens twice"
         local = host.split(config.num_experts, "expert")
         first = host.rank("expert") * local
@@ -260,7 +264,13 @@ class MegatronDispatcher(Dispatcher):
             local, list(range(first, first + local)), config=host.config, pg_collection=get_default_pg_collection()
         )
 
-    def dispatch(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Assignment]:
+    def dispatch(
+        self, x: Tensor, weights: Tensor, index: Tensor, limited: bool = False
+    ) -> tuple[Tensor, Tensor, Assignment]:
+        self._limited = limited
+        if self._padded is not None and limited:
+            limit = min(len(x), capacity(len(x) * self._ranks, self.config))
+            return self._padded.dispatch(x, weights, index, limit)
         dense = (len(x), self.num_experts + 1)  # with a column for no expert
         routing_map = torch.zeros(dense, dtype=torch.bool, device=x.device).scatter(1, index, True)[:, :-1].contiguous()
         probs = weights.new_zeros(dense).scatter(1, index, weights)[:, :-1].contiguous()
@@ -270,6 +280,8 @@ class MegatronDispatcher(Dispatcher):
         return tokens, weights, Assignment.of_rows(counts.to(x.device))
 
     def combine(self, y: Tensor) -> Tensor:
+        if self._padded is not None and self._limited:
+            return self._padded.combine(y, self.config.top_k)
         y = self._dispatcher.combine_preprocess(y)
         y = self._dispatcher.token_combine(y)
         return self._dispatcher.combine_postprocess(y)

@@ -9,7 +9,7 @@ the gradients of tokens, router's weights and experts' weights:
     eager     nonzero, gather, grouped_mm, index_add in PyTorch, from a dense routing map
     loop      one expert after the other
     sonicmoe  SonicMoE, if it can be imported
-    dense     the products alone, of all tokens' copies with one expert: the same FLOPs
+    dense     the products alone, of all tokens' copies with one expert: the same FLOPs, nothing around them
     dense_ffn a dense SwiGLU, top_k times as wide as an expert: the same FLOPs
 They take turns; a row has the median. `memory_mib` is the peak above what was allocated before, so with the gradients.
 `error` compares the output and gradients with those of the loop: the largest norm-wise relative error.
@@ -33,6 +33,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -124,22 +125,34 @@ def loop(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tenso
 
 
 def sonicmoe(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Its weights have gates and ups in turns, and experts last (by strides, first)."""
+    """Its own layer from the chosen experts on. Its weights have gates and ups in turns, and experts last (by strides,
+    first). What it calls for routing from outside allows any number of experts per token, and is slower.
+    """
     from sonicmoe.enums import ActivationType
-    from sonicmoe.functional import moe_general_routing_inputs
+    from sonicmoe.functional import _DownProjection, _UpProjection
+    from sonicmoe.functional.triton_kernels import TC_topk_router_metadata_triton
 
-    token = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(
-        index.shape[1], output_size=index.numel()
+    tokens, top_k, experts = len(x), index.shape[1], len(gate_up)
+    slots = tokens * top_k
+    counts, ends, token, sort, unsort = (
+        torch.empty(size, dtype=torch.int32, device=x.device) for size in (experts, experts + 1, slots, slots, slots)
     )
-    y, _ = moe_general_routing_inputs(
-        x, weights.flatten(), token, index.flatten().int(), gate_up.permute(1, 2, 0), None, down.permute(1, 2, 0), None,
-        len(gate_up), torch.cuda.current_stream().cuda_stream, ActivationType.SWIGLU,
+    TC_topk_router_metadata_triton(index.int(), experts, counts, ends, token, sort, unsort)
+    a, h = _UpProjection.apply(
+        x, gate_up.permute(1, 2, 0), None, ends, slots, top_k, token, sort, unsort, None, False, ActivationType.SWIGLU,
+        False,
     )  # fmt: skip
-    return y
+    return _DownProjection.apply(
+        a, h, down.permute(1, 2, 0), None, weights, ends, tokens, top_k, token, sort, unsort, None, False,
+        ActivationType.SWIGLU,
+    )  # fmt: skip
 
 
-def dense(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(F.linear(rows, gate_up)[:, : down.shape[1]], down)
+def dense(rows: Tensor, gate_up: Tensor, h: Tensor, down: Tensor, grad: Tensor) -> list[Tensor]:
+    """The six products and nothing else; the gradient of the first one's output is as wide as that output."""
+    dgate_up = rows @ gate_up.T
+    y, dh, ddown = h @ down.T, grad @ down, grad.T @ h
+    return [y, dh, ddown, dgate_up @ gate_up, dgate_up.T @ rows]
 
 
 def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -165,6 +178,10 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
     routed = [case.x, case.weights, case.index, case.gate_up, case.down]
     top_k = case.index.shape[1]
     hidden = case.x.shape[1]
+
+    def copies(x: Tensor) -> Tensor:
+        return x.detach().repeat_interleave(top_k, 0)
+
     made: dict[str, Callable[[], Work]] = {
         "loop": lambda: work(loop, routed, case.grad),
         "eager": lambda: work(eager, routed, case.grad),
@@ -174,10 +191,13 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
         "sonicmoe": lambda: work(
             sonicmoe, [*routed[:3], leaf(case.gate_up.transpose(1, 2).flatten(1, 2)), case.down], case.grad
         ),
-        "dense": lambda: work(
+        "dense": lambda: partial(
             dense,
-            [leaf(case.x.repeat_interleave(top_k, 0)), leaf(case.gate_up[0].flatten(0, 1)), leaf(case.down[0])],
-            case.grad.repeat_interleave(top_k, 0),
+            copies(case.x),
+            case.gate_up[0].detach().flatten(0, 1),
+            torch.randn(case.index.numel(), case.down.shape[2], dtype=case.x.dtype, device=case.x.device),
+            case.down[0].detach(),
+            copies(case.grad),
         ),
         "dense_ffn": lambda: work(
             dense_ffn,

@@ -16,8 +16,8 @@ def capacity(tokens: int, config: MoEConfig) -> int:
     return min(tokens, math.ceil(tokens * config.top_k / config.num_experts * config.capacity_factor))
 
 
-def within_capacity(probs: Tensor, limit: int, config: MoEConfig) -> Tensor:
-    """Which tokens each expert takes: at most `limit` of those that chose it, exactly `limit` with `capacity_pad`.
+def within_capacity(probs: Tensor, limit: int, drop_policy: str) -> Tensor:
+    """Which tokens each expert takes: at most `limit` of those that chose it.
 
     Args:
         probs: `[N, E]` weights of the chosen experts, -1 where not chosen.
@@ -27,7 +27,6 @@ def within_capacity(probs: Tensor, limit: int, config: MoEConfig) -> Tensor:
         Boolean `[N, E]`. Ties go to the earlier token.
     """
     chosen = probs >= 0
-    priority = probs if config.drop_policy == "probs" else chosen.to(probs.dtype)
+    priority = probs if drop_policy == "probs" else chosen.to(probs.dtype)
     first = priority.sort(dim=0, descending=True, stable=True).indices[:limit]
-    taken = torch.zeros_like(chosen).scatter(0, first, True)
-    return taken if config.capacity_pad else taken & chosen
+    return torch.zeros_like(chosen).scatter(0, first, True) & chosen

@@ -54,7 +54,7 @@ def route(logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> tupl
 class Router(nn.Module):
     """Linear router in fp32: `x [n, D]` -> experts' weights `[n, k]` and index `[n, k]`, with the host's losses.
 
-    An index of num_experts is none: beyond an expert's capacity. With `capacity_pad`, k is the number of experts.
+    An index of num_experts is none: beyond an expert's capacity.
 
     `expert_bias [E]` is not trained by gradients: the training loop moves it after each step (`expert_bias` of
     MoEConfig); it is saved and exported like a parameter.
@@ -75,22 +75,23 @@ class Router(nn.Module):
         config = self.config
         logits = F.linear(x.float(), self.weight.float())
         weights, index = route(logits, config, self.expert_bias)
-        limited = config.capacity_factor is not None and self.training
-        taken = self._taken(weights.detach(), index) if limited else None
-        kept = None if taken is None else taken.gather(1, index)
+        kept = self._kept(weights.detach(), index) if self.limited else None
         self.host.observe_routing(index, kept, config, self.layer)
         layout = layout or Layout(1, len(x))
         weights = self.host.router_losses(weights, logits, index, config, self.layer, layout)
-        if taken is None or kept is None:
+        if kept is None:
             return weights, index
-        if config.capacity_pad:
-            everyone = torch.arange(config.num_experts, device=x.device).expand_as(taken)
-            dense = torch.zeros_like(logits).scatter(1, index, weights)
-            return dense * taken, everyone.masked_fill(~taken, config.num_experts)
         return weights * kept, index.masked_fill(~kept, config.num_experts)
 
-    def _taken(self, weights: Tensor, index: Tensor) -> Tensor:
-        """Boolean `[n, E]`: what experts take, over all tokens of the micro-batch however tensor ranks share them."""
+    @property
+    def limited(self) -> bool:
+        """Whether experts take no more than their capacity: in training only."""
+        return self.config.capacity_factor is not None and self.training
+
+    def _kept(self, weights: Tensor, index: Tensor) -> Tensor:
+        """Boolean `[n, k]`: what experts take, of all tokens of the micro-batch however tensor ranks share them."""
         dense = weights.new_full((len(weights), self.config.num_experts), -1.0).scatter(1, index, weights)
         everywhere = self.host.all_tokens(dense)
-        return self.host.own_tokens(within_capacity(everywhere, capacity(len(everywhere), self.config), self.config))
+        limit = capacity(len(everywhere), self.config)
+        taken = within_capacity(everywhere, limit, self.config.drop_policy)
+        return self.host.own_tokens(taken).gather(1, index)

@@ -71,6 +71,12 @@ BAD: list[tuple[str, int | None, list[str]]] = [
     ("model.moe.shared_gate=true", None, ["model.moe.shared_gate", "set shared_ffn_size"]),
     ("model.moe.bias_update_rate=0.1", None, ["model.moe.bias_update_rate = 0.1", "set expert_bias"]),
     ("model.moe.capacity_pad=true", None, ["model.moe.capacity_pad", "set capacity_factor"]),
+    (
+        "model.moe.capacity_factor=1.25 model.moe.capacity_pad=true model.moe.dispatcher=allgather",
+        None,
+        ["model.moe.capacity_pad", "dispatcher=alltoall"],
+    ),
+    ("model.moe.capacity_factor=4", None, ["model.moe.capacity_factor = 4", "num_experts / top_k = 4", "null"]),
     ("model.moe.drop_policy=position", None, ["model.moe.drop_policy = 'position'", "set capacity_factor"]),
     ("model.moe.first_dense_layers=4", None, ["model.moe.first_dense_layers = 4", "model.num_layers - 1 = 3"]),
     ("parallel.expert=3", None, ["model.moe.num_experts = 8", "parallel.expert = 3", "6 or 9"]),

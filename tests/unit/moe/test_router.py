@@ -67,23 +67,18 @@ def limited(config: MoEConfig, probs: Tensor, chosen: Tensor) -> Tensor:
         tokens = [t for t in range(64) if chosen[t, e]]
         if config.drop_policy == "probs":
             tokens.sort(key=lambda t: -probs[t, e].item())
-        if config.capacity_pad:
-            tokens += [t for t in range(64) if not chosen[t, e]]
         taken[tokens[:limit], e] = True
     return taken
 
 
-@pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("policy", ["probs", "position"])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.5, 100.0])
-def test_capacity(factor: float, policy: str, pad: bool) -> None:
-    config = MoEConfig(12, top_k=2, capacity_factor=factor, drop_policy=policy, capacity_pad=pad)
+def test_capacity(factor: float, policy: str) -> None:
+    config = MoEConfig(12, top_k=2, capacity_factor=factor, drop_policy=policy)
     probs, chosen = dense(*route(LOGITS, config))
-    taken = within_capacity(torch.where(chosen, probs, -1.0), capacity(64, config), config)
+    taken = within_capacity(torch.where(chosen, probs, -1.0), capacity(64, config), policy)
     assert torch.equal(taken, limited(config, probs, chosen))
-    if pad:
-        assert (taken.sum(0) == capacity(64, config)).all()
-    elif factor == 100:
+    if factor == 100:
         assert torch.equal(taken, chosen)
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """How evenly runs load their experts, from the routing that they recorded: docs/results/NAME.json and NAME.svg.
 
-    linear-moe train configs/train/quickstart.yaml run=runs/aux logging.routing_every=1 training.steps=200
-    linear-moe train configs/train/quickstart.yaml run=runs/bias logging.routing_every=1 training.steps=200 \\
+    common="parallel.expert=1 logging.routing_every=1 training.steps=200 training.eval_every=0"
+    linear-moe train configs/train/quickstart.yaml $common run=runs/aux
+    linear-moe train configs/train/quickstart.yaml $common run=runs/bias \\
         model.moe.aux_loss=0 model.moe.expert_bias=true model.moe.bias_update_rate=0.01
     python scripts/bench/balance.py runs/aux runs/bias
 
@@ -55,7 +56,7 @@ def read(run: Path, window: int) -> dict[str, Any]:
         "learning_rate": config["optimizer"]["lr"],
         "moe": {name: config["model"]["moe"][name] for name in names},
         "loss": [r["loss"] for r in records if "loss" in r and "event" not in r][-1],
-        "below_limit_from_step": 1 + max((i + 1 for i, m in enumerate(over_window) if max(m) >= LIMIT), default=0),
+        "last_step_over_limit": max((i + 1 for i, m in enumerate(over_window) if max(m) >= LIMIT), default=0),
         "final": {"by_layer": over_window[-1], "step": single[-1]},
         "max_over_mean_load": [[round(x, 3) for x in layers] for layers in over_window],
         "step": [round(x, 3) for x in single],
@@ -87,7 +88,8 @@ def svg(runs: list[dict[str, Any]], window: int) -> str:
         return f'<polyline fill="none" {style} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>'
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12"',
+        ">",
         '<rect width="100%" height="100%" fill="white"/>',
         text((LEFT + plot_width / 2, 18), f"Largest expert's load / mean, worst layer, last {window} steps"),
         text((LEFT + plot_width / 2, HEIGHT - 8), "step"),
@@ -127,7 +129,7 @@ def main() -> None:
     for run in runs:
         worst = max(run["final"]["by_layer"])
         print(
-            f"{title(run)}: {worst:.2f}; below {LIMIT} from step {run['below_limit_from_step']}; loss {run['loss']:.3f}"
+            f"{title(run)}: {worst:.2f}; last over {LIMIT} in step {run['last_step_over_limit']}; loss {run['loss']:.3f}"
         )
 
 

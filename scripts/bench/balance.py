@@ -88,8 +88,7 @@ def svg(runs: list[dict[str, Any]], window: int) -> str:
         return f'<polyline fill="none" {style} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>'
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12"',
-        ">",
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" style="font: 12px sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
         text((LEFT + plot_width / 2, 18), f"Largest expert's load / mean, worst layer, last {window} steps"),
         text((LEFT + plot_width / 2, HEIGHT - 8), "step"),
@@ -127,10 +126,8 @@ def main() -> None:
     (args.folder / f"{args.name}.json").write_text(json.dumps(result) + "\n")
     (args.folder / f"{args.name}.svg").write_text(svg(runs, args.window))
     for run in runs:
-        worst = max(run["final"]["by_layer"])
-        print(
-            f"{title(run)}: {worst:.2f}; last over {LIMIT} in step {run['last_step_over_limit']}; loss {run['loss']:.3f}"
-        )
+        worst, over = max(run["final"]["by_layer"]), run["last_step_over_limit"]
+        print(f"{title(run)}: {worst:.2f}; last over {LIMIT} in step {over}; loss {run['loss']:.3f}")
 
 
 if __name__ == "__main__":

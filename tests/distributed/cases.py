@@ -112,6 +112,7 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
         result["norms"].append(float(norm))
         result["router"].append(inner.host.pop_auxiliary_losses())
         result["routing"].append(inner.host.routing.pop(routers_of(model)))
+    inner.eval()
     with torch.no_grad():
         run(steps, forward_only=True)
     return result

@@ -55,7 +55,12 @@ def results() -> dict[str, list[Any]]:
     one = {moe: case(moe, {}) for moe in MOE} | {
         f"{moe}-recompute": case(moe, {}, recompute="full") for moe in RECOMPUTED
     }
-    found = run(1, one | {"mixtral-4": case("mixtral", {}, micro_batch=4)} | sequence_losses(1))
+    found = run(
+        1,
+        one
+        | {"mixtral-4": case("mixtral", {}, micro_batch=4), "drop-4": case("drop", {}, micro_batch=4)}
+        | sequence_losses(1),
+    )
     for world in (2, 4):
         sizes = {name: sizes for name, (ranks, sizes) in PARALLEL.items() if ranks == world}
         spread = {f"{moe}-{name}": case(moe, sizes[name]) for moe, name in COVERED if name in sizes}
@@ -126,6 +131,9 @@ def test_dropped_fraction(results: dict[str, list[Any]]) -> None:
     for name, least in (("drop", 0.01), ("drop-last", 0.25), ("pad", 0.01)):
         for step in results[name][0]["routing"]:
             assert all(least <= layer.dropped < 0.6 for layer in step)
+    for step in results["drop-4"][0]["routing"]:  # of one micro-batch: all above the capacity, here the mean load
+        for layer in step:
+            assert layer.dropped == pytest.approx(sum(max(load - 1, 0) for load in layer.load) / 4)
     assert all(layer.dropped == 0 for step in results["v3"][0]["routing"] for layer in step)
 
 

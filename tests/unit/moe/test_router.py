@@ -99,6 +99,44 @@ def test_capacity_is_for_training() -> None:
     assert torch.equal(torch.cat([dense(*module(token))[0] for token in x.split(1)]) > 0, whole[1])
 
 
+class Observer(Host):
+    """Keeps what the router tells its host."""
+
+    def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
+        self.seen = index, kept, layer
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_what_is_told_of_the_routing(policy: str) -> None:
+    """The choices before anything is dropped, and which of them were kept; weights of the others are gone."""
+    config = MoEConfig(12, top_k=2, capacity_factor=0.75, drop_policy=policy)
+    host = Observer(torch.float32)
+    module = Router(config, 16, 0.5, layer=3, host=host)
+    initialize(module, host, seed=0)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(4))
+    weights, index = module(x)
+    full_weights, choices = route(x @ module.weight.T, config)
+    told, kept, layer = host.seen
+    assert torch.equal(told, choices) and layer == 3
+    assert torch.equal(kept, limited(config, *dense(full_weights, choices)).gather(1, choices))
+    assert 0 < kept.sum() < kept.numel()
+    assert torch.equal(index, choices.where(kept, 12))
+    assert torch.equal(weights, full_weights.where(kept, 0.0))
+    module.eval()(x)
+    assert host.seen[1] is None
+
+
+def test_bf16_is_multiplied_in_fp32() -> None:
+    """Neither the product nor the softmax is rounded to the activations' 8 bits."""
+    host = Host(torch.bfloat16)
+    module = Router(MoEConfig(12, top_k=12), 256, 0.5, layer=0, host=host)
+    initialize(module, host, seed=0)
+    x = torch.randn(64, 256, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(4))
+    weights, index = module(x)
+    expected = (x.double() @ module.weight.double().T).softmax(-1)
+    assert_close(weights, expected.gather(1, index).float(), FP32)
+
+
 def test_scores_are_fp32_and_the_bias_is_no_trained_weight() -> None:
     host = Host(torch.bfloat16)
     module = Router(MoEConfig(12, top_k=2, expert_bias=True), 16, 0.5, layer=0, host=host)

@@ -56,3 +56,35 @@ def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> Non
         assert float(chosen) == pytest.approx(3 * 8 * 4096 * (1 - layer.dropped))
     finally:
         parallel.destroy()
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_padded_exchange_does_not_wait() -> None:
+    """With itself: tokens come back, times the weights of those experts that took them."""
+    from linear_moe.training import platform
+
+    platform.install()
+    from linear_moe.config.load import from_dict
+    from linear_moe.config.schema import Config
+    from linear_moe.training import parallel
+    from linear_moe.training.padded import PaddedExchange
+
+    groups = parallel.initialize(from_dict(Config, {}))
+    try:
+        exchange = PaddedExchange(16)
+        x = torch.randn(512, 64, device=groups.device, dtype=torch.bfloat16, requires_grad=True)
+        index = torch.rand(512, 16, device=groups.device).topk(2).indices
+        index[::5, 0] = 16
+        weights = torch.ones(512, 2, device=groups.device).masked_fill(index == 16, 0.0).requires_grad_()
+        for mode in ("default", "error"):  # the first one initialises libraries
+            torch.cuda.set_sync_debug_mode(mode)
+            rows, row_weights, to = exchange.dispatch(x, weights, index, 512)
+            y = exchange.combine((rows * row_weights.unsqueeze(-1)).to(rows.dtype), 2)
+            dx, dweights = torch.autograd.grad(y, [x, weights], torch.ones_like(y))
+        torch.cuda.set_sync_debug_mode("default")
+        assert to.counts.tolist() == [512] * 16
+        taken = weights.detach().sum(1, keepdim=True).bfloat16()
+        assert torch.equal(y, x * taken) and torch.equal(dx, taken.expand_as(dx))
+        assert ((dweights == 0) == (index == 16)).all()
+    finally:
+        parallel.destroy()

@@ -16,7 +16,7 @@ from linear_moe.modeling.ffn import MoE, SwiGLU
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.moe.experts import Experts
-from linear_moe.modeling.ops.experts import Assignment, assign, experts
+from linear_moe.modeling.ops.experts import Assignment, activate, assign, combine, experts
 from tests.tolerances import FP32, assert_close
 
 HIDDEN, FFN = 24, 16
@@ -109,6 +109,21 @@ def test_written_out() -> None:
                 expected[t] += weights[t, j] * (layer.down_proj[e] @ (F.silu(gate) * up))
     assert_close(out, expected, FP32)
     assert dweights[index == 6].abs().sum() == 0
+
+
+def test_bf16_is_rounded_once() -> None:
+    """Sums over a token's experts, and the activation, are computed in fp32."""
+    index = skewed(40, 16, 8)
+    to = assign(index, 16)
+    generator = torch.Generator().manual_seed(6)
+    y = torch.randn(320, 24, generator=generator).bfloat16()
+    expected = y.double()[to.row.flatten().long()].unflatten(0, (40, 8)).sum(1)
+    assert torch.equal(combine(y, to), expected.bfloat16())
+    weights = torch.rand(40, 8, generator=generator)
+    gate_up = torch.randn(320, 2 * FFN, generator=generator).bfloat16()
+    gate, up = gate_up.double().chunk(2, -1)
+    expected = F.silu(gate) * up * weights.flatten()[to.slot.long()].unsqueeze(-1)
+    assert torch.equal(activate(gate_up, weights, to), expected.bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["grouped", "sequential"])

@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from linear_moe.modeling.ops.dispatch import pad_keys
+
+NAMES = ("state", "normalizer")
+
 
 def normalized(
     op: Callable[..., tuple[Tensor, Tensor]],
@@ -17,6 +21,7 @@ def normalized(
     scale: float,
     states: dict[str, Tensor],
     cu_seqlens: Tensor | None,
+    features: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`o_t = q_t S_t / (q_t z_t + eps)`, with S the state of `op` and z the one it has for values of 1.
 
@@ -29,11 +34,15 @@ def normalized(
         op: `decay`, or one with its signature.
         q, k, v, scale, cu_seqlens: as the op's. The features should not be negative.
         states: "state" `[N, H, K, V]` and "normalizer" `[N, H, K, 1]`, or none: zeros.
+        features: K of the states, where q and k have zeros behind that.
 
     Returns:
         `o [B, T, H, V]` and the final states by name.
     """
-    ones = v.new_ones(1).expand(*v.shape[:-1], 1)
-    o, state = op(q, k, v, scale=scale, initial_state=states.get("state"), cu_seqlens=cu_seqlens)
-    total, sums = op(q, k, ones, scale=scale, initial_state=states.get("normalizer"), cu_seqlens=cu_seqlens)
+    ones, size = v.new_ones(1).expand(*v.shape[:-1], 1), q.shape[-1]
+    before, sums = (None if (s := states.get(name)) is None else pad_keys(s, 2, size) for name in NAMES)
+    o, state = op(q, k, v, scale=scale, initial_state=before, cu_seqlens=cu_seqlens)
+    total, sums = op(q, k, ones, scale=scale, initial_state=sums, cu_seqlens=cu_seqlens)
+    if features is not None and features < size:
+        state, sums = state[:, :, :features], sums[:, :, :features]
     return o / (total + eps), {"state": state, "normalizer": sums}

@@ -128,13 +128,13 @@ class MixtureOfMemories(LinearMixer):
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         """Inputs of the recurrence as the grouping orders them, memories as heads: `[B, T, heads * M, D]`."""
-        weights, chosen = (t.view(layout.batch, layout.length, 1, -1, 1) for t in self.route(x))
-        grouping = Grouping(chosen[:, :, 0, :, 0], layout.cu_seqlens)
-        weights, other = grouping.collect(weights), ~grouping.collect(chosen)
+        weights, chosen = (t.view(layout.batch, layout.length, -1) for t in self.route(x))
+        grouping = Grouping(chosen, layout.cu_seqlens)
         q, k, v = (self._convolved(name, x, grouping, layout, cache) for name in "qkv")
         inputs: dict[str, Any] = {}
         if self.config.memory == "gla":
-            k = k.masked_fill(other, 0.0)
+            other = ~grouping.filled[:, :, None, :, None]
+            k = k.masked_fill(other, 0.0)  # convolutions reach behind a memory's last token
             inputs["g"] = self._log_decay(x, grouping).masked_fill(other, 0.0)
         else:
             q, k = l2_norm(q), l2_norm(k)
@@ -143,9 +143,9 @@ class MixtureOfMemories(LinearMixer):
             bias = self.dt_bias.repeat_interleave(a.shape[-1] // self.heads)
             g = gate(a, "softplus", scale=-1.0, bias=bias, log_rate=self.A_log, floor=MIN_GATE)
             for name, y in {"beta": gate(b, "sigmoid"), "g": g}.items():
-                inputs[name] = grouping.collect(y.view(per_head)).masked_fill(other, 0.0).squeeze(-1)
-        inputs |= {"q": q * weights.to(q.dtype), "k": k, "v": v}  # o_t = sum_m w_m q S_m = sum_m (w_m q) S_m
-        return {name: t.flatten(2, 3) for name, t in inputs.items()} | {"grouping": grouping}, self.g_proj(x)
+                inputs[name] = grouping.collect(y.view(per_head)).squeeze(-1)
+        inputs = {name: t.flatten(2, 3) for name, t in (inputs | {"q": q, "k": k, "v": v}).items()}
+        return inputs | {"grouping": grouping, "weights": weights}, self.g_proj(x)
 
     def _convolved(self, name: str, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None) -> Tensor:
         """q, k or v of every memory, convolved over its own tokens: `[B, T, heads, M, D]`."""
@@ -170,7 +170,7 @@ class MixtureOfMemories(LinearMixer):
 
     def _log_decay(self, x: Tensor, grouping: Grouping) -> Tensor:
         """GLA's gate of every memory, `[B, T, heads, M, K]` in fp32."""
-        low = self.gk_down(x).view(*grouping.place.shape[:2], 1, -1, self.config.gate_rank)
+        low = self.gk_down(x).view(*grouping.places.shape[1:], 1, -1, self.config.gate_rank)
         up, bias = (t.expand(-1, self.memories, *t.shape[2:]) for t in (self.gk_up, self.gk_bias))
         high = torch.einsum("btmr,hmkr->bthmk", grouping.collect(low).squeeze(2), up) + bias
         return gate(high, "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
@@ -179,12 +179,13 @@ class MixtureOfMemories(LinearMixer):
         grouping: Grouping = inputs["grouping"]
         op = decay if self.config.memory == "gla" else delta
         o, state = op(
-            **{name: t for name, t in inputs.items() if name != "grouping"},
+            **{name: t for name, t in inputs.items() if name not in ("grouping", "weights")},
             bounded=True,
             initial_state=states.get("state"),
             cu_seqlens=layout.cu_seqlens,
         )
-        return grouping.restore(o.unflatten(2, (self.heads, self.memories))).sum(3), {"state": state}
+        o = o.unflatten(2, (self.heads, self.memories))
+        return grouping.combine(o, inputs["weights"]), {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
@@ -207,7 +208,7 @@ class MixtureOfMemories(LinearMixer):
         keys, values = heads * self.key_dim, heads * self.value_dim
         # the router: the token in fp32, scores, choices, permutations in int64, masks
         router = 2 * self.dims.hidden_size + 4 * self.config.top_k + 12 * self.memories
-        # inputs of the convolutions and of the recurrence, q before its weight; o, gate, the gated norm
+        # inputs of the convolutions and of the recurrence, o of every memory; o, gate, the gated norm
         shared = router + 5 * keys + 2 * values + 3 * v
         if self.config.memory == "gla":
             # the gate's projection and, in fp32, the gate and its sums; scores within a chunk of 64

@@ -28,8 +28,8 @@ COUNTS = {"B", "H", "HQ", "HV", "G", "N", "T", "T_BUCKET", "NB", "NC"}
 """Names of key values that may differ from the table's."""
 
 _SEARCH = (
-    "%s: no configuration for %s in %s; Triton searches for one, and for others that are missing, which can take minutes. "
-    "scripts/bench/tune.py --out FOLDER --mixers NAME --widths HIDDEN:HEADS makes a file of them for %s to name"
+    "%s: no configuration for %s in %s; Triton searches for one, and for others that are missing, which can take "
+    "minutes: scripts/bench/tune.py --out FOLDER --mixers NAME --widths HIDDEN:HEADS makes a file of them for %s to name"
 )
 
 _log = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ COUNTS = {"B", "H", "HQ", "HV", "G", "N", "T", "T_BUCKET", "NB", "NC"}
 
 _SEARCH = (
     "%s: no configuration for %s in %s; Triton searches for one, and for others that are missing, which can take "
-    "minutes: scripts/bench/tune.py --out FOLDER --mixers NAME --widths HIDDEN:HEADS makes a file of them for %s to name"
+    "minutes. `scripts/bench/tune.py --out FOLDER --mixers NAME --widths HIDDEN:HEADS` "
+    "makes a file of them that %s can name"
 )
 
 _log = logging.getLogger(__name__)

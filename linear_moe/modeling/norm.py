@@ -49,8 +49,6 @@ class RMSNorm(nn.Module):
         if self.spans_ranks:
             squares = self.host.sum(x.float().square().sum(-1).reshape(-1, 1)).view(*x.shape[:-1], 1)
             return (x * torch.rsqrt(squares / self.group_size + self.eps)).to(x.dtype) * weight
-        if self.group_size == x.shape[-1]:
-            return F.rms_norm(x, (self.group_size,), weight, self.eps)
         return norms.norm(x, weight, eps=self.eps, size=self.group_size)
 
     def extra_repr(self) -> str:
@@ -143,8 +141,6 @@ class LayerNorm(nn.Module):
             y = (centred * torch.rsqrt(self._mean(centred.square()) + self.eps)).to(x.dtype) * weight
             y = y if bias is None else y + bias
             return y if gate is None else y * F.silu(gate)
-        if self.group_size == x.shape[-1] and gate is None:
-            return F.layer_norm(x, (self.group_size,), weight, bias, self.eps)
         return norms.norm(x, weight, bias, gate, eps=self.eps, kind="layer", size=self.group_size)
 
     def _mean(self, x: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, step: i
     return torch.randn(shape[0] * step, *shape[1:], generator=generator, device=DEVICE).to(dtype)[::step]
 
 
-# kind, tokens, features, size of a group, weight, bias, gate's activation, gate first, heads of the skip connection
+# kind, tokens, features, size of a group, weight, bias, gate's activation, gate first (or the activation of x without a
+# gate), heads of the skip connection
 NORMS = [
     ("rms", 37, 96, 96, None, False, None, False, None),
     ("rms", 37, 4 * 24, 24, "shared", False, "silu", False, None),
@@ -79,6 +80,9 @@ NORMS = [
     ("rms", 129, 3 * 64, 64, "shared", False, "identity", True, 6),
     ("rms", 1, 2100, 2100, None, False, "silu", True, None),
     ("rms", 2, 3, 3, "full", False, None, False, 1),
+    ("rms", 37, 2 * 24, 24, "shared", False, None, "sigmoid", None),
+    ("layer", 5, 520, 520, "full", True, None, "silu", None),
+    ("rms", 300, 4 * 128, 128, "shared", False, None, False, None),
     ("layer", 37, 4 * 24, 24, "full", True, "silu", False, None),
     ("layer", 37, 520, 520, "full", True, "sigmoid", True, None),
     ("layer", 129, 3 * 64, 64, "shared", True, None, False, 6),
@@ -98,7 +102,7 @@ def test_norm(
     weight: str | None,
     bias: bool,
     activation: norms.Activation | None,
-    gate_first: bool,
+    gate_first: bool | norms.Activation,
     heads: int | None,
     dtype: torch.dtype,
 ) -> None:
@@ -111,7 +115,8 @@ def test_norm(
         None if heads is None else draw(tokens, width, dtype=dtype, seed=4),
         None if heads is None else draw(heads, seed=5),
     ]
-    options = {"eps": 1e-2, "kind": kind, "size": size, "activation": activation or "silu", "gate_first": gate_first}
+    activation = gate_first if isinstance(gate_first, str) else activation or "silu"
+    options = {"eps": 1e-2, "kind": kind, "size": size, "activation": activation, "gate_first": bool(gate_first)}
     compare(norms_gpu, norms.definition, inputs, options | {"scale": 0.3})
 
 
@@ -179,19 +184,20 @@ def test_bounded_gate_far_from_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "heads", "size"), [(1, 6, 128), (2, 2, 20), (3, 9, 64), (1, 70, 128)])
 def test_repeat_heads(groups: int, heads: int, size: int, dtype: torch.dtype) -> None:
-    inputs: list[Tensor | None] = [draw(19, groups, size, dtype=dtype, step=2), draw(19, heads, seed=2)]
+    x = draw(19, groups, size, dtype=dtype, step=2)
 
-    def rounded_once(x: Tensor, weight: Tensor) -> Tensor:  # in bf16, PyTorch rounds the sum over heads on the way
-        return repeat_heads.definition(x.float(), weight).to(x.dtype)
+    def rounded_once(x: Tensor, weight: Tensor | None, heads: int) -> Tensor:  # in bf16, PyTorch rounds the sum over
+        return repeat_heads.definition(x.float(), weight, heads=heads).to(x.dtype)  # heads on the way
 
-    compare(repeat_heads_gpu, rounded_once, inputs, {})
+    for weight in (draw(19, heads, seed=2), None):
+        compare(repeat_heads_gpu, rounded_once, [x, weight], {"heads": heads})
 
 
 def test_layouts_that_autograd_makes() -> None:
     """Gradients of sums have no strides, inputs may be transposed."""
     x, weight, column = draw(6, 2, 20), draw(8, 6, seed=2).T, draw(20, 6, seed=3).T
     calls: list[tuple[ModuleType, list[Tensor | None], dict[str, Any]]] = [
-        (repeat_heads_gpu, [x, weight], {}),
+        (repeat_heads_gpu, [x, weight], {"heads": 6}),
         (gates_gpu, [column, None, None], {"function": "softplus", "scale": 1.0, "floor": None}),
         (bounded_gate_gpu, [column, None], {"complement": False}),
         (feature_maps_gpu, [column], {}),
@@ -206,18 +212,23 @@ def test_layouts_that_autograd_makes() -> None:
                 assert_close(actual, expected, FP32, kernels.__name__)
 
 
-# rows, tokens, channels, taps, bias, activation, lengths of packed documents
+# rows, tokens, channels, taps, bias, activation, lengths of packed documents, size of the groups normalised
 CONVS = [
-    (2, 37, 200, 4, False, "silu", None),
-    (3, 5, 20, 3, True, None, None),
-    (1, 70, 128, 4, True, "silu", [0, 1, 2, 0, 40, 27, 0]),
-    (1, 1, 33, 2, False, "silu", None),
-    (2, 300, 256, 4, True, "silu", None),
+    (2, 37, 200, 4, False, "silu", None, None),
+    (3, 5, 20, 3, True, None, None, None),
+    (1, 70, 128, 4, True, "silu", [0, 1, 2, 0, 40, 27, 0], None),
+    (1, 1, 33, 2, False, "silu", None, None),
+    (2, 300, 256, 4, True, "silu", None, None),
+    (2, 37, 3 * 96, 4, False, "silu", None, 96),
+    (3, 5, 20, 3, True, None, None, 10),
+    (1, 70, 256, 4, True, "silu", [0, 1, 2, 0, 40, 27, 0], 128),
+    (1, 1, 33, 2, False, "silu", None, 1),
+    (2, 300, 128, 4, False, "silu", None, 16),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "length", "channels", "taps", "bias", "activation", "documents"), CONVS)
+@pytest.mark.parametrize(("batch", "length", "channels", "taps", "bias", "activation", "documents", "norm"), CONVS)
 def test_short_conv(
     batch: int,
     length: int,
@@ -226,6 +237,7 @@ def test_short_conv(
     bias: bool,
     activation: str | None,
     documents: list[int] | None,
+    norm: int | None,
     dtype: torch.dtype,
 ) -> None:
     """Against the PyTorch version, which a state of zeros and the CPU select."""
@@ -235,12 +247,16 @@ def test_short_conv(
     first = None if offsets is None else first_tokens(offsets, length)
     leaves = [x.detach().cpu().requires_grad_() for x in inputs]
     packed = None if offsets is None else offsets.cpu()
-    expected, state = short_conv.short_conv(*leaves, activation=activation, cu_seqlens=packed)
+    # what precedes the norm would be rounded, where the kernel does not
+    wide = [x.float() if norm else x for x in leaves]
+    expected, state = short_conv.short_conv(*wide, activation=activation, cu_seqlens=packed, norm_size=norm)
+    expected = expected.to(dtype)
     grad = draw(*expected.shape, dtype=dtype, seed=4)
     gradients = torch.autograd.grad(expected, leaves, grad.cpu())
     padded: list[Tensor | None] = [*inputs, *([] if bias else [None]), first]
-    actual = [short_conv_gpu.forward(*padded, activation=activation)]  # type: ignore[arg-type]
-    actual += [x for x in short_conv_gpu.backward(grad, *padded, activation=activation) if x is not None]  # type: ignore
+    options: dict[str, Any] = {"activation": activation, "norm_size": norm}
+    actual = [short_conv_gpu.forward(*padded, **options)]  # type: ignore[arg-type]
+    actual += [x for x in short_conv_gpu.backward(grad, *padded, **options) if x is not None]  # type: ignore[arg-type]
     for i, (a, e) in enumerate(zip(actual, [expected, *gradients], strict=True)):
         assert a.dtype == e.dtype
         assert_close(a, e, FP32 if dtype == torch.float32 else HALF, f"{i}")

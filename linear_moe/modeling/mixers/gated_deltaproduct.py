@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
-from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling import conv
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
@@ -37,6 +37,11 @@ class GatedDeltaProductConfig(MixerConfig):
     use_forget_gate: bool = opt(True, "a decay before the writes; false: DeltaProduct")
     use_output_gate: bool = opt(True, "the output is gated by silu of a projection")
     allow_neg_eigval: bool = opt(True, "beta in (0, 2), so that transitions have negative eigenvalues")
+
+
+def swap_rows(x: Tensor, first: int, second: int) -> Tensor:
+    """Rows `[first * second * n, ...]` in the order of `second`, then `first`."""
+    return x.unflatten(0, (first, second, -1)).transpose(0, 1).flatten(0, 2)
 
 
 class GatedDeltaProduct(LinearMixer):
@@ -70,7 +75,7 @@ class GatedDeltaProduct(LinearMixer):
             self.dt_bias = per_head(init=inverse_softplus_step())
         sizes = {"q": keys, "k": keys * writes, "v": values * writes} if config.conv_size else {}
         for name, channels in sizes.items():
-            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+            self.add_module(f"{name}_conv1d", conv.ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
         if config.use_output_gate:
             self.g_proj = column(values)
         norm = GatedRMSNorm if config.use_output_gate else RMSNorm
@@ -82,23 +87,39 @@ class GatedDeltaProduct(LinearMixer):
         GatedDeltaNet.validate(config, dims, tensor, path)  # type: ignore[arg-type]  # the same sizes
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
-        rows, writes, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
+        rows, n, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
         for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
-            y = self.get_submodule(f"{name}_proj")(x).view(rows)
-            conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
-            y = F.silu(y) if conv is None else conv(y, layout, cache)
-            y = y.unflatten(-1, (heads, 1 if name == "q" else writes, -1)).transpose(2, 3)  # [B, T, writes, H, D]
+            writes = 1 if name == "q" else n
+            # projected and convolved by write, as the recurrence takes them: to reorder weights costs less than tokens
+            weight = swap_rows(self.get_parameter(f"{name}_proj.weight"), heads, writes)
+            y = F.linear(x, weight).view(rows)
+            y = self._convolved(name, y, heads, writes, layout, cache) if self.config.conv_size else F.silu(y)
+            y = y.unflatten(-1, (writes, heads, -1))
             if name != "v":
                 y = l2_norm(y)
                 if self.v_heads != self.heads:
                     y = y.repeat_interleave(self.v_heads // self.heads, dim=3)
             inputs[name] = y.squeeze(2) if name == "q" else y
-        beta = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
-        inputs["beta"] = beta.view(*rows[:2], self.v_heads, writes).transpose(2, 3)
+        b = F.linear(x, swap_rows(self.b_proj.weight, self.v_heads, n))
+        beta = gate(b, "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
+        inputs["beta"] = beta.view(*rows[:2], n, self.v_heads)
         if self.config.use_forget_gate:
             g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
             inputs["g"] = g.view(rows)
         return inputs, self.g_proj(x) if self.config.use_output_gate else None
+
+    def _convolved(self, name: str, y: Tensor, heads: int, writes: int, layout: Layout, cache: Cache | None) -> Tensor:
+        """`y [B, T, writes * heads * D]`; the state is by head as the weight is."""
+        module: Any = self.get_submodule(f"{name}_conv1d")
+        state = None if cache is None else cache[module.name]
+        before = None if state is None else swap_rows(state.transpose(0, 1), heads, writes).transpose(0, 1)
+        weight = swap_rows(module.weight, heads, writes)
+        y, last = conv.short_conv(
+            y, weight, None, state=before, cu_seqlens=layout.cu_seqlens, output_state=state is not None
+        )
+        if state is not None and last is not None:
+            state.copy_(swap_rows(last.transpose(0, 1), writes, heads).transpose(0, 1))
+        return y
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         options: Any = {"initial_state": states.get("state"), "cu_seqlens": layout.cu_seqlens}
@@ -110,7 +131,7 @@ class GatedDeltaProduct(LinearMixer):
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.v_heads, self.key_dim, self.value_dim)
-        return {"state": (state, torch.float32)} | conv_states(self, batch)
+        return {"state": (state, torch.float32)} | conv.conv_states(self, batch)
 
     def recurrence_flops(self, length: int) -> float:
         return (4.0 * self.config.num_householder + 2.0) * self.num_v_heads * self.key_dim * self.value_dim

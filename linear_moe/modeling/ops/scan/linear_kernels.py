@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 RUN = 64  # tokens
-UNROLL = 4  # steps whose loads are under way together; divides RUN
+UNROLL = tl.constexpr(4)  # steps whose loads are under way together; divides RUN
 TILE = 512  # elements of a tile, 4 for each thread of 4 warps
 COLUMNS = 128  # channels of a tile at most
 CARRIED = 64  # runs that `_carry` takes at once, in 16 channels
@@ -50,6 +50,27 @@ def _load(x, token, tokens, stride, channel, dim):
 
 
 @triton.jit
+def _load_4(x, token, step: tl.constexpr, tokens, stride, channel, dim):
+    """Those of four tokens, before any store, which no load may pass."""
+    return (
+        _load(x, token, tokens, stride, channel, dim),
+        _load(x, token + step, tokens, stride, channel, dim),
+        _load(x, token + 2 * step, tokens, stride, channel, dim),
+        _load(x, token + 3 * step, tokens, stride, channel, dim),
+    )
+
+
+@triton.jit
+def _document_4(documents, token, step: tl.constexpr, tokens, length):
+    return (
+        _document(documents, token, tokens, length),
+        _document(documents, token + step, tokens, length),
+        _document(documents, token + 2 * step, tokens, length),
+        _document(documents, token + 3 * step, tokens, length),
+    )
+
+
+@triton.jit
 def _carry(states, kept, count, dim, BACKWARDS: tl.constexpr, RUNS: tl.constexpr, COLUMNS: tl.constexpr):
     """In place: what every run adds `[count, dim]` -> the state after it (before it, backwards)."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -72,7 +93,7 @@ def _carry(states, kept, count, dim, BACKWARDS: tl.constexpr, RUNS: tl.constexpr
 @triton.jit
 def _forward(
     x, g, initial, documents, states, kept, h, final, tokens, length, dim, stride_x, stride_g, FINISH: tl.constexpr,
-    RUN: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -87,14 +108,9 @@ def _forward(
     before = _document(documents, start - 1, tokens, length)
     now = _document(documents, start, tokens, length)
     for step in range(0, RUN, UNROLL):
-        xs = ()
-        gs = ()
-        afters = ()
-        for i in tl.static_range(UNROLL):  # all before the first store, which no load may pass
-            token = start + step + i
-            xs += (_load(x, token, tokens, stride_x, channel, dim),)
-            gs += (_load(g, token, tokens, stride_g, channel, dim),)
-            afters += (_document(documents, token + 1, tokens, length),)
+        xs = _load_4(x, start + step, 1, tokens, stride_x, channel, dim)
+        gs = _load_4(g, start + step, 1, tokens, stride_g, channel, dim)
+        afters = _document_4(documents, start + step + 1, 1, tokens, length)
         for i in tl.static_range(UNROLL):
             token = start + step + i
             added = xs[i].to(tl.float32)
@@ -121,7 +137,7 @@ def _forward(
 @triton.jit
 def _backward(
     dh, dfinal, h, g, initial, documents, states, kept, dx, dg, dinitial, tokens, length, dim, stride_dh, stride_g,
-    FINISH: tl.constexpr, RUN: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FINISH: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -136,19 +152,14 @@ def _backward(
     after = _document(documents, start + RUN, tokens, length)
     now = _document(documents, start + RUN - 1, tokens, length)
     for step in range(0, RUN, UNROLL):
-        ds = ()
-        gs = ()
-        hs = ()
-        befores = ()
+        end = start + RUN - 1 - step
+        ds = _load_4(dh, end, -1, tokens, stride_dh, channel, dim)
+        gs = _load_4(g, end, -1, tokens, stride_g, channel, dim)
+        befores = _document_4(documents, end - 1, -1, tokens, length)
+        if FINISH:
+            hs = _load_4(h, end - 1, -1, tokens, dim, channel, dim)
         for i in tl.static_range(UNROLL):
-            token = start + RUN - 1 - step - i
-            ds += (_load(dh, token, tokens, stride_dh, channel, dim),)
-            gs += (_load(g, token, tokens, stride_g, channel, dim),)
-            befores += (_document(documents, token - 1, tokens, length),)
-            if FINISH:
-                hs += (_load(h, token - 1, tokens, dim, channel, dim),)
-        for i in tl.static_range(UNROLL):
-            token = start + RUN - 1 - step - i
+            token = end - i
             here = (token < tokens)[:, None] & inside
             first = here & (now != befores[i])[:, None]
             place = _at(now, channel, dim)
@@ -188,7 +199,7 @@ def _run(kernel: Any, like: Tensor, *inputs: Any, backwards: bool) -> None:
     states, kept = torch.empty(2, runs, dim, dtype=torch.float32, device=like.device)
     rows = TILE // columns
     grid = (triton.cdiv(dim, columns), triton.cdiv(runs, rows))
-    tile = {"RUN": RUN, "UNROLL": UNROLL, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+    tile = {"RUN": RUN, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
     before, after = inputs
     if runs > 1:
         kernel[grid](*before, states, kept, *after, FINISH=False, **tile)

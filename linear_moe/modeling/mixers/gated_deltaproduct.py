@@ -44,6 +44,36 @@ def swap_rows(x: Tensor, first: int, second: int) -> Tensor:
     return x.unflatten(0, (first, second, -1)).transpose(0, 1).flatten(0, 2)
 
 
+class ByWrite(Linear):
+    """A column-split Linear with rows by head, then write, and features of its output by write, then head: as the
+    recurrence takes them, at the price of a reordered weight, not of reordered tokens."""
+
+    def __init__(self, *args: Any, heads: int, writes: int, **options: Any):
+        super().__init__(*args, split="column", **options)
+        self.heads, self.writes = self.host.split(heads), writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, swap_rows(self.weight, self.heads, self.writes))
+
+
+class ConvByWrite(conv.ShortConv):
+    """A ShortConv behind such a layer; its weight and its state are by head."""
+
+    def __init__(self, host: Host, *args: Any, heads: int, writes: int, **options: Any):
+        super().__init__(host, *args, **options)
+        self.heads, self.writes = host.split(heads), writes
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        weight = swap_rows(self.weight, self.heads, self.writes)
+        if cache is None:
+            return conv.short_conv(x, weight, None, cu_seqlens=layout.cu_seqlens, output_state=False)[0]
+        state = swap_rows(cache[self.name].transpose(0, 1), self.heads, self.writes).transpose(0, 1)
+        y, last = conv.short_conv(x, weight, None, state=state, cu_seqlens=layout.cu_seqlens)
+        assert last is not None
+        cache[self.name].copy_(swap_rows(last.transpose(0, 1), self.writes, self.heads).transpose(0, 1))
+        return y
+
+
 class GatedDeltaProduct(LinearMixer):
     """Weights as in flash-linear-attention's `GatedDeltaProduct` under the same names (convolutions `[C, W]` for its
     `[C, 1, W]`), but the rows of k, v and b (projections and convolutions) are by head, then write, then channel, so
@@ -66,16 +96,19 @@ class GatedDeltaProduct(LinearMixer):
         self.heads, self.v_heads = host.split(heads), host.split(self.num_v_heads)
         keys, values = heads * self.key_dim, self.num_v_heads * self.value_dim
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
-        self.q_proj, self.k_proj, self.v_proj = column(keys), column(keys * writes), column(values * writes)
-        self.b_proj = column(self.num_v_heads * writes)
+        by_write = partial(ByWrite, host, dims.hidden_size, std=dims.init_std, writes=writes)
+        self.q_proj, self.k_proj = column(keys), by_write(keys * writes, heads=heads)
+        self.v_proj, self.b_proj = (by_write(n * writes, heads=self.num_v_heads) for n in (values, self.num_v_heads))
         if config.use_forget_gate:
             self.a_proj = column(self.num_v_heads)
             per_head = partial(host.parameter, self.num_v_heads, axes={0: "tensor"}, decay=False, fp32=True)
             self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
             self.dt_bias = per_head(init=inverse_softplus_step())
-        sizes = {"q": keys, "k": keys * writes, "v": values * writes} if config.conv_size else {}
-        for name, channels in sizes.items():
-            self.add_module(f"{name}_conv1d", conv.ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+        if config.conv_size:
+            self.q_conv1d = conv.ShortConv(host, keys, config.conv_size, name="conv_q")
+            for name, width, n in (("k", keys, heads), ("v", values, self.num_v_heads)):
+                part = partial(ConvByWrite, host, width * writes, config.conv_size, heads=n, writes=writes)
+                self.add_module(f"{name}_conv1d", part(name=f"conv_{name}"))
         if config.use_output_gate:
             self.g_proj = column(values)
         norm = GatedRMSNorm if config.use_output_gate else RMSNorm
@@ -90,36 +123,20 @@ class GatedDeltaProduct(LinearMixer):
         rows, n, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
         for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
             writes = 1 if name == "q" else n
-            # projected and convolved by write, as the recurrence takes them: to reorder weights costs less than tokens
-            weight = swap_rows(self.get_parameter(f"{name}_proj.weight"), heads, writes)
-            y = F.linear(x, weight).view(rows)
-            y = self._convolved(name, y, heads, writes, layout, cache) if self.config.conv_size else F.silu(y)
+            y = self.get_submodule(f"{name}_proj")(x).view(rows)
+            y = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else F.silu(y)
             y = y.unflatten(-1, (writes, heads, -1))
             if name != "v":
                 y = l2_norm(y)
                 if self.v_heads != self.heads:
                     y = y.repeat_interleave(self.v_heads // self.heads, dim=3)
             inputs[name] = y.squeeze(2) if name == "q" else y
-        b = F.linear(x, swap_rows(self.b_proj.weight, self.v_heads, n))
-        beta = gate(b, "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
+        beta = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
         inputs["beta"] = beta.view(*rows[:2], n, self.v_heads)
         if self.config.use_forget_gate:
             g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
             inputs["g"] = g.view(rows)
         return inputs, self.g_proj(x) if self.config.use_output_gate else None
-
-    def _convolved(self, name: str, y: Tensor, heads: int, writes: int, layout: Layout, cache: Cache | None) -> Tensor:
-        """`y [B, T, writes * heads * D]`; the state is by head as the weight is."""
-        module: Any = self.get_submodule(f"{name}_conv1d")
-        state = None if cache is None else cache[module.name]
-        before = None if state is None else swap_rows(state.transpose(0, 1), heads, writes).transpose(0, 1)
-        weight = swap_rows(module.weight, heads, writes)
-        y, last = conv.short_conv(
-            y, weight, None, state=before, cu_seqlens=layout.cu_seqlens, output_state=state is not None
-        )
-        if state is not None and last is not None:
-            state.copy_(swap_rows(last.transpose(0, 1), writes, heads).transpose(0, 1))
-        return y
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         options: Any = {"initial_state": states.get("state"), "cu_seqlens": layout.cu_seqlens}

@@ -44,6 +44,33 @@ class MoMConfig(MixerConfig):
     gate_normalizer: float = opt(16.0, "the log decay is logsigmoid(.) over this; memory: gla", gt=0)
 
 
+class Router(Linear):
+    """Scores in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.host.shared(self.weight).float())
+
+
+class MemoryConv(conv.ShortConv):
+    """One filter for all memories, each of which is convolved over its own tokens."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None
+    ) -> Tensor:
+        """`x [B, T, heads, M, D]` regrouped -> the same shape; the state is of all memories' inputs."""
+        heads, memories, size = x.shape[2:]
+        weight = self.weight.unflatten(0, (heads, 1, size)).expand(-1, memories, -1, -1).flatten(0, 2)
+        y, state, last = x.flatten(2), None if cache is None else cache[self.name], None
+        if state is not None:  # the last inputs among a memory's own tokens, old and new
+            window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (heads, memories, -1))
+            index = grouping.counts[:, None, :, None, None] + torch.arange(self.size - 1, device=x.device)
+            last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
+        y, _ = conv.short_conv(y, weight, None, state=state, cu_seqlens=layout.cu_seqlens, output_state=False)
+        if state is not None and last is not None:
+            state.copy_(last)
+        return y.view(x.shape)
+
+
 class MixtureOfMemories(LinearMixer):
     """With memory: gated_deltanet, weights as in flash-linear-attention's `MomAttention` under the same names, but one
     `k_proj`, `v_proj`, `b_proj` and `a_proj` for its lists of them, the shared memory's `shared_k`, ... last: rows are
@@ -70,7 +97,7 @@ class MixtureOfMemories(LinearMixer):
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         own = 1 if config.single_kv_proj else self.memories  # projections
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
-        self.gate = Linear(host, dims.hidden_size, config.num_memories, split="shared", std=dims.init_std)
+        self.gate = Router(host, dims.hidden_size, config.num_memories, split="shared", std=dims.init_std)
         self.q_proj, self.k_proj, self.v_proj, self.g_proj = (
             column(n) for n in (keys, own * keys, own * values, values)
         )
@@ -86,7 +113,7 @@ class MixtureOfMemories(LinearMixer):
             self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
             self.dt_bias = per_head(init=inverse_softplus_step())
         for name, channels in {"q": keys, "k": keys, "v": values}.items():
-            part = conv.ShortConv(host, channels, config.conv_size, name=f"conv_{name}")
+            part = MemoryConv(host, channels, config.conv_size, name=f"conv_{name}")
             self.add_module(f"{name}_conv1d", part)
         self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
@@ -115,7 +142,7 @@ class MixtureOfMemories(LinearMixer):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [N, hidden]` -> every memory's weight `[N, M]`, 0 where not chosen, in fp32, and the chosen, bool."""
         config = self.config
-        scores = F.linear(x.float(), self.host.shared(self.gate.weight).float()).softmax(-1)
+        scores = self.gate(x).softmax(-1)
         top, index = scores.topk(config.top_k, dim=-1)
         weights = torch.zeros_like(scores).scatter(-1, index, top / top.sum(-1, keepdim=True))
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
@@ -150,23 +177,9 @@ class MixtureOfMemories(LinearMixer):
     def _convolved(self, name: str, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None) -> Tensor:
         """q, k or v of every memory, convolved over its own tokens: `[B, T, heads, M, D]`."""
         y = self.get_submodule(f"{name}_proj")(x)
-        module = self.get_submodule(f"{name}_conv1d")
-        assert isinstance(module, conv.ShortConv)
-        weight = module.weight.unflatten(0, (self.heads, 1, -1))
-        weight = weight.expand(-1, self.memories, -1, -1)
-        y = y.view(layout.batch, layout.length, self.heads, -1, weight.shape[2])
-        y = grouping.collect(y).flatten(2)
-        state, last = None if cache is None else cache[module.name], None
-        if state is not None:  # the last inputs among a memory's own tokens, old and new
-            window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (self.heads, self.memories, -1))
-            index = grouping.counts[:, None, :, None, None] + torch.arange(module.size - 1, device=x.device)
-            last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
-        y, _ = conv.short_conv(
-            y, weight.flatten(0, 2), None, activation="silu", state=state, cu_seqlens=layout.cu_seqlens
-        )
-        if state is not None and last is not None:
-            state.copy_(last)
-        return y.unflatten(2, (self.heads, self.memories, -1))
+        size = self.value_dim if name == "v" else self.key_dim
+        y = grouping.collect(y.view(layout.batch, layout.length, self.heads, -1, size))
+        return self.get_submodule(f"{name}_conv1d")(y, grouping, layout, cache)
 
     def _log_decay(self, x: Tensor, grouping: Grouping) -> Tensor:
         """GLA's gate of every memory, `[B, T, heads, M, K]` in fp32."""

@@ -118,11 +118,6 @@ class Chunks:
         Returns:
             The states before every chunk `[N, B*H, K, V]`, and the final states `[sequences, H, K, V]`.
         """
-        before, final = self.walk(advance, initial_state)
-        return torch.stack(before), final
-
-    def walk(self, advance: Callable[[int, Tensor], Tensor], initial_state: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`scan` for an `advance` that reads the states itself: those before every chunk are not copied together."""
         starts = initial_state.reshape(len(self.spans), -1, *initial_state.shape[2:]).unbind()
         before, final = [], []
         for state, (first, end) in zip(starts, self.spans, strict=True):
@@ -130,7 +125,7 @@ class Chunks:
                 before.append(state)
                 state = advance(n, state)
             final.append(state)
-        return before, torch.stack(final).reshape(initial_state.shape)
+        return torch.stack(before), torch.stack(final).reshape(initial_state.shape)
 
 
 def chunk_size(length: int) -> int:

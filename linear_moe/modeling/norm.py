@@ -44,12 +44,15 @@ class RMSNorm(nn.Module):
         axes = {0: "tensor"} if split == "column" else {}
         self.weight = host.parameter(dim, init=constant(1.0), axes=axes, decay=False, tokenwise=split is None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: norms.Activation | None = None) -> Tensor:
+        """Of `x [..., C]`, or in the same pass of `activation(x)`."""
         weight = self.host.shared(self.weight) if self.split == "shared" else self.weight
         if self.spans_ranks:
+            x = x if activation is None else norms.ACTIVATIONS[activation](x)
             squares = self.host.sum(x.float().square().sum(-1).reshape(-1, 1)).view(*x.shape[:-1], 1)
             return (x * torch.rsqrt(squares / self.group_size + self.eps)).to(x.dtype) * weight
-        return norms.norm(x, weight, eps=self.eps, size=self.group_size)
+        first: Any = {} if activation is None else {"activation": activation, "gate_first": True}
+        return norms.norm(x, weight, eps=self.eps, size=self.group_size, **first)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"

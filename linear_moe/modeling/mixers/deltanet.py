@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_norm, "sum": partial(F.normalize, p=1.0, dim=-1, eps=1e-6)}
-IN_CONV = {"silu": "silu", "identity": None}  # activations that a convolution has itself, and with them the L2 norm
+# activations that a convolution has itself, and with them the L2 norm
+IN_CONV: dict[str, Literal["silu"] | None] = {"silu": "silu", "identity": None}
 
 
 @dataclass

@@ -127,7 +127,6 @@ class GatedDeltaNet(LinearMixer):
     def activation_elements(self) -> float:
         qk, v = self.heads * self.key_dim, self.v_heads * self.value_dim
         repeated = self.v_heads * self.key_dim
-        # the convolutions' inputs; q, k before repetition, and as used; v, o, the gate, the gated norm; the inverse
+        # the convolutions' inputs; q, k as used; v, o, the gate, the gated norm; the inverse
         # within a chunk of 64; the projections to beta and g and, in fp32, these and the sums of g
-        once = 2 * qk if self.v_heads != self.heads else 0
-        return 2 * qk + v + once + 2 * repeated + 4 * v + (64 + 2 + 2 * 3) * self.v_heads
+        return 2 * qk + v + 2 * repeated + 4 * v + (64 + 2 + 2 * 3) * self.v_heads

@@ -142,10 +142,10 @@ class KimiDeltaAttention(LinearMixer):
 
     def activation_elements(self) -> float:
         qk, v, gates = self.heads * self.key_dim, self.v_heads * self.value_dim, self.v_heads * self.key_dim
-        # q, k, v before SiLU; q, k before what the convolutions do not do, and as used; v, o, the gate, the gated norm;
+        # q, k, v before SiLU; q, k before an L2 norm of their own, and as used; v, o, the gate, the gated norm;
         # the low ranks; the projections to the decay and beta and, in fp32, these and the decay's sums; scores within a
         # chunk of 64
-        between = 2 * qk if self.v_heads != self.heads or not self.config.conv_size else 0
-        qkv = (2 * qk + v) + between + 2 * gates
+        before = 0 if self.config.conv_size else 2 * qk
+        qkv = (2 * qk + v) + before + 2 * gates
         decay = gates + 2 * 2 * gates if self.config.lower_bound is None else 2 * 4 * gates
         return qkv + 4 * v + 2 * self.value_dim + decay + (64 + 1 + 2) * self.v_heads

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from linear_moe.modeling.ops.fused import fused, upcast
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linear_moe.modeling.ops.fused import fused, has_triton, upcast
 
 
 def repeat_heads(x: Tensor, weight: Tensor | None = None, *, heads: int | None = None) -> Tensor:
@@ -24,8 +28,10 @@ def repeat_heads(x: Tensor, weight: Tensor | None = None, *, heads: int | None =
     if weight is None:
         if heads is None or heads % x.shape[-2]:
             raise ValueError(f"heads must be a multiple of {x.shape[-2]}, got {heads}")
-        if not x.is_cuda:
-            return definition(x, None, heads=heads)  # autograd keeps nothing for it
+        if x.is_cuda and x.dtype != torch.float64 and has_triton():
+            with torch.cuda.device_of(x):
+                return _Repeat.apply(x, heads)
+        return definition(x, None, heads=heads)
     elif heads is not None or weight.shape[:-1] != x.shape[:-2] or weight.shape[-1] % x.shape[-2]:
         raise ValueError(
             f"weight must be {[*x.shape[:-2], 'a multiple of ' + str(x.shape[-2])]}, got {[*weight.shape]}, and "
@@ -40,3 +46,20 @@ def definition(x: Tensor, weight: Tensor | None, *, heads: int) -> Tensor:
     """See `repeat_heads`."""
     repeated = x.repeat_interleave(heads // x.shape[-2], dim=-2)
     return repeated if weight is None else (upcast(repeated) * weight.unsqueeze(-1)).to(x.dtype)
+
+
+class _Repeat(torch.autograd.Function):
+    """The kernels without a weight, for which nothing need be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+        from linear_moe.modeling.ops import repeat_heads_gpu  # imports triton
+
+        ctx.kernels, ctx.groups = repeat_heads_gpu, x.shape[-2]
+        return repeat_heads_gpu.forward(x, None, heads=heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        like = grad.new_empty(*grad.shape[:-2], ctx.groups, grad.shape[-1])
+        return ctx.kernels.backward(grad, like, None, heads=grad.shape[-2])[0], None

@@ -65,10 +65,11 @@ class ConvByWrite(conv.ShortConv):
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         weight = swap_rows(self.weight, self.heads, self.writes)
+        options: Any = {"cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
         if cache is None:
-            return conv.short_conv(x, weight, None, cu_seqlens=layout.cu_seqlens, output_state=False)[0]
+            return conv.short_conv(x, weight, None, output_state=False, **options)[0]
         state = swap_rows(cache[self.name].transpose(0, 1), self.heads, self.writes).transpose(0, 1)
-        y, last = conv.short_conv(x, weight, None, state=state, cu_seqlens=layout.cu_seqlens)
+        y, last = conv.short_conv(x, weight, None, state=state, **options)
         assert last is not None
         cache[self.name].copy_(swap_rows(last.transpose(0, 1), self.writes, self.heads).transpose(0, 1))
         return y
@@ -105,10 +106,11 @@ class GatedDeltaProduct(LinearMixer):
             self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
             self.dt_bias = per_head(init=inverse_softplus_step())
         if config.conv_size:
-            self.q_conv1d = conv.ShortConv(host, keys, config.conv_size, name="conv_q")
+            self.q_conv1d = conv.ShortConv(host, keys, config.conv_size, name="conv_q", norm_size=self.key_dim)
             for name, width, n in (("k", keys, heads), ("v", values, self.num_v_heads)):
                 part = partial(ConvByWrite, host, width * writes, config.conv_size, heads=n, writes=writes)
-                self.add_module(f"{name}_conv1d", part(name=f"conv_{name}"))
+                group = self.key_dim if name == "k" else None
+                self.add_module(f"{name}_conv1d", part(name=f"conv_{name}", norm_size=group))
         if config.use_output_gate:
             self.g_proj = column(values)
         norm = GatedRMSNorm if config.use_output_gate else RMSNorm
@@ -127,7 +129,7 @@ class GatedDeltaProduct(LinearMixer):
             y = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else F.silu(y)
             y = y.unflatten(-1, (writes, heads, -1))
             if name != "v":
-                y = l2_norm(y)
+                y = y if self.config.conv_size else l2_norm(y)
                 if self.v_heads != self.heads:
                     y = y.repeat_interleave(self.v_heads // self.heads, dim=3)
             inputs[name] = y.squeeze(2) if name == "q" else y
@@ -156,8 +158,10 @@ class GatedDeltaProduct(LinearMixer):
     def activation_elements(self) -> float:
         writes, v = self.config.num_householder, self.v_heads * self.value_dim
         qk, repeated = (1 + writes) * self.heads * self.key_dim, (1 + writes) * self.v_heads * self.key_dim
-        # before and after SiLU, q, k also L2-normalised; o, the gate, the norm; per write the inverse within a chunk
-        # of 64 and, in fp32, beta and the sums of g; the projections to beta and g
+        # before SiLU, q, k also before an L2 norm on its own and repeated for value heads, v after SiLU; o, the gate,
+        # the norm; per write the inverse within a chunk of 64 and, in fp32, beta and the sums of g; the projections to
+        # beta and g
+        alone = 0 if self.config.conv_size else qk
         chunk = (64 + 2 * 2 + 1) * writes + (1 + 2 if self.config.use_forget_gate else 0)
-        elements = (qk + writes * v) + qk + repeated + writes * v + chunk * self.v_heads
+        elements = (qk + writes * v) + alone + repeated + writes * v + chunk * self.v_heads
         return elements + (3 if self.config.use_output_gate else 2) * v

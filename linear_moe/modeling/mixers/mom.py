@@ -17,7 +17,7 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled, unused
-from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
@@ -65,7 +65,8 @@ class MemoryConv(conv.ShortConv):
             window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (heads, memories, -1))
             index = grouping.counts[:, None, :, None, None] + torch.arange(self.size - 1, device=x.device)
             last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
-        y, _ = conv.short_conv(y, weight, None, state=state, cu_seqlens=layout.cu_seqlens, output_state=False)
+        options: Any = {"cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
+        y, _ = conv.short_conv(y, weight, None, state=state, output_state=False, **options)
         if state is not None and last is not None:
             state.copy_(last)
         return y.view(x.shape)
@@ -113,7 +114,8 @@ class MixtureOfMemories(LinearMixer):
             self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
             self.dt_bias = per_head(init=inverse_softplus_step())
         for name, channels in {"q": keys, "k": keys, "v": values}.items():
-            part = MemoryConv(host, channels, config.conv_size, name=f"conv_{name}")
+            norm = self.key_dim if name != "v" and config.memory == "gated_deltanet" else None
+            part = MemoryConv(host, channels, config.conv_size, name=f"conv_{name}", norm_size=norm)
             self.add_module(f"{name}_conv1d", part)
         self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
@@ -164,7 +166,6 @@ class MixtureOfMemories(LinearMixer):
             k = k.masked_fill(other, 0.0)  # convolutions reach behind a memory's last token
             inputs["g"] = self._log_decay(x, grouping).masked_fill(other, 0.0)
         else:
-            q, k = l2_norm(q), l2_norm(k)
             per_head = (layout.batch, layout.length, self.heads, -1, 1)
             a, b = self.a_proj(x), self.b_proj(x)
             bias = self.dt_bias.repeat_interleave(a.shape[-1] // self.heads)
@@ -226,5 +227,5 @@ class MixtureOfMemories(LinearMixer):
         if self.config.memory == "gla":
             # the gate's projection and, in fp32, the gate and its sums; scores within a chunk of 64
             return shared + 5 * keys + self.memories * self.config.gate_rank + 64 * heads
-        # q, k before the L2 norm; the inverse within a chunk of 64 and, in fp32, beta, g and its sums
-        return shared + 2 * keys + (64 + 2 * 3) * heads
+        # the inverse within a chunk of 64 and, in fp32, beta, g and its sums
+        return shared + (64 + 2 * 3) * heads

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops import feature_maps
+from linear_moe.modeling.ops import feature_maps, normalizer
+from linear_moe.modeling.ops.decay import decay
 from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops import quadratic_map_gpu  # noqa: E402  it imports triton
+from linear_moe.modeling.ops import normalizer_gpu, quadratic_map_gpu  # noqa: E402  they import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -75,3 +76,54 @@ def test_every_pair_of_channels_is_found(size: int) -> None:
     expected = feature_maps.quadratic_definition(x, None, None, eps=None, series=False, width=size * (size + 1) // 2)
     actual = quadratic_map_gpu.forward(x, None, None, eps=None, series=False, width=expected.shape[-1])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+# rows, tokens, heads, features, lengths of packed documents. The interpreter cannot multiply matrices in bf16.
+TOTALS = [
+    (2, 100, 2, 24, None),
+    (1, 1, 1, 64, None),
+    (2, 128, 1, 70, None),
+    (1, 330, 2, 16, [0, 1, 62, 0, 1, 64, 65, 0, 137, 0]),
+    (1, 200, 1, 8, [200]),
+    (1, 9000, 1, 3, [100, 8500, 400]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16])
+@pytest.mark.parametrize(("batch", "length", "heads", "size", "documents"), TOTALS)
+def test_totals(
+    batch: int, length: int, heads: int, size: int, documents: list[int] | None, dtype: torch.dtype
+) -> None:
+    """Against the op for values of 1, in fp32: with gradients that come from elsewhere, and of every result."""
+    q, k = (draw(batch, length, heads, size, dtype=dtype, seed=i).exp().requires_grad_() for i in range(2))
+    offsets = None if documents is None else torch.tensor([0, *documents], device=DEVICE).cumsum(0)
+    wide = [t.detach().float().requires_grad_() for t in (q, k)]
+    ones = torch.ones(batch, length, heads, 1, device=DEVICE)
+    expected, sums = decay(*wide, ones, scale=0.3, cu_seqlens=offsets, backend="chunk")
+    *same, total, final = normalizer_gpu.totals(q, k, 0.3, offsets)
+    assert all(torch.equal(a, b) for a, b in zip(same, (q, k), strict=True))
+    assert_close(total, expected, FP32, "total")
+    assert_close(final, sums, FP32, "sums")
+    weights = [draw(*t.shape, seed=5 + i) for i, t in enumerate((q, k, total, final))]
+    for used in ((2,), (0, 1, 2, 3), (3,)):
+        outputs, truth = (*same, total, final), (*wide, expected, sums)
+        losses = [sum((t[i] * weights[i].to(t[i].dtype)).sum() for i in used) for t in (outputs, truth)]
+        found = torch.autograd.grad(losses[0], (q, k), retain_graph=True, materialize_grads=True)
+        wanted = torch.autograd.grad(losses[1], wide, retain_graph=True, materialize_grads=True)
+        for name, a, e in zip("qk", found, wanted, strict=True):
+            # queries times gradients are rounded before they are summed
+            assert_close(a, e, FP32 if dtype == torch.float32 else 2 * BF16_ROUNDING, f"gradient of {name}, {used}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 20, 128])
+def test_divide(size: int, dtype: torch.dtype) -> None:
+    o, total = draw(2, 150, 3, size, dtype=dtype), draw(2, 150, 3, 1, seed=1).exp()
+    leaves = [t.float().requires_grad_() for t in (o, total)]
+    expected = normalizer.divide(*leaves, eps=0.1)
+    grad = draw(*o.shape, dtype=dtype, seed=2)
+    do, dtotal = torch.autograd.grad(expected, leaves, grad.float())
+    close(normalizer_gpu.forward(o, total, eps=0.1), expected, dtype, "quotient")
+    found = normalizer_gpu.backward(grad, o, total, eps=0.1)
+    close(found[0], do, dtype, "gradient of o")
+    close(found[1], dtotal, torch.float32, "gradient of total")

@@ -13,7 +13,7 @@ def linear_scan(
     """See `linear_moe.modeling.ops.scan.linear_scan`; our own Triton kernels, arithmetic in fp32.
 
     Not flash-linear-attention's: 0.6.0's `chunk_hgrn` reads in every block what other threads wrote in the one before
-    without a barrier between, and is wrong (by 9 % over 1500 tokens on an H200).
+    without a barrier between, and on Hopper its outputs are wrong, by 9 % over 1500 tokens.
     """
     from linear_moe.modeling.ops.scan.linear_kernels import linear_scan as kernels
 

@@ -72,7 +72,7 @@ def test_linear_scan_without_one_of_its_gradients() -> None:
     for i in range(2):
         gradients = []
         for backend, device in (("gpu", "cuda"), ("reference", "cpu")):
-            leaves = {name: x.to(device).requires_grad_() for name, x in inputs.items()}
+            leaves = {name: x.clone().to(device).requires_grad_() for name, x in inputs.items()}
             gradients.append(
                 torch.autograd.grad(linear_scan(**leaves, backend=backend)[i].sum(), list(leaves.values()))
             )

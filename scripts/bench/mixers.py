@@ -78,7 +78,7 @@ def build(name: str, at: Setting) -> Mixer:
     cls, config = mixer_class(name), mixer_config(name)
     cls.validate(config, dims, 1, "model.mixer")
     if cls.crosses_layers(config):
-        dims = Dims(**{**vars(dims), "layer": 0})  # a later layer's graph would hold the first one's
+        dims = Dims(**{**vars(dims), "layer": 0})  # a later one would take what the run before left
     mixer = cls(config, dims, host)
     initialize(mixer, host, seed=0)
     return mixer

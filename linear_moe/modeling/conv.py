@@ -21,6 +21,7 @@ class ShortConv(nn.Module):
 
     Args:
         name: key of the state in the layer's cache.
+        norm_size: if given, `l2_norm` of each group of as many neighbouring channels comes after.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class ShortConv(nn.Module):
         name: str,
         bias: bool = False,
         activation: Literal["silu"] | None = "silu",
+        norm_size: int | None = None,
     ):
         super().__init__()
+        self.norm_size = norm_size
         self.channels, self.size, self.name, self.activation = host.split(channels), size, name, activation
         # nn.Conv1d's own initial weights: fan-in of a depthwise filter is its size
         self.weight = host.parameter(channels, size, init=uniform(size**-0.5), axes={0: "tensor"})
@@ -53,6 +56,7 @@ class ShortConv(nn.Module):
             state=state,
             cu_seqlens=layout.cu_seqlens,
             output_state=state is not None,
+            norm_size=self.norm_size,
         )
         if state is not None and final is not None and final is not state:
             state.copy_(final)

@@ -15,7 +15,7 @@ BOUNDS = ("learned", "fixed", "none")
 
 
 class LowerBound(nn.Module):
-    """`log f`, f = b + (1 - b) sigmoid(x), per feature, inside a tensor-parallel region (arXiv 2311.04823, 3.2).
+    """`log f` and `1 - f`, f = b + (1 - b) sigmoid(x), by feature, in a tensor-parallel region (arXiv 2311.04823, 3.2).
 
     The bound b of layer l of L is l / L at first, 0 in the first layer. Published, all layers' bounds are one softmax
     over layers, summed up, which starts at these values; here each layer learns its own (`sigmoid(logit)`), so that a
@@ -43,10 +43,7 @@ class LowerBound(nn.Module):
             return self.logit
         return x.new_full((x.shape[-1],), self.initial_logit, dtype=torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [..., features / tensor]` -> log f of the same shape in fp32, between -80 and 0."""
-        return bounded_gate(x, self.bound(x))
-
-    def complement(self, x: Tensor) -> Tensor:
-        """`1 - f` in x's dtype."""
-        return bounded_gate(x, self.bound(x), complement=True)
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`x, y [..., features / tensor]` -> of the same shape, log f in fp32, between -80 and 0, and in x's dtype
+        (1 - f) silu(y), 1 - f without y."""
+        return bounded_gate(x, y, self.bound(x))

@@ -44,14 +44,15 @@ class RMSNorm(nn.Module):
         axes = {0: "tensor"} if split == "column" else {}
         self.weight = host.parameter(dim, init=constant(1.0), axes=axes, decay=False, tokenwise=split is None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: norms.Activation | None = None) -> Tensor:
+        """Of `x [..., C]`, or in the same pass of `activation(x)`."""
         weight = self.host.shared(self.weight) if self.split == "shared" else self.weight
         if self.spans_ranks:
+            x = x if activation is None else norms.ACTIVATIONS[activation](x)
             squares = self.host.sum(x.float().square().sum(-1).reshape(-1, 1)).view(*x.shape[:-1], 1)
             return (x * torch.rsqrt(squares / self.group_size + self.eps)).to(x.dtype) * weight
-        if self.group_size == x.shape[-1]:
-            return F.rms_norm(x, (self.group_size,), weight, self.eps)
-        return norms.norm(x, weight, eps=self.eps, size=self.group_size)
+        first: Any = {} if activation is None else {"activation": activation, "gate_first": True}
+        return norms.norm(x, weight, eps=self.eps, size=self.group_size, **first)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, eps={self.eps}, split={self.split}"
@@ -143,8 +144,6 @@ class LayerNorm(nn.Module):
             y = (centred * torch.rsqrt(self._mean(centred.square()) + self.eps)).to(x.dtype) * weight
             y = y if bias is None else y + bias
             return y if gate is None else y * F.silu(gate)
-        if self.group_size == x.shape[-1] and gate is None:
-            return F.layer_norm(x, (self.group_size,), weight, bias, self.eps)
         return norms.norm(x, weight, bias, gate, eps=self.eps, kind="layer", size=self.group_size)
 
     def _mean(self, x: Tensor) -> Tensor:

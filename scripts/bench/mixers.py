@@ -72,13 +72,13 @@ def setting(device: str, tiny: bool, shapes: str | None, repeats: int) -> Settin
 
 
 def build(name: str, at: Setting) -> Mixer:
-    """With its default config, in bf16, in the second of 24 layers (the first may differ, as RWKV-7's)."""
+    """With its default config, in bf16, in the second of 24 layers, but rwkv7 in the first, without value residual."""
     host = Host(dtype=torch.bfloat16, device=at.device)
     dims = Dims(at.hidden, at.heads, 24, 1, norm_eps=1e-5, init_std=0.02, output_init_std=0.02 / 48**0.5)
     cls, config = mixer_class(name), mixer_config(name)
     cls.validate(config, dims, 1, "model.mixer")
     if cls.crosses_layers(config):
-        dims = Dims(**{**vars(dims), "layer": 0})  # a later layer needs what the first one leaves
+        dims = Dims(**{**vars(dims), "layer": 0})  # a later one would take what the run before left
     mixer = cls(config, dims, host)
     initialize(mixer, host, seed=0)
     return mixer

@@ -12,6 +12,14 @@ import torch.distributed as dist
 from linear_moe.training import platform
 
 
+def destroy_groups() -> None:
+    """All but the default one: Megatron-Core only forgets them, and the threads of each slow the next cases down."""
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def main(folder: Path) -> None:
     platform.install()
     from megatron.core import parallel_state
@@ -23,6 +31,7 @@ def main(folder: Path) -> None:
         result = getattr(cases if hasattr(cases, function) else checkpoint_cases, function)(**arguments)
         torch.save(result, folder / f"{name}.{dist.get_rank()}.pt")
         parallel_state.destroy_model_parallel()
+        destroy_groups()
     dist.barrier()  # a rank that ends early would break the connections of the others
     dist.destroy_process_group()
 

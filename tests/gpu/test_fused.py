@@ -46,17 +46,19 @@ pytestmark = [
 
 
 def compare(
-    kernels: ModuleType, definition: Callable[..., Tensor], inputs: list[Tensor | None], options: dict[str, Any]
+    kernels: ModuleType, definition: Callable[..., Any], inputs: list[Tensor | None], options: dict[str, Any]
 ) -> None:
     """Outputs and gradients, those in bf16 but for a few roundings the same."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
     expected = definition(*leaves, **options)
+    several = isinstance(expected, tuple)
+    outputs = expected if several else (expected,)
     generator = torch.Generator(DEVICE).manual_seed(1)
-    grad = torch.randn(expected.shape, generator=generator, device=DEVICE).to(expected.dtype)
-    gradients = iter(torch.autograd.grad(expected, [x for x in leaves if x is not None], grad))
+    grads = tuple(torch.randn(y.shape, generator=generator, device=DEVICE).to(y.dtype) for y in outputs)
+    gradients = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], grads))
     actual = kernels.forward(*inputs, **options)
-    found = [actual, *kernels.backward(grad, *inputs, **options)]
-    wanted = [expected, *(None if x is None else next(gradients) for x in leaves)]
+    found = [*(actual if several else (actual,)), *kernels.backward(grads if several else grads[0], *inputs, **options)]
+    wanted = [*outputs, *(None if x is None else next(gradients) for x in leaves)]
     for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
         assert (a is None) == (e is None), i
         if a is not None and e is not None:
@@ -70,7 +72,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, step: i
     return torch.randn(shape[0] * step, *shape[1:], generator=generator, device=DEVICE).to(dtype)[::step]
 
 
-# kind, tokens, features, size of a group, weight, bias, gate's activation, gate first, heads of the skip connection
+# kind, tokens, features, size of a group, weight, bias, gate's activation, gate first (or the activation of x without a
+# gate), heads of the skip connection
 NORMS = [
     ("rms", 37, 96, 96, None, False, None, False, None),
     ("rms", 37, 4 * 24, 24, "shared", False, "silu", False, None),
@@ -79,6 +82,9 @@ NORMS = [
     ("rms", 129, 3 * 64, 64, "shared", False, "identity", True, 6),
     ("rms", 1, 2100, 2100, None, False, "silu", True, None),
     ("rms", 2, 3, 3, "full", False, None, False, 1),
+    ("rms", 37, 2 * 24, 24, "shared", False, None, "sigmoid", None),
+    ("layer", 5, 520, 520, "full", True, None, "silu", None),
+    ("rms", 300, 4 * 128, 128, "shared", False, None, False, None),
     ("layer", 37, 4 * 24, 24, "full", True, "silu", False, None),
     ("layer", 37, 520, 520, "full", True, "sigmoid", True, None),
     ("layer", 129, 3 * 64, 64, "shared", True, None, False, 6),
@@ -98,7 +104,7 @@ def test_norm(
     weight: str | None,
     bias: bool,
     activation: norms.Activation | None,
-    gate_first: bool,
+    gate_first: bool | norms.Activation,
     heads: int | None,
     dtype: torch.dtype,
 ) -> None:
@@ -111,7 +117,8 @@ def test_norm(
         None if heads is None else draw(tokens, width, dtype=dtype, seed=4),
         None if heads is None else draw(heads, seed=5),
     ]
-    options = {"eps": 1e-2, "kind": kind, "size": size, "activation": activation or "silu", "gate_first": gate_first}
+    activation = gate_first if isinstance(gate_first, str) else activation or "silu"
+    options = {"eps": 1e-2, "kind": kind, "size": size, "activation": activation, "gate_first": bool(gate_first)}
     compare(norms_gpu, norms.definition, inputs, options | {"scale": 0.3})
 
 
@@ -142,6 +149,20 @@ def test_gate(
     compare(gates_gpu, gates.definition, inputs, {"function": function, "scale": scale, "floor": floor})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_and_complement(dtype: torch.dtype) -> None:
+    x = 30 * draw(37, 130, dtype=dtype, step=2)
+    options: dict[str, Any] = {"function": "logsigmoid", "scale": 1 / 8, "floor": -3.0, "complement": True}
+    leaf = x.detach().requires_grad_()
+    expected = gates.definition(leaf, None, None, **options)
+    grads = (draw(37, 130, seed=2), draw(37, 130, dtype=dtype, seed=3))
+    wanted = [*expected, *torch.autograd.grad(expected, leaf, grads)]
+    found = [*gates_gpu.forward(x, None, None, **options), gates_gpu.backward(grads, x, None, None, **options)[0]]
+    for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
+        assert a.dtype == e.dtype, i
+        assert_close(a, e, FP32 if e.dtype == torch.float32 else HALF, f"{i}")
+
+
 def test_gate_far_from_zero() -> None:
     x = torch.tensor([[-1e30, -200.0, -30.0, -1e-8, 0.0, 30.0, 200.0, 1e30]], device=DEVICE)
     for function in ("logsigmoid", "softplus", "sigmoid"):
@@ -152,72 +173,88 @@ def test_gate_far_from_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("with_input", [False, True])
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(300, 512), (37, 130), (1, 1)])
-def test_bounded_gate(rows: int, width: int, bounded: bool, complement: bool, dtype: torch.dtype) -> None:
-    inputs = [draw(rows, width, dtype=dtype, step=3), draw(width, seed=2) if bounded else None]
-    compare(bounded_gate_gpu, bounded_gate.definition, inputs, {"complement": complement})
+def test_bounded_gate(rows: int, width: int, bounded: bool, with_input: bool, dtype: torch.dtype) -> None:
+    x, y = draw(rows, width, dtype=dtype, step=3), draw(rows, width, dtype=dtype, seed=1, step=2)
+    inputs = [x, y if with_input else None, draw(width, seed=2) if bounded else None]
+    compare(bounded_gate_gpu, bounded_gate.definition, inputs, {})
 
 
 def test_bounded_gate_far_from_zero() -> None:
     x = torch.tensor([[-1e30, -200.0, -20.0, -1e-8, 0.0, 15.0, 20.0, 200.0, 1e30]], device=DEVICE)
     for bound in (None, -200.0, -20.0, 0.0, 20.0, 200.0):
-        logit = None if bound is None else torch.full_like(x[0], bound)
-        for complement in (False, True):
-            leaves = [t if t is None else t.double().requires_grad_() for t in (x, logit)]
-            expected = bounded_gate.definition(*leaves, complement=complement)
-            gradients = torch.autograd.grad(expected.sum(), [t for t in leaves if t is not None])
-            actual = bounded_gate_gpu.forward(x, logit, complement=complement)
-            found = bounded_gate_gpu.backward(torch.ones_like(actual), x, logit, complement=complement)
-            for a, e in zip((actual, *found), (expected, *gradients), strict=False):
-                assert a is not None
+        for y in (None, x, x.flip(-1)):
+            inputs = [x, y, None if bound is None else torch.full_like(x[0], bound)]
+            leaves = [t if t is None else t.double().requires_grad_() for t in inputs]
+            expected, actual = bounded_gate.definition(*leaves), bounded_gate_gpu.forward(*inputs)
+            pairs = list(zip(actual, expected, strict=True))
+            for grads in ((1.0, 0.0), (0.0, 1.0)):
+                given = tuple(torch.full_like(t, grad) for t, grad in zip(actual, grads, strict=True))
+                gradients = torch.autograd.grad(
+                    expected, [t for t in leaves if t is not None], [t.double() for t in given], True
+                )
+                found = bounded_gate_gpu.backward(given, *inputs)
+                pairs += zip([t for t in found if t is not None], gradients, strict=True)
+            for a, e in pairs:
                 for one, truth in zip(a.flatten(), e.flatten(), strict=True):  # beside a gradient of 1, a wrong
-                    assert_close(one, truth, FP32, f"{bound} {complement}")  # small one would not show
+                    assert_close(one, truth, FP32, f"{bound}")  # small one would not show
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "heads", "size"), [(1, 6, 128), (2, 2, 20), (3, 9, 64), (1, 70, 128)])
 def test_repeat_heads(groups: int, heads: int, size: int, dtype: torch.dtype) -> None:
-    inputs: list[Tensor | None] = [draw(19, groups, size, dtype=dtype, step=2), draw(19, heads, seed=2)]
+    x = draw(19, groups, size, dtype=dtype, step=2)
 
-    def rounded_once(x: Tensor, weight: Tensor) -> Tensor:  # in bf16, PyTorch rounds the sum over heads on the way
-        return repeat_heads.definition(x.float(), weight).to(x.dtype)
+    def rounded_once(x: Tensor, weight: Tensor | None, heads: int) -> Tensor:  # in bf16, PyTorch rounds the sum over
+        return repeat_heads.definition(x.float(), weight, heads=heads).to(x.dtype)  # heads on the way
 
-    compare(repeat_heads_gpu, rounded_once, inputs, {})
+    for weight in (draw(19, heads, seed=2), None):
+        compare(repeat_heads_gpu, rounded_once, [x, weight], {"heads": heads})
 
 
 def test_layouts_that_autograd_makes() -> None:
     """Gradients of sums have no strides, inputs may be transposed."""
     x, weight, column = draw(6, 2, 20), draw(8, 6, seed=2).T, draw(20, 6, seed=3).T
     calls: list[tuple[ModuleType, list[Tensor | None], dict[str, Any]]] = [
-        (repeat_heads_gpu, [x, weight], {}),
+        (repeat_heads_gpu, [x, weight], {"heads": 6}),
         (gates_gpu, [column, None, None], {"function": "softplus", "scale": 1.0, "floor": None}),
-        (bounded_gate_gpu, [column, None], {"complement": False}),
+        (bounded_gate_gpu, [column, column, None], {}),
         (feature_maps_gpu, [column], {}),
     ]
     for kernels, inputs, options in calls:
         dense = [t if t is None else t.contiguous() for t in inputs]
-        y = kernels.forward(*inputs, **options)
-        assert_close(y, kernels.forward(*dense, **options), FP32)
-        gradients = kernels.backward(torch.ones((), device=DEVICE).expand_as(y), *inputs, **options)
-        for actual, expected in zip(gradients, kernels.backward(torch.ones_like(y), *dense, **options), strict=True):
+        y, wanted = kernels.forward(*inputs, **options), kernels.forward(*dense, **options)
+        ones = torch.ones((), device=DEVICE)
+        several = isinstance(y, tuple)
+        grad = tuple(ones.expand_as(t) for t in y) if several else ones.expand_as(y)
+        dense_grad = tuple(torch.ones_like(t) for t in y) if several else torch.ones_like(y)
+        pairs = list(zip(y, wanted, strict=True)) if several else [(y, wanted)]
+        gradients = kernels.backward(grad, *inputs, **options)
+        pairs += zip(gradients, kernels.backward(dense_grad, *dense, **options), strict=True)
+        for actual, expected in pairs:
             if expected is not None:
                 assert_close(actual, expected, FP32, kernels.__name__)
 
 
-# rows, tokens, channels, taps, bias, activation, lengths of packed documents
+# rows, tokens, channels, taps, bias, activation, lengths of packed documents, size of the groups normalised
 CONVS = [
-    (2, 37, 200, 4, False, "silu", None),
-    (3, 5, 20, 3, True, None, None),
-    (1, 70, 128, 4, True, "silu", [0, 1, 2, 0, 40, 27, 0]),
-    (1, 1, 33, 2, False, "silu", None),
-    (2, 300, 256, 4, True, "silu", None),
+    (2, 37, 200, 4, False, "silu", None, None),
+    (3, 5, 20, 3, True, None, None, None),
+    (1, 70, 128, 4, True, "silu", [0, 1, 2, 0, 40, 27, 0], None),
+    (1, 1, 33, 2, False, "silu", None, None),
+    (2, 300, 256, 4, True, "silu", None, None),
+    (2, 37, 3 * 96, 4, False, "silu", None, 96),
+    (3, 5, 20, 3, True, None, None, 10),
+    (1, 70, 256, 4, True, "silu", [0, 1, 2, 0, 40, 27, 0], 128),
+    (1, 1, 33, 2, False, "silu", None, 1),
+    (2, 300, 128, 4, False, "silu", None, 16),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "length", "channels", "taps", "bias", "activation", "documents"), CONVS)
+@pytest.mark.parametrize(("batch", "length", "channels", "taps", "bias", "activation", "documents", "norm"), CONVS)
 def test_short_conv(
     batch: int,
     length: int,
@@ -226,6 +263,7 @@ def test_short_conv(
     bias: bool,
     activation: str | None,
     documents: list[int] | None,
+    norm: int | None,
     dtype: torch.dtype,
 ) -> None:
     """Against the PyTorch version, which a state of zeros and the CPU select."""
@@ -235,12 +273,16 @@ def test_short_conv(
     first = None if offsets is None else first_tokens(offsets, length)
     leaves = [x.detach().cpu().requires_grad_() for x in inputs]
     packed = None if offsets is None else offsets.cpu()
-    expected, state = short_conv.short_conv(*leaves, activation=activation, cu_seqlens=packed)
+    # what precedes the norm would be rounded, where the kernel does not
+    wide = [x.float() if norm else x for x in leaves]
+    expected, state = short_conv.short_conv(*wide, activation=activation, cu_seqlens=packed, norm_size=norm)
+    expected = expected.to(dtype)
     grad = draw(*expected.shape, dtype=dtype, seed=4)
     gradients = torch.autograd.grad(expected, leaves, grad.cpu())
     padded: list[Tensor | None] = [*inputs, *([] if bias else [None]), first]
-    actual = [short_conv_gpu.forward(*padded, activation=activation)]  # type: ignore[arg-type]
-    actual += [x for x in short_conv_gpu.backward(grad, *padded, activation=activation) if x is not None]  # type: ignore
+    options: dict[str, Any] = {"activation": activation, "norm_size": norm}
+    actual = [short_conv_gpu.forward(*padded, **options)]  # type: ignore[arg-type]
+    actual += [x for x in short_conv_gpu.backward(grad, *padded, **options) if x is not None]  # type: ignore[arg-type]
     for i, (a, e) in enumerate(zip(actual, [expected, *gradients], strict=True)):
         assert a.dtype == e.dtype
         assert_close(a, e, FP32 if dtype == torch.float32 else HALF, f"{i}")

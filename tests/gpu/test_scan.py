@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import has_fla
+from linear_moe.modeling.ops.scan import linear_scan
 from tests.tolerances import BF16, FP32, assert_close
 from tests.unit.ops.cases import run
 from tests.unit.ops.scans import SCANS, make_inputs
@@ -50,10 +51,38 @@ def test_selective_scan_of_odd_sizes(dim: int, size: int) -> None:
         compare("selective", make_inputs("selective", 2, length, dim, size), 10 * FP32)
 
 
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("dim", [1, 20, 130])
+def test_linear_scan_of_odd_sizes(dim: int, initial: bool) -> None:
+    cases: list[tuple[int, list[int] | None]] = [(1, None), (63, None), (65, None), (150, [0, 1, 2, 2, 64, 130, 150])]
+    for length, offsets in (*cases, (700, [0, 0, 3, 300, 700, 700])):
+        documents = 2 if offsets is None else len(offsets) - 1
+        inputs = make_inputs("linear", 2 if offsets is None else 1, length, dim, 1, sequences=documents)
+        if not initial:
+            del inputs["initial_state"]
+        options = {} if offsets is None else {"cu_seqlens": torch.tensor(offsets, device="cuda")}
+        compare("linear", inputs, 10 * FP32, **options)
+        compare("linear", {name: x.bfloat16() if name in HALF else x for name, x in inputs.items()}, BF16, **options)
+
+
+def test_linear_scan_without_one_of_its_gradients() -> None:
+    """Autograd then has none for it; gradients of sums have no strides, inputs may be transposed."""
+    inputs = make_inputs("linear", 2, 100, 40, 1)
+    inputs["g"] = inputs["g"].mT.contiguous().mT
+    for i in range(2):
+        gradients = []
+        for backend, device in (("gpu", "cuda"), ("reference", "cpu")):
+            leaves = {name: x.clone().to(device).requires_grad_() for name, x in inputs.items()}
+            gradients.append(
+                torch.autograd.grad(linear_scan(**leaves, backend=backend)[i].sum(), list(leaves.values()))
+            )
+        for actual, expected in zip(*gradients, strict=True):
+            assert_close(actual, expected, 10 * FP32)
+
+
 @pytest.mark.parametrize("scan", ["linear", "selective"])
 def test_many_blocks(scan: str) -> None:
-    """flash-linear-attention's scan of blocks of 128 tokens reads in every block what other threads wrote just before;
-    from the third block on nothing but the order of its warps makes that right."""
+    """Blocks of tokens take the states between them from each other: a race there would show in some runs only."""
     for seed in range(3):
         inputs = make_inputs(scan, 2, 1500, 130, 4, seed=seed)
         if scan == "linear":

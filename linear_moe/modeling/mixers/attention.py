@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,12 +84,12 @@ class Attention(Mixer):
             )
         head_dim = config.head_dim or dims.hidden_size // heads
         rotary = head_dim * config.rotary_fraction
-        if config.rope and (round(rotary) != rotary or rotary % 2):
+        if config.rope and (not math.isclose(rotary, round(rotary), rel_tol=1e-9) or round(rotary) % 2):
             raise ConfigError(
                 f"{path}.rotary_fraction",
                 config.rotary_fraction,
                 f"times the head size {head_dim} must be an even whole number",
-                fix=f"nearest valid: {max(2, 2 * round(rotary / 2)) / head_dim:g}"
+                fix=f"nearest valid: {max(2, 2 * round(rotary / 2)) / head_dim:.12g}"
                 if head_dim > 1
                 else "set rope: false",
             )

@@ -61,12 +61,14 @@ class Based(LinearMixer):
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)
-        q, k = taylor(self.q_proj(x).view(rows)), taylor(self.k_proj(x).view(rows))
+        pad = layout.length > 1  # steps of decoding have no kernels
+        q, k = taylor(self.q_proj(x).view(rows), pad=pad), taylor(self.k_proj(x).view(rows), pad=pad)
         return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         # Every 1 + s + s^2 / 2 is at least 1/2, so nothing need be added to their sum.
-        return normalized(decay, **inputs, scale=1.0, eps=0.0, states=states, cu_seqlens=layout.cu_seqlens)
+        options: dict[str, Any] = {"scale": 1.0, "eps": 0.0, "features": self.features}
+        return normalized(decay, **inputs, **options, states=states, cu_seqlens=layout.cu_seqlens)
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(o.flatten(2).flatten(0, 1))
@@ -79,5 +81,5 @@ class Based(LinearMixer):
         return 4.0 * (self.config.num_heads or self.dims.num_heads) * self.features * (self.value_dim + 1)
 
     def activation_elements(self) -> float:
-        # queries and keys scaled, their features; v, o before and after division
+        # queries and keys, their features; v, o before and after division
         return self.heads * (2 * self.config.feature_dim + 2 * self.features + 3 * self.value_dim)

@@ -28,7 +28,7 @@ def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) ->
             path,
             factor,
             f"{what} {size} times it must be {constraint}",
-            fix="nearest: " + " or ".join(f"{n * multiple / size:g}" for n in sorted(near)),
+            fix="nearest: " + " or ".join(f"{n * multiple / size:.12g}" for n in sorted(near)),
         )
     return whole * multiple
 

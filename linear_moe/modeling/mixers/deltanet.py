@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_norm, "sum": partial(F.normalize, p=1.0, dim=-1, eps=1e-6)}
+# activations that a convolution has itself, and with them the L2 norm
+IN_CONV: dict[str, Literal["silu"] | None] = {"silu": "silu", "identity": None}
 
 
 @dataclass
@@ -71,9 +73,17 @@ class DeltaNet(LinearMixer):
         if config.use_gate:
             self.g_proj = column(values)
         for name, channels in {"q": keys, "k": keys, "v": values}.items() if config.conv_size else ():
-            conv = partial(ShortConv, host, channels, config.conv_size, name=f"conv_{name}")
-            plain = name != "v" and config.qk_activation != "silu"
-            self.add_module(f"{name}_conv1d", conv(activation=None) if plain else conv())
+            activation = "silu" if name == "v" else config.qk_activation
+            normed = name != "v" and self._normed_in_conv()
+            conv = ShortConv(
+                host,
+                channels,
+                config.conv_size,
+                name=f"conv_{name}",
+                activation=IN_CONV.get(activation),
+                norm_size=self.key_dim if normed else None,
+            )
+            self.add_module(f"{name}_conv1d", conv)
         self.o_norm = (GatedRMSNorm if config.use_gate else RMSNorm)(
             host, self.value_dim, dims.norm_eps, split="shared"
         )
@@ -96,12 +106,12 @@ class DeltaNet(LinearMixer):
         for name in "qkv":
             y = self.get_submodule(f"{name}_proj")(x).view(rows)
             activation = "silu" if name == "v" else self.config.qk_activation
-            if self.config.conv_size:
-                y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
-            if not self.config.conv_size or activation != "silu":
+            conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
+            y = y if conv is None else conv(y, layout, cache)
+            if conv is None or activation not in IN_CONV:
                 y = ACTIVATIONS[activation](y)
             y = y.unflatten(-1, (self.heads, -1))
-            inputs[name] = y if name == "v" else NORMS[self.config.qk_norm](y)
+            inputs[name] = y if name == "v" or self._normed_in_conv() else NORMS[self.config.qk_norm](y)
         most = 2.0 if self.config.allow_neg_eigval else 1.0
         if self.config.use_beta:
             inputs["beta"] = gate(self.b_proj(x), "sigmoid", scale=most).view(rows)
@@ -125,7 +135,13 @@ class DeltaNet(LinearMixer):
 
     def activation_elements(self) -> float:
         k, v = self.heads * self.key_dim, self.heads * self.value_dim
-        # what precedes the activation; q, k before and after their norm; v, o, norm; beta's logit and, in fp32, beta,
-        # its sums; scores within a chunk of 64; gate
+        # what precedes the activation; q, k before a norm of their own, and as used; v, o, norm; beta's logit and, in
+        # fp32, beta, its sums; scores within a chunk of 64; gate
         gate = v if self.config.use_gate else 0
-        return (2 * k + v) + 4 * k + 3 * v + (1 + 2 * 2 + 64) * self.heads + gate
+        before = 0 if self._normed_in_conv() else 2 * k
+        return (2 * k + v) + before + 2 * k + 3 * v + (1 + 2 * 2 + 64) * self.heads + gate
+
+    def _normed_in_conv(self) -> bool:
+        """The convolutions of q and k have their L2 norm too."""
+        config = self.config
+        return config.conv_size > 0 and config.qk_norm == "l2" and config.qk_activation in IN_CONV

@@ -16,11 +16,12 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
-from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
 from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.repeat_heads import repeat_heads
 
 
 @dataclass
@@ -62,7 +63,9 @@ class GatedDeltaNet(LinearMixer):
         self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
         self.dt_bias = per_head(init=inverse_softplus_step())
         for name, channels in {"q": keys, "k": keys, "v": values}.items():
-            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+            norm = None if name == "v" else self.key_dim
+            conv = ShortConv(host, channels, config.conv_size, name=f"conv_{name}", norm_size=norm)
+            self.add_module(f"{name}_conv1d", conv)
         self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
@@ -98,9 +101,9 @@ class GatedDeltaNet(LinearMixer):
             self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
             for name in "qkv"
         )
-        q, k = (l2_norm(t.unflatten(-1, (self.heads, self.key_dim))) for t in (q, k))
+        q, k = (t.unflatten(-1, (self.heads, self.key_dim)) for t in (q, k))
         if self.v_heads != self.heads:
-            q, k = (t.repeat_interleave(self.v_heads // self.heads, dim=2) for t in (q, k))
+            q, k = (repeat_heads(t, heads=self.v_heads) for t in (q, k))
         v = v.unflatten(-1, (self.v_heads, self.value_dim))
         beta = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
         g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
@@ -124,6 +127,6 @@ class GatedDeltaNet(LinearMixer):
     def activation_elements(self) -> float:
         qk, v = self.heads * self.key_dim, self.v_heads * self.value_dim
         repeated = self.v_heads * self.key_dim
-        # the convolutions' inputs; q, k before the L2 norm and as used; v, o, the gate, the gated norm; the inverse
+        # the convolutions' inputs; q, k as used; v, o, the gate, the gated norm; the inverse
         # within a chunk of 64; the projections to beta and g and, in fp32, these and the sums of g
-        return 2 * qk + v + 2 * qk + 2 * repeated + 4 * v + (64 + 2 + 2 * 3) * self.v_heads
+        return 2 * qk + v + 2 * repeated + 4 * v + (64 + 2 + 2 * 3) * self.v_heads

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
-from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.modeling import conv
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
@@ -39,6 +39,42 @@ class GatedDeltaProductConfig(MixerConfig):
     allow_neg_eigval: bool = opt(True, "beta in (0, 2), so that transitions have negative eigenvalues")
 
 
+def swap_rows(x: Tensor, first: int, second: int) -> Tensor:
+    """Rows `[first * second * n, ...]` in the order of `second`, then `first`."""
+    return x.unflatten(0, (first, second, -1)).transpose(0, 1).flatten(0, 2)
+
+
+class ByWrite(Linear):
+    """A column-split Linear with rows by head, then write, and features of its output by write, then head: as the
+    recurrence takes them, at the price of a reordered weight, not of reordered tokens."""
+
+    def __init__(self, *args: Any, heads: int, writes: int, **options: Any):
+        super().__init__(*args, split="column", **options)
+        self.heads, self.writes = self.host.split(heads), writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, swap_rows(self.weight, self.heads, self.writes))
+
+
+class ConvByWrite(conv.ShortConv):
+    """A ShortConv behind such a layer; its weight and its state are by head."""
+
+    def __init__(self, host: Host, *args: Any, heads: int, writes: int, **options: Any):
+        super().__init__(host, *args, **options)
+        self.heads, self.writes = host.split(heads), writes
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        weight = swap_rows(self.weight, self.heads, self.writes)
+        options: Any = {"cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
+        if cache is None:
+            return conv.short_conv(x, weight, None, output_state=False, **options)[0]
+        state = swap_rows(cache[self.name].transpose(0, 1), self.heads, self.writes).transpose(0, 1)
+        y, last = conv.short_conv(x, weight, None, state=state, **options)
+        assert last is not None
+        cache[self.name].copy_(swap_rows(last.transpose(0, 1), self.writes, self.heads).transpose(0, 1))
+        return y
+
+
 class GatedDeltaProduct(LinearMixer):
     """Weights as in flash-linear-attention's `GatedDeltaProduct` under the same names (convolutions `[C, W]` for its
     `[C, 1, W]`), but the rows of k, v and b (projections and convolutions) are by head, then write, then channel, so
@@ -61,16 +97,20 @@ class GatedDeltaProduct(LinearMixer):
         self.heads, self.v_heads = host.split(heads), host.split(self.num_v_heads)
         keys, values = heads * self.key_dim, self.num_v_heads * self.value_dim
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
-        self.q_proj, self.k_proj, self.v_proj = column(keys), column(keys * writes), column(values * writes)
-        self.b_proj = column(self.num_v_heads * writes)
+        by_write = partial(ByWrite, host, dims.hidden_size, std=dims.init_std, writes=writes)
+        self.q_proj, self.k_proj = column(keys), by_write(keys * writes, heads=heads)
+        self.v_proj, self.b_proj = (by_write(n * writes, heads=self.num_v_heads) for n in (values, self.num_v_heads))
         if config.use_forget_gate:
             self.a_proj = column(self.num_v_heads)
             per_head = partial(host.parameter, self.num_v_heads, axes={0: "tensor"}, decay=False, fp32=True)
             self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
             self.dt_bias = per_head(init=inverse_softplus_step())
-        sizes = {"q": keys, "k": keys * writes, "v": values * writes} if config.conv_size else {}
-        for name, channels in sizes.items():
-            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+        if config.conv_size:
+            self.q_conv1d = conv.ShortConv(host, keys, config.conv_size, name="conv_q", norm_size=self.key_dim)
+            for name, width, n in (("k", keys, heads), ("v", values, self.num_v_heads)):
+                part = partial(ConvByWrite, host, width * writes, config.conv_size, heads=n, writes=writes)
+                group = self.key_dim if name == "k" else None
+                self.add_module(f"{name}_conv1d", part(name=f"conv_{name}", norm_size=group))
         if config.use_output_gate:
             self.g_proj = column(values)
         norm = GatedRMSNorm if config.use_output_gate else RMSNorm
@@ -82,19 +122,19 @@ class GatedDeltaProduct(LinearMixer):
         GatedDeltaNet.validate(config, dims, tensor, path)  # type: ignore[arg-type]  # the same sizes
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
-        rows, writes, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
+        rows, n, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
         for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
+            writes = 1 if name == "q" else n
             y = self.get_submodule(f"{name}_proj")(x).view(rows)
-            conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
-            y = F.silu(y) if conv is None else conv(y, layout, cache)
-            y = y.unflatten(-1, (heads, 1 if name == "q" else writes, -1)).transpose(2, 3)  # [B, T, writes, H, D]
+            y = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else F.silu(y)
+            y = y.unflatten(-1, (writes, heads, -1))
             if name != "v":
-                y = l2_norm(y)
+                y = y if self.config.conv_size else l2_norm(y)
                 if self.v_heads != self.heads:
                     y = y.repeat_interleave(self.v_heads // self.heads, dim=3)
             inputs[name] = y.squeeze(2) if name == "q" else y
         beta = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
-        inputs["beta"] = beta.view(*rows[:2], self.v_heads, writes).transpose(2, 3)
+        inputs["beta"] = beta.view(*rows[:2], n, self.v_heads)
         if self.config.use_forget_gate:
             g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
             inputs["g"] = g.view(rows)
@@ -110,7 +150,7 @@ class GatedDeltaProduct(LinearMixer):
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         state = (batch, self.v_heads, self.key_dim, self.value_dim)
-        return {"state": (state, torch.float32)} | conv_states(self, batch)
+        return {"state": (state, torch.float32)} | conv.conv_states(self, batch)
 
     def recurrence_flops(self, length: int) -> float:
         return (4.0 * self.config.num_householder + 2.0) * self.num_v_heads * self.key_dim * self.value_dim
@@ -118,8 +158,10 @@ class GatedDeltaProduct(LinearMixer):
     def activation_elements(self) -> float:
         writes, v = self.config.num_householder, self.v_heads * self.value_dim
         qk, repeated = (1 + writes) * self.heads * self.key_dim, (1 + writes) * self.v_heads * self.key_dim
-        # before and after SiLU, q, k also L2-normalised; o, the gate, the norm; per write the inverse within a chunk
-        # of 64 and, in fp32, beta and the sums of g; the projections to beta and g
+        # before SiLU, q, k also before an L2 norm on its own and repeated for value heads, v after SiLU; o, the gate,
+        # the norm; per write the inverse within a chunk of 64 and, in fp32, beta and the sums of g; the projections to
+        # beta and g
+        alone = 0 if self.config.conv_size else qk
         chunk = (64 + 2 * 2 + 1) * writes + (1 + 2 if self.config.use_forget_gate else 0)
-        elements = (qk + writes * v) + qk + repeated + writes * v + chunk * self.v_heads
+        elements = (qk + writes * v) + alone + repeated + writes * v + chunk * self.v_heads
         return elements + (3 if self.config.use_output_gate else 2) * v

@@ -35,7 +35,8 @@ class GatedLinearFastWeightConfig(MixerConfig):
 
 class GatedLinearFastWeight(LinearMixer):
     """The decay rule of "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights": no feature map, no
-    normaliser, gates that are sigmoids of the token, one over keys (`gk_proj`) and one over values (`gv_proj`)."""
+    normaliser, gates that are sigmoids of the token, one over keys (`gk_proj`) and one over values (`gv_proj`). The GPU
+    kernel goes token by token: there is none in chunks with decays of values, states and gradients."""
 
     Config = GatedLinearFastWeightConfig
     family = "decay"

@@ -19,8 +19,9 @@ from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, Mi
 from linear_moe.modeling.mixers.checks import check, scaled
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
-from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.gates import gate_and_complement
 from linear_moe.modeling.ops.gsa import gsa
+from linear_moe.modeling.ops.repeat_heads import repeat_heads
 
 
 @dataclass
@@ -95,12 +96,12 @@ class GatedSlotAttention(LinearMixer):
                 y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
             y = y.unflatten(-1, (self.heads if name == "q" else self.kv_heads, -1))
             inputs[name] = F.silu(y) if name == "v" else self.feature_map(y)
-        g = gate(self.f_proj(x), "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
-        inputs["g"] = g.view(rows).unflatten(-1, (self.kv_heads, -1))
-        inputs["s"] = -torch.expm1(inputs["g"]).to(x.dtype)
+        f = self.f_proj(x).view(*rows[:2], self.kv_heads, -1)
+        options: Any = {"scale": 1 / self.config.gate_normalizer, "floor": MIN_GATE}
+        inputs["g"], inputs["s"] = gate_and_complement(f, "logsigmoid", **options)
         if self.kv_heads != self.heads:
             for name in "kvgs":
-                inputs[name] = inputs[name].repeat_interleave(self.heads // self.kv_heads, dim=2)
+                inputs[name] = repeat_heads(inputs[name], heads=self.heads)
         return inputs, None
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
@@ -110,7 +111,7 @@ class GatedSlotAttention(LinearMixer):
         return o, {"keys": keys, "values": values}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        return self.o_proj(self.o_norm(F.silu(o).flatten(2).flatten(0, 1)))
+        return self.o_proj(self.o_norm(o.flatten(2).flatten(0, 1), "silu"))
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         keys = (batch, self.heads, self.key_dim, self.config.num_slots)
@@ -128,11 +129,11 @@ class GatedSlotAttention(LinearMixer):
         o, v = self.heads * self.value_dim, self.kv_heads * self.value_dim
         conv = q + k + v if self.config.conv_size else 0
         mapped = (self.feature_map.kept - self.key_dim) * (self.heads + self.kv_heads)
-        # v before SiLU; the decay's projection and, in fp32, what is written
-        inputs = conv + mapped + v + written * (1 + 2)
+        # v before SiLU; the decay's projection
+        inputs = conv + mapped + v + written
         # as the recurrence gets them: q, k, v, what is written, in fp32 the decay
         inputs += q + self.heads * (self.key_dim + self.value_dim + 3 * slots)
         if repeated and self.config.feature_map == "relu":
             inputs += k  # its result, not repeated
-        # scores, in fp32 their softmax and the scores of tokens within a chunk of 64; o, its SiLU, norm
-        return inputs + self.heads * (3 * slots + 2 * 64) + 3 * o
+        # scores, in fp32 their softmax and the scores of tokens within a chunk of 64; o, norm
+        return inputs + self.heads * (3 * slots + 2 * 64) + 2 * o

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.config.fields import opt
@@ -68,7 +67,8 @@ class HGRN(LinearMixer):
         i, f = self.i_proj(x).view(rows), self.f_proj(x).view(rows)
         if self.config.conv_size:
             i, f = (self.get_submodule(f"{name}_conv1d")(y, layout, cache) for name, y in (("i", i), ("f", f)))
-        return {"x": F.silu(i) * self.lower_bound.complement(f), "g": self.lower_bound(f)}, self.g_proj(x)
+        g, update = self.lower_bound(f, i)
+        return {"x": update, "g": g}, self.g_proj(x)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         o, state = linear_scan(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
@@ -86,6 +86,5 @@ class HGRN(LinearMixer):
 
     def activation_elements(self) -> float:
         conv = 2 if self.config.conv_size else 0
-        # the convolutions' inputs; i, SiLU(i), the forget gate's projection and complement, o, its gate, the gated
-        # norm; in fp32 the forget gate
-        return (conv + 7 + 2) * self.inner
+        # the convolutions' inputs; i, the projection to f, o, its gate, the gated norm; in fp32 the forget gate
+        return (conv + 5 + 2) * self.inner

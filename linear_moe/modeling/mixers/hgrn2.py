@@ -77,7 +77,7 @@ class HGRN2(LinearMixer):
         for name in "qfi":
             y = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
             tensors[name] = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else y
-        g, k = self.lower_bound(tensors["f"]), self.lower_bound.complement(tensors["f"])
+        g, k = self.lower_bound(tensors["f"])
         inputs = {"q": F.silu(tensors["q"]), "k": k, "v": tensors["i"], "g": g}
         return {name: t.unflatten(-1, (self.heads, self.head_dim)) for name, t in inputs.items()}, None
 

@@ -22,6 +22,7 @@ from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
 from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.repeat_heads import repeat_heads
 
 
 @dataclass
@@ -73,7 +74,9 @@ class KimiDeltaAttention(LinearMixer):
         rate = log_uniform_rate(1.0, 16.0) if config.lower_bound is None else constant(0.0)
         self.A_log, self.dt_bias = split(self.num_v_heads, init=rate), split(gates, init=inverse_softplus_step())
         for name, channels in {"q": keys, "k": keys, "v": values}.items() if config.conv_size else ():
-            self.add_module(f"{name}_conv1d", ShortConv(host, channels, config.conv_size, name=f"conv_{name}"))
+            norm = None if name == "v" else self.key_dim
+            conv = ShortConv(host, channels, config.conv_size, name=f"conv_{name}", norm_size=norm)
+            self.add_module(f"{name}_conv1d", conv)
         self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared", activation="sigmoid")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
 
@@ -109,11 +112,10 @@ class KimiDeltaAttention(LinearMixer):
             y = self.get_submodule(f"{name}_proj")(x).view(rows)
             conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
             y = F.silu(y) if conv is None else conv(y, layout, cache)
-            inputs[name] = y.unflatten(-1, (heads, -1))
-        for name in "qk":
-            inputs[name] = l2_norm(inputs[name])
-            if self.v_heads != self.heads:
-                inputs[name] = inputs[name].repeat_interleave(self.v_heads // self.heads, dim=2)
+            if name != "v" and conv is None:
+                y = l2_norm(y, size=self.key_dim)
+            y = y.unflatten(-1, (heads, -1))
+            inputs[name] = y if heads == self.v_heads else repeat_heads(y, heads=self.v_heads)
         inputs["beta"] = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0).view(rows)
         f, bound = self.f_proj(x), self.config.lower_bound
         if bound is None:
@@ -140,8 +142,10 @@ class KimiDeltaAttention(LinearMixer):
 
     def activation_elements(self) -> float:
         qk, v, gates = self.heads * self.key_dim, self.v_heads * self.value_dim, self.v_heads * self.key_dim
-        # before and after SiLU, q, k also L2-normalised; v, o, the gate, the gated norm; the low ranks; the projections
-        # to the decay and beta and, in fp32, these and the decay's sums; scores within a chunk of 64
-        qkv = (2 * qk + v) + 2 * qk + 2 * gates
+        # q, k, v before SiLU; q, k before an L2 norm of their own, and as used; v, o, the gate, the gated norm;
+        # the low ranks; the projections to the decay and beta and, in fp32, these and the decay's sums; scores within a
+        # chunk of 64
+        before = 0 if self.config.conv_size else 2 * qk
+        qkv = (2 * qk + v) + before + 2 * gates
         decay = gates + 2 * 2 * gates if self.config.lower_bound is None else 2 * 4 * gates
         return qkv + 4 * v + 2 * self.value_dim + decay + (64 + 1 + 2) * self.v_heads

@@ -96,8 +96,8 @@ class Mamba2(LinearMixer):
         # anyway, and not x, which stays as it is.
         B, C = (t.unflatten(-1, (self.groups, self.config.state_size)) for t in (B, C))
         v = channels.unflatten(-1, (self.heads, self.config.head_dim))
-        q = C.repeat_interleave(self.heads // self.groups, dim=2)
-        return {"q": q, "k": repeat_heads(B, dt), "v": v, "g": g}, (self.z_proj(x), channels)
+        q, k = repeat_heads(C, heads=self.heads), repeat_heads(B, dt)
+        return {"q": q, "k": k, "v": v, "g": g}, (self.z_proj(x), channels)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         start = states.get("state")

@@ -17,7 +17,7 @@ from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled, unused
-from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
+from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
@@ -42,6 +42,34 @@ class MoMConfig(MixerConfig):
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1, le=2**10)
     gate_rank: int = opt(16, "rank of the decay gate's projection; memory: gla", ge=1, le=2**20)
     gate_normalizer: float = opt(16.0, "the log decay is logsigmoid(.) over this; memory: gla", gt=0)
+
+
+class Router(Linear):
+    """Scores in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.host.shared(self.weight).float())
+
+
+class MemoryConv(conv.ShortConv):
+    """One filter for all memories, each of which is convolved over its own tokens."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None
+    ) -> Tensor:
+        """`x [B, T, heads, M, D]` regrouped -> the same shape; the state is of all memories' inputs."""
+        heads, memories, size = x.shape[2:]
+        weight = self.weight.unflatten(0, (heads, 1, size)).expand(-1, memories, -1, -1).flatten(0, 2)
+        y, state, last = x.flatten(2), None if cache is None else cache[self.name], None
+        if state is not None:  # the last inputs among a memory's own tokens, old and new
+            window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (heads, memories, -1))
+            index = grouping.counts[:, None, :, None, None] + torch.arange(self.size - 1, device=x.device)
+            last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
+        options: Any = {"cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
+        y, _ = conv.short_conv(y, weight, None, state=state, output_state=False, **options)
+        if state is not None and last is not None:
+            state.copy_(last)
+        return y.view(x.shape)
 
 
 class MixtureOfMemories(LinearMixer):
@@ -70,7 +98,7 @@ class MixtureOfMemories(LinearMixer):
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         own = 1 if config.single_kv_proj else self.memories  # projections
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
-        self.gate = Linear(host, dims.hidden_size, config.num_memories, split="shared", std=dims.init_std)
+        self.gate = Router(host, dims.hidden_size, config.num_memories, split="shared", std=dims.init_std)
         self.q_proj, self.k_proj, self.v_proj, self.g_proj = (
             column(n) for n in (keys, own * keys, own * values, values)
         )
@@ -86,7 +114,8 @@ class MixtureOfMemories(LinearMixer):
             self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
             self.dt_bias = per_head(init=inverse_softplus_step())
         for name, channels in {"q": keys, "k": keys, "v": values}.items():
-            part = conv.ShortConv(host, channels, config.conv_size, name=f"conv_{name}")
+            norm = self.key_dim if name != "v" and config.memory == "gated_deltanet" else None
+            part = MemoryConv(host, channels, config.conv_size, name=f"conv_{name}", norm_size=norm)
             self.add_module(f"{name}_conv1d", part)
         self.o_norm = GatedRMSNorm(host, self.value_dim, dims.norm_eps, split="shared")
         self.o_proj = Linear(host, values, dims.hidden_size, split="row", std=dims.output_init_std)
@@ -115,7 +144,7 @@ class MixtureOfMemories(LinearMixer):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [N, hidden]` -> every memory's weight `[N, M]`, 0 where not chosen, in fp32, and the chosen, bool."""
         config = self.config
-        scores = F.linear(x.float(), self.host.shared(self.gate.weight).float()).softmax(-1)
+        scores = self.gate(x).softmax(-1)
         top, index = scores.topk(config.top_k, dim=-1)
         weights = torch.zeros_like(scores).scatter(-1, index, top / top.sum(-1, keepdim=True))
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
@@ -128,49 +157,34 @@ class MixtureOfMemories(LinearMixer):
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         """Inputs of the recurrence as the grouping orders them, memories as heads: `[B, T, heads * M, D]`."""
-        weights, chosen = (t.view(layout.batch, layout.length, 1, -1, 1) for t in self.route(x))
-        grouping = Grouping(chosen[:, :, 0, :, 0], layout.cu_seqlens)
-        weights, other = grouping.collect(weights), ~grouping.collect(chosen)
+        weights, chosen = (t.view(layout.batch, layout.length, -1) for t in self.route(x))
+        grouping = Grouping(chosen, layout.cu_seqlens)
         q, k, v = (self._convolved(name, x, grouping, layout, cache) for name in "qkv")
         inputs: dict[str, Any] = {}
         if self.config.memory == "gla":
-            k = k.masked_fill(other, 0.0)
+            other = ~grouping.filled[:, :, None, :, None]
+            k = k.masked_fill(other, 0.0)  # convolutions reach behind a memory's last token
             inputs["g"] = self._log_decay(x, grouping).masked_fill(other, 0.0)
         else:
-            q, k = l2_norm(q), l2_norm(k)
             per_head = (layout.batch, layout.length, self.heads, -1, 1)
             a, b = self.a_proj(x), self.b_proj(x)
             bias = self.dt_bias.repeat_interleave(a.shape[-1] // self.heads)
             g = gate(a, "softplus", scale=-1.0, bias=bias, log_rate=self.A_log, floor=MIN_GATE)
             for name, y in {"beta": gate(b, "sigmoid"), "g": g}.items():
-                inputs[name] = grouping.collect(y.view(per_head)).masked_fill(other, 0.0).squeeze(-1)
-        inputs |= {"q": q * weights.to(q.dtype), "k": k, "v": v}  # o_t = sum_m w_m q S_m = sum_m (w_m q) S_m
-        return {name: t.flatten(2, 3) for name, t in inputs.items()} | {"grouping": grouping}, self.g_proj(x)
+                inputs[name] = grouping.collect(y.view(per_head)).squeeze(-1)
+        inputs = {name: t.flatten(2, 3) for name, t in (inputs | {"q": q, "k": k, "v": v}).items()}
+        return inputs | {"grouping": grouping, "weights": weights}, self.g_proj(x)
 
     def _convolved(self, name: str, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None) -> Tensor:
         """q, k or v of every memory, convolved over its own tokens: `[B, T, heads, M, D]`."""
         y = self.get_submodule(f"{name}_proj")(x)
-        module = self.get_submodule(f"{name}_conv1d")
-        assert isinstance(module, conv.ShortConv)
-        weight = module.weight.unflatten(0, (self.heads, 1, -1))
-        weight = weight.expand(-1, self.memories, -1, -1)
-        y = y.view(layout.batch, layout.length, self.heads, -1, weight.shape[2])
-        y = grouping.collect(y).flatten(2)
-        state, last = None if cache is None else cache[module.name], None
-        if state is not None:  # the last inputs among a memory's own tokens, old and new
-            window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (self.heads, self.memories, -1))
-            index = grouping.counts[:, None, :, None, None] + torch.arange(module.size - 1, device=x.device)
-            last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
-        y, _ = conv.short_conv(
-            y, weight.flatten(0, 2), None, activation="silu", state=state, cu_seqlens=layout.cu_seqlens
-        )
-        if state is not None and last is not None:
-            state.copy_(last)
-        return y.unflatten(2, (self.heads, self.memories, -1))
+        size = self.value_dim if name == "v" else self.key_dim
+        y = grouping.collect(y.view(layout.batch, layout.length, self.heads, -1, size))
+        return self.get_submodule(f"{name}_conv1d")(y, grouping, layout, cache)
 
     def _log_decay(self, x: Tensor, grouping: Grouping) -> Tensor:
         """GLA's gate of every memory, `[B, T, heads, M, K]` in fp32."""
-        low = self.gk_down(x).view(*grouping.place.shape[:2], 1, -1, self.config.gate_rank)
+        low = self.gk_down(x).view(*grouping.places.shape[1:], 1, -1, self.config.gate_rank)
         up, bias = (t.expand(-1, self.memories, *t.shape[2:]) for t in (self.gk_up, self.gk_bias))
         high = torch.einsum("btmr,hmkr->bthmk", grouping.collect(low).squeeze(2), up) + bias
         return gate(high, "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
@@ -179,12 +193,13 @@ class MixtureOfMemories(LinearMixer):
         grouping: Grouping = inputs["grouping"]
         op = decay if self.config.memory == "gla" else delta
         o, state = op(
-            **{name: t for name, t in inputs.items() if name != "grouping"},
+            **{name: t for name, t in inputs.items() if name not in ("grouping", "weights")},
             bounded=True,
             initial_state=states.get("state"),
             cu_seqlens=layout.cu_seqlens,
         )
-        return grouping.restore(o.unflatten(2, (self.heads, self.memories))).sum(3), {"state": state}
+        o = o.unflatten(2, (self.heads, self.memories))
+        return grouping.combine(o, inputs["weights"]), {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
@@ -207,10 +222,10 @@ class MixtureOfMemories(LinearMixer):
         keys, values = heads * self.key_dim, heads * self.value_dim
         # the router: the token in fp32, scores, choices, permutations in int64, masks
         router = 2 * self.dims.hidden_size + 4 * self.config.top_k + 12 * self.memories
-        # inputs of the convolutions and of the recurrence, q before its weight; o, gate, the gated norm
+        # inputs of the convolutions and of the recurrence, o of every memory; o, gate, the gated norm
         shared = router + 5 * keys + 2 * values + 3 * v
         if self.config.memory == "gla":
             # the gate's projection and, in fp32, the gate and its sums; scores within a chunk of 64
             return shared + 5 * keys + self.memories * self.config.gate_rank + 64 * heads
-        # q, k before the L2 norm; the inverse within a chunk of 64 and, in fp32, beta, g and its sums
-        return shared + 2 * keys + (64 + 2 * 3) * heads
+        # the inverse within a chunk of 64 and, in fp32, beta, g and its sums
+        return shared + (64 + 2 * 3) * heads

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
@@ -37,16 +36,13 @@ class QuadraticMap(nn.Module):
 
     def __init__(self, config: ReBasedConfig, host: Host, eps: float):
         super().__init__()
-        self.host, self.qk_norm, self.dim, self.eps = host, config.qk_norm, config.feature_dim, eps
-        self.gamma = host.parameter(self.dim, init=constant(1.0), decay=False) if config.use_gamma else None
-        self.beta = host.parameter(self.dim, init=constant(0.0), decay=False) if config.use_beta else None
+        self.host, self.eps = host, eps if config.qk_norm else None
+        self.gamma = host.parameter(config.feature_dim, init=constant(1.0), decay=False) if config.use_gamma else None
+        self.beta = host.parameter(config.feature_dim, init=constant(0.0), decay=False) if config.use_beta else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pad: bool) -> Tensor:
         gamma, beta = (p if p is None else self.host.shared(p) for p in (self.gamma, self.beta))
-        if self.qk_norm:
-            return squares(F.layer_norm(x, (self.dim,), gamma, beta, self.eps))
-        x = x if gamma is None else x * gamma
-        return squares(x if beta is None else x + beta)
+        return squares(x, gamma, beta, eps=self.eps, pad=pad)
 
 
 class ReBased(LinearMixer):
@@ -88,12 +84,14 @@ class ReBased(LinearMixer):
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)
         map_k = self.feature_map_q if self.config.tie_feature_map_qk else self.feature_map_k
-        q, k = self.feature_map_q(self.q_proj(x).view(rows)), map_k(self.k_proj(x).view(rows))
+        pad = layout.length > 1  # steps of decoding have no kernels
+        q, k = self.feature_map_q(self.q_proj(x).view(rows), pad), map_k(self.k_proj(x).view(rows), pad)
         return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        scale, eps = 1 / self.config.feature_dim, self.config.normalizer_eps
-        return normalized(decay, **inputs, scale=scale, eps=eps, states=states, cu_seqlens=layout.cu_seqlens)
+        options: dict[str, Any] = {"scale": 1 / self.config.feature_dim, "eps": self.config.normalizer_eps}
+        options["features"] = self.features
+        return normalized(decay, **inputs, **options, states=states, cu_seqlens=layout.cu_seqlens)
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(o.flatten(2).flatten(0, 1))
@@ -106,6 +104,5 @@ class ReBased(LinearMixer):
         return 4.0 * (self.config.num_heads or self.dims.num_heads) * self.features * (self.value_dim + 1)
 
     def activation_elements(self) -> float:
-        kept = 1 + (self.config.qk_norm or self.config.use_gamma)
-        # queries and keys before and after the norm, their features; v, o before and after division
-        return self.heads * (2 * kept * self.config.feature_dim + 2 * self.features + 3 * self.value_dim)
+        # queries and keys, their features; v, o before and after division
+        return self.heads * (2 * self.config.feature_dim + 2 * self.features + 3 * self.value_dim)

@@ -34,7 +34,7 @@ class S4Config(MixerConfig):
 class S4(LinearMixer):
     """Weights as in the authors' minimal `S4D` under the same names without `kernel.`; `C` is `[H, N/2, 2]`, and
     `o_proj` is their `output_linear.0`, a convolution of width 1 (`[2H, H, 1]`). The channels are the hidden size:
-    there is no input projection. B is fixed at 1, as published."""
+    there is no input projection. B is fixed at 1, as published. On a GPU too it runs as chunks in PyTorch."""
 
     Config = S4Config
     family = "scan"

@@ -147,11 +147,12 @@ class TTTLinear(LinearMixer):
 
     def activation_elements(self) -> float:
         width, size, config = self.heads * self.head_dim, self.config.mini_batch_size, self.config
-        # the convolutions' input, v, o, norm, gate before and after GELU; in fp32 q, k, rated k, errors and the inner
-        # LayerNorm's tensors; the weights of every mini-batch; scores within it with and without scale; cos and sin
+        # the convolutions' input, v, o, norm, gate before and after GELU; in fp32 q, k, rated k, steps, errors, inner
+        # gradients and the last LayerNorm's tensors; the weights of every mini-batch; scores within it with and without
+        # scale; cos and sin
         projected = 3 + config.share_qk + 3 * config.gate
         states = 2 * (self.head_dim + 1) / size
-        return width * (projected + 2 * 12 + states) + 2 * 2 * size * self.heads + 2 * self.head_dim
+        return width * (projected + 2 * 9 + states) + 2 * 2 * size * self.heads + 2 * self.head_dim
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

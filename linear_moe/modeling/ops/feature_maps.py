@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.modeling.ops.fused import fused, upcast
+from linear_moe.modeling.ops.dispatch import pad_keys, tiled
+from linear_moe.modeling.ops.fused import fused, has_triton, on_kernels, upcast
 
 NORM_EPS = 1e-4  # flash-linear-attention's, so that weights trained there mean the same here
 
@@ -42,19 +43,53 @@ def sum_to_one(x: Tensor) -> Tensor:
     return x / (x.sum(-1, keepdim=True) + NORM_EPS)
 
 
-def squares(x: Tensor) -> Tensor:
+def squares(
+    x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, *, eps: float | None = None, pad: bool = False
+) -> Tensor:
     """`[..., D]` -> `[..., D (D + 1) / 2]` such that `squares(x) . squares(y) = (x . y)^2` (arXiv 2402.10644).
 
-    The products of pairs of channels, once each. The backward pass keeps `x` only.
+    The products of pairs of channels, once each. Triton kernels on CUDA; the backward pass keeps `x` only.
+
+    Args:
+        gamma, beta: `[D]`; the squares are of `gamma * x + beta`.
+        eps: of a layer norm of x before that; None: no norm.
+        pad: zeros behind the features of 16-bit tensors on CUDA, up to the size that the recurrences' kernels take.
     """
-    return _Squares.apply(x)
+    return _quadratic(x, gamma, beta, eps, series=False, pad=pad)
 
 
-def taylor(x: Tensor) -> Tensor:
+def taylor(x: Tensor, *, pad: bool = False) -> Tensor:
     """`[..., D]` -> `[..., 1 + D + D (D + 1) / 2]` such that `taylor(x) . taylor(y) = 1 + s + s^2 / 2` with
-    `s = x . y / sqrt(D)` (Based, arXiv 2402.18668)."""
-    x = x * x.shape[-1] ** -0.25
-    return torch.cat([torch.ones_like(x[..., :1]), x, squares(x) * 0.5**0.5], -1)
+    `s = x . y / sqrt(D)` (Based, arXiv 2402.18668). As `squares` otherwise."""
+    return _quadratic(x, None, None, None, series=True, pad=pad)
+
+
+def _quadratic(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float | None, *, series: bool, pad: bool
+) -> Tensor:
+    size = x.shape[-1]
+    width = size * (size + 1) // 2 + (1 + size if series else 0)
+    if x.is_cuda and x.dtype != torch.float64 and has_triton():
+        width = tiled(width) if pad and x.element_size() == 2 else width
+        return on_kernels("quadratic_map_gpu", x, gamma, beta, eps=eps, series=series, width=width)
+    return quadratic_definition(x, gamma, beta, eps=eps, series=series, width=width)
+
+
+def quadratic_definition(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, eps: float | None, series: bool, width: int
+) -> Tensor:
+    """`taylor` (`series`) or `squares`, `[..., width]` with zeros behind the features."""
+    if eps is not None:
+        x = F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+    else:
+        x = x if gamma is None else x * gamma
+        x = x if beta is None else x + beta
+    if series:
+        x = x * x.shape[-1] ** -0.25
+        y = torch.cat([torch.ones_like(x[..., :1]), x, _Squares.apply(x) * 0.5**0.5], -1)
+    else:
+        y = _Squares.apply(x)
+    return pad_keys(y, -1, width)
 
 
 @cache

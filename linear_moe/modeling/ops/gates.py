@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +60,29 @@ def gate(
     return fused(definition, "gates_gpu", x, bias, log_rate, function=function, scale=scale, floor=floor)
 
 
+def gate_and_complement(
+    x: Tensor, function: Function, *, scale: float = 1.0, floor: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """g = `gate(x, function, scale=scale, floor=floor)` and, in x's dtype, `1 - exp(g)`, in the same pass."""
+    assert function in _FUNCTIONS, function
+    options = {"function": function, "scale": scale, "floor": floor, "complement": True}
+    return fused(definition, "gates_gpu", x, None, None, **options)
+
+
 def definition(
-    x: Tensor, bias: Tensor | None, log_rate: Tensor | None, *, function: Function, scale: float, floor: float | None
-) -> Tensor:
-    """See `gate`."""
+    x: Tensor,
+    bias: Tensor | None,
+    log_rate: Tensor | None,
+    *,
+    function: Function,
+    scale: float,
+    floor: float | None,
+    complement: bool = False,
+) -> Any:
+    """See `gate`; with `complement`, `gate_and_complement`."""
     y = upcast(x)
     y = scale * _FUNCTIONS[function](y if bias is None else y + bias)
     if log_rate is not None:
         y = y * upcast(log_rate).exp().repeat_interleave(x.shape[-1] // len(log_rate))
-    return y if floor is None else y.clamp(min=floor)
+    y = y if floor is None else y.clamp(min=floor)
+    return (y, -torch.expm1(y).to(x.dtype)) if complement else y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,14 @@ def _log1p(x):
 
 
 @triton.jit
+def _complement(x):
+    """1 - exp(x), exact for small x too."""
+    w = tl.exp(x)
+    small = (1 - w) * (x / tl.log(tl.where(w == 1, 0.5, w)))  # the error of 1 - w is in the quotient
+    return tl.where(x < -1, 1 - w, tl.where(w == 1, -x, small))
+
+
+@triton.jit
 def _evaluate(x, FUNCTION: tl.constexpr):
     """The function and its derivative."""
     if FUNCTION == "logsigmoid":
@@ -39,8 +49,8 @@ def _evaluate(x, FUNCTION: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, bias, log_rate, y, rows, width, head_dim, stride, scale, floor, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FUNCTION: tl.constexpr,
+    x, bias, log_rate, y, complement, rows, width, head_dim, stride, scale, floor, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, FUNCTION: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -56,12 +66,15 @@ def _forward(
     if floor is not None:
         value = tl.maximum(value, floor)
     tl.store(y + row[:, None] * width + column[None, :], value, mask=inside)
+    if complement is not None:
+        to = complement + row[:, None] * width + column[None, :]
+        tl.store(to, _complement(value).to(complement.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
-    dy, x, bias, log_rate, dx, dbias, drate, rows, width, head_dim, stride_dy, stride, scale, floor,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FUNCTION: tl.constexpr,
+    dy, dcomplement, x, bias, log_rate, dx, dbias, drate, rows, width, head_dim, stride_dy, stride_dc, stride, scale,
+    floor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FUNCTION: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     rate = tl.zeros((COLUMNS,), tl.float32) + scale
@@ -80,6 +93,9 @@ def _backward(
         value, slope = _evaluate(z, FUNCTION)
         value *= rate[None, :]
         d = tl.load(dy + row[:, None] * stride_dy + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if dcomplement is not None:
+            to = dcomplement + row[:, None] * stride_dc + column[None, :]
+            d -= tl.exp(value) * tl.load(to, mask=inside, other=0.0).to(tl.float32)
         if floor is not None:
             d = tl.where(value >= floor, d, 0.0)
         if log_rate is not None:
@@ -102,24 +118,6 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, bias: Tensor | None, log_rate: Tensor | None, *, function: str, scale: float, floor: float | None
-) -> Tensor:
-    """See `gates.definition`."""
-    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    flat = _rows(x)
-    rows, width = flat.shape
-    columns = min(COLUMNS, triton.next_power_of_2(width))
-    head_dim = 1 if log_rate is None else width // len(log_rate)
-    if rows:
-        _forward[(triton.cdiv(rows, TILE // columns), triton.cdiv(width, columns))](
-            flat, bias, log_rate, y, rows, width, head_dim, flat.stride(0), scale, floor, TILE // columns, columns,
-            function, num_warps=4,
-        )  # fmt: skip
-    return y
-
-
-def backward(
-    grad: Tensor,
     x: Tensor,
     bias: Tensor | None,
     log_rate: Tensor | None,
@@ -127,21 +125,56 @@ def backward(
     function: str,
     scale: float,
     floor: float | None,
+    complement: bool = False,
+) -> Any:
+    """See `gates.definition`."""
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    other = torch.empty(x.shape, dtype=x.dtype, device=x.device) if complement else None
+    flat = _rows(x)
+    rows, width = flat.shape
+    columns = min(COLUMNS, triton.next_power_of_2(width))
+    head_dim = 1 if log_rate is None else width // len(log_rate)
+    if rows:
+        _forward[(triton.cdiv(rows, TILE // columns), triton.cdiv(width, columns))](
+            flat, bias, log_rate, y, other, rows, width, head_dim, flat.stride(0), scale, floor, TILE // columns,
+            columns, function, num_warps=4,
+        )  # fmt: skip
+    return y if other is None else (y, other)
+
+
+def backward(
+    grad: Any,
+    x: Tensor,
+    bias: Tensor | None,
+    log_rate: Tensor | None,
+    *,
+    function: str,
+    scale: float,
+    floor: float | None,
+    complement: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, bias and log_rate. Sums over tokens are in a fixed order."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, dy = _rows(x), _rows(grad)
+    flat, dy = _rows(x), _rows(grad[0] if complement else grad)
+    other = _rows(grad[1]) if complement else None
     rows, width = flat.shape
     columns = min(COLUMNS, triton.next_power_of_2(width))
     blocks = triton.cdiv(width, columns)
     head_dim = 1 if log_rate is None else width // len(log_rate)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = max(1, min(triton.cdiv(rows, TILE // columns), triton.cdiv(PROGRAMS * processors, blocks)))
-    partial = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
+    summed = [t for t in (bias, log_rate) if t is not None]
+    partial = torch.empty(len(summed), programs, width, dtype=torch.float32, device=x.device)
+    rest = iter(partial)
+    partial_b, partial_r = (None if t is None else next(rest) for t in (bias, log_rate))
     _backward[(programs, blocks)](
-        dy, flat, bias, log_rate, dx, partial[0], partial[1], rows, width, head_dim, dy.stride(0), flat.stride(0),
-        scale, floor, TILE // columns, columns, function, num_warps=4,
+        dy, other, flat, bias, log_rate, dx, partial_b, partial_r, rows, width, head_dim, dy.stride(0),
+        0 if other is None else other.stride(0), flat.stride(0), scale, floor, TILE // columns, columns, function,
+        num_warps=4,
     )  # fmt: skip
-    dbias = None if bias is None else partial[0].sum(0).to(bias.dtype)
-    drate = None if log_rate is None else partial[1].sum(0).view(len(log_rate), -1).sum(1).to(log_rate.dtype)
-    return dx, dbias, drate
+    sums = iter(partial.sum(1) if summed else ())
+    dbias = None if bias is None else next(sums).to(bias.dtype)
+    if log_rate is None:
+        return dx, dbias, None
+    drate = next(sums)
+    return dx, dbias, (drate if head_dim == 1 else drate.view(-1, head_dim).sum(1)).to(log_rate.dtype)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linear_moe.modeling.ops.fused import has_triton, upcast
 
 
 class Grouping:
     """A permutation of the tokens within each document and for each of M groups: those in the group first.
 
-    Order is kept among the chosen and among the others, so whatever is causal stays so, and what follows in a document
-    after its last chosen token can be made neutral. Sizes depend on shapes alone: no host synchronisation.
+    Order is kept among the chosen, so whatever is causal stays so, and zeros take the places of the others behind them.
+    Sizes depend on shapes alone: no host synchronisation. Triton kernels on CUDA, which neither read nor sum what is
+    not chosen.
 
     Args:
         chosen: `[B, T, M]` bool, the tokens of each group.
@@ -20,30 +26,67 @@ class Grouping:
 
     Attributes:
         counts: `[B, M]` int64, chosen tokens of each row (of all its documents).
+        places: `[M, B, T]` int32, where each token goes in its row; -1 - p for a token that is not chosen.
     """
 
     def __init__(self, chosen: Tensor, cu_seqlens: Tensor | None):
         length = chosen.shape[1]
-        time = torch.arange(length, device=chosen.device)[:, None]
-        seen = chosen.long().cumsum(1)
-        self.counts = seen[:, -1]
+        time = torch.arange(length, device=chosen.device, dtype=torch.int32)
+        flags = chosen.permute(2, 0, 1).to(torch.int32, memory_format=torch.contiguous_format)
+        sums = flags.flatten().cumsum(0, dtype=torch.int32).view_as(flags)  # over all: the fast scan is that of vectors
+        seen = sums - (sums - flags)[..., :1]
+        self.counts = seen[..., -1].T.long()
         start: Tensor | int = 0
-        inside, total = seen, seen[:, -1:]  # chosen tokens of the document: up to and with each token, and in all
+        inside, total = seen, seen[..., -1:]  # chosen tokens of the document: up to and with each token, and in all
         if cu_seqlens is not None:
-            document = torch.bucketize(time[:, 0], cu_seqlens[1:], right=True)
+            document = torch.bucketize(time, cu_seqlens[1:], right=True)
             first, last = cu_seqlens.index_select(0, document), cu_seqlens.index_select(0, document + 1) - 1
-            before = (seen - chosen.long()).index_select(1, first)
-            inside, total, start = seen - before, seen.index_select(1, last) - before, first[:, None]
-        self.place = start + torch.where(chosen, inside - 1, total + (time - start) - inside)
-        self.token = torch.empty_like(self.place).scatter_(1, self.place, time.expand_as(self.place))
+            before = (seen - flags).index_select(2, first)
+            inside, total, start = seen - before, seen.index_select(2, last) - before, first.int()
+        self.places = torch.where(flags > 0, start + inside - 1, inside - total - time - 1)
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The token at each place, the place of each token, and whether a token is chosen: `[B, T, M]`."""
+        signed = self.places.permute(1, 2, 0).long()
+        chosen = signed >= 0
+        place = torch.where(chosen, signed, -1 - signed)
+        time = torch.arange(place.shape[1], device=place.device)[:, None]
+        return torch.empty_like(place).scatter_(1, place, time.expand_as(place)), place, chosen
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """Whether a chosen token stands at each place: `[B, T, M]` bool."""
+        token, _, chosen = self._order
+        return chosen.gather(1, token)
 
     def collect(self, x: Tensor) -> Tensor:
-        """`x [B, T, H, M or 1, D]` in order of time -> `[B, T, H, M, D]`, regrouped."""
-        return _Permute.apply(x.expand(-1, -1, -1, self.place.shape[-1], -1), self.token, self.place)
+        """`x [B, T, H, M or 1, D]` in order of time -> `[B, T, H, M, D]`, regrouped, zeros behind the chosen."""
+        if _on_kernels(x):
+            return _Collect.apply(x, self.places)
+        token, place, _ = self._order
+        x = _Permute.apply(x.expand(-1, -1, -1, len(self.places), -1), token, place)
+        return x * self.filled[:, :, None, :, None]
 
-    def restore(self, x: Tensor) -> Tensor:
-        """The inverse of `collect` for `x [B, T, H, M, D]`."""
-        return _Permute.apply(x, self.place, self.token)
+    def combine(self, x: Tensor, weights: Tensor) -> Tensor:
+        """`sum_m weights_m x_m` of every token over the groups that it is chosen for, summed in fp32.
+
+        Args:
+            x: `[B, T, H, M, D]`, regrouped.
+            weights: `[B, T, M]` in order of time.
+
+        Returns:
+            `[B, T, H, D]` in order of time, in x's dtype.
+        """
+        if _on_kernels(x):
+            return _Combine.apply(x, weights, self.places)
+        token, place, chosen = self._order
+        weights = (weights * chosen)[:, :, None, :, None]
+        return (upcast(_Permute.apply(x, place, token)) * weights).sum(3).to(x.dtype)
+
+
+def _on_kernels(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
 class _Permute(torch.autograd.Function):
@@ -58,3 +101,39 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (inverse,) = ctx.saved_tensors
         return gradient.gather(1, inverse[:, :, None, :, None].expand_as(gradient)), None, None
+
+
+def _kernels() -> Any:
+    return importlib.import_module("linear_moe.modeling.ops.grouping_gpu")
+
+
+class _Collect(torch.autograd.Function):
+    """`Grouping.collect` in one kernel each way, which keep nothing but the places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(places)
+        ctx.shared = x.shape[3] == 1 < len(places)
+        return _kernels().scatter(x, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        dx = _kernels().gather(gradient, places, total=ctx.shared)
+        return dx.unsqueeze(3) if ctx.shared else dx, None
+
+
+class _Combine(torch.autograd.Function):
+    """`Grouping.combine` in one kernel each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weights, places)
+        return _kernels().gather(x, places, weights, total=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weights, places = ctx.saved_tensors
+        return *_kernels().scatter_weighted(gradient, x, weights, places), None

@@ -14,6 +14,11 @@ from linear_moe.modeling.ops.fused import fused, upcast
 Kind = Literal["rms", "layer", "none"]
 Activation = Literal["silu", "sigmoid", "identity"]
 
+L2_EPS = 1e-6
+# PyTorch's norms on CUDA are slow in small groups and in their weights' gradients, but quicker to launch
+KERNEL_ELEMENTS = 2**20
+KERNEL_SIZE = 8192  # of a group: a wider one does not fit into registers
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
@@ -38,10 +43,11 @@ def norm(
 ) -> Tensor:
     """`(scale * n(u) * weight + bias) * activation(gate)` with `u = x + skip_weight * skip`.
 
-    With `gate_first`, `scale * n(u * activation(gate)) * weight + bias`. Here n acts on each group of `size`
-    neighbouring features: "rms" is `u / sqrt(mean(u^2) + eps)`, "layer" `(u - mean(u)) / sqrt(variance(u) + eps)`,
-    "none" leaves u as it is.
-    Arithmetic in fp32, rounded once. Triton kernels on CUDA; only the inputs are saved for backward.
+    With `gate_first`, `scale * n(u * activation(gate)) * weight + bias`, and n(activation(u)) where there is no gate.
+    Here n acts on each group of `size` neighbouring features: "rms" is `u / sqrt(mean(u^2) + eps)`, "layer"
+    `(u - mean(u)) / sqrt(variance(u) + eps)`, "none" leaves u as it is.
+    Arithmetic in fp32, rounded once. Triton kernels on CUDA; only the inputs are saved for backward. What is a norm of
+    PyTorch's, of all features and with nothing around it, is left to it on CPU and for few tokens.
 
     Args:
         x: `[..., C]`.
@@ -72,6 +78,12 @@ def norm(
         raise ValueError(f"skip and skip_weight go together, and the number of heads must divide {width}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    bare = gate is None and not gate_first and skip is None and kind != "none" and size == width and scale == 1.0
+    if bare and not (x.is_cuda and size <= KERNEL_SIZE and x.numel() >= KERNEL_ELEMENTS):
+        if kind == "rms" and bias is None:
+            return F.rms_norm(x, (size,), weight, eps)
+        if kind == "layer":
+            return F.layer_norm(x, (size,), weight, bias, eps)
     options = {"eps": eps, "kind": kind, "size": size, "activation": activation, "gate_first": gate_first}
     return fused(definition, "norms_gpu", x, weight, bias, gate, skip, skip_weight, scale=scale, **options)
 
@@ -96,8 +108,8 @@ def definition(
     if skip is not None and skip_weight is not None:
         u = u + upcast(skip) * skip_weight.repeat_interleave(x.shape[-1] // len(skip_weight))
     a = None if gate is None else ACTIVATIONS[activation](upcast(gate))
-    if a is not None and gate_first:
-        u = u * a
+    if gate_first:
+        u = ACTIVATIONS[activation](u) if a is None else u * a
     y = u.unflatten(-1, (-1, size))
     if kind != "none":
         function: Any = F.rms_norm if kind == "rms" else F.layer_norm
@@ -111,7 +123,7 @@ def definition(
     return (y if a is None or gate_first else y * a).to(x.dtype)
 
 
-def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last dimension."""
-    dim = x.shape[-1]
-    return norm(x, eps=eps / dim, scale=dim**-0.5)
+def l2_norm(x: Tensor, eps: float = L2_EPS, *, size: int | None = None) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last dimension, or over each group of `size` neighbouring features."""
+    size = size or x.shape[-1]
+    return norm(x, eps=eps / size, size=size, scale=size**-0.5)

@@ -48,6 +48,9 @@ def _forward(
         a, _ = _activate(g, ACTIVATION)
         if GATE_FIRST:
             u *= a
+    elif GATE_FIRST:
+        a, _ = _activate(u, ACTIVATION)
+        u = tl.where(inside, a, 0.0)
     if KIND == "layer":
         u = tl.where(inside, u - (tl.sum(u, 1) / SIZE)[:, None], 0.0)
     n = u * scale
@@ -100,6 +103,9 @@ def _backward(
             if GATE_FIRST:
                 before = u
                 u *= a
+        elif GATE_FIRST:
+            a, slope = _activate(u, ACTIVATION)
+            u = tl.where(inside, a, 0.0)
         if KIND == "layer":
             u = tl.where(inside, u - (tl.sum(u, 1) / SIZE)[:, None], 0.0)
         n = u
@@ -129,6 +135,8 @@ def _backward(
         if gate is not None and GATE_FIRST:
             tl.store(dgate + to, (du * before * slope).to(dgate.dtype.element_ty), mask=inside)
             du *= a
+        elif GATE_FIRST:
+            du *= slope
         tl.store(dx + to, du.to(dx.dtype.element_ty), mask=inside)
         if skip is not None:
             sum_d += du * s
@@ -228,18 +236,24 @@ def backward(
     w, b, rows, second, tile = _tiles(flat, weight, bias, skip, size)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = max(1, min(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(PROGRAMS * processors, second)))
-    partial = torch.empty(3, programs, second * size, dtype=torch.float32, device=x.device)
+    summed = [t for t in (weight, bias, skip_weight) if t is not None]
+    partial = torch.empty(len(summed), programs, second * size, dtype=torch.float32, device=x.device)
+    rest = iter(partial)
+    partial_w, partial_b, partial_d = (None if t is None else next(rest) for t in (weight, bias, skip_weight))
     head_dim = 1 if skip_weight is None else flat.shape[1] // len(skip_weight)
     _backward[(programs, second)](
-        dy, flat, w, b, gate, skip, skip_weight, dx, partial[0], partial[1], dgate, dskip, partial[2], rows,
+        dy, flat, w, b, gate, skip, skip_weight, dx, partial_w, partial_b, dgate, dskip, partial_d, rows,
         flat.shape[1] // size, head_dim, _stride(dy), _stride(flat), _stride(gate), _stride(skip), flat.shape[1], eps,
         scale, KIND=kind, ACTIVATION=activation, GATE_FIRST=gate_first, **tile,
     )  # fmt: skip
-    dweight, dbias = (
-        None if t is None else s.sum(0).view(-1, len(t)).sum(0).to(t.dtype)
-        for t, s in ((weight, partial[0]), (bias, partial[1]))
-    )
+    sums = iter(partial.sum(1) if summed else ())
+    dweight, dbias = (None if t is None else _over_groups(next(sums), len(t)).to(t.dtype) for t in (weight, bias))
     dskip_weight = None
     if skip_weight is not None:
-        dskip_weight = partial[2].sum(0).view(len(skip_weight), head_dim).sum(1).to(skip_weight.dtype)
+        dskip_weight = next(sums).view(len(skip_weight), head_dim).sum(1).to(skip_weight.dtype)
     return dx, dweight, dbias, dgate, dskip, dskip_weight
+
+
+def _over_groups(sums: Tensor, features: int) -> Tensor:
+    """`[C]` -> `[features]`: the gradient of a weight of one group is that of all."""
+    return sums if len(sums) == features else sums.view(-1, features).sum(0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+State = TypeVar("State", Tensor, tuple[Tensor, ...])
 
 MAX_CHUNK = 32  # the fastest on CPU at K = V = 32 to 64
 MIN_CHUNK = 16
@@ -35,21 +37,26 @@ def by_token(*inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:
 
 
 def separately(
-    function: Callable[..., tuple[Tensor, Tensor]],
+    function: Callable[..., tuple[Tensor, State]],
     inputs: Sequence[Tensor | None],
-    initial_state: Tensor,
+    initial_state: State,
     cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Runs `function(state, *inputs) -> (output, final state)` on each packed document `[1, length, ...]` alone."""
-    outputs, states = [], []
-    offsets = cu_seqlens.tolist()
-    for document, (start, end) in enumerate(pairwise(offsets)):
-        state = initial_state[document : document + 1]
+) -> tuple[Tensor, State]:
+    """Runs `function(state, *inputs) -> (output, final state)` on each packed document `[1, length, ...]` alone.
+
+    Args:
+        initial_state: `[documents, ...]`, or a tuple of such.
+    """
+    outputs, finals = [], []
+    for document, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        own = slice(document, document + 1)
+        state = initial_state[own] if isinstance(initial_state, Tensor) else tuple(x[own] for x in initial_state)
         if end > start:
             output, state = function(state, *(None if x is None else x[:, start:end] for x in inputs))
             outputs.append(output)
-        states.append(state)
-    return torch.cat(outputs, dim=1), torch.cat(states)
+        finals.append(state)
+    final = torch.cat(finals) if isinstance(initial_state, Tensor) else tuple(map(torch.cat, zip(*finals, strict=True)))
+    return torch.cat(outputs, dim=1), final
 
 
 class Chunks:
@@ -111,11 +118,6 @@ class Chunks:
         Returns:
             The states before every chunk `[N, B*H, K, V]`, and the final states `[sequences, H, K, V]`.
         """
-        before, final = self.walk(advance, initial_state)
-        return torch.stack(before), final
-
-    def walk(self, advance: Callable[[int, Tensor], Tensor], initial_state: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`scan` for an `advance` that reads the states itself: those before every chunk are not copied together."""
         starts = initial_state.reshape(len(self.spans), -1, *initial_state.shape[2:]).unbind()
         before, final = [], []
         for state, (first, end) in zip(starts, self.spans, strict=True):
@@ -123,7 +125,7 @@ class Chunks:
                 before.append(state)
                 state = advance(n, state)
             final.append(state)
-        return before, torch.stack(final).reshape(initial_state.shape)
+        return torch.stack(before), torch.stack(final).reshape(initial_state.shape)
 
 
 def chunk_size(length: int) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
 from linear_moe.modeling.ops.fused import has_triton, on_kernels
+from linear_moe.modeling.ops.norms import l2_norm
 from linear_moe.modeling.ops.packing import first_tokens, on_device
 
 ACTIVATIONS = ("silu", None)
 KERNEL_TAPS = 4  # our kernels take at most as many
+KERNEL_NORM = 128  # and normalise groups of at most as many channels: one warp's
 
 
 def short_conv(
@@ -23,8 +27,11 @@ def short_conv(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     output_state: bool = True,
+    norm_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y[t] = activation(bias + sum_w weight[:, w] x[t - (W - 1) + w]); before a document: its state, or zeros.
+
+    With `norm_size`, `l2_norm` of that in each group of as many neighbouring channels.
 
     On CUDA in Triton kernels without a state (training), with one in those of flash-linear-attention, where installed.
     Sums in fp32.
@@ -37,8 +44,8 @@ def short_conv(
         state: `[N, C, W - 1]`, the inputs before each sequence, oldest first; N is B, or the number of documents.
             With T = 1, no `cu_seqlens` and gradients disabled it is UPDATED IN PLACE and returned.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
-
         output_state: False: the final state is not asked for.
+        norm_size: a divisor of C.
 
     Returns:
         `y [B, T, C]` in x's dtype and the final state `[N, C, W - 1]` in the dtype of `state` (x's if None), or None;
@@ -48,15 +55,22 @@ def short_conv(
         ValueError: shapes or an activation that do not fit.
     """
     _check(x, weight, bias, activation, state, cu_seqlens)
+    if norm_size is not None and x.shape[2] % norm_size:
+        raise ValueError(f"norm_size must divide C = {x.shape[2]}, got {norm_size}")
     width = weight.shape[1]
+    on_kernel = x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton()
+    if norm_size is not None and not (on_kernel and norm_size <= KERNEL_NORM):
+        options: Any = {"state": state, "cu_seqlens": cu_seqlens, "output_state": output_state}
+        y, final = short_conv(x, weight, bias, activation=activation, **options)
+        return l2_norm(y, size=norm_size), final
     if state is not None and decodes(x.shape[1], state, cu_seqlens):
         window = torch.cat([state, x.mT.to(state.dtype)], dim=-1)  # [B, C, W]
         state.copy_(window[..., 1:])
         y = (window.float() * weight.float()).sum(-1)[:, None]
         return _finish(y, bias, activation).to(x.dtype), state
-    if x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton():
+    if on_kernel:
         first = None if cu_seqlens is None else first_tokens(cu_seqlens, x.shape[1])
-        y = on_kernels("short_conv_gpu", x, weight, bias, first, activation=activation)
+        y = on_kernels("short_conv_gpu", x, weight, bias, first, activation=activation, norm_size=norm_size)
         return y, _last(x, width - 1, cu_seqlens) if output_state else None
     if x.is_cuda and width > 1 and has_fla():
         return _kernel(x, weight, bias, activation, state, cu_seqlens)

@@ -13,11 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.modeling.ops.norms import L2_EPS
+
+EPS = tl.constexpr(L2_EPS)
 RUN = 28  # tokens of a run: the walk begins 3 tokens before and ends 3 after
 UNROLL = tl.constexpr(4)  # steps whose loads are under way together; divides RUN and RUN + 4
 TILE = 512  # elements of a tile, 4 for each thread of 4 warps
 COLUMNS = 128  # channels of a tile at most
 PROGRAMS = 16  # per multiprocessor, each with its own partial sums of the weight's gradient
+
+
+@triton.jit
+def _channels(channels, COLUMNS: tl.constexpr, NORM: tl.constexpr):
+    """A tile's, and which of them there are: of one group that is normalised, or `COLUMNS`."""
+    column = tl.arange(0, COLUMNS)
+    if NORM > 0:
+        return tl.program_id(1) * NORM + column, column < NORM
+    else:
+        channel = tl.program_id(1) * COLUMNS + column
+        return channel, channel < channels
 
 
 @triton.jit
@@ -47,11 +61,10 @@ def _position(first, token, tokens, length):
 @triton.jit
 def _forward(
     x, weight, bias, first, y, tokens, length, channels, stride, WIDTH: tl.constexpr, RUN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     start = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)) * RUN
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = channel < channels
+    channel, inside = _channels(channels, COLUMNS, NORM)
     w0, w1 = _tap(weight, channel, inside, 0, WIDTH), _tap(weight, channel, inside, 1, WIDTH)
     w2, w3 = _tap(weight, channel, inside, 2, WIDTH), _tap(weight, channel, inside, 3, WIDTH)
     x1 = _load(x, start - 1, tokens, stride, channel, inside)
@@ -69,6 +82,8 @@ def _forward(
             z += tl.where(p >= 1, w1 * x1, 0.0) + tl.where(p >= 2, w2 * x2, 0.0) + tl.where(p >= 3, w3 * x3, 0.0)
             if SILU:
                 z *= tl.sigmoid(z)
+            if NORM > 0:
+                z *= tl.rsqrt(tl.sum(z * z, 1) + EPS)[:, None]
             to = y + token.to(tl.int64)[:, None] * channels + channel[None, :]
             tl.store(to, z.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & inside[None, :])
             x3 = x2
@@ -78,11 +93,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, x, weight, bias, first, dx, dweight, dbias, tokens, length, channels, stride_dy, stride, WIDTH: tl.constexpr,
-    RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
+    dy, x, weight, bias, first, dx, dweight, dbias, tokens, length, channels, stride_dy, stride, stride_partial,
+    WIDTH: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = channel < channels
+    channel, inside = _channels(channels, COLUMNS, NORM)
     w0, w1 = _tap(weight, channel, inside, 0, WIDTH), _tap(weight, channel, inside, 1, WIDTH)
     w2, w3 = _tap(weight, channel, inside, 2, WIDTH), _tap(weight, channel, inside, 3, WIDTH)
     b = tl.zeros((1, COLUMNS), tl.float32)
@@ -103,10 +118,16 @@ def _backward(
                 d = _load(dy, token, tokens, stride_dy, channel, inside)
                 p = _position(first, token, tokens, length)
                 y1, y2, y3 = tl.where(p >= 1, x1, 0.0), tl.where(p >= 2, x2, 0.0), tl.where(p >= 3, x3, 0.0)
-                if SILU:
+                if SILU or NORM > 0:
                     z = b + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
-                    s = tl.sigmoid(z)
-                    d *= s * (1 + z * (1 - s))
+                    s = tl.sigmoid(z) if SILU else 1.0
+                    if NORM > 0:
+                        n = z * s
+                        r = tl.rsqrt(tl.sum(n * n, 1) + EPS)[:, None]
+                        n *= r
+                        d = r * (d - n * tl.sum(d * n, 1)[:, None])
+                    if SILU:
+                        d *= s * (1 + z * (1 - s))
                 own = tl.where(step < RUN, d, 0.0)  # the weight's gradient from tokens after the run is not ours
                 s0 += own * x0
                 s1 += own * y1
@@ -126,16 +147,17 @@ def _backward(
                 x3 = x2
                 x2 = x1
                 x1 = x0
-    partial = tl.program_id(0) * channels + channel
-    tl.store(dweight + partial * WIDTH + WIDTH - 1, tl.sum(s0, 0), mask=inside)
+    partial = tl.program_id(0) * stride_partial
+    last = dweight + partial + channel * WIDTH + WIDTH - 1
+    tl.store(last, tl.sum(s0, 0), mask=inside)
     if WIDTH > 1:
-        tl.store(dweight + partial * WIDTH + WIDTH - 2, tl.sum(s1, 0), mask=inside)
+        tl.store(last - 1, tl.sum(s1, 0), mask=inside)
     if WIDTH > 2:
-        tl.store(dweight + partial * WIDTH + WIDTH - 3, tl.sum(s2, 0), mask=inside)
+        tl.store(last - 2, tl.sum(s2, 0), mask=inside)
     if WIDTH > 3:
-        tl.store(dweight + partial * WIDTH + WIDTH - 4, tl.sum(s3, 0), mask=inside)
+        tl.store(last - 3, tl.sum(s3, 0), mask=inside)
     if bias is not None:
-        tl.store(dbias + partial, tl.sum(sum_bias, 0), mask=inside)
+        tl.store(dbias + partial + channel, tl.sum(sum_bias, 0), mask=inside)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -144,43 +166,57 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _tile(channels: int, weight: Tensor, activation: str | None) -> dict[str, Any]:
-    columns = min(COLUMNS, triton.next_power_of_2(channels))
-    silu = activation == "silu"
-    return {"WIDTH": weight.shape[1], "RUN": RUN, "ROWS": TILE // columns, "COLUMNS": columns, "SILU": silu}
+def _tile(channels: int, weight: Tensor, activation: str | None, norm_size: int | None) -> tuple[int, dict[str, Any]]:
+    """Tiles beside each other, and constants of the kernels."""
+    columns = min(COLUMNS, triton.next_power_of_2(norm_size or channels))
+    tile = {"WIDTH": weight.shape[1], "RUN": RUN, "ROWS": TILE // columns, "COLUMNS": columns}
+    return triton.cdiv(channels, norm_size or columns), tile | {"SILU": activation == "silu", "NORM": norm_size or 0}
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, *, activation: str | None) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first: Tensor | None,
+    *,
+    activation: str | None,
+    norm_size: int | None = None,
+) -> Tensor:
     """`x [B, T, C]` -> `y [B, T, C]`; see `short_conv`.
 
     Args:
         first: `[B T]` int32, the first token of each token's document; None: rows are documents.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, tile = _flat(x), _tile(x.shape[2], weight, activation)
+    flat, (blocks, tile) = _flat(x), _tile(x.shape[2], weight, activation, norm_size)
     tokens, channels = flat.shape
-    grid = (triton.cdiv(triton.cdiv(tokens, RUN), tile["ROWS"]), triton.cdiv(channels, tile["COLUMNS"]))
-    _forward[grid](
+    _forward[(triton.cdiv(triton.cdiv(tokens, RUN), tile["ROWS"]), blocks)](
         flat, weight.contiguous(), bias, first, y, tokens, x.shape[1], channels, flat.stride(0), **tile, num_warps=4
     )
     return y
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None, *, activation: str | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first: Tensor | None,
+    *,
+    activation: str | None,
+    norm_size: int | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias. Sums over tokens are in a fixed order."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, dy, tile = _flat(x), _flat(grad), _tile(x.shape[2], weight, activation)
+    flat, dy, (blocks, tile) = _flat(x), _flat(grad), _tile(x.shape[2], weight, activation, norm_size)
     tokens, channels = flat.shape
-    blocks = triton.cdiv(channels, tile["COLUMNS"])
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     programs = min(triton.cdiv(triton.cdiv(tokens, RUN), tile["ROWS"]), triton.cdiv(PROGRAMS * processors, blocks))
-    dweight = torch.empty(programs, *weight.shape, dtype=torch.float32, device=x.device)
-    dbias = None if bias is None else torch.empty(programs, channels, dtype=torch.float32, device=x.device)
+    taps = weight.numel()
+    partial = torch.empty(programs, taps + (0 if bias is None else channels), dtype=torch.float32, device=x.device)
     _backward[(programs, blocks)](
-        dy, flat, weight.contiguous(), bias, first, dx, dweight, dbias, tokens, x.shape[1], channels, dy.stride(0),
-        flat.stride(0), **tile, num_warps=4,
+        dy, flat, weight.contiguous(), bias, first, dx, partial, None if bias is None else partial[:, taps:],
+        tokens, x.shape[1], channels, dy.stride(0), flat.stride(0), partial.stride(0), **tile, num_warps=4,
     )  # fmt: skip
-    sums = (None if s is None else s.sum(0).to(weight.dtype) for s in (dweight, dbias))
-    return dx, *sums, None
+    sums = partial.sum(0).to(weight.dtype)  # of both at once: launches count
+    return dx, sums[:taps].view_as(weight), None if bias is None else sums[taps:], None

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.feature_maps import squares, taylor
+from linear_moe.modeling.ops.normalizer import normalized
 from tests.golden.golden import compare_golden
-from tests.tolerances import FP64, assert_close
+from tests.tolerances import FP32, FP64, assert_close
 from tests.unit.mixers.common import build
 from tests.unit.mixers.truth import compare, randomise
 
@@ -30,6 +32,21 @@ def test_squares_and_taylor_are_the_kernels_they_stand_for() -> None:
     assert_close((taylor(q) * taylor(k)).sum(-1), 1 + s + s**2 / 2, FP64)
     assert squares(q).shape[-1] == 21 and taylor(q).shape[-1] == 28
     assert torch.autograd.gradcheck(squares, (q,))
+
+
+def test_zeros_behind_the_features_change_nothing() -> None:
+    """As where the kernels want padded ones; from states of the features' size, to such states."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(1, 7, 2, 6, generator=generator) for _ in range(3))
+    states = {n: torch.rand(1, 2, 6, c, generator=generator) for n, c in {"state": 6, "normalizer": 1}.items()}
+    options: dict[str, Any] = {"eps": 0.1, "scale": 0.5, "cu_seqlens": None}
+    for start in ({}, states):
+        o, final = normalized(decay, q, k, v, **options, states=start)
+        wide = (torch.nn.functional.pad(t, (0, 3)) for t in (q, k))
+        padded, cut = normalized(decay, *wide, v, **options, states=start, features=6)
+        assert_close(padded, o, FP32)
+        for name in states:
+            assert_close(cut[name], final[name], FP32, name)
 
 
 def test_based_is_the_papers_equations() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.config.errors import ConfigError
+from linear_moe.modeling.feature_maps import TRAINED
 from tests.golden.golden import compare_golden
 from tests.unit.mixers.common import build
 from tests.unit.mixers.truth import compare, randomise
@@ -57,14 +58,18 @@ MAPS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("divide", [None, "normalize", "norm_q", "norm_k"])
-@pytest.mark.parametrize("name", MAPS)
-def test_linear_attention_is_the_papers_equations(name: str, divide: str | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name in MAPS for option in (None, "normalize", "norm_q", "norm_k")]
+    + [(name, "tie_feature_map_qk") for name in TRAINED],
+)
+def test_linear_attention_is_the_papers_equations(name: str, option: str | None) -> None:
     """Equations 18 to 20 of arXiv 2006.16236 for each map, one token and one head at a time, in fp64."""
     fields: dict[str, Any] = {"feature_map": name, "output_norm": "none", "num_kv_heads": 2}
     fields |= {"dpfp_nu": 2} if name == "dpfp" else {}
-    fields |= {divide: True} if divide else {}
-    if divide and name in ("swish", "elementwise_product", "identity"):
+    fields |= {option: True} if option else {}
+    tied = option == "tie_feature_map_qk"
+    if option and not tied and name in ("swish", "elementwise_product", "identity"):
         with pytest.raises(ConfigError, match="may be negative"):
             build("linear_attention", fields)
         return
@@ -82,12 +87,12 @@ def test_linear_attention_is_the_papers_equations(name: str, divide: str | None)
                 for h in range(4):
                     key, value = (t[8 * (h // 2) : 8 * (h // 2) + 8] for t in (k, v))
                     phi_q = MAPS[name](q[8 * h : 8 * h + 8], w, "feature_map_q")
-                    phi_k = MAPS[name](key, w, "feature_map_k")
-                    phi_q = phi_q / (phi_q.sum() + 1e-4) if divide == "norm_q" else phi_q
-                    phi_k = phi_k / (phi_k.sum() + 1e-4) if divide == "norm_k" else phi_k
+                    phi_k = MAPS[name](key, w, "feature_map_q" if tied else "feature_map_k")
+                    phi_q = phi_q / (phi_q.sum() + 1e-4) if option == "norm_q" else phi_q
+                    phi_k = phi_k / (phi_k.sum() + 1e-4) if option == "norm_k" else phi_k
                     s[h], z[h] = s[h] + torch.outer(phi_k, value), z[h] + phi_k
                     o = phi_q @ s[h]
-                    heads.append(o / (phi_q @ z[h] + 1e-10) if divide == "normalize" else o / len(phi_q) ** 0.5)
+                    heads.append(o / (phi_q @ z[h] + 1e-10) if option == "normalize" else o / len(phi_q) ** 0.5)
                 row.append(w["o_proj.weight"] @ torch.cat(heads))
             outputs.append(torch.stack(row))
         return torch.stack(outputs)

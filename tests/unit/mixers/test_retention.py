@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.golden.golden import compare_golden
 from tests.unit.mixers.common import build, dims
-from tests.unit.mixers.truth import compare, randomise
+from tests.unit.mixers.truth import compare, convolved, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -19,7 +19,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_kv_heads": 2, "feature_map": "relu", "rope_base": 100.0}])
+@pytest.mark.parametrize("fields", [{}, {"num_kv_heads": 2, "feature_map": "relu", "rope_base": 100.0, "conv_size": 4}])
 def test_retention_is_the_papers_equations(fields: dict[str, Any]) -> None:
     """The parallel form, equations 5 and 8 of arXiv 2307.08621, with complex rotations, in fp64."""
     ours = build("retention", fields)
@@ -32,6 +32,8 @@ def test_retention_is_the_papers_equations(fields: dict[str, Any]) -> None:
         theta = fields.get("rope_base", 10000.0) ** -torch.linspace(0, 1, 5, dtype=torch.float64)[:4]
         rotation = torch.exp(1j * n[:, None] * theta)
         q, k, v, gate = (x @ w[f"{name}_proj.weight"].T for name in "qkvg")
+        if "conv_size" in fields:
+            q, k, v = (convolved(t, w[f"{n}_conv1d.weight"]) for n, t in (("q", q), ("k", k), ("v", v)))
         if "feature_map" in fields:
             q, k = q.clamp_min(0), k.clamp_min(0)
         queries, keys, values = q.split(8, -1), k.split(8, -1), v.split(16, -1)

@@ -13,9 +13,11 @@ from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import compare, randomise
 
+# A large epsilon here, too (see `dims`): with 0.02 a document of one token, whose q diag(bonus) k is a sum that cancels
+# to a 27th, makes all of the error of the bonus' gradient in bf16, 0.5 to 11 % of it by how q and k happen to round.
 VARIANTS: list[dict[str, Any]] = [
     {"shift_rank": 4, "decay_rank": 8},
-    {"num_heads": 2, "expand_k": 0.5, "expand_v": 2.0, "shift_rank": 2, "decay_rank": 4, "norm_eps": 0.02},
+    {"num_heads": 2, "expand_k": 0.5, "expand_v": 2.0, "shift_rank": 2, "decay_rank": 4, "norm_eps": 0.2},
 ]
 
 

@@ -47,6 +47,7 @@ from tests.unit.mixers.common import case_ids, cases, dims
         ("attention", {"num_kv_heads": 3}, 1, "num_kv_heads", [2, 4]),
         ("attention", {"num_kv_heads": 1}, 2, "num_kv_heads", [2]),
         ("attention", {"rotary_fraction": 0.3}, 1, "rotary_fraction", [0.25]),
+        ("attention", {"head_dim": 96, "rotary_fraction": 0.34}, 1, "rotary_fraction", [1 / 3]),
         ("titans", {"num_heads": 6}, 4, "num_heads", [4, 8]),
         ("ttt_linear", {"num_heads": 20}, 1, "num_heads", [16]),
         ("mom", {"num_heads": 5}, 1, "num_heads", [4, 8]),
@@ -54,6 +55,7 @@ from tests.unit.mixers.common import case_ids, cases, dims
         ("mom", {"num_memories": 3, "top_k": 4}, 1, "top_k", [3]),
         ("mom", {"head_dim": 257}, 1, "head_dim", [256]),
         ("mom", {"expand_v": 0.6}, 1, "expand_v", [0.5, 0.75]),
+        ("mom", {"head_dim": 192, "expand_v": 0.3}, 1, "expand_v", [57 / 192, 58 / 192]),
         ("mla", {"num_heads": 6}, 4, "num_heads", [4, 8]),
         ("mla", {"qk_rope_head_dim": 7}, 1, "qk_rope_head_dim", [6, 8]),
         ("hgrn", {"expand": 3 / 32}, 2, "expand", [2 / 32, 4 / 32]),
@@ -75,6 +77,14 @@ def test_names_field_and_working_values(
     assert message.startswith(f"model.mixer.{field} = ") and "\n" not in message
     offered = [float(n) for n in re.findall(r"[\d.]+", message.split("nearest")[1])]
     assert offered == pytest.approx(near, rel=1e-4)
+    kind = float if isinstance(getattr(cls.Config(), field), float) else int
+    for value in offered:  # as printed it passes the check that offers it; another field may not fit it
+        changed, refused = mixer_config(name, **fields | {field: kind(value)}), ""
+        try:
+            cls.validate(changed, dims(), tensor, "model.mixer")
+        except ConfigError as error:
+            refused = error.path
+        assert refused != f"model.mixer.{field}"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +106,12 @@ def test_names_field_and_working_values(
 def test_refuses_what_would_do_nothing(name: str, fields: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model.mixer.{field} = .*: does nothing here; set .* or leave it at"):
         mixer_class(name).validate(mixer_config(name, **fields), dims(), 1, "model.mixer")
+
+
+def test_accepts_fractions_that_are_whole_but_for_rounding() -> None:
+    assert 0.56 * 25 > 14
+    fields = {"head_dim": 25, "rotary_fraction": 0.56}
+    mixer_class("attention").validate(mixer_config("attention", **fields), dims(), 1, "model.mixer")
 
 
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout, Mixer
@@ -28,6 +29,12 @@ def randomise(module: torch.nn.Module) -> None:
 
 def load(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     module.load_state_dict({k: v.clone() for k, v in weights.items()}, strict=True)
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """`y_t = sum_i w_i x_{t - size + 1 + i}` per channel of `x [..., T, C]`, and SiLU; weight `[C, size]`."""
+    y = (F.pad(x.mT, (weight.shape[1] - 1, 0)).unfold(-1, weight.shape[1], 1) * weight[:, None]).sum(-1).mT
+    return y * torch.sigmoid(y)
 
 
 def compare(ours: Mixer, theirs: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.bounded_gate import bounded_gate
 from linear_moe.modeling.ops.fused import on_kernels
-from linear_moe.modeling.ops.gates import gate
+from linear_moe.modeling.ops.gates import gate, gate_and_complement
 from linear_moe.modeling.ops.norms import l2_norm, norm
 from linear_moe.modeling.ops.repeat_heads import repeat_heads
 from linear_moe.modeling.ops.shift_mix import shift_mix
@@ -52,7 +52,9 @@ def test_norm_by_its_formula() -> None:
     assert_close(norm(x, w, skip[0], z, kind="none", **common), (x * w + skip[0]) * silu, FP64)
     centred = torch.cat([h - h.mean(1, keepdim=True) for h in x.split(SIZE, 1)], 1)
     assert_close(norm(x, w, skip[0], z, kind="layer", **common), (normalised(centred, 0.1) * w + skip[0]) * silu, FP64)
+    assert_close(norm(x, w, gate_first=True, **common), normalised(x / (1 + (-x).exp()), 0.1) * w, FP64)
     assert_close(l2_norm(x, eps=0.3), x / (x.pow(2).sum(1, keepdim=True) + 0.3).sqrt(), FP64)
+    assert_close(l2_norm(x, eps=0.4, size=SIZE), normalised(x, 0.1) / 2, FP64)
 
 
 def test_gate_by_its_formula() -> None:
@@ -64,6 +66,9 @@ def test_gate_by_its_formula() -> None:
     assert_close(gate(x, "sigmoid", scale=2.0), 2 / (1 + (-x).exp()), FP64)
     assert_close(gate(x, "exp", scale=-1.0, bias=bias, floor=-1.0), (-y.exp()).clamp(min=-1), FP64)
     assert gate(x.bfloat16(), "exp").dtype == torch.float32
+    g, rest = gate_and_complement(x, "logsigmoid", scale=1 / 8, floor=-0.1)
+    assert_close(g, gate(x, "logsigmoid", scale=1 / 8, floor=-0.1), FP64)
+    assert_close(rest, 1 - g.exp(), FP64)
 
 
 @pytest.mark.parametrize("function", ["logsigmoid", "softplus", "exp"])
@@ -76,20 +81,25 @@ def test_gates_at_the_floor_have_no_gradient(function: Any) -> None:
 
 
 def test_bounded_gate_by_its_formula() -> None:
-    x, logit = draw(ROWS, WIDTH), draw(WIDTH, seed=1)
+    x, logit, y = draw(ROWS, WIDTH), draw(WIDTH, seed=1), draw(ROWS, WIDTH, seed=2)
     bound = 1 / (1 + (-logit).exp())
     for b, given in ((0.0, None), (bound, logit)):
         f = b + (1 - b) / (1 + (-x).exp())
-        assert_close(bounded_gate(x, given), f.log(), FP64)
-        assert_close(bounded_gate(x, given, complement=True), 1 - f, FP64)
-    assert bounded_gate(x.bfloat16()).dtype == torch.float32
-    assert bounded_gate(x.bfloat16(), complement=True).dtype == torch.bfloat16
-    assert bounded_gate(x - 1e4).eq(-80).all()
+        log_gate, rest = bounded_gate(x, None, given)
+        assert_close(log_gate, f.log(), FP64)
+        assert_close(rest, 1 - f, FP64)
+        assert_close(bounded_gate(x, y, given)[1], (1 - f) * y / (1 + (-y).exp()), FP64)
+    assert [t.dtype for t in bounded_gate(x.bfloat16(), y.bfloat16())] == [torch.float32, torch.bfloat16]
+    assert bounded_gate(x - 1e4)[0].eq(-80).all()
 
 
 def test_repeat_heads_by_its_formula() -> None:
     x, weight = draw(ROWS, 2, SIZE), draw(ROWS, 6, seed=1)
     assert_close(repeat_heads(x, weight), torch.stack([weight[:, h, None] * x[:, h // 3] for h in range(6)], 1), FP64)
+    assert_close(repeat_heads(x, heads=6), repeat_heads(x, torch.ones_like(weight)), FP64)
+    for wrong in ({}, {"heads": 5}, {"weight": weight, "heads": 6}):
+        with pytest.raises(ValueError, match="heads"):
+            repeat_heads(x, **wrong)  # type: ignore[arg-type]
 
 
 def test_shift_mix_by_its_formula() -> None:
@@ -162,7 +172,7 @@ def test_kernels_are_launched_where_their_inputs_are(monkeypatch: pytest.MonkeyP
         (gate, [(3, 8)], {"function": "tanh"}, "function"),
         (gate, [(3, 8)], {"function": "exp", "bias": torch.ones(4)}, "bias"),
         (gate, [(3, 8)], {"function": "exp", "log_rate": torch.ones(3)}, "log_rate"),
-        (bounded_gate, [(3, 8), (4,)], {}, "logit"),
+        (bounded_gate, [(3, 8), (3, 8), (4,)], {}, "logit"),
         (repeat_heads, [(3, 2, 4), (3, 5)], {}, "weight"),
         (shift_mix, [(1, 3, 4), (7, 4)], {}, "share"),
         (shift_mix, [(1, 3, 4), (2, 4), (2, 3, 4)], {}, "more"),

@@ -94,6 +94,19 @@ def test_step_updates_the_state_in_place() -> None:
     assert torch.equal(state, expected_state)
 
 
+@pytest.mark.parametrize("step", [False, True])
+def test_normalises_groups_of_channels(step: bool) -> None:
+    inputs = make_inputs(2, 1 if step else 9, 4, bias=True)
+    before = inputs["state"].clone()
+    expected, state = naive(**inputs, activation="silu")
+    with torch.no_grad():
+        y, final = short_conv(**inputs, norm_size=3)
+    assert final is not None and (final is inputs["state"]) == step
+    heads = expected.unflatten(-1, (2, 3))
+    assert_close(y, (heads / (heads.square().sum(-1, keepdim=True) + 1e-6).sqrt()).flatten(-2), FP32)
+    assert torch.equal(final, state) and not torch.equal(final, before)
+
+
 def test_half_precision_is_summed_in_fp32() -> None:
     inputs = {name: x.bfloat16() for name, x in make_inputs(2, 33, 4, bias=True).items()}
     y, final = short_conv(**inputs)
@@ -111,6 +124,7 @@ def test_wrong_inputs_are_refused() -> None:
         ("bias", inputs["bias"][:3], "bias must be"),
         ("state", inputs["state"][..., :2], "state must be"),
         ("cu_seqlens", torch.tensor([0, 9]), "need B = 1"),
+        ("norm_size", 4, "norm_size must divide"),
     ]
     for name, value, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -132,3 +132,19 @@ def test_unknown_kernels_and_configurations_are_tuned(tuner: type[Autotuner]) ->
     changed.configs = [Config(block=n) for n in (16, 64)]  # another release of the package
     for kernel in (other, foreign, changed):
         assert kernel.run(None, H=128) == 64 and kernel.searched == 1
+
+
+def test_the_first_search_is_a_warning(tuner: type[Autotuner], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", tuned.__name__)
+    known, first, second, single = tuner(), tuner(), tuner(), tuner()
+    first.base_fn.__name__, second.base_fn.__name__, single.base_fn.__name__ = "first", "second", "single"
+    single.configs = single.configs[-1:]  # nothing to search for
+    for kernel in (known, first, second, single, first):
+        kernel.run(None, H=96)
+    assert [(r.levelname, r.args[0]) for r in caplog.records] == [
+        ("WARNING", "fla.ops.first"),
+        ("INFO", "fla.ops.second"),
+    ]
+    text = caplog.messages[0]
+    assert "{'H': 96}" in text and "table.json" in text and "LINEAR_MOE_TUNED" in text
+    assert "scripts/bench/tune.py" in text and "--widths HIDDEN:HEADS" in text

@@ -118,7 +118,7 @@ def _gpu(
     n, keys, size = k.shape[2], q.shape[-1], tiled(q.shape[-1])
     o, state = fla("ops.gated_delta_product").chunk_gated_delta_product(
         q=pad_keys(q.to(v.dtype), -1, size),
-        k=pad_keys(k.to(v.dtype), -1, size).flatten(1, 2),
+        k=pad_keys(k.to(v.dtype).flatten(1, 2), -1, size),
         v=v.flatten(1, 2),
         g=g if g is None or bounded else g.float().clamp(min=MIN_GATE),
         beta=beta.flatten(1, 2),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops.fast_weights.reference import with_one
+from linear_moe.modeling.ops.fast_weights.walk import TTT, Titans
 from linear_moe.modeling.ops.packing import Chunks, on_device, segment_sums
 
 States = tuple[Tensor, ...]
@@ -38,40 +39,21 @@ def ttt(
     q, k, v, rate = (chunks.split(x.float()) for x in (q, k, v, rate[..., None]))  # [N, X, C, ...]
     keys, queries, scale = with_one(k), with_one(q), scale.float()[:, None]
     rated, errors = rate * keys, w * (k + b - v)
-    parts = zip(keys, queries, errors, (-scale[-1] * rated).mT.contiguous(), strict=True)
-    square, earlier = w * w, None if gradient is None else gradient.flatten(0, 1)
-    inner: list[Tensor] = []
-    reads: list[Tensor] = []  # here and not of all at once, so that autograd keeps one copy of the weights
-
-    def advance(n: int, state: Tensor) -> Tensor:
-        key, query, error, step = next(parts)
-        reads.append(query @ state)
-        inner.append(_inner_gradient(key @ state, error, square, eps))
-        if n == 0 and earlier is not None:
-            state = state - scale[-1] * earlier
-        return torch.baddbmm(state, step, inner[n])
-
-    before, after = chunks.walk(advance, state)
-    inners = torch.stack(inner)
-    z = torch.stack(reads) - (scale * (queries @ rated.mT).tril()) @ inners
+    earlier = None if gradient is None else gradient.flatten(0, 1)
+    starts = state.reshape(len(chunks.spans), -1, *state.shape[2:])
+    change = None if earlier is None else -scale[-1] * earlier
+    steps = (-scale[-1] * rated).mT.contiguous()
+    before, inner, after = TTT.apply(keys, errors, steps, w * w, starts, change, chunks.spans, eps)
+    z = queries @ before - (scale * (queries @ rated.mT).tril()) @ inner
     if earlier is not None:
         z = torch.cat([z[:1] - scale * (queries[:1] @ earlier), z[1:]])
     o = q + F.layer_norm(z, z.shape[-1:], eps=eps) * w + b
     last, complete = _last_chunks(chunks, q.device)
-    gradients = torch.stack([rated[n].mT @ inner[n] for n in last])
+    gradients = (rated[last].mT @ inner[last]).view_as(state)
     if earlier is not None and chunks.count == 1:
-        gradients = gradients + earlier
-    final = torch.where(complete, after, torch.stack([before[n] for n in last]).view_as(after))
-    return chunks.join(o).to(dtype), (final, gradients.view_as(after).masked_fill(complete, 0.0))
-
-
-def _inner_gradient(z: Tensor, error: Tensor, square: Tensor, eps: float) -> Tensor:
-    """`reference.inner_gradient` by LayerNorm's fused kernels: normalised z has the gradient weight^2 z + error."""
-    normed, mean, inverse_std = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
-    slope = torch.addcmul(error, square, normed)
-    return torch.ops.aten.native_layer_norm_backward(
-        slope, z, z.shape[-1:], mean, inverse_std, None, None, [True, False, False]
-    )[0]
+        gradients = gradients + gradient
+    final = torch.where(complete, after.view_as(state), before[last].view_as(state))
+    return chunks.join(o).to(dtype), (final, gradients.masked_fill(complete, 0.0))
 
 
 def titans(
@@ -109,29 +91,20 @@ def titans(
     downhill = -2 * rate * k
     steps = torch.cat([downhill * x[..., -1, :, None] for x in (written, carried)], -1).mT.contiguous()  # [N, X, 2K, C]
     queries = torch.cat([q * kept_start, q * added_start], -1)
-    parts = zip(k, v, queries, gates, steps, strict=True)
-    errors: list[Tensor] = []
-    reads: list[Tensor] = []  # here and not of all at once, so that autograd keeps one copy of the states
-
-    def advance(n: int, states: Tensor) -> Tensor:
-        key, value, query, gate, step = next(parts)
-        reads.append(query @ states)
-        at = start.flatten(0, 1) if n == 0 and cu_seqlens is None else states[:, :keys]
-        errors.append(torch.baddbmm(value, key, at, beta=-1))
-        decayed = gate @ states.view(len(states), 2, -1)
-        return torch.baddbmm(decayed.view_as(states), step, errors[n])
-
-    before, after = chunks.walk(advance, torch.cat([state, surprise], 2))
-    o = torch.stack(reads) + (written * (q @ downhill.mT)) @ torch.stack(errors)
+    states = torch.cat([state, surprise], 2)
+    starts = states.reshape(len(chunks.spans), -1, *states.shape[2:])
+    at = start.flatten(0, 1) if cu_seqlens is None else None
+    before, errors, after = Titans.apply(k, v, gates, steps, starts, at, chunks.spans)
+    o = queries @ before + (written * (q @ downhill.mT)) @ errors
     last, complete = _last_chunks(chunks, q.device)
-    memory, surprise = after.split(keys, 2)
-    begun = torch.stack([before[n][:, :keys] for n in last]).view_as(memory)
+    memory, surprise = after.view_as(states).split(keys, 2)
+    begun = before[last][:, :, :keys].reshape(memory.shape)
     if chunks.count == 1 and cu_seqlens is None:
         begun = start
     return chunks.join(o).to(dtype), (memory, surprise, torch.where(complete, memory, begun))
 
 
-def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[list[int], Tensor]:
-    """Of every document (or of all rows): its last chunk's index, and whether that is full `[S, 1, 1, 1]`."""
+def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of every document (or of all rows): its last chunk's index `[S]`, and whether that is full `[S, 1, 1, 1]`."""
     complete = on_device(torch.tensor(chunks.complete).view(-1, 1, 1, 1), device)
-    return [max(end - 1, 0) for _, end in chunks.spans], complete
+    return on_device(torch.tensor([max(end - 1, 0) for _, end in chunks.spans]), device), complete

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.packing import by_token
+from linear_moe.modeling.ops.packing import by_token, separately
 
 States = tuple[Tensor, ...]
 
@@ -42,7 +42,7 @@ def ttt(
         return o, (now, torch.zeros_like(gradient)) if place == size - 1 else (state, gradient)
 
     initial = (state, torch.zeros_like(state) if gradient is None else gradient)
-    o, states = _documents(token, initial, (q, k, v, rate), cu_seqlens)
+    o, states = _run(token, initial, (q, k, v, rate), cu_seqlens)
     return o.to(v.dtype), states
 
 
@@ -92,30 +92,21 @@ def titans(
         ends = (skip + t + 1) % chunk_size == 0
         return torch.einsum("bhk,bhkv->bhv", q, state), (state, surprise, state if ends else start)
 
-    o, states = _documents(token, (state, surprise, start), (q, k, v, rate, keep, momentum), cu_seqlens)
+    o, states = _run(token, (state, surprise, start), (q, k, v, rate, keep, momentum), cu_seqlens)
     return o.to(v.dtype), states
 
 
-def _documents(
-    token: Callable[..., tuple[Tensor, States]], states: States, inputs: States, cu_seqlens: Tensor | None
-) -> tuple[Tensor, States]:
-    """Runs `token(t, states, *inputs at t) -> (output, states)` over every row, or packed document, from t = 0."""
-    inputs = tuple(x.float() for x in inputs)
-    if cu_seqlens is None:
-        return _tokens(token, states, inputs)
-    outputs, finals = [], []
-    for document, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        final = tuple(state[document : document + 1] for state in states)
-        if end > start:
-            o, final = _tokens(token, final, tuple(x[:, start:end] for x in inputs))
-            outputs.append(o)
-        finals.append(final)
-    return torch.cat(outputs, dim=1), tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
-
-
-def _tokens(token: Callable[..., tuple[Tensor, States]], states: States, inputs: States) -> tuple[Tensor, States]:
+def _tokens(token: Callable[..., tuple[Tensor, States]], states: States, *inputs: Tensor) -> tuple[Tensor, States]:
+    """Runs `token(t, states, *inputs at t) -> (output, states)` from t = 0."""
     outputs = []
     for t, of_token in enumerate(by_token(*inputs)):
         o, states = token(t, states, *of_token)
         outputs.append(o)
     return torch.stack(outputs, dim=1), states
+
+
+def _run(
+    token: Callable[..., tuple[Tensor, States]], states: States, inputs: States, cu_seqlens: Tensor | None
+) -> tuple[Tensor, States]:
+    tokens, inputs = partial(_tokens, token), tuple(x.float() for x in inputs)
+    return tokens(states, *inputs) if cu_seqlens is None else separately(tokens, inputs, states, cu_seqlens)

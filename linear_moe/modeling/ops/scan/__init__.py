@@ -42,13 +42,14 @@ def linear_scan(
         x: `[B, T, D]`.
         g: `[B, T, D]` log-decay, at most 0 (minus infinity forgets everything).
         initial_state: `[N, D]` fp32, zeros unless given.
-        cu_seqlens, backend: as for `linear_moe.modeling.ops.decay.decay`, decoding in place too.
+        cu_seqlens, backend: as for `linear_moe.modeling.ops.decay.decay`, decoding in place too; "gpu" is Triton
+            kernels of our own.
 
     Returns:
         `h [B, T, D]` in x's dtype and the final state `[N, D]` in fp32; both differentiable in every input.
 
     Raises:
-        ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
+        ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without Triton.
     """
     state = _check({"x": x, "g": g}, {"g": tuple(x.shape)}, (), initial_state, cu_seqlens)
     backend = requested(backend)

@@ -35,12 +35,15 @@ def _document(cu_seqlens, blocks, T, BLOCK: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _states(dt, u, A, B, before):
-    """`dt, u [t, d]`, `A, before [d, s]`, `B [t, s]` -> decays, updates and states `[t, d, s]`."""
-    decays = tl.exp(dt[:, :, None] * A[None, :, :])
-    updates = (dt * u)[:, :, None] * B[:, None, :]
-    kept, states = tl.associative_scan((decays, updates), 0, _combine)
-    return decays, updates, states + kept * before[None, :, :]
+def _decays(dt, A):
+    """`dt [t, d]`, `A [d, s]` -> `[t, d, s]`."""
+    return tl.exp(dt[:, :, None] * A[None, :, :])
+
+
+@triton.jit
+def _updates(dt, u, B):
+    """`dt, u [t, d]`, `B [t, s]` -> `[t, d, s]`."""
+    return (dt * u)[:, :, None] * B[:, None, :]
 
 
 @triton.jit
@@ -69,7 +72,9 @@ def _forward(
         inputs = tl.load(u + by_channel, mask=channels, other=0.0).to(tl.float32)
         writes = tl.load(B + by_state, mask=states_, other=0.0).to(tl.float32)
         reads = tl.load(C + by_state, mask=states_, other=0.0).to(tl.float32)
-        _, _, states = _states(steps, inputs, rates, writes, h)
+        updates = _updates(steps, inputs, writes)
+        kept, states = tl.associative_scan((_decays(steps, rates), updates), 0, _combine)
+        states += kept * h[None, :, :]
         tl.store(y + by_channel, tl.sum(states * reads[:, None, :], axis=2), mask=channels)
         h = tl.sum(tl.where((t == BLOCK - 1)[:, None, None], states, 0.0), axis=0)
     tl.store(final_state + document + place, h, mask=inside)
@@ -104,21 +109,29 @@ def _backward(
         reads = tl.load(C + by_state, mask=states_, other=0.0).to(tl.float32)
         grad = tl.load(dy + by_channel, mask=channels, other=0.0).to(tl.float32)
         before = tl.load(saved + (block + j) * D * S + place, mask=inside, other=0.0)
-        decays, updates, states = _states(steps, inputs, rates, writes, before)
-        dread = tl.sum(states * grad[:, :, None], axis=1)
+        # a_t h_{t-1} by itself, from the updates one token before: beside a large update, what is left of it in h_t
+        # has no digits
+        within = (t > 0)[:, None]
+        last_steps = tl.load(dt + by_channel - D, mask=channels & within, other=0.0).to(tl.float32)
+        last_inputs = tl.load(u + by_channel - D, mask=channels & within, other=0.0).to(tl.float32)
+        last_writes = tl.load(B + by_state - S, mask=states_ & within, other=0.0).to(tl.float32)
+        decays = _decays(steps, rates)
+        arriving = decays * _updates(last_steps, last_inputs, last_writes)
+        kept, decayed = tl.associative_scan((decays, arriving), 0, _combine)
+        decayed += kept * before[None, :, :]
+        dread = tl.sum((decayed + _updates(steps, inputs, writes)) * grad[:, :, None], axis=1)
         tl.store(dC + part + by_state, dread.to(dC.dtype.element_ty), mask=states_)
         # dh_t = C_t dy_t + a_{t+1} dh_{t+1}; what comes from behind the block is added at its last token
         behind = ((t + 1 < BLOCK) & (tokens + 1 < end))[:, None] & (d < D)[None, :]
         next_steps = tl.load(dt + by_channel + D, mask=behind, other=0.0).to(tl.float32)
-        next_decays = tl.exp(next_steps[:, :, None] * rates[None, :, :])
         direct = grad[:, :, None] * reads[:, None, :]
-        kept, dh = tl.associative_scan((next_decays, direct), 0, _combine, reverse=True)
+        kept, dh = tl.associative_scan((_decays(next_steps, rates), direct), 0, _combine, reverse=True)
         dh += kept * carried[None, :, :]
         carried = tl.sum(tl.where((t == 0)[:, None, None], decays * dh, 0.0), axis=0)
         dwrite = tl.sum(dh * (steps * inputs)[:, :, None], axis=1)
         tl.store(dB + part + by_state, dwrite.to(dB.dtype.element_ty), mask=states_)
         dproduct = tl.sum(dh * writes[:, None, :], axis=2)  # of dt u
-        dexponent = dh * (states - updates)  # of dt A: the state before, decayed
+        dexponent = dh * decayed  # of dt A
         drates += tl.sum(dexponent * steps[:, :, None], axis=0)
         dsteps = dproduct * inputs + tl.sum(dexponent * rates[None, :, :], axis=2)
         tl.store(du + by_channel, dproduct * steps, mask=channels)

@@ -4,7 +4,7 @@
 dtypes of the arguments). `scripts/bench/tune.py` makes them. A key that is not there takes the configuration of the
 nearest one that differs in counts only (heads, rows, tokens). Sizes within a head decide which configurations work at
 all (some of flash-linear-attention 0.6.0's give wrong results or fault at sizes they were not chosen for), so for
-another K or V, or a kernel whose configuration does not fit the GPU, Triton tunes anew.
+another K or V, or a kernel whose configuration does not fit the GPU, Triton tunes anew (and the log warns of it).
 
 The environment variable `LINEAR_MOE_TUNED` names another file, or is "off".
 """
@@ -26,6 +26,12 @@ Entry = dict[str, Any]  # {"key": [...], "config": {...}}
 
 COUNTS = {"B", "H", "HQ", "HV", "G", "N", "T", "T_BUCKET", "NB", "NC"}
 """Names of key values that may differ from the table's."""
+
+_SEARCH = (
+    "%s: no configuration for %s in %s; Triton searches for one, and for others that are missing, which can take "
+    "minutes. `scripts/bench/tune.py --out FOLDER --mixers NAME --widths HIDDEN:HEADS` "
+    "makes a file of them that %s can name"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +101,7 @@ def install() -> dict[tuple[str, tuple[Any, ...]], Any]:
     path = table_path(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     table: dict[str, list[Entry]] = json.loads(path.read_text())["kernels"] if path else {}
     taken: dict[tuple[str, tuple[Any, ...]], Any] = {}
+    levels = iter([logging.WARNING])  # of a process' first search: it explains minutes of silence
     search, candidates = Autotuner.run, Autotuner.prune_configs
 
     def prune_configs(tuner: Any, kwargs: dict[str, Any]) -> list[Any]:  # called only for a key that is not cached
@@ -106,7 +113,9 @@ def install() -> dict[tuple[str, tuple[Any, ...]], Any]:
         if fitting:
             tuner.cache[key] = taken[name, key] = fitting[0]
             raise _Known(key)
-        _log.info("no configuration of %s for %s in %s: tuning", name, key, path)
+        if len(configs) > 1:
+            sizes, table_name = dict(zip(names, key, strict=False)), path or "no file"
+            _log.log(next(levels, logging.INFO), _SEARCH, name, sizes, table_name, VARIABLE)
         return configs
 
     def run(tuner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -194,7 +194,7 @@ def parts(mixer: Mixer, batch: int, length: int, x: Tensor, step: Work) -> tuple
 
 
 def milliseconds(run: Work, at: Setting) -> float:
-    """Median over `repeats` passes (fewer where one takes over 0.3 s), after a warm-up of 3."""
+    """Median over `repeats` passes after a warm-up of 3; fewer where one takes over 0.3 s."""
     cuda = at.device.type == "cuda"
     for _ in range(3):
         start = time.perf_counter()
@@ -202,7 +202,9 @@ def milliseconds(run: Work, at: Setting) -> float:
         if cuda:
             torch.cuda.synchronize()
         slow = time.perf_counter() - start > 0.3
-    repeats = min(at.repeats, 3) if slow else at.repeats
+        if slow:
+            break
+    repeats = min(at.repeats, 2) if slow else at.repeats
     if not cuda:
         times = []
         for _ in range(repeats):
@@ -219,11 +221,10 @@ def milliseconds(run: Work, at: Setting) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
-def profiled(run: Work, at: Setting, passes: int) -> Any:
-    activities = [torch.profiler.ProfilerActivity.CPU]
+def profiled(run: Work, at: Setting, passes: int, host: bool = True) -> Any:
+    activities = [torch.profiler.ProfilerActivity.CPU] if host else []
     if at.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    run()
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(passes):
             run()
@@ -232,18 +233,35 @@ def profiled(run: Work, at: Setting, passes: int) -> Any:
     return profile
 
 
-def busy(run: Work, at: Setting, passes: int = 3) -> tuple[float, float] | None:
-    """Milliseconds that kernels (and copies) ran in one pass, and their number; None without a GPU's profiler."""
+MARK = "spin_kernel"
+
+
+def busy(works: dict[str, Work], at: Setting, passes: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds that kernels (and copies) ran in one pass of each, and their number; nothing without a GPU.
+
+    One profile of all of them, because each costs a second; a kernel that does nothing begins each.
+    """
     if at.device.type != "cuda":
-        return None
-    on_device = [
-        event
-        for event in profiled(run, at, passes).events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    if not on_device:
-        return None
-    return sum(event.time_range.elapsed_us() for event in on_device) / passes / 1e3, len(on_device) / passes
+        return {}
+
+    def run() -> None:
+        for work in works.values():
+            torch.cuda._sleep(1)
+            for _ in range(passes):
+                work()
+
+    parts: list[list[float]] = []
+    events = profiled(run, at, 1, host=False).events()
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+            continue
+        if MARK in event.name:
+            parts.append([])
+        elif parts:
+            parts[-1].append(event.time_range.elapsed_us())
+    if len(parts) != len(works):
+        raise RuntimeError(f"the profile has {len(parts)} marks, not {len(works)}")
+    return {name: (sum(part) / passes / 1e3, len(part) / passes) for name, part in zip(works, parts, strict=True)}
 
 
 def first_step(name: str, at: Setting, batch: int, length: int) -> tuple[Mixer, Tensor, Work]:
@@ -265,13 +283,14 @@ def measure(mixer: Mixer, x: Tensor, step: Work, at: Setting, batch: int, length
     """One row, without its identification."""
     works, kernel = parts(mixer, batch, length, x, step)
     spans = {column: milliseconds(run, at) for column, run in works.items()}
-    running = {column: busy(run, at) for column, run in works.items() if column != "recurrence"}
+    slow = spans["mixer"] > 300
+    running = busy({column: run for column, run in works.items() if column != "recurrence"}, at, 1 if slow else 3)
     row: dict[str, Any] = {"kernel": kernel} | {f"{column}_ms": span for column, span in spans.items()}
     row["overhead_ms"] = spans["mixer"] - spans["op"] - spans["projections"]
     row["overhead_over_op"] = row["overhead_ms"] / spans["op"]
-    if all(running.values()):
-        row |= {f"{column}_busy_ms": value[0] for column, value in running.items() if value}
-        row["mixer_launches"] = running["mixer"][1]  # type: ignore[index]
+    if running:
+        row |= {f"{column}_busy_ms": value[0] for column, value in running.items()}
+        row["mixer_launches"] = running["mixer"][1]
         row["overhead_busy_ms"] = row["mixer_busy_ms"] - row["op_busy_ms"] - row["projections_busy_ms"]
         row["overhead_busy_over_op"] = row["overhead_busy_ms"] / row["op_busy_ms"]
     if at.device.type == "cuda":

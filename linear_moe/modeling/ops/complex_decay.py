@@ -155,13 +155,8 @@ def _forward(
     # a segment's own state: sums of k v at angles -phi, turned to its end
     cosines, sines = local.view(*v.shape[:2], 2, -1, v.shape[-1]).unbind(2)
     end = torch.complex(cos[..., -1, :], sin[..., -1, :])[..., None]
-    updates, across = (torch.complex(cosines, -sines) * end).unbind(), (kept * end).unbind()
-
-    def advance(n: int, state: Tensor) -> Tensor:
-        return torch.addcmul(updates[n], across[n], state)
-
-    real, imaginary = initial_state.chunk(2, dim=2)
-    before, final = chunks.scan(advance, torch.complex(real, imaginary))
+    start = torch.complex(*initial_state.chunk(2, dim=2))
+    before, final = chunks.carry(torch.complex(cosines, -sines) * end, kept * end, start)
     o = o.view_as(v) + reads @ torch.cat([before.real, -before.imag], dim=-2)
     return chunks.join(o).to(dtype), torch.cat([final.real, final.imag], dim=2)
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops.walk import Carried
+
 State = TypeVar("State", Tensor, tuple[Tensor, ...])
 
 MAX_CHUNK = 32  # the fastest on CPU at K = V = 32 to 64
@@ -126,6 +128,17 @@ class Chunks:
                 state = advance(n, state)
             final.append(state)
         return torch.stack(before), torch.stack(final).reshape(initial_state.shape)
+
+    def carry(self, updates: Tensor, decays: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        """`scan` where the state after chunk n is `updates[n] + decays[n] * state`, real or complex.
+
+        Args:
+            updates: `[N, B*H, K, V]`.
+            decays: `[N, B*H, K or 1, V or 1]`, or None: 1.
+        """
+        starts = initial_state.reshape(len(self.spans), -1, *initial_state.shape[2:])
+        before, final = Carried.apply(updates, decays, starts, self.spans)
+        return before, final.reshape(initial_state.shape)
 
 
 def chunk_size(length: int) -> int:

@@ -59,7 +59,7 @@ def test_initial_state_matrices(init: str, expected: list[complex]) -> None:
     A = torch.complex(-mixer.get_parameter("log_A_real").exp(), mixer.get_parameter("A_imag"))
     torch.testing.assert_close(A, torch.tensor(expected, dtype=torch.complex64).expand(32, -1))
     dt = mixer.get_parameter("log_dt").exp()
-    assert 0.001 <= float(dt.min()) < 0.01 < float(dt.max()) <= 0.1
+    assert 0.001 <= dt.min().item() < 0.01 < dt.max().item() <= 0.1
 
 
 @pytest.mark.parametrize(("field", "value"), [("state_size", 7), ("dt_min", 0.2)])

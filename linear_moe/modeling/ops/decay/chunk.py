@@ -35,12 +35,7 @@ def decay(
     else:
         o, from_start, v, kept_values = pairwise_sum(scores, v, gv, before_gate)
         kept = kept_values if kept is None else kept * kept_values
-    updates, decays = (k.mT @ v).unbind(), None if kept is None else kept.unbind()
-
-    def advance(n: int, state: Tensor) -> Tensor:
-        return updates[n] + state if decays is None else torch.addcmul(updates[n], decays[n], state)
-
-    before, final = chunks.scan(advance, state)
+    before, final = chunks.carry(k.mT @ v, kept, state)
     across = q @ before
     o = o.add_(across) if from_start is None else torch.addcmul(o, from_start, across)
     o = o if own is None else o.add_(own)

@@ -1,52 +1,14 @@
-"""The recurrences of weights over mini-batches, differentiated in closed form.
-
-A step is a handful of small products, one after the other: on a GPU the time is that of launching them. So autograd
-does not follow the steps: what the backward pass needs besides later gradients is made for all mini-batches at once.
-"""
+"""The recurrences of weights over mini-batches, differentiated in closed form."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Spans = list[tuple[int, int]]  # of every document, or of all rows: its first mini-batch and the one after its last
-
-
-def _forwards(starts: Tensor, spans: Spans, count: int) -> tuple[Tensor, Tensor, Iterator[tuple[int, Tensor, Tensor]]]:
-    """Buffers of states before every mini-batch and after every span; n, the state before n, where the next goes."""
-    before, final = starts.new_empty(count, *starts.shape[1:]), starts.clone()
-
-    def steps() -> Iterator[tuple[int, Tensor, Tensor]]:
-        states = before.unbind()
-        for start, end_state, (first, end) in zip(starts.unbind(), final.unbind(), spans, strict=True):
-            if first < end:
-                states[first].copy_(start)
-            for n in range(first, end):
-                yield n, states[n], states[n + 1] if n + 1 < end else end_state
-
-    return before, final, steps()
-
-
-def _backwards(
-    d_final: Tensor, spans: Spans, count: int
-) -> tuple[Tensor, Tensor, Iterator[tuple[int, Tensor, Tensor]]]:
-    """Those of gradients: after every mini-batch and of the starts; n, the gradient after n, where that before goes."""
-    d_after, d_starts = d_final.new_empty(count, *d_final.shape[1:]), d_final.clone()
-
-    def steps() -> Iterator[tuple[int, Tensor, Tensor]]:
-        gradients = d_after.unbind()
-        ends = list(zip(d_final.unbind(), d_starts.unbind(), spans, strict=True))
-        for d_end, d_start, (first, end) in reversed(ends):
-            if first < end:
-                gradients[end - 1].copy_(d_end)
-            for n in reversed(range(first, end)):
-                yield n, gradients[n], gradients[n - 1] if n > first else d_start
-
-    return d_after, d_starts, steps()
+from linear_moe.modeling.ops.walk import Spans, backwards, forwards
 
 
 class TTT(torch.autograd.Function):
@@ -77,7 +39,7 @@ class TTT(torch.autograd.Function):
         spans: Spans,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        before, final, walk = _forwards(starts, spans, len(keys))
+        before, final, walk = forwards(starts, spans, len(keys))
         inner = []
         for (n, state, after), key, error, step in zip(walk, keys, errors, steps, strict=True):
             z = key @ state
@@ -106,7 +68,7 @@ class TTT(torch.autograd.Function):
         more = [x.unbind() for x in (along, onto, rated_slope, rated_normed)]
         d_slopes: list[Tensor] = []
         d_zs: list[Tensor] = []
-        d_after, d_starts, walk = _backwards(d_final, ctx.spans, len(keys))
+        d_after, d_starts, walk = backwards(d_final, ctx.spans, len(keys))
         for n, after, to in walk:
             key, step, d_state, d, *norm = (x[n] for x in parts)
             m, projection, s, x = (y[n] for y in more)
@@ -155,7 +117,7 @@ class Titans(torch.autograd.Function):
         at: Tensor | None,
         spans: Spans,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        before, final, walk = _forwards(starts, spans, len(keys))
+        before, final, walk = forwards(starts, spans, len(keys))
         errors, width, halves = [], keys.shape[-1], (len(starts[0]), 2, -1)
         for (n, state, after), key, value, gate, step in zip(walk, keys, values, gates, steps, strict=True):
             memory = state[:, :width] if n or at is None else at
@@ -171,7 +133,7 @@ class Titans(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_before: Tensor, d_errors: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         keys, gates, steps, before, errors, at = ctx.saved_tensors
-        d_after, d_starts, walk = _backwards(d_final, ctx.spans, len(keys))
+        d_after, d_starts, walk = backwards(d_final, ctx.spans, len(keys))
         width, halves = keys.shape[-1], (len(d_final[0]), 2, -1)
         parts = [x.unbind() for x in (keys.mT, gates.mT, steps.mT, d_before, d_errors)]
         found: list[Tensor] = []

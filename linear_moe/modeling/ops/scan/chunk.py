@@ -191,14 +191,9 @@ def diagonal_scan(
     places = on_device(torch.arange(size).sub((size - lengths)[:, None]).remainder(size), u.device)
     ended = x.gather(-1, places[:, None, None].expand_as(x))
     sums = (ended.movedim(2, 0).flatten(1, 2) @ to_end).view(dim, count, batch, -1, 2).movedim(0, 2)
-    updates = torch.view_as_complex(sums.contiguous()).flatten(1, 2).unbind()  # N x [B*D, S]
-    tokens = lengths.tolist()
-    across = {n: powers[..., n].repeat(batch, 1) for n in set(tokens)}
-
-    def advance(n: int, state: Tensor) -> Tensor:
-        return torch.addcmul(updates[n], across[tokens[n]], state)
-
-    before, final = chunks.scan(advance, torch.view_as_complex(initial_state.contiguous()))
+    updates = torch.view_as_complex(sums.contiguous()).flatten(1, 2)  # [N, B*D, S]
+    across = torch.stack([powers[..., n] for n in lengths.tolist()]).repeat(1, batch, 1)
+    before, final = chunks.carry(updates, across, torch.view_as_complex(initial_state.contiguous()))
     states = torch.view_as_real(before).view(count, batch, dim, -1).movedim(2, 0).flatten(1, 2)  # [D, N*B, S*2]
     y = x.movedim(2, 0).flatten(1, 2) @ toeplitz.mT + states @ read.flatten(1, 2)
     y = y.view(dim, count, batch, size).movedim(0, 2).reshape(count, batch * dim, size, 1)

@@ -29,10 +29,13 @@ from linear_moe.modeling.ops import tuned
 TOKENS = 16384
 
 
-def measure_one_at_a_time(lock: Path, most: int) -> None:
+def measure_one_at_a_time(lock: Path, most: int, known: dict[str, list[tuned.Entry]]) -> None:
     """Patch Triton's autotuner: compile first, measure under a lock, at most `most` configurations per kernel.
 
     Called after `tuned.install`, so that what the table has is found among all configurations.
+
+    Args:
+        known: an earlier choice, by kernel, which is measured besides.
     """
     from triton.runtime.autotuner import Autotuner
     from triton.testing import do_bench
@@ -53,7 +56,10 @@ def measure_one_at_a_time(lock: Path, most: int) -> None:
         configs = prune(self, kwargs)
         if len(configs) <= most:
             return configs
-        return [configs[i * len(configs) // most] for i in range(most)]
+        key, names = tuned.tuning_key(self, kwargs)
+        before = tuned.nearest(known.get(tuned.kernel_name(self), []), list(key), names)
+        some = [configs[i * len(configs) // most] for i in range(most)]
+        return [config for config in configs if config in some or tuned.describe(config) == before]
 
     Autotuner._bench, Autotuner.prune_configs = locked, evenly
 
@@ -96,6 +102,11 @@ def chosen() -> dict[str, list[tuned.Entry]]:
     return table
 
 
+def table_of(path: Path) -> dict[str, list[tuned.Entry]]:
+    kernels: dict[str, list[tuned.Entry]] = json.loads(path.read_text())["kernels"]
+    return kernels
+
+
 def merge(into: dict[str, list[tuned.Entry]], new: dict[str, list[tuned.Entry]]) -> None:
     for kernel, entries in new.items():
         kept = {json.dumps(entry["key"]): entry for entry in into.get(kernel, [])}
@@ -124,12 +135,13 @@ def main() -> int:
     parser.add_argument("--configs", type=int, default=8, help="most configurations to try per kernel")
     parser.add_argument("--seconds", type=float, default=600, help="time for all; what is not done by then is left out")
     parser.add_argument("--again", action="store_true", help="tune what the file has, too")
+    parser.add_argument("--known", type=Path, help="measure this file's choices, too (of a similar GPU, say)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, width, lock = args.worker
         tuned.install()
-        measure_one_at_a_time(Path(lock), args.configs)
+        measure_one_at_a_time(Path(lock), args.configs, table_of(args.known) if args.known else {})
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         try:
             run_mixer(name, *map(int, width.split(":")))
@@ -142,7 +154,7 @@ def main() -> int:
 
     gpu = torch.cuda.get_device_name()
     path = args.out / ("_".join(gpu.split()[:2]) + ".json")
-    table = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    table = table_of(path) if path.exists() else {}
     args.out.mkdir(parents=True, exist_ok=True)
     header = {"gpu": gpu, "triton": triton.__version__, "torch": torch.__version__, "command": " ".join(sys.argv)}
     header["fla"] = __import__("fla").__version__
@@ -158,6 +170,7 @@ def main() -> int:
         while waiting and len(running) < args.jobs:
             name, width = waiting.pop(0)
             command = [sys.executable, __file__, "--out", str(args.out), "--configs", str(args.configs)]
+            command += ["--known", str(args.known)] if args.known else []
             log = folder / f"{name}_{width}"
             with log.open("w") as output, log.with_suffix(".err").open("w") as errors:
                 worker = [*command, "--worker", name, width, str(folder / "gpu")]

@@ -144,12 +144,14 @@ def _forward(
         [[scores]], [reads], [ends], kept = pairwise([rotated_q], [rotated_k], gates)
         o, local, kept = scores @ v, ends.mT @ v, kept.chunk(2, dim=2)[0]
     else:
-        inputs = (rotated_q.to(dtype), rotated_k.to(dtype), v, gates)
+        # fp32: rotating all queries and keys of a segment alike changes nothing, so the angles' gradients cancel in
+        # sums, and what is left of bf16's would be mostly rounding errors
+        inputs = (rotated_q, rotated_k, v.float(), gates)
         parts = zip(*(x.flatten(0, 1).unsqueeze(2).split(MAX_ROWS) for x in inputs), strict=True)
         results = zip(*(decay(*part, scale=1.0, backend=backend) for part in parts), strict=True)
         o, local = (x[0] if len(x) == 1 else torch.cat(x) for x in results)
         kept = g.cumsum(-2).exp()
-        reads, kept = torch.cat([q * kept * cos, q * kept * sin], dim=-1).to(dtype), kept[..., -1, :, None]
+        reads, kept = torch.cat([q * kept * cos, q * kept * sin], dim=-1), kept[..., -1, :, None]
     # a segment's own state: sums of k v at angles -phi, turned to its end
     cosines, sines = local.view(*v.shape[:2], 2, -1, v.shape[-1]).unbind(2)
     end = torch.complex(cos[..., -1, :], sin[..., -1, :])[..., None]
@@ -160,7 +162,7 @@ def _forward(
 
     real, imaginary = initial_state.chunk(2, dim=2)
     before, final = chunks.scan(advance, torch.complex(real, imaginary))
-    o = o.view_as(v) + reads @ torch.cat([before.real, -before.imag], dim=-2).to(reads.dtype)
+    o = o.view_as(v) + reads @ torch.cat([before.real, -before.imag], dim=-2)
     return chunks.join(o).to(dtype), torch.cat([final.real, final.imag], dim=2)
 
 

@@ -222,15 +222,16 @@ def test_read_without_megatron(layouts: Results) -> None:
     assert int(done.stdout) == len(rank["weights"])
 
 
-# -- imported weights ---------------------------------------------------------------------------------------------------
+# -- imported weights -------------------------------------------------------------------------------------------------
 UPCYCLED = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "shared_ffn_size": 32, "shared_gate": True}
+UPCYCLED |= {"expert_bias": True}
 READERS = ("one", "ep2-plain", "tp2-ep2", "pp2")
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """A checkpoint of experts made of a dense run, and results of training from it in every layout; "dense": of training
-    from the dense weights themselves.
+    """A checkpoint of experts made of a dense run, and results of training from it in every layout; "dense": from the
+    dense weights themselves.
     """
     root = tmp_path_factory.mktemp("imported")
 

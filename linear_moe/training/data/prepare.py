@@ -103,8 +103,8 @@ def copy_tokenizer(source: Path, folder: Path, name: str) -> None:
     """Copy a tokenizer, called `name`, to `folder`, whole or not at all; ConfigError where that holds another one."""
     if folder.exists():
         if _tokenizer_json(folder) != _tokenizer_json(source):
-            fix = f"data.tokenizer.type=hf data.tokenizer.path={folder}, another run folder, or delete this one"
-            raise ConfigError(str(folder), ..., f"holds another tokenizer than {name}", fix=f"set {fix}")
+            fix = f"set data.tokenizer.type=hf data.tokenizer.path={folder}, or choose another run folder"
+            raise ConfigError(str(folder), ..., f"holds another tokenizer than {name}", fix=fix)
         return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

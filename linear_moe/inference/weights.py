@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,17 +28,22 @@ class Weights(ABC):
     Attributes:
         place: the folder with the weights.
         model: its configuration.
-        shapes: of every parameter, by its name in the model.
         tokenizer: folder of its tokenizer; None: it has none.
     """
 
-    def __init__(self, place: Path, model: ModelConfig, shapes: dict[str, tuple[int, ...]], tokenizer: Path):
-        self.place, self.model, self.shapes = place, model, shapes
+    def __init__(self, place: Path, model: ModelConfig, tokenizer: Path):
+        self.place, self.model = place, model
         self.tokenizer = tokenizer if (tokenizer / "tokenizer.json").is_file() else None
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter, by its name in the model; the files are verified first, as far as they can be."""
+        return self._open()
+
     def read(self, name: str) -> Tensor:
         """A whole parameter in fp32, on the CPU; not to be changed."""
+        assert name in self.shapes, name
         if name not in self._kept:
             self._kept[name] = self._read(name)
             if len(self._kept) > KEPT:
@@ -45,19 +51,23 @@ class Weights(ABC):
         return self._kept[name]
 
     @abstractmethod
+    def _open(self) -> dict[str, tuple[int, ...]]: ...
+
+    @abstractmethod
     def _read(self, name: str) -> Tensor: ...
 
 
 class RunWeights(Weights):
-    """Those of a run's checkpoint, whose files have been verified: the optimizer's fp32 weights."""
+    """Those of a run's checkpoint: the optimizer's fp32 weights."""
 
     def __init__(self, run: Path, step: int | None):
-        checkpoint = find_checkpoint(run, step)
-        wrong = verify_files(checkpoint)
+        super().__init__(find_checkpoint(run, step), load_config(run / "config.yaml").model, run / "tokenizer")
+
+    def _open(self) -> dict[str, tuple[int, ...]]:
+        wrong = verify_files(self.place)
         if wrong is not None:
-            raise damaged(checkpoint / wrong[0], wrong[1])
-        model = load_config(run / "config.yaml").model
-        super().__init__(checkpoint, model, weight_shapes(checkpoint), run / "tokenizer")
+            raise damaged(self.place / wrong[0], wrong[1])
+        return weight_shapes(self.place)
 
     def _read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=torch.float32)
@@ -73,20 +83,22 @@ class ExportedWeights(Weights):
         kind = config.get("model_type")
         if kind != "linear_moe" or not isinstance(config.get("model"), dict):
             raise ConfigError(str(folder), ..., f"holds a model of type {kind!r}, not one of linear-moe export")
-        names = {}
-        if (folder / INDEX).is_file():
-            names = {name: folder / file for name, file in _json(folder / INDEX).get("weight_map", {}).items()}
-        files = sorted(set(names.values())) or [folder / SINGLE]
-        self.files, shapes = {}, {}
-        for file in files:
+        super().__init__(folder, from_dict(ModelConfig, config["model"]), folder)
+        self._files: dict[str, Path] = {}
+
+    def _open(self) -> dict[str, tuple[int, ...]]:
+        index = self.place / INDEX
+        files = set(_json(index).get("weight_map", {}).values()) if index.is_file() else {SINGLE}
+        shapes = {}
+        for file in sorted(self.place / name for name in files):
             with _open(file) as tensors:
                 for key in tensors.keys():  # noqa: SIM118  not a mapping
                     name = key.removeprefix(MODEL)
-                    self.files[name], shapes[name] = file, tuple(tensors.get_slice(key).get_shape())
-        super().__init__(folder, from_dict(ModelConfig, config["model"]), shapes, folder)
+                    self._files[name], shapes[name] = file, tuple(tensors.get_slice(key).get_shape())
+        return shapes
 
     def _read(self, name: str) -> Tensor:
-        with _open(self.files[name]) as tensors:
+        with _open(self._files[name]) as tensors:
             return tensors.get_tensor(MODEL + name).float()
 
 

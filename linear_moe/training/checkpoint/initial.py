@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from linear_moe.config.schema import Config
 from linear_moe.inference.checkpoint_reader import MODEL, step_name
-from linear_moe.training.checkpoint.save import SaveError, Writer, checkpoint_info, os_error, prepare, publish
+from linear_moe.training.checkpoint.save import SaveError, Writer, checkpoint_info, prepare, publish
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,17 @@ def save_initial(config: Config, pieces: list[Piece], dtypes: dict[str, str], im
             objects = {"common_state/shard_0_1": nothing}
             dcp.save(objects, storage_writer=writer, planner=_Planner(pieces), no_dist=True)
         publish(partial, final, info, writer.files.sums)
-    except (OSError, CheckpointException) as failure:
+    except BaseException as failure:
         shutil.rmtree(partial, ignore_errors=True)
-        error = os_error(failure) if isinstance(failure, CheckpointException) else failure
+        error = failure
+        if isinstance(failure, CheckpointException):
+            ((error, _),) = failure.failures.values()  # of this process alone
         if not isinstance(error, OSError):
-            raise
+            raise error from None
         reason = f"checkpoint not saved: {error.strerror or error}"
         raise SaveError(
             str(final), ..., reason, fix="free some space or change `run`, and rerun the command"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return final
 
 

@@ -180,28 +180,22 @@ class Writer(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except Exception as error:
-            raise _cause(error) from error
+            raise _system_error(error) from error
 
     def finish(self, metadata: Any, results: Any) -> None:
         try:
             super().finish(metadata, results)
         except Exception as error:
-            raise _cause(error) from error
+            raise _system_error(error) from error
 
 
-def _cause(error: BaseException) -> BaseException:
+def _system_error(error: BaseException) -> BaseException:
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError):
             return OSError(link.errno, link.strerror)
         link = link.__cause__ or link.__context__
     return error
-
-
-def os_error(failure: CheckpointException) -> BaseException:
-    """The operating system's error that made a write fail, or else `failure` itself."""
-    errors = [error for error, _ in failure.failures.values()]
-    return next((error for error in errors if isinstance(error, OSError)), failure)
 
 
 def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
@@ -211,7 +205,11 @@ def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
     try:
         dcp.save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as failure:  # the same on every rank
-        raise os_error(failure) from failure
+        errors = [error for error, _ in failure.failures.values()]
+        system = next((error for error in errors if isinstance(error, OSError)), None)
+        if system is None:
+            raise
+        raise system from failure
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, writer.files.sums)
     return {name: crc for sums in everyone for name, crc in sums.items()}

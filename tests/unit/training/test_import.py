@@ -176,6 +176,13 @@ def test_every_tensor_is_read_once(
     assert sorted(read) == sorted(name for name, _ in build("dense").model.named_parameters())
 
 
+def test_an_export_in_several_files(dense: Path, config: Callable[..., list[str]], tmp_path: Path) -> None:
+    export(dense, tmp_path / "exported", step=10, max_shard_size="20KB")
+    assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 2
+    assert main(config(PARTS, tmp_path / "exported", "--upcycle")) == 0
+    assert_close(logits(load_run(tmp_path / "moe").model), logits(build("dense", 10)), FP32, "logits")
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {  # model.moe, model, parts of the message
     "hidden size": (
         COPIES,
@@ -256,6 +263,26 @@ def test_a_run_begins_once(
     assert main(words) == 2
     assert "has checkpoints already" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").rglob("*")}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a defect")], ids=["interrupt", "defect"])
+def test_other_errors_come_through_and_leave_nothing(
+    error: BaseException,
+    dense: Path,
+    config: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: RunWeights, name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(RunWeights, "_read", fail)
+    if isinstance(error, KeyboardInterrupt):
+        assert main(config(COPIES, dense, "--upcycle")) == 130
+    else:
+        with pytest.raises(ValueError, match="a defect"):
+            main(config(COPIES, dense, "--upcycle"))
+    assert not list((tmp_path / "moe" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("failing", ["space", "writing"])

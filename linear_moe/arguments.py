@@ -78,6 +78,18 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def import_(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="run folder, or folder that `linear-moe export` wrote")
+    with_config(parser)
+    parser.add_argument(
+        "--upcycle",
+        action="store_true",
+        help="where SOURCE has a dense FFN and the config has experts, make them of it: copies, or parts of copies",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the latest complete one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def generate(parser: argparse.ArgumentParser) -> None:
     count = number(int, "a whole number >= 0", lambda n: n >= 0)
     parser.add_argument("model", type=Path, help="exported folder, or run folder")

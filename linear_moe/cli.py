@@ -77,6 +77,12 @@ COMMANDS = {
         "write a run's model as a Hugging Face folder",
         "linear-moe export runs/first exported/first",
     ),
+    "import": Command(
+        "linear_moe.training.import_",
+        arguments.import_,
+        "begin a run with the weights of another: of the same model, or of a dense one that gets experts",
+        "linear-moe import runs/dense moe.yaml run=runs/moe --upcycle\n  linear-moe train runs/moe/config.yaml",
+    ),
     "generate": Command(
         "linear_moe.inference.generate",
         arguments.generate,

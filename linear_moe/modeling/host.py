@@ -51,6 +51,11 @@ class ParameterSpec:
     decay: bool = True
     fp32: bool = False
 
+    @property
+    def by_expert(self) -> bool:
+        """Whether dimension 0 counts experts."""
+        return self.axes.get(0) == "expert"
+
 
 def normal(std: float) -> Init:
     return lambda t, g: t.normal_(0.0, std, generator=g)
@@ -197,18 +202,24 @@ def initialize(model: nn.Module, host: Host, seed: int) -> None:
     """
     for name, parameter in model.named_parameters():
         spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
-        by_expert = spec.axes.get(0) == "expert"
-        count = parameter.shape[0] if by_expert else 1
-        offset = host.rank("expert") * count if by_expert else 0
+        count = parameter.shape[0] if spec.by_expert else 1
+        offset = host.rank("expert") * count if spec.by_expert else 0
         for i in range(count):
-            key = f"{seed}/{name}/{offset + i}".encode()
-            generator = torch.Generator(parameter.device)
-            generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
-            shape = spec.shape[1:] if by_expert else spec.shape
-            full = torch.empty(shape, dtype=torch.float32, device=parameter.device)
-            spec.init(full, generator)
-            target = parameter[i] if by_expert else parameter
+            full = initial_value(name, spec, seed, offset + i, parameter.device)
+            target = parameter[i] if spec.by_expert else parameter
             for dim, axis in spec.axes.items():
                 if axis != "expert":
-                    full = full.chunk(host.size(axis), dim - by_expert)[host.rank(axis)]
+                    full = full.chunk(host.size(axis), dim - spec.by_expert)[host.rank(axis)]
             target.copy_(full)
+
+
+def initial_value(
+    name: str, spec: ParameterSpec, seed: int, index: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """What `initialize` gives a parameter, full and in fp32; of one whose `spec.by_expert`, expert `index`."""
+    generator = torch.Generator(device)
+    key = f"{seed}/{name}/{index}".encode()
+    generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
+    full = torch.empty(spec.shape[1:] if spec.by_expert else spec.shape, dtype=torch.float32, device=device)
+    spec.init(full, generator)
+    return full

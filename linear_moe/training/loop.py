@@ -13,7 +13,7 @@ from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import embedding_rows
 from linear_moe.plan import flops_per_token
 from linear_moe.training import parallel
-from linear_moe.training.checkpoint import load_latest, save
+from linear_moe.training.checkpoint import imported_from, load_latest, save
 from linear_moe.training.data import PreparedData, TrainLoader, validation_batches
 from linear_moe.training.faults import StopSignal, check_finite
 from linear_moe.training.logging import Logger
@@ -41,8 +41,12 @@ def train(config: Config, data: PreparedData) -> int:
     if groups.rank == 0:
         save_config(config, run / "config.yaml")
         data.save_tokenizer(run / "tokenizer")
-    log.event("start", step=step, world=groups.world, torch=torch.__version__)
-    log.message(f"{'resumed at' if step else 'starting at'} step {step} of {training.steps}: {run}")
+    origin = None if step else imported_from(config)
+    log.event(
+        "start", step=step, world=groups.world, torch=torch.__version__, **({"imported": origin} if origin else {})
+    )
+    begun = f"starting with the weights of {origin} at" if origin else "resumed at" if step else "starting at"
+    log.message(f"{begun} step {step} of {training.steps}: {run}")
 
     batches = TrainLoader(data, config, groups.data_rank, groups.data_size, step * training.global_batch)
     stepper = Stepper(config, model, optimizer, groups.device, stop)

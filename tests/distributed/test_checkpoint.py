@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from linear_moe.config.errors import ConfigError
+from linear_moe.config.load import from_dict, save_config
+from linear_moe.config.schema import Config
 from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights
+from linear_moe.training.import_ import import_weights
 from tests.distributed.harness import ROOT, all_tensors, run
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
@@ -217,6 +220,63 @@ def test_read_without_megatron(layouts: Results) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(rank["weights"])
+
+
+# -- imported weights -------------------------------------------------------------------------------------------------
+UPCYCLED = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "shared_ffn_size": 32, "shared_gate": True}
+UPCYCLED |= {"expert_bias": True}
+READERS = ("one", "ep2-plain", "tp2-ep2", "pp2")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    """A checkpoint of experts made of a dense run, and results of training from it in every layout; "dense": from the
+    dense weights themselves.
+    """
+    root = tmp_path_factory.mktemp("imported")
+
+    def tree(name: str, ffn: str, layout: str = "one", dtype: str = "fp32") -> dict[str, Any]:
+        _, parallel, sections = LAYOUTS[layout]
+        model = {"pattern": "LN", "ffn": ffn, "ffn_size": 64, "moe": UPCYCLED}
+        tree = config(root / name, dtype, parallel, **sections)
+        return tree | {"model": tree["model"] | model}
+
+    def training(layout: str, name: str, ffn: str, as_name: str) -> tuple[str, dict[str, Any]]:
+        return "rewrite", {"config": tree(name, ffn, layout), "run": str(root / as_name), "after": 3}
+
+    source = tree("source", "dense", "tp2", "bf16")
+    run(2, {"source": ("write", {"config": source, "steps": 3, "after": 0})})
+    save_config(from_dict(Config, source), root / "source" / "config.yaml")
+    import_weights(root / "source", from_dict(Config, tree("same", "dense")))
+    record = import_weights(root / "source", from_dict(Config, tree("moe", "moe")), upcycle=True)
+    results: Results = {}
+    for world in (1, 2):
+        cases = {r: training(r, "moe", "moe", f"moe-{r}") for r in READERS if LAYOUTS[r][0] == world}
+        results |= run(world, cases | ({"dense": training("one", "same", "dense", "again")} if world == 1 else {}))
+    return Path(record["checkpoint"]), results
+
+
+@pytest.mark.parametrize("layout", READERS)
+def test_imported_weights_in_every_layout(imported: tuple[Path, Results], layout: str) -> None:
+    """Layouts read the same weights and train alike; the first loss, before any update, is the dense model's."""
+    checkpoint, results = imported
+    assert_parts(results[layout], load_full_weights(checkpoint))
+    again = all_tensors(results[layout][0]["folder"])  # saved before the first step
+    for name, value in load_full_weights(checkpoint).items():
+        assert torch.equal(again[f"model.{name}"], value)
+        if "expert_bias" not in name:
+            assert not again[f"optimizer.exp_avg.{name}"].any(), "the optimizer begins anew"
+    steps = [torch.tensor(results[name][0]["results"], dtype=torch.float64) for name in (layout, "one", "dense")]
+    assert_close(steps[0], steps[1], FP32, "losses and norms")
+    assert_close(steps[0][0, :1], steps[2][0, :1], FP32, "the first loss and the dense model's")
+    assert steps[0][2, 0] != steps[2][2, 0]
+
+
+def test_imported_is_a_megatron_checkpoint(imported: tuple[Path, Results], tmp_path: Path) -> None:
+    case = ("read_with_megatron", {"config": config(tmp_path), "folder": str(imported[0])})
+    ((actual,),) = run(1, {"read": case}).values()
+    expected = all_tensors(imported[0])
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 # -- torn and failing saves -------------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ def check_resume(config: Config) -> None:
     model, training = _saved(folder, "model"), _saved(folder, "training")
     try:
         there = from_dict(ModelConfig, model)
-        difference = _model_difference(config.model, there)
+        difference = model_difference(config.model, there)
     except ConfigError as error:
         raise damaged(folder / INFO, f"has a model that this version does not know: {error}") from None
-    if difference is None:
+    if difference is None and read_info(folder)["step"]:  # an imported model has seen no data
         sides = ((name, getattr(config.training, name), training.get(name)) for name in ORDER)
         difference = next(((f"training.{name}", a, b) for name, a, b in sides if a != b), None)
     if difference is not None:
@@ -112,8 +112,11 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def _model_difference(here: ModelConfig, there: ModelConfig) -> Difference | None:
-    """The first thing in which two models differ, not their spelling: LLLN and L * 3 + N are the same."""
+def model_difference(here: ModelConfig, there: ModelConfig, *, upcycle: bool = False) -> Difference | None:
+    """The first thing in which two models differ, not their spelling: LLLN and L * 3 + N are the same.
+
+    With `upcycle`, layers that are dense there may have experts here.
+    """
     for name in (field.name for field in dataclasses.fields(ModelConfig)):
         a, b = getattr(here, name), getattr(there, name)
         unset = name == "vocab_size" and None in (a, b)  # the tokenizer's
@@ -122,17 +125,18 @@ def _model_difference(here: ModelConfig, there: ModelConfig) -> Difference | Non
     layers = list(zip(resolve_layers(here), resolve_layers(there), strict=True))  # num_layers is the same
     for a, b in layers:
         mixers = _mixer_fields(here, a.mixer), _mixer_fields(there, b.mixer)
-        if (mixers[0], a.ffn) == (mixers[1], b.ffn):
+        same_ffn = a.ffn == b.ffn or (upcycle and a.ffn == "moe")
+        if mixers[0] == mixers[1] and same_ffn:
             continue
         if a.symbol != b.symbol:
             return "model.pattern", here.pattern, there.pattern
-        if a.ffn != b.ffn:
+        if not same_ffn:
             return _ffn_difference(here, there, a, b)
         name = next(name for name in mixers[0] if mixers[0][name] != mixers[1].get(name, MISSING))
         shared = name == "num_heads" and getattr(a.mixer, name) is None
         path = "model" if shared else mixer_path(here, a.symbol)
         return f"{path}.{name}", mixers[0][name], mixers[1].get(name)
-    kinds = {a.ffn for a, _ in layers}
+    kinds = {a.ffn for a, b in layers if a.ffn == b.ffn}
     if "dense" in kinds and here.ffn_size != there.ffn_size:
         return "model.ffn_size", here.ffn_size, there.ffn_size
     for name in (field.name for field in dataclasses.fields(here.moe) if "moe" in kinds):
@@ -170,13 +174,21 @@ def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) 
     if info["world"] == dist.get_world_size() and info["config"]["parallel"] == now:
         rng = state.rng_object(None)
         state.set_rng_state(_read(folder, {rng.unique_key: [rng]})[rng.unique_key][0])
-    elif dist.get_rank() == 0:
+    elif dist.get_rank() == 0 and info["step"]:
         logger.warning("%s was saved in another layout: the random generators start anew", folder)
     return info["step"]
 
 
+def imported_from(config: Config) -> str | None:
+    """Where the weights of the run's newest checkpoint were imported from; None: they were trained, or it has none."""
+    folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
+    return None if folder is None else read_info(folder).get("imported", {}).get("source")
+
+
 def load(folder: Path, model: list[Any], optimizer: MegatronOptimizer | None = None) -> dict[str, Any]:
     """Read a checkpoint's weights, and the optimizer's state, into `model` and `optimizer`; collective.
+
+    An imported checkpoint has no optimizer state: `optimizer` must not have made a step yet.
 
     Returns the checkpoint's `checkpoint.json`. Raises ConfigError, alike on all ranks, when parameters differ or a file
     is not what was written. The ranks share out the files to verify: all of a checkpoint, at about 4 GB/s a file.
@@ -186,7 +198,8 @@ def load(folder: Path, model: list[Any], optimizer: MegatronOptimizer | None = N
     _check_parameters(folder, model)
     _read(folder, state.weights(model))
     if optimizer is not None:
-        _read(folder, state.main_weights(model, optimizer) | state.moments(model, optimizer))
+        moments = state.moments(model, optimizer) if info["optimizer_step"] else {}
+        _read(folder, state.main_weights(model, optimizer) | moments)
         state.set_optimizer_step(optimizer, info["optimizer_step"])
     return info
 
@@ -217,16 +230,18 @@ def _check_parameters(folder: Path, model: list[Any]) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, local)
     expected = {name: shape for rank in everyone for name, shape in rank.items()}
-    saved = weight_shapes(folder)
+    check_shapes(str(folder), expected, weight_shapes(folder), fix="choose another run folder")
+
+
+def check_shapes(
+    folder: str, expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], fix: str
+) -> None:
+    """Raises ConfigError, about the first one, where the parameters in `folder` are not the expected."""
     for name in sorted(expected.keys() | saved.keys()):
         if expected.get(name) != saved.get(name):
             here, there = (_words(shapes.get(name)) for shapes in (expected, saved))
-            raise ConfigError(
-                str(folder),
-                ...,
-                f"is of another model: parameter {name} is {there} there and {here} here",
-                fix="choose another run folder",
-            )
+            constraint = f"is of another model: parameter {name} is {there} there and {here} here"
+            raise ConfigError(folder, ..., constraint, fix=fix)
 
 
 def _words(shape: tuple[int, ...] | None) -> str:

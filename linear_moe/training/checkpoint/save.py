@@ -66,11 +66,11 @@ def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimiz
     tensors = {key: parts for key, parts in mains.items() if parts}
     needed = _total_bytes([s.data for parts in tensors.values() for s in parts], model)
     objects = {o.unique_key: [o] for o in state.saved_objects() if is_main_replica(o.replica_id)}
-    info = _info(config, step, model, optimizer) | {"data": data}
+    info = checkpoint_info(config, step, state.optimizer_step(optimizer), _dtypes(model)) | {"data": data}
     try:
-        on_rank_0(lambda: _prepare(partial, needed))
+        on_rank_0(lambda: prepare(partial, needed))
         sums = _write(partial, mcore_to_pyt_state_dict(tensors | objects))
-        on_rank_0(lambda: _publish(partial, final, info, sums))
+        on_rank_0(lambda: publish(partial, final, info | {"world": dist.get_world_size()}, sums))
     except OSError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -90,25 +90,35 @@ def _total_bytes(tensors: list[torch.Tensor], model: list[Any]) -> int:
     return int(total)
 
 
-def _info(config: Config, step: int, model: list[Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
+def _dtypes(model: list[Any]) -> dict[str, str]:
+    """The data type of every rank's parameters, by name."""
+    dtypes: list[Any] = [None] * dist.get_world_size()
+    local = {name: dtype_name(p) for name, p in state.named_parameters(model).items()}
+    dist.all_gather_object(dtypes, local)
+    return {name: dtype for rank in dtypes for name, dtype in rank.items()}
+
+
+def dtype_name(parameter: torch.Tensor) -> str:
+    return str(parameter.dtype).removeprefix("torch.")
+
+
+def checkpoint_info(config: Config, step: int, optimizer_step: int, dtypes: dict[str, str]) -> dict[str, Any]:
+    """`checkpoint.json`, but for `world`, `data`, and what `publish` adds."""
     import megatron.core
 
-    dtypes: list[Any] = [None] * dist.get_world_size()
-    local = {name: str(p.dtype).removeprefix("torch.") for name, p in state.named_parameters(model).items()}
-    dist.all_gather_object(dtypes, local)
     return {
         "format": FORMAT,
         "step": step,
         "samples": step * config.training.global_batch,
-        "optimizer_step": state.optimizer_step(optimizer),
-        "world": dist.get_world_size(),
+        "optimizer_step": optimizer_step,
         "config": config.to_dict(),
-        "dtypes": {name: dtype for rank in dtypes for name, dtype in rank.items()},
+        "dtypes": dtypes,
         "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
     }
 
 
-def _prepare(partial: Path, needed: int) -> None:
+def prepare(partial: Path, needed: int) -> None:
+    """An empty folder to write `needed` bytes into; OSError where there is no room."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
@@ -159,7 +169,7 @@ class _Files(FileSystem):
             self.sums[name] = summed.crc
 
 
-class _Writer(FileSystemWriter):
+class Writer(FileSystemWriter):
     """Sums up its files; reports the operating system's error where PyTorch's serialisation hides it behind its own."""
 
     def __init__(self, folder: Path):
@@ -190,7 +200,7 @@ def _system_error(error: BaseException) -> BaseException:
 
 def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
     """Every rank writes its file; returns the CRC-32 of all of them, by name."""
-    writer = _Writer(folder)
+    writer = Writer(folder)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     try:
         dcp.save(tensors, storage_writer=writer, planner=planner)
@@ -205,7 +215,7 @@ def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
     return {name: crc for sums in everyone for name, crc in sums.items()}
 
 
-def _publish(partial: Path, final: Path, info: dict[str, Any], sums: dict[str, int]) -> None:
+def publish(partial: Path, final: Path, info: dict[str, Any], sums: dict[str, int]) -> None:
     """Check what was written, complete it, and put it in the place of the last checkpoint."""
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     torch.save({}, partial / "common.pt")  # where 0.16.1 looks for what no rank owns; 0.19.2 has an object for it

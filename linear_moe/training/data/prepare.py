@@ -41,6 +41,7 @@ from linear_moe.training.data.tokenizer import (
 FORMAT = 2  # part of every key: raise it when the same corpus and tokenizer would give other files
 BATCH = 4_000_000  # characters tokenized at a time
 SPLITS = ("train", "validation")
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", "README.md", "modeling_*.py")  # of an export
 BROKEN_INDEX = "make it again, or give another corpus"  # the way out for a dataset of another maker
 
 
@@ -92,22 +93,23 @@ class PreparedData:
 
         Raises ConfigError where `folder` already holds another tokenizer: what was trained with it means other ids.
         """
-        if self.tokenizer_folder is None:
-            return
-        folder = Path(folder)
-        if folder.exists():
-            if _tokenizer_json(folder) != _tokenizer_json(Path(self.tokenizer_folder)):
-                raise ConfigError(
-                    str(folder),
-                    ...,
-                    "holds another tokenizer than the one that data.corpus and data.tokenizer give",
-                    fix="choose another run folder, or delete this one to start again",
-                )
-            return
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(self.tokenizer_folder, partial)
-        partial.rename(folder)
+        if self.tokenizer_folder is not None:
+            copy_tokenizer(
+                Path(self.tokenizer_folder), Path(folder), "the one that data.corpus and data.tokenizer give"
+            )
+
+
+def copy_tokenizer(source: Path, folder: Path, name: str) -> None:
+    """Copy a tokenizer, called `name`, to `folder`, whole or not at all; ConfigError where that holds another one."""
+    if folder.exists():
+        if _tokenizer_json(folder) != _tokenizer_json(source):
+            fix = f"set data.tokenizer.type=hf data.tokenizer.path={folder}, or choose another run folder"
+            raise ConfigError(str(folder), ..., f"holds another tokenizer than {name}", fix=fix)
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*MODEL_FILES))
+    partial.rename(folder)
 
 
 def _tokenizer_json(folder: Path) -> Any:

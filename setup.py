@@ -31,6 +31,8 @@ setup(
     extras_require={
         # not flash-linear-attention, which brings fla's layers and models: they double the time of a first step
         "gpu": ["triton; platform_system == 'Linux'", "fla-core>=0.6"],
+        # GEMMs for model.moe.experts=quack; their arguments change between its minor versions
+        "quack": ["quack-kernels~=0.3.11; platform_system == 'Linux'"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["linear-moe = linear_moe.cli:main"]},

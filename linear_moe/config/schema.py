@@ -74,9 +74,11 @@ class MoEConfig:
         "probs", "what is dropped: the least weights, or the last tokens", choices=("probs", "position")
     )
     experts: str = opt(
-        "grouped",
-        "experts' implementation: one grouped GEMM, or a loop (the definition)",
-        choices=("grouped", "sequential"),
+        "auto",
+        "experts' implementation: grouped GEMMs (grouped: PyTorch's; quack: those of quack-kernels, for bf16 on GPUs "
+        "of compute capability 9.0 or above; auto: quack on Hopper where it can be, else grouped), or a loop "
+        "(sequential: the definition)",
+        choices=("auto", "grouped", "quack", "sequential"),
     )
     dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))
 

@@ -164,7 +164,7 @@ def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
     expert_tensor = parallel.expert_tensor
     _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", expert_tensor)
     _check_divisible("model.moe.shared_ffn_size", moe.shared_ffn_size, "parallel.tensor", parallel.tensor)
-    if moe.experts == "grouped":
+    if moe.experts != "sequential":
         check_grouped_gemm(config.model, config.training.dtype, expert_tensor)
     if parallel.tensor > 1 and not tensor_sequence(parallel):
         constraint = "experts with parallel.tensor > 1 need activations sharded by tokens"
@@ -210,7 +210,10 @@ def _check_router(moe: MoEConfig) -> None:
 
 
 def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -> None:
-    """Raises ConfigError for experts whose rows a grouped GEMM cannot read: it needs multiples of 16 bytes."""
+    """Raises ConfigError for experts that a grouped GEMM cannot compute: it reads multiples of 16 bytes."""
+    experts = model.moe.experts
+    if experts == "quack" and dtype != "bf16":
+        raise ConfigError("model.moe.experts", experts, f"multiplies bf16, not {dtype}", fix="set it to auto")
     multiple = 16 // DTYPES[dtype].itemsize
     for path, value, share in (
         ("model.hidden_size", model.hidden_size, 1),
@@ -218,7 +221,7 @@ def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -
     ):
         if value % (step := multiple * share):
             split = f" times parallel.expert_tensor {share} = {step}" if share > 1 else ""
-            constraint = f"must be divisible by {multiple} ({dtype}: 16 bytes){split} for model.moe.experts=grouped"
+            constraint = f"must be divisible by {multiple} ({dtype}: 16 bytes){split} for model.moe.experts={experts}"
             fix = f"{nearest(value, step=step)}, or model.moe.experts=sequential"
             raise ConfigError(path, value, constraint, fix=fix)
 

@@ -108,7 +108,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def check_dtype(model: ModelConfig, dtype: str | None) -> None:
     """Raises ConfigError for a model whose experts cannot compute in `dtype`, given with --dtype."""
-    if dtype is None or model.moe.experts != "grouped" or all(layer.ffn != "moe" for layer in resolve_layers(model)):
+    if dtype is None or model.moe.experts == "sequential" or all(layer.ffn != "moe" for layer in resolve_layers(model)):
         return
     try:
         check_grouped_gemm(model, dtype)

@@ -34,9 +34,7 @@ class PaddedExchange:
         n, k = index.shape
         to = assign(index, self.num_experts)
         assert to.row is not None
-        before = to.row - (to.ends - to.counts).index_select(0, index.flatten().clamp_max(self.num_experts - 1)).view(
-            n, k
-        )
+        before = to.row - to.offsets.index_select(0, index.flatten()).view(n, k)
         size = self.num_experts * limit
         self._place = torch.where(index < self.num_experts, index * limit + before, size).flatten()  # size: none
         rows = x.unsqueeze(1).expand(n, k, -1).flatten(0, 1)

@@ -6,10 +6,10 @@ the gradients of tokens, router's weights and experts' weights:
     ours      linear_moe.modeling.ops.experts
     grouped   the same with grouped_mm for all products
     fused     the same with Triton kernels for all products that can be fused
+    quack     the same with quack-kernels for all products, if it can be imported
     eager     nonzero, gather, grouped_mm, index_add in PyTorch, from a dense routing map
     loop      one expert after the other
     sonicmoe  SonicMoE, if it can be imported, on weights with gates and ups in turns
-    sonicmoe_ours  SonicMoE on our weights
     dense     the products alone, of all tokens' copies with one expert: the same FLOPs, nothing around them
     dense_ffn a dense SwiGLU, top_k times as wide as an expert: the same FLOPs
 They take turns; a row has the median. `memory_mib` is the peak above what was allocated before, so with the gradients.
@@ -48,7 +48,7 @@ from torch import Tensor
 
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import MoEConfig
-from linear_moe.modeling.ops.experts import STEPS, assign, experts, grouped_mm
+from linear_moe.modeling.ops.experts import assign, experts, grouped_mm
 
 Function = Callable[..., Tensor]
 Work = Callable[[], list[Tensor]]
@@ -91,16 +91,8 @@ def make(moe: MoEConfig, hidden: int, tokens: int, skew: float, device: str) -> 
 
 
 # -- implementations ---------------------------------------------------------------------------------------------------
-def ours(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return experts(x, weights, gate_up, down, assign(index, len(gate_up)))
-
-
-def grouped(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return experts(x, weights, gate_up, down, assign(index, len(gate_up)), frozenset())
-
-
-def fused(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return experts(x, weights, gate_up, down, assign(index, len(gate_up)), STEPS)
+def ours(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor, products: str = "auto") -> Tensor:
+    return experts(x, weights, gate_up, down, assign(index, len(gate_up)), products)
 
 
 def eager(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -125,11 +117,9 @@ def loop(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tenso
     return out
 
 
-def sonicmoe(
-    x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor, gates_first: bool = False
-) -> Tensor:
-    """Its own layer from the chosen experts on. Its weights `gate_up [E, 2F, D]` have gates and ups in turns, or all
-    gates first. What it calls for routing from outside allows any number of experts per token, and is slower.
+def sonicmoe(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Its own layer from the chosen experts on. Its weights `gate_up [E, 2F, D]` have gates and ups in turns. What it
+    calls for routing from outside allows any number of experts per token, and is slower.
     """
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import _DownProjection, _UpProjection
@@ -143,7 +133,7 @@ def sonicmoe(
     TC_topk_router_metadata_triton(index.int(), experts, counts, ends, token, sort, unsort)
     a, h = _UpProjection.apply(
         x, gate_up.permute(1, 2, 0), None, ends, slots, top_k, token, sort, unsort, None, False, ActivationType.SWIGLU,
-        False, gates_first,
+        False,
     )  # fmt: skip
     return _DownProjection.apply(
         a, h, down.permute(1, 2, 0), None, weights, ends, tokens, top_k, token, sort, unsort, None, False,
@@ -189,13 +179,11 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
         "loop": lambda: work(loop, routed, case.grad),
         "eager": lambda: work(eager, routed, case.grad),
         "ours": lambda: work(ours, routed, case.grad),
-        "grouped": lambda: work(grouped, routed, case.grad),
-        "fused": lambda: work(fused, routed, case.grad),
+        "grouped": lambda: work(partial(ours, products="grouped_mm"), routed, case.grad),
+        "fused": lambda: work(partial(ours, products="triton"), routed, case.grad),
+        "quack": lambda: work(partial(ours, products="quack"), routed, case.grad),
         "sonicmoe": lambda: work(
             sonicmoe, [*routed[:3], leaf(case.gate_up.transpose(1, 2).flatten(1, 2)), case.down], case.grad
-        ),
-        "sonicmoe_ours": lambda: work(
-            partial(sonicmoe, gates_first=True), [*routed[:3], leaf(case.gate_up.flatten(1, 2)), case.down], case.grad
         ),
         "dense": lambda: partial(
             dense,
@@ -215,7 +203,7 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
             case.grad,
         ),
     }
-    return {name: made[name]() for name in wanted if "sonicmoe" not in name or find_spec("sonicmoe")}
+    return {name: made[name]() for name in wanted if name not in ("sonicmoe", "quack") or find_spec(name)}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -354,7 +342,7 @@ def show_profile(case: Case, name: str) -> None:
     print(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90))
 
 
-ALL = ("loop", "eager", "ours", "grouped", "fused", "sonicmoe", "sonicmoe_ours", "dense", "dense_ffn")
+ALL = ("loop", "eager", "ours", "grouped", "fused", "quack", "sonicmoe", "dense", "dense_ffn")
 
 
 def main() -> None:

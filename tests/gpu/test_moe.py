@@ -11,7 +11,7 @@ from linear_moe.modeling.ffn import MoE
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.ops import experts as definition
-from linear_moe.modeling.ops.experts import STEPS, Assignment, assign, experts
+from linear_moe.modeling.ops.experts import Assignment, assign, experts, refused_by_quack
 from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
 from tests.tolerances import BF16, FP32, assert_close
 
@@ -45,7 +45,7 @@ def test_assign(tokens: int, num_experts: int, top_k: int, drop: bool) -> None:
     expected = assign(index.cpu(), num_experts)
     assert experts_gpu.can_assign(num_experts)
     found = Assignment(*experts_gpu.assign(index, num_experts))
-    for name in ("counts", "ends", "slot", "row"):
+    for name in ("counts", "offsets", "slot", "row"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
         assert getattr(found, name).dtype == torch.int32
 
@@ -61,7 +61,33 @@ def test_collect_and_combine(
     rows = experts_gpu.collect(x, to)
     assert torch.equal(rows, definition.collect(x, to))
     rows[int(to.ends[-1]) :] = float("nan")  # what a grouped GEMM leaves there
-    assert_close(experts_gpu.combine(rows, to), definition.combine(rows, to), FP32 if dtype == torch.float32 else HALF)
+    tolerance = FP32 if dtype == torch.float32 else HALF
+    assert_close(experts_gpu.combine(rows, to), definition.combine(rows, to), tolerance)
+    weights = draw(tokens, top_k, seed=2)
+    expected = definition.combine(rows, to, weights)
+    assert_close(experts_gpu.combine(rows, to, weights), expected, tolerance, "weighted")
+    assert_close(
+        expected, definition.combine(rows.float() * definition.row_weights(weights, to).unsqueeze(1), to), HALF
+    )
+    by_row, weights = Assignment.of_rows(to.counts), weights.flatten()
+    expected = definition.combine(rows, by_row, weights)
+    assert_close(experts_gpu.combine(rows, by_row, weights), expected, tolerance, "weighted, rows")
+
+
+@pytest.mark.parametrize("by_slot", [True, False])
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k", "drop"), ROUTINGS)
+def test_slot_sums(tokens: int, num_experts: int, top_k: int, drop: bool, by_slot: bool) -> None:
+    to, weights = assign(choose(tokens, num_experts, top_k, drop), num_experts), draw(tokens, top_k)
+    parts = draw(tokens * top_k, 3, seed=1)
+    parts[int(to.ends[-1]) :] = float("nan")
+    expected = torch.zeros(tokens * top_k, device=DEVICE)
+    used = int(to.ends[-1])
+    assert to.slot is not None
+    expected[to.slot[:used].long() if by_slot else slice(used)] = parts[:used].sum(1)
+    if not by_slot:
+        to, weights = Assignment.of_rows(to.counts), weights.flatten()
+    for module in (definition, experts_gpu):
+        assert_close(module.slot_sums(parts, weights, to), expected.view(weights.shape), FP32, module.__name__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,20 +190,34 @@ def layer(tokens: int, num_experts: int, top_k: int) -> tuple[MoE, Tensor]:
 
 
 @on_gpu
-@pytest.mark.parametrize("fuse", [frozenset(), *({step} for step in STEPS), STEPS], ids=lambda f: "+".join(f) or "none")
-@pytest.mark.parametrize(("tokens", "num_experts", "top_k", "drop"), [(1000, 6, 2, False), *ROUTINGS])
-def test_operation(tokens: int, num_experts: int, top_k: int, drop: bool, fuse: frozenset[str]) -> None:
+@pytest.mark.parametrize("products", ["grouped_mm", "triton", "quack"])
+@pytest.mark.parametrize("by_slot", [True, False])
+@pytest.mark.parametrize("ffn", [192, 200])
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k", "drop"), [(1000, 6, 2, True), (0, 4, 2, False), *ROUTINGS])
+def test_operation(
+    tokens: int, num_experts: int, top_k: int, drop: bool, ffn: int, by_slot: bool, products: str
+) -> None:
     """bf16 on the GPU against fp32 on the CPU with the same inputs: outputs and every gradient."""
+    if products == "quack" and (refusal := refused_by_quack(torch.bfloat16, torch.device(DEVICE))):
+        pytest.skip(refusal)
     index = choose(tokens, num_experts, top_k, drop)
-    shapes = [(tokens, 256), (tokens, top_k), (num_experts, 2, 192, 256), (num_experts, 256, 192)]
+    assigned = assign(index, num_experts)
+    used = tokens
+    if not by_slot:
+        assigned = Assignment.of_rows(assigned.counts)
+        tokens, top_k, used = tokens * top_k, 1, int(assigned.ends[-1])
+    shapes = [(tokens, 256), (tokens, top_k), (num_experts, 2, ffn, 256), (num_experts, 256, ffn)]
     inputs = [draw(*shape, seed=i) * (0.1 if i > 1 else 1.0) for i, shape in enumerate(shapes)]
     inputs = [t if i == 1 else t.bfloat16() for i, t in enumerate(inputs)]
     grad = draw(tokens, 256, dtype=torch.bfloat16, seed=9)
     results = []
-    for device, dtype in (("cuda", None), ("cpu", torch.float32)):
+    for device, dtype, name in (("cuda", None, products), ("cpu", torch.float32, "grouped_mm")):
         leaves = [t.detach().to(device, dtype).requires_grad_() for t in inputs]
-        out = experts(*leaves, assign(index.to(device), num_experts), frozenset(fuse))
-        results.append([out, *torch.autograd.grad(out, leaves, grad.to(out))])
+        indices = (assigned.counts, assigned.offsets, assigned.slot, assigned.row)
+        to = Assignment(*(t if t is None else t.to(device) for t in indices))  # type: ignore[arg-type]
+        out = experts(*leaves, to, name)
+        y, x, *others = [out, *torch.autograd.grad(out, leaves, grad.to(out))]
+        results.append([y[:used], x[:used], *others])  # rows behind the last expert's are anything
     for what, actual, expected in zip(("y", "x", "weights", "gate_up", "down"), *results, strict=True):
         assert_close(actual, expected, BF16, what)
     idle = (results[1][3] == 0).flatten(1).all(1)

@@ -1,4 +1,4 @@
-"""Routed SwiGLU experts behind one interface: same weights, two implementations."""
+"""Routed SwiGLU experts behind one interface: same weights, several implementations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.host import Host, normal
 from linear_moe.modeling.ops import experts as ops
@@ -24,15 +25,16 @@ class Experts(nn.Module):
         axes = {0: "expert", 2: "expert_tensor"}
         self.gate_up_proj = host.parameter(num, 2, ffn, hidden_size, init=normal(init_std), axes=axes)
         self.down_proj = host.parameter(num, hidden_size, ffn, init=normal(output_init_std), axes=axes)
-        self.compute = {"grouped": self.grouped, "sequential": self.sequential}[config.experts]
+        self.kind = config.experts
 
     def forward(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
         """Tokens `x [n, D]`, the weights `[n, k]` of their experts, and which these are -> `[n, D]`."""
-        return self.compute(x, weights, to)
-
-    def grouped(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
-        """All experts in grouped GEMMs; the device is never waited for."""
-        return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to)
+        if self.kind == "sequential":
+            return self.sequential(x, weights, to)
+        if self.kind == "quack":
+            check_quack(x.dtype, x.device)  # training does before; a model can be loaded anywhere
+        products = "grouped_mm" if self.kind == "grouped" else self.kind
+        return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to, products)
 
     def sequential(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
         """One expert after the other: the definition."""
@@ -46,3 +48,9 @@ class Experts(nn.Module):
             h = (F.silu(gate) * up * weight[i].unsqueeze(-1)).to(x.dtype)
             out.append(F.linear(h, self.down_proj[i]))
         return ops.combine(torch.cat([*out, torch.zeros_like(rest)]), to)
+
+
+def check_quack(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError where model.moe.experts=quack cannot compute."""
+    if refusal := ops.refused_by_quack(dtype, device):
+        raise ConfigError("model.moe.experts", "quack", refusal, fix="set it to auto")

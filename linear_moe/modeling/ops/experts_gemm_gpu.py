@@ -7,7 +7,7 @@ launched as there could be tiles, and those without one end at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-if TYPE_CHECKING:
-    from linear_moe.modeling.ops.experts import Assignment
+from linear_moe.modeling.ops.experts import Assignment, Products
 
 # Tiles for Hopper: two (up) or one (others) accumulators of fp32 in the registers of 8 warps, STAGES in shared memory.
 UP = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 4}
@@ -240,3 +239,25 @@ def outer(left: Tensor, right: Tensor, to: Assignment, gather_left: bool, gather
         TOP_K=to.top_k, GATHER_LEFT=gather_left and gather, GATHER_RIGHT=gather_right and gather, **OUTER,
     )  # fmt: skip
     return out
+
+
+class Fused(Products):
+    """See `experts.Products`. Where no rows are gathered and nothing is activated, grouped_mm."""
+
+    def up(self, x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
+        return up(x, proj, weights, to)
+
+    def gather(self, tokens: Tensor, to: Assignment) -> Tensor:
+        return tokens
+
+    def down_backward(
+        self, dy: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment
+    ) -> tuple[Tensor, Tensor]:
+        return down_backward(dy, proj, gate_up, weights, to)
+
+    def down_gradient(self, dy: Tensor, h: Tensor, to: Assignment) -> Tensor:
+        return outer(dy, h, to, gather_left=True, gather_right=False)
+
+    def up_gradient(self, gate_up: Tensor, x: Tensor, to: Assignment) -> Tensor:
+        dproj = outer(gate_up, x, to, gather_left=False, gather_right=True)
+        return dproj.view(len(dproj), 2, -1, x.shape[1])

@@ -33,13 +33,20 @@ def _count(index, counts, slots, blocks, EXPERTS: tl.constexpr, SLOTS: tl.conste
 
 
 @triton.jit
-def _place(index, ends, slot_of, row_of, slots, blocks, EXPERTS: tl.constexpr, SLOTS: tl.constexpr):
+def _place(
+    index, until, slot_of, row_of, counts, offsets, slots, blocks, experts, EXPERTS: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
     slot, chosen = _block(index, slots, EXPERTS, SLOTS)
-    end = tl.load(ends + tl.arange(0, EXPERTS) * blocks + tl.program_id(0))
+    expert = tl.arange(0, EXPERTS)
+    end = tl.load(until + expert * blocks + tl.program_id(0))
     before = (end - tl.sum(chosen, 0))[None, :] + tl.cumsum(chosen, 0) - 1
     row = tl.sum(chosen * before, 1)
     tl.store(row_of + slot, row, mask=slot < slots)
     tl.store(slot_of + row, slot, mask=slot < slots)
+    if tl.program_id(0) == 0:
+        begin = tl.load(until + expert * blocks - 1, mask=expert > 0, other=0)
+        tl.store(offsets + expert, begin, mask=expert <= experts)
+        tl.store(counts + expert, tl.load(until + (expert + 1) * blocks - 1) - begin, mask=expert < experts)
 
 
 def can_assign(num_experts: int) -> bool:
@@ -47,7 +54,7 @@ def can_assign(num_experts: int) -> bool:
 
 
 def assign(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`index [n, k]` -> counts, ends, slot, row. A counting sort: counts by block, their running sum, places."""
+    """`index [n, k]` -> counts, offsets, slot, row. A counting sort: counts by block, their running sum, places."""
     index, slots = index.contiguous(), index.numel()
     width = triton.next_power_of_2(num_experts + 1)
     size = ASSIGN // width
@@ -55,12 +62,15 @@ def assign(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Ten
     by_block = torch.empty(width, blocks, dtype=torch.int32, device=index.device)
     slot = torch.empty(slots, dtype=torch.int32, device=index.device)
     row = torch.empty(index.shape, dtype=torch.int32, device=index.device)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=index.device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=index.device)
     with torch.cuda.device_of(index):
         _count[(blocks,)](index, by_block, slots, blocks, EXPERTS=width, SLOTS=size, num_warps=4)
         until = by_block.view(-1).cumsum(0, dtype=torch.int32)
-        _place[(blocks,)](index, until, slot, row, slots, blocks, EXPERTS=width, SLOTS=size, num_warps=4)
-    ends = until.view(width, blocks)[:num_experts, -1].contiguous()
-    return ends.diff(prepend=ends.new_zeros(1)), ends, slot, row
+        _place[(blocks,)](
+            index, until, slot, row, counts, offsets, slots, blocks, num_experts, EXPERTS=width, SLOTS=size, num_warps=4
+        )  # fmt: skip
+    return counts, offsets, slot, row
 
 
 # -- tokens to rows and back -------------------------------------------------------------------------------------------
@@ -75,16 +85,39 @@ def _collect(x, row_of, rows, stride, SIZE: tl.constexpr, WIDTH: tl.constexpr, T
 
 
 @triton.jit
-def _combine(rows, row_of, ends, y, experts, SIZE: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr):
+def _combine(
+    rows, row_of, weights, ends, y, experts, SIZE: tl.constexpr, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
     end = tl.load(ends + experts - 1)
     for choice in tl.static_range(TOP_K):
-        row = tl.load(row_of + token * TOP_K + choice).to(tl.int64)
+        row = token
+        if HAS_SLOTS:
+            row = tl.load(row_of + token * TOP_K + choice).to(tl.int64)
         size = tl.where(row < end, SIZE, 0)
-        total += tl.load(rows + row * SIZE + feature, mask=feature < size, other=0.0).to(tl.float32)
+        value = tl.load(rows + row * SIZE + feature, mask=feature < size, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + token * TOP_K + choice).to(tl.float32)
+        total += value
     tl.store(y + token * SIZE + feature, total.to(y.dtype.element_ty), mask=feature < SIZE)
+
+
+@triton.jit
+def _slot_sums(
+    parts, row_of, ends, out, slots, experts, PARTS: tl.constexpr, SLOTS: tl.constexpr, HAS_SLOTS: tl.constexpr
+):  # fmt: skip
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    row = slot
+    if HAS_SLOTS:
+        row = tl.load(row_of + slot, mask=slot < slots, other=0)
+    inside = (slot < slots) & (row < tl.load(ends + experts - 1))
+    total = tl.zeros((SLOTS,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + row.to(tl.int64) * PARTS + part, mask=inside, other=0.0)
+    tl.store(out + slot, total.to(out.dtype.element_ty), mask=slot < slots)
 
 
 def _token_grid(tokens: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -104,14 +137,28 @@ def collect(x: Tensor, to: Assignment) -> Tensor:
     return rows
 
 
-def combine(y: Tensor, to: Assignment) -> Tensor:
+def combine(y: Tensor, to: Assignment, weights: Tensor | None = None) -> Tensor:
     """See `experts.combine`: in the order of the choices, without atomics."""
-    if to.row is None:
+    if to.row is None and weights is None:
         return y
-    out = torch.empty(len(to.row), y.shape[1], dtype=y.dtype, device=y.device)
+    out = torch.empty(len(y) if to.row is None else len(to.row), y.shape[1], dtype=y.dtype, device=y.device)
     grid, tile = _token_grid(*out.shape)
     if len(out):
-        _combine[grid](y.contiguous(), to.row, to.ends, out, len(to.ends), TOP_K=to.top_k, **tile)
+        _combine[grid](
+            y.contiguous(), to.row, None if weights is None else weights.contiguous(), to.ends, out, len(to.counts),
+            TOP_K=to.top_k, HAS_SLOTS=to.row is not None, WEIGHTED=weights is not None, **tile,
+        )  # fmt: skip
+    return out
+
+
+def slot_sums(parts: Tensor, weights: Tensor, to: Assignment) -> Tensor:
+    """See `experts.slot_sums`."""
+    out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    if len(parts):
+        _slot_sums[(triton.cdiv(len(parts), COLUMNS),)](
+            parts.contiguous(), to.row, to.ends, out, len(parts), len(to.counts), PARTS=parts.shape[1], SLOTS=COLUMNS,
+            HAS_SLOTS=to.row is not None, num_warps=4,
+        )  # fmt: skip
     return out
 
 

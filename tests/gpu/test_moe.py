@@ -122,7 +122,7 @@ def test_activation(
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones in the interpreter, where they make up for small inputs."""
     if INTERPRETED:
-        for name in ("UP", "DOWN_BACKWARD", "OUTER"):
+        for name in ("UP", "DOWN_BACKWARD", "DOWN_GRADIENT", "UP_GRADIENT"):
             small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16}
             monkeypatch.setattr(experts_gemm_gpu, name, getattr(experts_gemm_gpu, name) | small)
 
@@ -165,7 +165,7 @@ def test_fused_products(
     assert_close(gate_up[:used], expected[:used], tolerance, "gradient of gate and up")
 
     for left, right, gathered in ((grad, h, "left"), (gate_up, x, "right")):
-        found = experts_gemm_gpu.outer(left, right, to, gathered == "left", gathered == "right")
+        found = experts_gemm_gpu.outer(left, right, to, gathered)
         a, b = (drows, h.float()) if gathered == "left" else (gate_up.float(), rows)
         ends = [0, *to.ends.tolist()]
         parts = [a[i:j].T @ b[i:j] for i, j in zip(ends, ends[1:], strict=False)]

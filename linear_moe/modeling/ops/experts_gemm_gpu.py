@@ -20,7 +20,8 @@ from linear_moe.modeling.ops.experts import Assignment, Products
 # Tiles for Hopper: two (up) or one (others) accumulators of fp32 in the registers of 8 warps, STAGES in shared memory.
 UP = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 4}
 DOWN_BACKWARD = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
-OUTER = {"ROWS": 256, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 5}
+DOWN_GRADIENT = {"ROWS": 128, "COLUMNS": 128, "INNER": 32, "num_warps": 8, "num_stages": 5}
+UP_GRADIENT = {"ROWS": 256, "COLUMNS": 128, "INNER": 32, "num_warps": 8, "num_stages": 5}
 
 
 @triton.jit
@@ -224,19 +225,19 @@ def down_backward(
     return h, parts.sum(0).view(weights.shape).to(weights.dtype)
 
 
-def outer(left: Tensor, right: Tensor, to: Assignment, gather_left: bool, gather_right: bool) -> Tensor:
+def outer(left: Tensor, right: Tensor, to: Assignment, gathered: str) -> Tensor:
     """Each expert's sum over its rows of `left [row, :, None] * right [row, None, :]` -> `[E, L, R]`.
 
     Args:
-        gather_left: `left` are tokens `[n, L]`, not rows `[M, L]`; so for `right`.
+        gathered: "left" or "right", which of both are tokens `[n, ...]` instead of rows `[M, ...]`.
     """
-    left, right = _tokens(left), _tokens(right)
-    out = torch.empty(len(to.ends), left.shape[1], right.shape[1], dtype=left.dtype, device=left.device)
-    tiles = triton.cdiv(left.shape[1], OUTER["ROWS"]) * triton.cdiv(right.shape[1], OUTER["COLUMNS"])
-    gather = to.slot is not None
-    _outer[(len(to.ends) * tiles,)](
+    tile = {"left": DOWN_GRADIENT, "right": UP_GRADIENT}[gathered]
+    left, right, gather = _tokens(left), _tokens(right), to.slot is not None
+    out = torch.empty(len(to.counts), left.shape[1], right.shape[1], dtype=left.dtype, device=left.device)
+    tiles = triton.cdiv(left.shape[1], tile["ROWS"]) * triton.cdiv(right.shape[1], tile["COLUMNS"])
+    _outer[(len(to.counts) * tiles,)](
         left, right, to.slot, to.ends, out, left.stride(0), right.stride(0), LEFT=left.shape[1], RIGHT=right.shape[1],
-        TOP_K=to.top_k, GATHER_LEFT=gather_left and gather, GATHER_RIGHT=gather_right and gather, **OUTER,
+        TOP_K=to.top_k, GATHER_LEFT=gather and gathered == "left", GATHER_RIGHT=gather and gathered == "right", **tile,
     )  # fmt: skip
     return out
 
@@ -256,8 +257,8 @@ class Fused(Products):
         return down_backward(dy, proj, gate_up, weights, to)
 
     def down_gradient(self, dy: Tensor, h: Tensor, to: Assignment) -> Tensor:
-        return outer(dy, h, to, gather_left=True, gather_right=False)
+        return outer(dy, h, to, "left")
 
     def up_gradient(self, gate_up: Tensor, x: Tensor, to: Assignment) -> Tensor:
-        dproj = outer(gate_up, x, to, gather_left=False, gather_right=True)
+        dproj = outer(gate_up, x, to, "right")
         return dproj.view(len(dproj), 2, -1, x.shape[1])

@@ -194,7 +194,7 @@ def _check_router(moe: MoEConfig) -> None:
         constraint = "with top_k = 1 every weight is 1 and the router cannot learn"
         raise ConfigError(f"{path}.{name}", True, constraint, fix="set it to false, or raise top_k")
     if not moe.shared_ffn_size:
-        unused(path, moe, "shared_gate", needs="set shared_ffn_size")
+        unused(path, moe, "shared_gate", "overlap_shared_expert", needs="set shared_ffn_size")
     if not moe.expert_bias:
         unused(path, moe, "bias_update_rate", needs="set expert_bias")
     if moe.capacity_factor is None:

@@ -69,6 +69,7 @@ BAD: list[tuple[str, int | None, list[str]]] = [
         ["model.moe.top_k_first = True", "cannot learn"],
     ),
     ("model.moe.shared_gate=true", None, ["model.moe.shared_gate", "set shared_ffn_size"]),
+    ("model.moe.overlap_shared_expert=true", None, ["model.moe.overlap_shared_expert", "set shared_ffn_size"]),
     ("model.moe.bias_update_rate=0.1", None, ["model.moe.bias_update_rate = 0.1", "set expert_bias"]),
     ("model.moe.capacity_pad=true", None, ["model.moe.capacity_pad", "set capacity_factor"]),
     (

@@ -19,7 +19,8 @@ MOE: dict[str, dict[str, Any]] = {
     "v3": GROUPED
     | {"score": "sigmoid", "group_score": "sum_top_2", "expert_bias": True, "bias_update_rate": 0.05, "aux_loss": 0.0}
     | {"sequence_aux_loss": 0.1, "routed_scaling_factor": 2.5},
-    "v2": GROUPED | {"normalize_top_k": False, "sequence_aux_loss": 0.1, "shared_gate": True}
+    "v2": GROUPED
+    | {"normalize_top_k": False, "sequence_aux_loss": 0.1, "shared_gate": True}
     | {"overlap_shared_expert": True},
     "mixtral": {"num_experts": 4, "top_k_first": True, "aux_loss": 0.0, "global_aux_loss": 0.1},
     "drop": {"num_experts": 4, "capacity_factor": 1.0},

@@ -25,6 +25,9 @@ class MoEConfig:
         0, "hidden size of the always-active shared expert (of several: their sum); 0: none", ge=0, le=2**20
     )
     shared_gate: bool = opt(False, "multiply the shared expert's output by a sigmoid gate of the token (Qwen2-MoE)")
+    overlap_shared_expert: bool = opt(
+        False, "on a GPU, compute the shared expert while tokens travel to other ranks' experts and back; same numbers"
+    )
     first_dense_layers: int = opt(
         0, "of the layers whose channel mixer is model.ffn = moe, those among the first so many layers are dense", ge=0
     )

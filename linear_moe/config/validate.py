@@ -193,8 +193,10 @@ def _check_router(moe: MoEConfig) -> None:
         name = "top_k_first" if moe.top_k_first else "normalize_top_k"
         constraint = "with top_k = 1 every weight is 1 and the router cannot learn"
         raise ConfigError(f"{path}.{name}", True, constraint, fix="set it to false, or raise top_k")
+    if moe.top_k_first:
+        unused(path, moe, "normalize_top_k", needs="set top_k_first=false: weights over the chosen sum to 1")
     if not moe.shared_ffn_size:
-        unused(path, moe, "shared_gate", needs="set shared_ffn_size")
+        unused(path, moe, "shared_gate", "overlap_shared_expert", needs="set shared_ffn_size")
     if not moe.expert_bias:
         unused(path, moe, "bias_update_rate", needs="set expert_bias")
     if moe.capacity_factor is None:
@@ -283,7 +285,9 @@ def _check_writable(path: str, folder: str) -> None:
 
 def _check_divisible(path: str, value: int, by_path: str, by: int) -> None:
     if value % by:
-        raise ConfigError(path, value, f"must be divisible by {by_path} = {by}", fix=nearest(value, step=by))
+        most = max(n for n in range(1, by) if value % n == 0)
+        fix = f"{nearest(value, step=by)}, or {by_path}={most}"
+        raise ConfigError(path, value, f"must be divisible by {by_path} = {by}", fix=fix)
 
 
 def _check_most(path: str, value: float, bound_path: str, bound: float) -> None:

@@ -10,6 +10,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Dims, Layout
 from linear_moe.modeling.moe.experts import Experts
+from linear_moe.modeling.moe.overlap import Branch
 from linear_moe.modeling.moe.router import Router
 
 
@@ -21,10 +22,13 @@ class SwiGLU(nn.Module):
         self.host = host
         self.gate_proj = Linear(host, dims.hidden_size, ffn_size, split="column", std=dims.init_std)
         self.up_proj = Linear(host, dims.hidden_size, ffn_size, split="column", std=dims.init_std)
-        self.down_proj = Linear(host, ffn_size, dims.hidden_size, split="row", std=dims.output_init_std)
+        self.down_proj = Linear(host, ffn_size, dims.hidden_size, split="partial", std=dims.output_init_std)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        x = self.host.enter(x)
+        return self.host.leave(self.inside(self.host.enter(x)))
+
+    def inside(self, x: Tensor) -> Tensor:
+        """All tokens `[N, D]` -> this rank's part of a sum over the tensor ranks `[N, D]`; without communication."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -32,6 +36,11 @@ class MoE(nn.Module):
     """Router -> dispatch -> experts -> combine, plus the shared expert: `[n, D]` -> `[n, D]`.
 
     Weights mean what those of Hugging Face's Mixtral, Qwen2-MoE, DeepSeek-V2 and -V3 blocks do.
+
+    With `overlap_shared_expert`, a GPU computes the shared expert's products from when dispatch has been begun until
+    combine has. Its own tensor-parallel communication does not overlap: it comes before dispatch and after combine, on
+    the stream that theirs is ordered by, so every layout is safe. In training, the backward pass of the shared expert
+    overlaps that of combine and experts; before that of dispatch, DDP adds up its gradients on the main stream.
     """
 
     def __init__(self, config: ModelConfig, dims: Dims, host: Host):
@@ -42,14 +51,20 @@ class MoE(nn.Module):
         self.experts = Experts(moe, dims.hidden_size, dims.init_std, dims.output_init_std, host)
         self.shared_expert = SwiGLU(dims, moe.shared_ffn_size, host) if moe.shared_ffn_size else None
         self.shared_expert_gate = Linear(host, dims.hidden_size, 1, std=dims.init_std) if moe.shared_gate else None
+        self.host, self.overlap = host, moe.overlap_shared_expert
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         weights, index = self.router(x, layout)
+        branch = None
+        if self.shared_expert is not None:
+            branch = Branch(self.shared_expert.inside, self.host.enter(x), self.overlap)
         received = self.dispatcher.dispatch(x, weights, index, self.router.limited)
+        if branch is not None:
+            branch.start()
         y = self.dispatcher.combine(self.experts(*received))
-        if self.shared_expert is None:
+        if branch is None:
             return y
-        shared = self.shared_expert(x)
+        shared = self.host.leave(branch.join())
         if self.shared_expert_gate is not None:
             shared = self.shared_expert_gate(x).sigmoid() * shared
         return y + shared

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from linear_moe.modeling.host import Host, Init, constant, normal
 
-Split = Literal["column", "row", "shared"] | None
+Split = Literal["column", "row", "partial", "shared"] | None
 
 _AXES: dict[Split, tuple[dict[int, str], dict[int, str]]] = {
     "column": ({0: "tensor"}, {0: "tensor"}),
     "row": ({1: "tensor"}, {}),
+    "partial": ({1: "tensor"}, {}),
     "shared": ({}, {}),
     None: ({}, {}),
 }
@@ -26,6 +27,7 @@ class Linear(nn.Linear):
         split: how the tensor ranks share the weight, and where the layer stands in a tensor-parallel region:
             "column": inside; this rank's rows, `x [N, in] -> [N, out / tensor]`;
             "row": ends the region; this rank's columns, `x [N, in / tensor] -> [n, out]` through `host.leave`;
+            "partial": inside; as "row", but the caller takes the sum, `x [N, in / tensor] -> [N, out]`; without a bias;
             "shared": inside; every rank has the whole weight and uses the result for its own heads only;
             None: outside; the whole weight on this rank's tokens, `x [n, in] -> [n, out]`.
         bias: with a bias, zero at first; that of "row" is added once, after the sum over ranks.
@@ -44,6 +46,7 @@ class Linear(nn.Linear):
         std: float = 0.02,
         init: Init | None = None,
     ):
+        assert not (bias and split == "partial"), "every rank's part would have the bias"
         nn.Module.__init__(self)  # nn.Linear's own would allocate and draw the full weight
         self.host, self.split, self.in_features, self.out_features = host, split, in_features, out_features
         weight_axes, bias_axes = _AXES[split]

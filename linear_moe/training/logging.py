@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -51,6 +52,12 @@ def routing_line(record: dict[str, Any]) -> str:
     )
 
 
+def some(items: Sequence[object], most: int, separator: str = ", ") -> str:
+    """The first `most` of them, and how many more there are."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(map(str, items[:most])) + rest
+
+
 class Logger:
     """Writes records; every method does nothing on ranks other than 0.
 
@@ -64,7 +71,7 @@ class Logger:
 
     def __init__(self, run: Path, steps: int, *, active: bool, tensorboard: bool, step: int = 0):
         self.active = active
-        self._dead: dict[int, set[int]] = {}
+        self._dead = 0  # experts, at the last warning
         self._file: TextIO | None = None
         self._writer: Any = None
         self._bar: Progress | None = None
@@ -131,16 +138,26 @@ class Logger:
                 self._writer.add_histogram(f"routing_bias/layer_{layer.layer}", np.array(layer.bias), step)
 
     def dead_experts(self, step: int, layers: list[LayerRouting], dead_after: int) -> None:
-        """Warn of experts that no token has chosen in the last `dead_after` steps; once of each."""
-        for layer in layers:
-            new = set(layer.dead(dead_after)) - self._dead.get(layer.layer, set())
-            if new and self.active:
-                self.event("dead_experts", step=step, layer=layer.layer, experts=sorted(new))
-                self.message(
-                    f"warning: step {step}: layer {layer.layer}: no token chose experts {sorted(new)} in the last "
-                    f"{dead_after} steps; raise model.moe.aux_loss, or set model.moe.expert_bias"
-                )
-            self._dead[layer.layer] = set(layer.dead(dead_after))
+        """Warn of experts that no token has chosen in the last `dead_after` steps, and again when they are twice as many.
+
+        metrics.jsonl has all of them.
+        """
+        dead = {layer.layer: layer.dead(dead_after) for layer in layers}
+        number = sum(map(len, dead.values()))
+        if not self.active or number < max(1, 2 * self._dead):
+            return
+        self._dead = number
+        self.event(
+            "dead_experts", step=step, layers={str(layer): experts for layer, experts in dead.items() if experts}
+        )
+        where = some([f"layer {layer}: {some(experts, 6)}" for layer, experts in dead.items() if experts], 3, "; ")
+        fix = "set model.moe.expert_bias, or raise model.moe.aux_loss"
+        if any(layer.bias is not None for layer in layers):
+            fix = "raise model.moe.bias_update_rate"
+        self.message(
+            f"warning: step {step}: {number} of {sum(len(layer.load) for layer in layers)} experts are dead, chosen by "
+            f"no token in the last {dead_after} steps ({where}); {fix}"
+        )
 
     def validation(self, step: int, loss: float, tokens: int) -> None:
         """A validation's mean loss in nats per token."""

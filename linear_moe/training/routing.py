@@ -42,7 +42,7 @@ class LayerRouting:
         """Of the load's distribution, divided by its maximum: 1 is even, 0 is all tokens to one expert."""
         shares = [load / len(self.load) for load in self.load]
         most = math.log(len(shares))
-        return -sum(p * math.log(p) for p in shares if p > 0) / most if most else 1.0
+        return sum(-p * math.log(p) for p in shares if p > 0) / most if most else 1.0
 
     def dead(self, steps: int) -> list[int]:
         """Experts that no token has chosen in the last `steps` steps or more."""

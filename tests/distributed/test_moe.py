@@ -19,7 +19,9 @@ MOE: dict[str, dict[str, Any]] = {
     "v3": GROUPED
     | {"score": "sigmoid", "group_score": "sum_top_2", "expert_bias": True, "bias_update_rate": 0.05, "aux_loss": 0.0}
     | {"sequence_aux_loss": 0.1, "routed_scaling_factor": 2.5},
-    "v2": GROUPED | {"normalize_top_k": False, "sequence_aux_loss": 0.1, "shared_gate": True},
+    "v2": GROUPED
+    | {"normalize_top_k": False, "sequence_aux_loss": 0.1, "shared_gate": True}
+    | {"overlap_shared_expert": True},
     "mixtral": {"num_experts": 4, "top_k_first": True, "aux_loss": 0.0, "global_aux_loss": 0.1},
     "drop": {"num_experts": 4, "capacity_factor": 1.0},
     "drop-last": {"num_experts": 4, "capacity_factor": 0.75, "drop_policy": "position"},
@@ -41,6 +43,9 @@ COVERED = [
     *(("pad", parallel) for parallel in ("tp2", "ep2", "tp2-etp2", "tp2-ep4")),
     *(("mixtral", parallel) for parallel in ("tp2", "tp2-etp2", "pp2")),
 ]
+# Dropless, over expert ranks alone: parallel.expert and the experts' implementation. Micro-batches of one sequence, so
+# that four replicas see those of one process.
+EXPERT = [(expert, experts) for expert in (1, 2, 4) for experts in ("sequential", "grouped")]
 RECOMPUTED = ("v3", "mixtral", "drop")
 
 
@@ -48,6 +53,16 @@ def case(moe: str, parallel: dict[str, int], **training: Any) -> tuple[str, dict
     tree = config({}, parallel, training=training)
     tree["model"]["moe"] = tree["model"]["moe"] | MOE[moe]
     return "train", {"config": tree, "steps": STEPS}
+
+
+def expert_case(expert: int, experts: str) -> tuple[str, dict[str, Any]]:
+    tree = config({}, {"expert": expert}, training={"micro_batch": 1})
+    tree["model"]["moe"] = tree["model"]["moe"] | {"num_experts": 8, "aux_loss": 0.1, "experts": experts}
+    return "train", {"config": tree, "steps": STEPS}
+
+
+def expert_cases(world: int) -> dict[str, Any]:
+    return {f"ep{expert}-{kind}": expert_case(expert, kind) for expert, kind in EXPERT if expert == world}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +74,7 @@ def results() -> dict[str, list[Any]]:
         1,
         one
         | {"mixtral-4": case("mixtral", {}, micro_batch=4), "drop-4": case("drop", {}, micro_batch=4)}
+        | expert_cases(1)
         | sequence_losses(1),
     )
     for world in (2, 4):
@@ -66,7 +82,7 @@ def results() -> dict[str, list[Any]]:
         spread = {f"{moe}-{name}": case(moe, sizes[name]) for moe, name in COVERED if name in sizes}
         if world == 2:
             spread |= {"mixtral-global": case("mixtral", {"expert": 2})} | sequence_losses(2)
-        found |= run(world, spread)
+        found |= run(world, spread | expert_cases(world))
     return found
 
 
@@ -83,6 +99,17 @@ def assert_equal_training(ranks: list[Any], reference: list[Any]) -> None:
 @pytest.mark.parametrize(("moe", "parallel"), COVERED, ids=lambda name: name)
 def test_equals_one_process(results: dict[str, list[Any]], moe: str, parallel: str) -> None:
     assert_equal_training(results[f"{moe}-{parallel}"], results[moe])
+
+
+@pytest.mark.parametrize(("expert", "experts"), EXPERT[1:])
+def test_experts_spread_alone(results: dict[str, list[Any]], expert: int, experts: str) -> None:
+    """Over 1, 2 and 4 ranks, looped and grouped: equal to the loop in one process."""
+    ranks = results[f"ep{expert}-{experts}"]
+    name = "layers.0.ffn.experts.down_proj"
+    for i, rank in enumerate(ranks):
+        _, (first, *_), gradient = rank["gradients"][name]
+        assert (first, len(gradient)) == (8 // expert * i, 8 // expert), "every rank has experts of its own"
+    assert_equal_training(ranks, results["ep1-sequential"])
 
 
 @pytest.mark.parametrize("moe", RECOMPUTED)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linear_moe.config.schema import ModelConfig, MoEConfig
 from linear_moe.modeling.ffn import MoE
@@ -181,8 +184,8 @@ def by_expert(rows: Tensor, matrices: Tensor, to: Assignment) -> Tensor:
     return out
 
 
-def layer(tokens: int, num_experts: int, top_k: int) -> tuple[MoE, Tensor]:
-    config = ModelConfig(hidden_size=256, moe=MoEConfig(num_experts, top_k=top_k, expert_ffn_size=192))
+def layer(tokens: int, num_experts: int, top_k: int, **fields: Any) -> tuple[MoE, Tensor]:
+    config = ModelConfig(hidden_size=256, moe=MoEConfig(num_experts, top_k=top_k, expert_ffn_size=192, **fields))
     host = Host(torch.bfloat16, device=DEVICE)
     moe = MoE(config, layer_dims(config, 0), host)
     initialize(moe, host, seed=0)
@@ -224,10 +227,16 @@ def test_operation(
     assert (results[0][3][idle.to(DEVICE)] == 0).all(), "experts without tokens have no gradient"
 
 
+SHARED: dict[str, Any] = {"shared_ffn_size": 512, "shared_gate": True}
+
+
 @on_gpu
-def test_no_host_synchronisation() -> None:
+@pytest.mark.parametrize(
+    "fields", [{}, SHARED, SHARED | {"overlap_shared_expert": True}], ids=["", "shared", "overlap"]
+)
+def test_no_host_synchronisation(fields: dict[str, Any]) -> None:
     """Router, assignment, experts, forward and backward."""
-    moe, x = layer(1000, 16, 4)
+    moe, x = layer(1000, 16, 4, **fields)
     x.requires_grad_()
     moe(x).sum().backward()  # compiles
     torch.cuda.synchronize()
@@ -249,3 +258,101 @@ def test_is_deterministic() -> None:
         y.square().sum().backward()
         results.append([y.detach(), x.grad, *(p.grad.clone() for p in moe.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# -- the shared expert on a stream of its own -------------------------------------------------------------------------
+TOKENS, WIDTH, LAYERS = 2048, 256, 3
+
+
+class Stack(nn.Module):
+    """Residual layers, recomputed or not."""
+
+    def __init__(self, overlap: bool, recompute: bool, gate: bool):
+        super().__init__()
+        self.host = Host(torch.bfloat16, DEVICE, recompute)
+        moe = MoEConfig(8, top_k=2, expert_ffn_size=192, shared_ffn_size=1024, shared_gate=gate)
+        moe.overlap_shared_expert = overlap
+        config = ModelConfig(hidden_size=WIDTH, moe=moe)
+        self.layers = nn.ModuleList(MoE(config, layer_dims(config, 0), self.host) for _ in range(LAYERS))
+        initialize(self, self.host, seed=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for moe in self.layers:
+            x = x + self.host.recompute(moe, x * 1.0)  # a tensor that only the layer holds
+        return x
+
+    def results(self, x: Tensor) -> list[Tensor]:
+        """Output and every gradient."""
+        self.zero_grad()
+        x = x.detach().requires_grad_()
+        y = self(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in self.parameters())]
+
+
+def in_backward(module: nn.Module, function: Callable[[], None]) -> None:
+    """Call it before the module's backward pass, on that pass's stream."""
+
+    def at_output(_: nn.Module, __: Any, y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(lambda _: function())
+
+    module.register_forward_hook(at_output)
+
+
+@on_gpu
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("late", ["shared", "routed", "neither"])
+def test_overlap_changes_no_bit(late: str, recompute: bool, gate: bool) -> None:
+    """20 times, with either stream far behind the other, and freed memory overwritten: outputs and every gradient."""
+    x = draw(TOKENS, WIDTH, dtype=torch.bfloat16)
+    expected = Stack(False, recompute, gate).results(x)
+    stack = Stack(True, recompute, gate)
+
+    def overwrite() -> None:
+        kept = [torch.full((TOKENS, WIDTH), torch.nan, device=DEVICE, dtype=torch.bfloat16) for _ in range(8)]
+        del kept
+
+    for moe in stack.layers:
+        disturbed: list[tuple[nn.Module, Callable[[], None]]] = [(moe.experts, overwrite)]
+        if late != "neither":
+            module = moe.experts if late == "routed" else moe.shared_expert.down_proj
+            disturbed.append((module, lambda: torch.cuda._sleep(500_000)))
+        for module, disturb in disturbed:
+            module.register_forward_pre_hook(lambda *_, disturb=disturb: disturb())
+            in_backward(module, disturb)
+    for _ in range(20):
+        results = stack.results(x)
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@on_gpu
+def test_overlap_saves_time() -> None:
+    """Where dispatch takes long, and the shared expert, and the backward pass of both kinds of experts."""
+
+    def sleep() -> None:
+        torch.cuda._sleep(40_000_000)
+
+    def seconds(overlap: bool) -> float:
+        stack, x = Stack(overlap, recompute=False, gate=False), draw(TOKENS, WIDTH, dtype=torch.bfloat16)
+        stack.results(x)  # compiles
+        for moe in stack.layers:
+
+            def dispatch(*args: Any, dispatch: Any = moe.dispatcher.dispatch) -> Any:
+                received = dispatch(*args)
+                sleep()
+                return received
+
+            moe.dispatcher.dispatch = dispatch
+            moe.shared_expert.down_proj.register_forward_pre_hook(lambda *_: sleep())
+            for module in (moe.experts, moe.shared_expert.down_proj):
+                in_backward(module, sleep)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        stack.results(x)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    assert seconds(True) < 0.65 * seconds(False)

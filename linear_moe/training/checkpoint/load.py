@@ -41,6 +41,7 @@ MISSING = object()
 FREE = {"init_std", "scale_output_init", "vocab_multiple"}
 FREE_MOE = {"aux_loss", "sequence_aux_loss", "global_aux_loss", "z_loss", "bias_update_rate", "experts", "dispatcher"}
 FREE_MOE |= {"capacity_factor", "capacity_pad", "drop_policy"}  # in training only
+FREE_MOE |= {"overlap_shared_expert"}
 FREE_MOE |= {"first_dense_layers", "layer_frequency"}  # compared layer by layer
 
 # What the layers are made from: these are compared layer by layer, as far as a layer uses them.

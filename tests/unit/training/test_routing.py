@@ -29,7 +29,7 @@ def test_figures() -> None:
     assert (SKEWED.dead(10), SKEWED.dead(9), SKEWED.dead(2)) == ([], [3], [2, 3])
     assert LayerRouting(0, [1.0], 0.0, [0], None).entropy == 1.0  # of one expert
     one = LayerRouting(0, [4.0, 0.0, 0.0, 0.0], 0.0, [0, 1, 1, 1], None)
-    assert one.entropy == 0.0
+    assert f"{one.entropy}" == "0.0"  # not -0.0
 
 
 def test_summary_is_of_the_worst_layer() -> None:
@@ -70,18 +70,34 @@ def test_records_events_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "  experts: max/mean load 2.00 (layer 3)" in capsys.readouterr().err
 
 
-def test_dead_experts_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def idle(layer: int, *steps: int, bias: list[float] | None = None) -> LayerRouting:
+    return LayerRouting(layer, [1.0] * len(steps), 0.0, list(steps), bias)
+
+
+def test_dead_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the first ones and of twice as many, not of some more, nor when they come and go."""
     log = Logger(tmp_path, 9, active=True, tensorboard=False)
-    again = LayerRouting(3, SKEWED.load, 0.0, [0, 0, 13, 19], None)
-    alive = LayerRouting(3, SKEWED.load, 0.0, [0, 0, 0, 0], None)
-    for step, layer in enumerate((SKEWED, SKEWED, again, alive, SKEWED)):
+    one, two, alive = idle(3, 0, 0, 8, 9), idle(3, 0, 0, 9, 12), idle(3, 0, 0, 0, 0)
+    for step, layer in enumerate((alive, one, one, alive, one, two, two)):
         log.dead_experts(step, [EVEN, layer], 9)
+    log.dead_experts(7, [idle(1, 9, 0, 0, 0), two], 9)
+    log.dead_experts(8, [idle(layer, *[9] * 8) for layer in range(5)], 9)
     log.close()
-    warned = [(r["step"], r["layer"], r["experts"]) for r in records(tmp_path)]
-    assert warned == [(0, 3, [3]), (2, 3, [2]), (4, 3, [3])]
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith("warning: step 0: layer 3: no token chose experts [3] in the last 9 steps; ")
+    warned = [(r["step"], r["layers"]) for r in records(tmp_path)]
+    every = {str(layer): [*range(8)] for layer in range(5)}
+    assert warned == [(1, {"3": [3]}), (5, {"3": [2, 3]}), (8, every)]
+    first, _, last = capsys.readouterr().err.splitlines()
+    assert first == (
+        "warning: step 1: 1 of 8 experts are dead, chosen by no token in the last 9 steps (layer 3: 3); "
+        "set model.moe.expert_bias, or raise model.moe.aux_loss"
+    )
+    names = "0, 1, 2, 3, 4, 5 and 2 more"
+    assert f"(layer 0: {names}; layer 1: {names}; layer 2: {names} and 2 more)" in last and len(last) < 300
+
+
+def test_advice_on_dead_experts_where_there_are_biases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Logger(tmp_path, 9, active=True, tensorboard=False).dead_experts(1, [SKEWED], 9)
+    assert capsys.readouterr().err.endswith("; raise model.moe.bias_update_rate\n")
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,8 +46,8 @@ class Tile(NamedTuple):
 
 
 # quack's default for Hopper, all of them. `columns` are of D: of gates and ups for `up`, of pairs of them for
-# `down_backward`. A multiple of 32 for `up`; at most 208 with pingpong. Clusters are along rows only where rows are
-# gathered: everywhere but in `down` and `up_backward`.
+# `down_backward`. A multiple of 32 for `up`; at most 208 with pingpong. Where rows are gathered, in all but `down`
+# and `up_backward`, clusters are along rows.
 HOPPER = {
     "up": Tile(),
     "down": Tile(),

@@ -1,7 +1,7 @@
 """The experts' products by the CuTe-DSL GEMMs of quack-kernels (https://github.com/Dao-AILab/quack): rows are gathered
 as they are read, and the activation is taken, forward and backward, of products that are still in registers.
 
-Here `gate_up` has gates and ups in turns; weights and their gradients have gates first, as everywhere (`concat_layout`).
+Here `gate_up` has gates and ups in turns; weights and their gradients have gates first as everywhere (concat_layout).
 The weights of rows are applied in `combine`: the forward epilogue has no place for them. A kernel is compiled, and kept
 on disk, once for each product, dtype and configuration, whatever the sizes; nothing is tuned.
 
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
     rows: int = 128
     columns: int = 192
-    cluster: int = 2  # thread blocks along rows that share what they read of B
+    cluster: tuple[int, int] = (2, 1)  # thread blocks that share what they read, along rows and columns
     pingpong: bool = True
     dynamic: bool = False  # tiles are handed out by the hardware: Blackwell only
 
@@ -38,15 +38,16 @@ class Tile(NamedTuple):
             "tile_count_semaphore": None,
             "tile_M": self.rows,
             "tile_N": self.columns,
-            "cluster_M": self.cluster,
-            "cluster_N": 1,
+            "cluster_M": self.cluster[0],
+            "cluster_N": self.cluster[1],
             "pingpong": self.pingpong,
             "is_dynamic_persistent": self.dynamic,
         }
 
 
 # quack's default for Hopper, all of them. `columns` are of D: of gates and ups for `up`, of pairs of them for
-# `down_backward`. A multiple of 32 for `up`; at most 208 with pingpong.
+# `down_backward`. A multiple of 32 for `up`; at most 208 with pingpong. Where rows are gathered, in all but `down`
+# and `up_backward`, clusters are along rows.
 HOPPER = {
     "up": Tile(),
     "down": Tile(),
@@ -65,7 +66,8 @@ def tile(product: str, device: torch.device) -> Tile:
     from quack.gemm_interface import default_config
 
     config = default_config(device)
-    return Tile(config.tile_m, config.tile_n, config.cluster_m, config.pingpong, config.is_dynamic_persistent)
+    cluster = (config.cluster_m, config.cluster_n)
+    return Tile(config.tile_m, config.tile_n, cluster, config.pingpong, config.is_dynamic_persistent)
 
 
 def aligned(x: Tensor) -> Tensor:

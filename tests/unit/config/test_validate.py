@@ -109,6 +109,11 @@ BAD: list[tuple[str, int | None, list[str]]] = [
         None,
         ["model.moe.expert_ffn_size = 36", "4 (fp32: 16 bytes) times parallel.expert_tensor 4 = 16", "32 or 48"],
     ),
+    (
+        "model.moe.experts=quack training.dtype=fp32",
+        None,
+        ["model.moe.experts = 'quack'", "multiplies bf16, not fp32", "set it to auto"],
+    ),
     ("run=''", None, ["run = ''", "must not be empty"]),
     ("data.cache='' ", None, ["data.cache = ''", "must not be empty"]),
     ("parallel.tensor=2", -2, ["world size = -2", "nearest valid: 2"]),

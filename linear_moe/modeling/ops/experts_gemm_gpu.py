@@ -147,9 +147,8 @@ def _down_backward(
 
 @triton.jit
 def _outer(
-    left, right, slot_of, ends, out, stride_left, stride_right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    rows, rows_at, tokens, slot_of, ends, out, stride, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP_K: tl.constexpr,
+    GATHER: tl.constexpr, TOKENS_LEFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     columns: tl.constexpr = (RIGHT + COLUMNS - 1) // COLUMNS
     tiles: tl.constexpr = (LEFT + ROWS - 1) // ROWS * columns
@@ -157,24 +156,42 @@ def _outer(
     tile = tl.program_id(0) % tiles
     end = tl.load(ends + expert)
     first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    i = tile // columns * ROWS + tl.arange(0, ROWS)
-    j = tile % columns * COLUMNS + tl.arange(0, COLUMNS)
+    i, j = tile // columns * ROWS, tile % columns * COLUMNS
+    of_left, of_right = i + tl.arange(0, ROWS), j + tl.arange(0, COLUMNS)
+    if TOKENS_LEFT:
+        column, size, at, wide, row_size = of_left, LEFT, j, of_right, RIGHT
+    else:
+        column, size, at, wide, row_size = of_right, RIGHT, i, of_left, LEFT
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(first, end, INNER):
-        row = start + tl.arange(0, INNER)
-        _, a_row = _slots(slot_of, row, end, TOP_K, GATHER_LEFT)
-        _, b_row = _slots(slot_of, row, end, TOP_K, GATHER_RIGHT)
-        a = tl.load(
-            left + a_row[:, None] * stride_left + i[None, :], mask=(row < end)[:, None] & (i < LEFT)[None, :], other=0.0
+    whole = first + (end - first) // INNER * INNER
+    for start in range(first, whole, INNER):
+        _, token = _slots(slot_of, start + tl.arange(0, INNER), end, TOP_K, GATHER)
+        a = rows.load([start, at])
+        b = tl.load(tokens + token[:, None] * stride + column[None, :], mask=(column < size)[None, :], other=0.0)
+        total = (
+            tl.dot(b.T, a, total, input_precision="ieee")
+            if TOKENS_LEFT
+            else tl.dot(a.T, b, total, input_precision="ieee")
         )
-        b = tl.load(
-            right + b_row[:, None] * stride_right + j[None, :],
-            mask=(row < end)[:, None] & (j < RIGHT)[None, :],
+    if whole < end:  # what follows the last row may be anything, NaN too
+        row = whole + tl.arange(0, INNER)
+        _, token = _slots(slot_of, row, end, TOP_K, GATHER)
+        inside = (row < end)[:, None]
+        a = tl.load(
+            rows_at + row.to(tl.int64)[:, None] * row_size + wide[None, :],
+            mask=inside & (wide < row_size)[None, :],
             other=0.0,
         )
-        total = tl.dot(a.T, b, total, input_precision="ieee")
-    to = out + expert.to(tl.int64) * (LEFT * RIGHT) + i.to(tl.int64)[:, None] * RIGHT + j[None, :]
-    tl.store(to, total.to(out.dtype.element_ty), mask=(i < LEFT)[:, None] & (j < RIGHT)[None, :])
+        b = tl.load(
+            tokens + token[:, None] * stride + column[None, :], mask=inside & (column < size)[None, :], other=0.0
+        )
+        total = (
+            tl.dot(b.T, a, total, input_precision="ieee")
+            if TOKENS_LEFT
+            else tl.dot(a.T, b, total, input_precision="ieee")
+        )
+    to = out + expert.to(tl.int64) * (LEFT * RIGHT) + of_left.to(tl.int64)[:, None] * RIGHT + of_right[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(of_left < LEFT)[:, None] & (of_right < RIGHT)[None, :])
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -225,19 +242,21 @@ def down_backward(
     return h, parts.sum(0).view(weights.shape).to(weights.dtype)
 
 
-def outer(left: Tensor, right: Tensor, to: Assignment, gathered: str) -> Tensor:
+def outer(tokens: Tensor, rows: Tensor, to: Assignment, tokens_left: bool) -> Tensor:
     """Each expert's sum over its rows of `left [row, :, None] * right [row, None, :]` -> `[E, L, R]`.
 
     Args:
-        gathered: "left" or "right", which of both are tokens `[n, ...]` instead of rows `[M, ...]`.
+        tokens: `[n, L or R]`, one of both, gathered.
+        rows: `[M, R or L]`, the other, contiguous.
     """
-    tile = {"left": DOWN_GRADIENT, "right": UP_GRADIENT}[gathered]
-    left, right, gather = _tokens(left), _tokens(right), to.slot is not None
-    out = torch.empty(len(to.counts), left.shape[1], right.shape[1], dtype=left.dtype, device=left.device)
-    tiles = triton.cdiv(left.shape[1], tile["ROWS"]) * triton.cdiv(right.shape[1], tile["COLUMNS"])
+    tile, tokens = DOWN_GRADIENT if tokens_left else UP_GRADIENT, _tokens(tokens)
+    left, right = (tokens.shape[1], rows.shape[1])[:: 1 if tokens_left else -1]
+    out = torch.empty(len(to.counts), left, right, dtype=rows.dtype, device=rows.device)
+    tiles = triton.cdiv(left, tile["ROWS"]) * triton.cdiv(right, tile["COLUMNS"])
+    block = [tile["INNER"], tile["COLUMNS" if tokens_left else "ROWS"]]
     _outer[(len(to.counts) * tiles,)](
-        left, right, to.slot, to.ends, out, left.stride(0), right.stride(0), LEFT=left.shape[1], RIGHT=right.shape[1],
-        TOP_K=to.top_k, GATHER_LEFT=gather and gathered == "left", GATHER_RIGHT=gather and gathered == "right", **tile,
+        TensorDescriptor.from_tensor(rows, block), rows, tokens, to.slot, to.ends, out, tokens.stride(0), LEFT=left,
+        RIGHT=right, TOP_K=to.top_k, GATHER=to.slot is not None, TOKENS_LEFT=tokens_left, **tile,
     )  # fmt: skip
     return out
 
@@ -257,8 +276,8 @@ class Fused(Products):
         return down_backward(dy, proj, gate_up, weights, to)
 
     def down_gradient(self, dy: Tensor, h: Tensor, to: Assignment) -> Tensor:
-        return outer(dy, h, to, "left")
+        return outer(dy, h, to, tokens_left=True)
 
     def up_gradient(self, gate_up: Tensor, x: Tensor, to: Assignment) -> Tensor:
-        dproj = outer(gate_up, x, to, "right")
+        dproj = outer(x, gate_up, to, tokens_left=False)
         return dproj.view(len(dproj), 2, -1, x.shape[1])

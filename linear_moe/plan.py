@@ -203,7 +203,6 @@ def layer_activation_elements(config: Config, layer: nn.Module, stream: float) -
         return elements + hidden + 4 * model.ffn_size / parallel.tensor  # gate, up, silu(gate), product
     moe = model.moe
     elements += wide * 4 * moe.num_experts  # the router's scores
-    elements += wide * stream if wide > 1 else 0  # its input, if that is a copy
     # A balanced router sends a rank as many tokens as it has. Those received are kept sorted by expert; those that did
     # not have to travel are kept as they were. Of each expert: gate and up.
     travels = parallel.expert * parallel.expert_tensor > 1

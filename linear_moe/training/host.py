@@ -176,7 +176,7 @@ class MegatronHost(Host):
             terms["sequence_balancing_loss"] = (config.sequence_aux_loss, value)
         if config.global_aux_loss:
             routing = self.routing
-            load = routing.global_load(layer) if self._recomputing else routing.add_global(counts, layer)
+            load = routing.global_load_again(layer) if self._recomputing else routing.add_global(counts, layer)
             value = balance_loss(load.unsqueeze(0), score_sums, tokens)
             terms["global_balancing_loss"] = (config.global_aux_loss, value)
         for name, (_, value) in terms.items():

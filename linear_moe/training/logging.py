@@ -138,7 +138,7 @@ class Logger:
                 self._writer.add_histogram(f"routing_bias/layer_{layer.layer}", np.array(layer.bias), step)
 
     def dead_experts(self, step: int, layers: list[LayerRouting], dead_after: int) -> None:
-        """Warn of experts that no token has chosen in the last `dead_after` steps, and again when they are twice as many.
+        """Warn of experts that no token has chosen in the last `dead_after` steps; again when they are twice as many.
 
         metrics.jsonl has all of them.
         """

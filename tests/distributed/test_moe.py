@@ -32,6 +32,7 @@ PARALLEL: dict[str, tuple[int, dict[str, int]]] = {
     "tp2": (2, {"tensor": 2}),
     "ep2": (2, {"expert": 2}),
     "tp2-etp2": (2, {"tensor": 2, "expert_tensor": 2}),
+    "etp2": (2, {"expert_tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
     "tp2-ep4": (4, {"tensor": 2, "expert": 4}),
 }
@@ -40,7 +41,7 @@ COVERED = [
     *(("v2", parallel) for parallel in ("tp2", "ep2")),
     *(("drop", parallel) for parallel in PARALLEL),
     *(("drop-last", parallel) for parallel in ("tp2", "ep2")),
-    *(("pad", parallel) for parallel in ("tp2", "ep2", "tp2-etp2", "tp2-ep4")),
+    *(("pad", parallel) for parallel in ("tp2", "ep2", "tp2-etp2", "etp2", "tp2-ep4")),
     *(("mixtral", parallel) for parallel in ("tp2", "tp2-etp2", "pp2")),
 ]
 # Dropless, over expert ranks alone: parallel.expert and the experts' implementation. Micro-batches of one sequence, so
@@ -82,6 +83,7 @@ def results() -> dict[str, list[Any]]:
         spread = {f"{moe}-{name}": case(moe, sizes[name]) for moe, name in COVERED if name in sizes}
         if world == 2:
             spread |= {"mixtral-global": case("mixtral", {"expert": 2})} | sequence_losses(2)
+            spread["mixtral-pp2-recompute"] = case("mixtral", {"pipeline": 2}, recompute="full")
         found |= run(world, spread | expert_cases(world))
     return found
 
@@ -115,6 +117,11 @@ def test_experts_spread_alone(results: dict[str, list[Any]], expert: int, expert
 @pytest.mark.parametrize("moe", RECOMPUTED)
 def test_recomputed_layers_count_once(results: dict[str, list[Any]], moe: str) -> None:
     assert_equal_training(results[f"{moe}-recompute"], results[moe])
+
+
+def test_recomputed_after_the_next_micro_batch(results: dict[str, list[Any]]) -> None:
+    """The first pipeline stage has run the second micro-batch by then, which the first one's load must not count."""
+    assert_equal_training(results["mixtral-pp2-recompute"], results["mixtral"])
 
 
 def test_global_loss_sees_all_replicas(results: dict[str, list[Any]]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.host import Host, constant, normal
@@ -51,6 +54,24 @@ def route(logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> tupl
     return top * config.routed_scaling_factor, index
 
 
+class _Logits(torch.autograd.Function):
+    """`x [n, D]`, `weight [E, D]` -> their product in fp32, keeping x as it is: a copy would be the layer's largest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad
+        dx = (grad @ weight.float()).to(x.dtype) if need_x else None
+        dweight = (grad.T @ x.float()).to(weight.dtype) if need_weight else None
+        return dx, dweight
+
+
 class Router(nn.Module):
     """Linear router in fp32: `x [n, D]` -> experts' weights `[n, k]` and index `[n, k]`, with the host's losses.
 
@@ -73,7 +94,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         """`layout` None: the tokens are one sequence, and all on this rank."""
         config = self.config
-        logits = F.linear(x.float(), self.weight.float())
+        logits = _Logits.apply(x, self.weight)
         weights, index = route(logits, config, self.expert_bias)
         kept = self._kept(weights.detach(), index) if self.limited else None
         self.host.observe_routing(index, kept, config, self.layer)

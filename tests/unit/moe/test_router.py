@@ -15,7 +15,7 @@ from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.moe.capacity import capacity, within_capacity
 from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens
 from linear_moe.modeling.moe.router import Router, route, scores
-from tests.tolerances import FP32, assert_close
+from tests.tolerances import BF16_SAME, FP32, assert_close
 
 LOGITS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
 
@@ -132,9 +132,20 @@ def test_bf16_is_multiplied_in_fp32() -> None:
     module = Router(MoEConfig(12, top_k=12), 256, 0.5, layer=0, host=host)
     initialize(module, host, seed=0)
     x = torch.randn(64, 256, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(4))
-    weights, index = module(x)
-    expected = (x.double() @ module.weight.double().T).softmax(-1)
+    kept: list[Tensor] = []
+    inputs = x.clone().requires_grad_(), x.double().requires_grad_()
+    exact = module.weight.detach().double().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        weights, index = module(inputs[0])
+    assert not any(t.shape == x.shape and t.dtype == torch.float32 for t in kept), "x is kept as it came"
+    expected = (inputs[1] @ exact.T).softmax(-1)
     assert_close(weights, expected.gather(1, index).float(), FP32)
+    grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(5))
+    found = torch.autograd.grad(weights, [inputs[0], module.weight], grad)
+    exactly = torch.autograd.grad(expected.gather(1, index), [inputs[1], exact], grad.double())
+    for a, b in zip(found, exactly, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert_close(a, b.bfloat16(), BF16_SAME)  # rounded once
 
 
 def test_scores_are_fp32_and_the_bias_is_no_trained_weight() -> None:

@@ -3,16 +3,15 @@
 
 All get the same tokens, weights and routing (top-k indices and their weights; the router is not part of it), and give
 the gradients of tokens, router's weights and experts' weights:
-    ours      linear_moe.modeling.ops.experts
-    grouped   the same with grouped_mm for all products
-    fused     the same with Triton kernels for all products that can be fused
+    ours      linear_moe.modeling.ops.experts, as model.moe.experts=grouped: on Hopper Triton kernels
+    grouped_mm  the same with PyTorch's grouped_mm for all products, and Triton kernels around them
     quack     the same with quack-kernels for all products, if it can be imported
     eager     nonzero, gather, grouped_mm, index_add in PyTorch, from a dense routing map
     loop      one expert after the other
     sonicmoe  SonicMoE, if it can be imported, on weights with gates and ups in turns
     dense     the products alone, of all tokens' copies with one expert: the same FLOPs, nothing around them
     dense_ffn a dense SwiGLU, top_k times as wide as an expert: the same FLOPs
-They take turns; a row has the median. `memory_mib` is the peak above what was allocated before, so with the gradients.
+They take turns, of some runs in a row; a row has the median. `memory_mib` is the peak above what was allocated before, so with the gradients.
 `error` compares the output and gradients with those of the loop: the largest norm-wise relative error.
 `waits_for_device` says whether torch.cuda.set_sync_debug_mode("error") stopped it.
 
@@ -54,6 +53,8 @@ Function = Callable[..., Tensor]
 Work = Callable[[], list[Tensor]]
 """One forward and backward pass: the output and all gradients."""
 
+TURN = 200  # milliseconds
+
 
 @dataclass(frozen=True)
 class Case:
@@ -91,7 +92,7 @@ def make(moe: MoEConfig, hidden: int, tokens: int, skew: float, device: str) -> 
 
 
 # -- implementations ---------------------------------------------------------------------------------------------------
-def ours(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor, products: str = "auto") -> Tensor:
+def ours(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor, products: str = "grouped") -> Tensor:
     return experts(x, weights, gate_up, down, assign(index, len(gate_up)), products)
 
 
@@ -179,8 +180,7 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
         "loop": lambda: work(loop, routed, case.grad),
         "eager": lambda: work(eager, routed, case.grad),
         "ours": lambda: work(ours, routed, case.grad),
-        "grouped": lambda: work(partial(ours, products="grouped_mm"), routed, case.grad),
-        "fused": lambda: work(partial(ours, products="triton"), routed, case.grad),
+        "grouped_mm": lambda: work(partial(ours, products="grouped_mm"), routed, case.grad),
         "quack": lambda: work(partial(ours, products="quack"), routed, case.grad),
         "sonicmoe": lambda: work(
             sonicmoe, [*routed[:3], leaf(case.gate_up.transpose(1, 2).flatten(1, 2)), case.down], case.grad
@@ -207,26 +207,29 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
-def milliseconds(run: Work, cuda: bool) -> float:
+def milliseconds(run: Work, cuda: bool, runs: int) -> float:
+    """Of one of some runs in a row, between which the device does not wait for the host, as in training."""
     if not cuda:
         start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
+        for _ in range(runs):
+            run()
+        return 1e3 * (time.perf_counter() - start) / runs
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    run()
+    for _ in range(runs):
+        run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end) / runs
 
 
-def in_turns(works: dict[str, Work], repeats: int, cuda: bool) -> dict[str, float]:
-    """Medians; every contender runs a few times in a row, as it would in training."""
+def in_turns(works: dict[str, Work], turns: int, cuda: bool) -> dict[str, float]:
+    """Medians. In every turn each contender runs for about TURN milliseconds, long enough for clocks to settle."""
+    runs = {name: max(1, round(TURN / milliseconds(run, cuda, 2))) if cuda else 1 for name, run in works.items()}
     times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(3):
+    for _ in range(turns):
         for name, run in works.items():
-            run()
-            times[name] += [milliseconds(run, cuda) for _ in range(max(1, repeats // 3))]
+            times[name].append(milliseconds(run, cuda, runs[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -285,10 +288,10 @@ def first_calls(works: dict[str, Work], cuda: bool) -> tuple[list[dict[str, Any]
     return rows, running
 
 
-def measure(case: Case, wanted: list[str], repeats: int) -> list[dict[str, Any]]:
+def measure(case: Case, wanted: list[str], turns: int) -> list[dict[str, Any]]:
     cuda = case.x.is_cuda
     rows, works = first_calls(contenders(case, wanted), cuda)
-    times = in_turns(works, repeats, cuda)
+    times = in_turns(works, turns, cuda)
     for row in rows:
         name = row["contender"]
         if name in works:
@@ -342,7 +345,7 @@ def show_profile(case: Case, name: str) -> None:
     print(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90))
 
 
-ALL = ("loop", "eager", "ours", "grouped", "fused", "quack", "sonicmoe", "dense", "dense_ffn")
+ALL = ("loop", "eager", "ours", "grouped_mm", "quack", "sonicmoe", "dense", "dense_ffn")
 
 
 def main() -> None:
@@ -355,7 +358,7 @@ def main() -> None:
     parser.add_argument("--folder", default="docs/results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=5, help="of each contender")
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
     parser.add_argument("--profile", metavar="NAME", help="print one contender's kernels, and write nothing")
     args = parser.parse_args()
@@ -378,7 +381,7 @@ def main() -> None:
             balance = {"max_over_mean_load": float(load.max() / load.float().mean()), "idle": int((load == 0).sum())}
             where = {"preset": preset, "tokens": tokens, "hidden": hidden, "experts": moe.num_experts}
             where |= {"top_k": moe.top_k, "ffn": moe.expert_ffn_size} | balance
-            new = [where | row for row in measure(case, wanted, args.repeats)]
+            new = [where | row for row in measure(case, wanted, args.turns)]
             rows += new
             print(table(new), flush=True)
             write(path, rows, args.device, args.skew, revision)

@@ -33,8 +33,7 @@ class Experts(nn.Module):
             return self.sequential(x, weights, to)
         if self.kind == "quack":
             check_quack(x.dtype, x.device)  # training does before; a model can be loaded anywhere
-        products = "grouped_mm" if self.kind == "grouped" else self.kind
-        return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to, products)
+        return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to, self.kind)
 
     def sequential(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
         """One expert after the other: the definition."""

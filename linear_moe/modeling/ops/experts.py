@@ -22,8 +22,9 @@ from linear_moe.modeling.ops.fused import has_triton, upcast
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
 
-PRODUCTS = ("auto", "grouped_mm", "triton", "quack")
-"""Who multiplies: PyTorch's grouped_mm, our Triton kernels, quack-kernels; auto: quack on Hopper where it can."""
+PRODUCTS = ("auto", "grouped", "grouped_mm", "triton", "quack")
+"""Who multiplies: PyTorch's grouped_mm, our Triton kernels, quack-kernels. grouped: on Hopper triton where it can, else
+grouped_mm; auto: on Hopper quack where it can, else grouped."""
 
 
 @dataclass(frozen=True)
@@ -221,16 +222,18 @@ def _products(name: str, x: Tensor, ffn: int) -> Products:
     """See `experts`."""
     if name not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {name!r}")
-    around = _kernels(x)
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
     by_16_bytes = x.shape[1] % 8 == 0 and ffn % 8 == 0  # the tensor memory accelerator's terms
-    if name in ("auto", "quack"):
+    around = _kernels(x)
+    if name == "quack" or (name == "auto" and hopper):
         refusal = refused_by_quack(x.dtype, x.device)
         if refusal is None and not by_16_bytes:
             refusal = f"needs D and F divisible by 8, not {x.shape[1]} and {ffn}"
         if name == "quack" and refusal is not None:
             raise ValueError(f"products 'quack' {refusal}")
-        hopper = refusal is None and torch.cuda.get_device_capability(x.device)[0] == 9
-        name = "quack" if name == "quack" or hopper else "grouped_mm"
+        name = "quack" if refusal is None else "triton"
+    if name in ("auto", "grouped"):
+        name = "triton" if hopper else "grouped_mm"
     if name == "triton" and (around is None or x.element_size() != 2 or not by_16_bytes):
         name = "grouped_mm"
     if name == "grouped_mm" or len(x) == 0:

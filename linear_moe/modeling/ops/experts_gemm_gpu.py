@@ -20,8 +20,8 @@ from linear_moe.modeling.ops.experts import Assignment, Products
 # Tiles for Hopper: two (up) or one (others) accumulators of fp32 in the registers of 8 warps, STAGES in shared memory.
 UP = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 4}
 DOWN_BACKWARD = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
-DOWN_GRADIENT = {"ROWS": 128, "COLUMNS": 128, "INNER": 32, "num_warps": 8, "num_stages": 5}
-UP_GRADIENT = {"ROWS": 256, "COLUMNS": 128, "INNER": 32, "num_warps": 8, "num_stages": 5}
+DOWN_GRADIENT = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 6}
+UP_GRADIENT = {"ROWS": 256, "COLUMNS": 128, "INNER": 32, "num_warps": 8, "num_stages": 8}
 
 
 @triton.jit

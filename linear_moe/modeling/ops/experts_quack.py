@@ -49,12 +49,12 @@ class Tile(NamedTuple):
 # `down_backward`. A multiple of 32 for `up`; at most 208 with pingpong. Where rows are gathered, in all but `down`
 # and `up_backward`, clusters are along rows.
 HOPPER = {
-    "up": Tile(),
-    "down": Tile(),
-    "down_backward": Tile(),
-    "down_gradient": Tile(),
-    "up_backward": Tile(),
-    "up_gradient": Tile(),
+    "up": Tile(128, 256, (2, 1), False),
+    "down": Tile(128, 256, (1, 2), False),
+    "down_backward": Tile(128, 256, (2, 1), False),
+    "down_gradient": Tile(256, 160, (2, 1), False),
+    "up_backward": Tile(128, 256, (2, 1), False),
+    "up_gradient": Tile(256, 128, (2, 1), False),
 }
 
 

@@ -78,9 +78,9 @@ class MoEConfig:
     )
     experts: str = opt(
         "auto",
-        "experts' implementation: grouped GEMMs (grouped: our Triton kernels on Hopper, else PyTorch's; quack: those of "
-        "quack-kernels, for bf16 on GPUs of compute capability 9.0 or above; auto: quack on Hopper where it can be, else "
-        "grouped), or a loop (sequential: the definition)",
+        "experts' implementation: grouped GEMMs (grouped: our Triton kernels on Hopper, else PyTorch's; quack: those "
+        "of quack-kernels, for bf16 on GPUs of compute capability 9.0 or above; auto: quack on Hopper where it can be, "
+        "else grouped), or a loop (sequential: the definition)",
         choices=("auto", "grouped", "quack", "sequential"),
     )
     dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))

@@ -11,7 +11,8 @@ the gradients of tokens, router's weights and experts' weights:
     sonicmoe  SonicMoE, if it can be imported, on weights with gates and ups in turns
     dense     the products alone, of all tokens' copies with one expert: the same FLOPs, nothing around them
     dense_ffn a dense SwiGLU, top_k times as wide as an expert: the same FLOPs
-They take turns, of some runs in a row; a row has the median. `memory_mib` is the peak above what was allocated before, so with the gradients.
+They take turns, of some runs in a row; a row has the median. `memory_mib` is the peak above what was allocated before,
+so with the gradients.
 `error` compares the output and gradients with those of the loop: the largest norm-wise relative error.
 `waits_for_device` says whether torch.cuda.set_sync_debug_mode("error") stopped it.
 

@@ -146,9 +146,17 @@ def _down_backward(
 
 
 @triton.jit
+def _add_outer(rows, tokens, total, TOKENS_LEFT: tl.constexpr):
+    if TOKENS_LEFT:
+        return tl.dot(tokens.T, rows, total, input_precision="ieee")
+    else:
+        return tl.dot(rows.T, tokens, total, input_precision="ieee")
+
+
+@triton.jit
 def _outer(
     rows, rows_at, tokens, slot_of, ends, out, stride, LEFT: tl.constexpr, RIGHT: tl.constexpr, TOP_K: tl.constexpr,
-    GATHER: tl.constexpr, TOKENS_LEFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     columns: tl.constexpr = (RIGHT + COLUMNS - 1) // COLUMNS
     tiles: tl.constexpr = (LEFT + ROWS - 1) // ROWS * columns
@@ -165,17 +173,13 @@ def _outer(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     whole = first + (end - first) // INNER * INNER
     for start in range(first, whole, INNER):
-        _, token = _slots(slot_of, start + tl.arange(0, INNER), end, TOP_K, GATHER)
+        _, token = _slots(slot_of, start + tl.arange(0, INNER), end, TOP_K, True)
         a = rows.load([start, at])
         b = tl.load(tokens + token[:, None] * stride + column[None, :], mask=(column < size)[None, :], other=0.0)
-        total = (
-            tl.dot(b.T, a, total, input_precision="ieee")
-            if TOKENS_LEFT
-            else tl.dot(a.T, b, total, input_precision="ieee")
-        )
+        total = _add_outer(a, b, total, TOKENS_LEFT)
     if whole < end:  # what follows the last row may be anything, NaN too
         row = whole + tl.arange(0, INNER)
-        _, token = _slots(slot_of, row, end, TOP_K, GATHER)
+        _, token = _slots(slot_of, row, end, TOP_K, True)
         inside = (row < end)[:, None]
         a = tl.load(
             rows_at + row.to(tl.int64)[:, None] * row_size + wide[None, :],
@@ -185,11 +189,7 @@ def _outer(
         b = tl.load(
             tokens + token[:, None] * stride + column[None, :], mask=inside & (column < size)[None, :], other=0.0
         )
-        total = (
-            tl.dot(b.T, a, total, input_precision="ieee")
-            if TOKENS_LEFT
-            else tl.dot(a.T, b, total, input_precision="ieee")
-        )
+        total = _add_outer(a, b, total, TOKENS_LEFT)
     to = out + expert.to(tl.int64) * (LEFT * RIGHT) + of_left.to(tl.int64)[:, None] * RIGHT + of_right[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=(of_left < LEFT)[:, None] & (of_right < RIGHT)[None, :])
 
@@ -248,6 +248,7 @@ def outer(tokens: Tensor, rows: Tensor, to: Assignment, tokens_left: bool) -> Te
     Args:
         tokens: `[n, L or R]`, one of both, gathered.
         rows: `[M, R or L]`, the other, contiguous.
+        to: with slots; without, grouped_mm has nothing to gather either.
     """
     tile, tokens = DOWN_GRADIENT if tokens_left else UP_GRADIENT, _tokens(tokens)
     left, right = (tokens.shape[1], rows.shape[1])[:: 1 if tokens_left else -1]
@@ -256,7 +257,7 @@ def outer(tokens: Tensor, rows: Tensor, to: Assignment, tokens_left: bool) -> Te
     block = [tile["INNER"], tile["COLUMNS" if tokens_left else "ROWS"]]
     _outer[(len(to.counts) * tiles,)](
         TensorDescriptor.from_tensor(rows, block), rows, tokens, to.slot, to.ends, out, tokens.stride(0), LEFT=left,
-        RIGHT=right, TOP_K=to.top_k, GATHER=to.slot is not None, TOKENS_LEFT=tokens_left, **tile,
+        RIGHT=right, TOP_K=to.top_k, TOKENS_LEFT=tokens_left, **tile,
     )  # fmt: skip
     return out
 
@@ -276,8 +277,10 @@ class Fused(Products):
         return down_backward(dy, proj, gate_up, weights, to)
 
     def down_gradient(self, dy: Tensor, h: Tensor, to: Assignment) -> Tensor:
-        return outer(dy, h, to, tokens_left=True)
+        return outer(dy, h, to, tokens_left=True) if to.slot is not None else super().down_gradient(dy, h, to)
 
     def up_gradient(self, gate_up: Tensor, x: Tensor, to: Assignment) -> Tensor:
+        if to.slot is None:
+            return super().up_gradient(gate_up, x, to)
         dproj = outer(x, gate_up, to, tokens_left=False)
         return dproj.view(len(dproj), 2, -1, x.shape[1])

@@ -24,11 +24,12 @@ def main(folder: Path) -> None:
     platform.install()
     from megatron.core import parallel_state
 
-    from tests.distributed import cases, checkpoint_cases
+    from tests.distributed import cases, checkpoint_cases, plan_cases
 
     for name, (function, arguments) in torch.load(folder / "cases.pt", weights_only=False).items():
         print(f"case {name} at {time.perf_counter():.1f}", flush=True)
-        result = getattr(cases if hasattr(cases, function) else checkpoint_cases, function)(**arguments)
+        home = next(module for module in (cases, checkpoint_cases, plan_cases) if hasattr(module, function))
+        result = getattr(home, function)(**arguments)
         torch.save(result, folder / f"{name}.{dist.get_rank()}.pt")
         parallel_state.destroy_model_parallel()
         destroy_groups()

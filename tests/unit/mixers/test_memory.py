@@ -27,6 +27,10 @@ class Saves(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         return torch.zeros_like(like)
 
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
+
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, **options: Any) -> tuple[Tensor, None]:
     """Saves its inputs, the gate's running sum and, where the gate is per channel or a delta rule, 64 a head."""

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from linear_moe.gpus import DEFAULT_GPU, GPUS
+
 DTYPES = ("bf16", "fp32")
 
 
@@ -48,6 +50,15 @@ def with_world(parser: argparse.ArgumentParser) -> None:
 
 def plan(parser: argparse.ArgumentParser) -> None:
     with_world(parser)
+    layouts = parser.add_argument_group("layouts", "with --gpu or --memory: how to spread the model over --world GPUs")
+    names = f"propose layouts that fit into this GPU: {', '.join(GPUS)}"
+    layouts.add_argument("--gpu", choices=GPUS, metavar="NAME", help=names)
+    memory = number(float, "a number > 0", lambda n: 0 < n < math.inf)
+    layouts.add_argument(
+        "--memory", type=memory, metavar="GiB", help=f"the same for this much memory, and the speed of {DEFAULT_GPU}"
+    )
+    node = number(int, "a whole number from 1 to 1024", lambda n: 1 <= n <= 1024)
+    layouts.add_argument("--node", type=node, default=8, metavar="N", help="GPUs in a node (default: 8)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -50,8 +50,9 @@ COMMANDS = {
     "plan": Command(
         "linear_moe.plan",
         arguments.plan,
-        "parameters, FLOPs, process groups and memory of a config; needs no GPU",
-        "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64",
+        "parameters, FLOPs, process groups and memory of a config, or layouts that fit; needs no GPU",
+        "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64\n"
+        "  linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100",
     ),
     "check": Command(
         "linear_moe.check",

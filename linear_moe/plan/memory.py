@@ -58,30 +58,32 @@ class Chunk:
     """Consecutive layers of a pipeline stage, and what stands before and after them.
 
     Attributes:
+        layers: by global number.
         logits: columns of the logits, full; 0 where there are none.
     """
 
-    layers: list[nn.Module]
+    layers: dict[int, nn.Module]
     before: list[nn.Module]
     after: list[nn.Module]
     logits: int
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """In the order of the model that the stage builds."""
-        for module in (*self.before, *self.layers, *self.after):
+        for module in (*self.before, *self.layers.values(), *self.after):
             yield from module.parameters()
 
 
 def stage_chunks(model: LanguageModel, layout: ParallelLayout, stage: int) -> list[Chunk]:
     """What a rank of pipeline stage `stage` holds of `model` (from RankModels), chunk by chunk."""
-    layers = [model.layers[str(i)] for i in stage_layers(model.config.num_layers, layout.pipeline, stage)]
+    numbers = stage_layers(model.config.num_layers, layout.pipeline, stage)
+    layers = {i: model.layers[str(i)] for i in numbers}
     first, last = stage == 0, stage == layout.pipeline - 1
     before, after = [model.embedding] if first else [], [model.norm, model.head] if last else []
     present = [[m for m in modules if m is not None] for modules in (before, after)]
     return [Chunk(layers, *present, model.vocab_size if last else 0)]
 
 
-# -- parameters, gradients, optimizer -----------------------------------------------------------------------------------
+# -- parameters, gradients, optimizer ---------------------------------------------------------------------------------
 def buffer(sizes: list[int], ranks: int, bucket: int | None) -> tuple[int, list[int]]:
     """One of the buffers that Megatron-Core's DDP lays parameters out in for the distributed optimizer.
 
@@ -161,7 +163,7 @@ def state_bytes(
     return totals
 
 
-# -- activations ----------------------------------------------------------------------------------------------------------
+# -- activations ------------------------------------------------------------------------------------------------------
 def layer_elements(config: Config, layer: nn.Module, stream: float) -> float:
     """Elements per token that one layer keeps for its backward pass; fp32 ones count twice in a bf16 model.
 
@@ -209,7 +211,7 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[Chunk]
     kept = logits = most = 0.0
     counts = in_flight(layout, stage, len(chunks), micro_batches)
     for chunk, count in zip(chunks, counts, strict=True):
-        layers = [layer_elements(config, layer, stream) for layer in chunk.layers]
+        layers = [layer_elements(config, layer, stream) for layer in chunk.layers.values()]
         if training.recompute == "full":  # every layer's input, and all of the one being recomputed
             kept += count * len(layers) * stream
             most = max([most, *layers])
@@ -229,5 +231,8 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[Chunk]
 def rank_bytes(config: Config, layout: ParallelLayout, model: LanguageModel, stage: int) -> dict[str, int]:
     """By KINDS, on the fullest rank of a pipeline stage; `model` from RankModels."""
     chunks = stage_chunks(model, layout, stage)
-    kinds = state_bytes(config, layout, chunks, stage) | activation_bytes(config, layout, chunks, stage)
+    return with_total(state_bytes(config, layout, chunks, stage) | activation_bytes(config, layout, chunks, stage))
+
+
+def with_total(kinds: dict[str, int]) -> dict[str, int]:
     return kinds | {"total": sum(kinds.values())}

@@ -13,6 +13,7 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.plan.cost import Flops
 from linear_moe.plan.memory import RankModels, is_expert, rank_bytes
 
 
@@ -76,7 +77,7 @@ def make_plan(config: Config, world: int | None = None) -> Plan:
     rank = RankModels(config, rows)(config.parallel)
     stages = (rank_bytes(config, layout, rank, stage) for stage in range(layout.pipeline))
     memory = max(stages, key=lambda kinds: kinds["total"])
-    flops = _forward_flops(model, config)
+    flops = forward_flops(config, model).total
     return Plan(layers, total, active, active - outside, flops, rows, layout, memory)
 
 
@@ -86,8 +87,19 @@ def flops_per_token(config: Config) -> float:
     Two FLOPs per active weight that takes part in a matrix product (the embedding's lookup is none) and what the mixers
     declare for their recurrences at training.sequence_length; the backward pass costs twice the forward pass.
     """
-    model = LanguageModel(config.model, vocab_size(config), Host(DTYPES[config.training.dtype], "meta"))
-    return 3 * _forward_flops(model, config)
+    return 3 * forward_flops(config).total
+
+
+def forward_flops(config: Config, model: LanguageModel | None = None) -> Flops:
+    """Of `flops_per_token`, the forward pass's; `model`: on the plain host, if there is one already."""
+    model = model or LanguageModel(config.model, vocab_size(config), Host(DTYPES[config.training.dtype], "meta"))
+    length = config.training.sequence_length
+
+    def products(module: nn.Module | None) -> float:
+        return 2.0 * sum(_active(p, config) for p in _parameters(module) if p.dim() >= 2)
+
+    layers = [products(layer) + layer.mixer.recurrence_flops(length) for layer in model.layers.values()]  # type: ignore[union-attr,operator]
+    return Flops(layers, products(model.embedding if config.model.tie_embeddings else model.head))
 
 
 def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
@@ -104,10 +116,3 @@ def _count(module: nn.Module, config: Config) -> tuple[int, int]:
     """(total, active) parameters."""
     parameters = _parameters(module)
     return sum(p.numel() for p in parameters), sum(_active(p, config) for p in parameters)
-
-
-def _forward_flops(model: LanguageModel, config: Config) -> float:
-    lookup = None if config.model.tie_embeddings or model.embedding is None else model.embedding.weight
-    products = sum(_active(p, config) for p in model.parameters() if p.dim() >= 2 and p is not lookup)
-    length = config.training.sequence_length
-    return 2.0 * products + sum(layer.mixer.recurrence_flops(length) for layer in model.layers.values())  # type: ignore[union-attr,operator]

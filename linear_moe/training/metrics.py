@@ -12,6 +12,7 @@ import torch
 
 from linear_moe.gpus import GPUS
 
+
 def peak_tflops(configured: float | None) -> float | None:
     """Peak bf16 TFLOP/s of this device: as configured, or of a known GPU; None when unknown."""
     if configured is not None or not torch.cuda.is_available():

@@ -16,9 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from linear_moe.config.schema import MoEConfig
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling import conv
 from linear_moe.modeling.mixers.base import Layout, Mixer
+from linear_moe.modeling.moe import router
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer, optimizer_parts
 from tests.distributed.cases import start
@@ -61,8 +63,14 @@ class _Holder:
         self.tensor = tensor
 
 
+def balanced(choice: Tensor, config: MoEConfig) -> Tensor:
+    """Every expert as often as any other: the stand-ins' outputs are zeros, which tell a router nothing."""
+    slots = torch.arange(choice.shape[0] * config.top_k, device=choice.device)
+    return (slots % config.num_experts).view(-1, config.top_k)
+
+
 def kernels_of(model: nn.Module) -> ExitStack:
-    """Stand-ins that keep what the GPU's kernels keep, as in the mixers' own test."""
+    """Stand-ins that keep what the GPU's kernels keep, as in the mixers' own test, and `balanced` routers."""
     stack = ExitStack()
     for mixer in {type(m): m for m in model.modules() if isinstance(m, Mixer)}.values():
         module = sys.modules[type(mixer).__module__]
@@ -70,6 +78,7 @@ def kernels_of(model: nn.Module) -> ExitStack:
             if hasattr(module, op):
                 stack.enter_context(mock.patch.object(module, op, stand_in))
     stack.enter_context(mock.patch.object(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None)))
+    stack.enter_context(mock.patch.object(router, "choose", balanced))
     norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731
     stack.enter_context(mock.patch.object(F, "rms_norm", norm))
     return stack

@@ -122,14 +122,14 @@ def stage_cost(
         if chunk.logits:
             seconds["compute"] += 3 * tokens * flops.head / rate
             seconds["tensor"] += 2 * groups["tensor"].ring(stream)
-        weights = sum(p.numel() * (4 * p.element_size() + 8) for p in chunk.parameters() if p.requires_grad)
+        weights = sum(p.numel() * (4 * p.element_size() + 8) for p in chunk.parameters if p.requires_grad)
         seconds["weights"] += weights / gpu.memory_bandwidth
         seconds["pipeline"] += 2 * groups["pipeline"].send(stream / layout.tensor)
 
     forward = seconds["compute"] / passes
     data = update = 0.0
     for axis, expert in (("data", False), ("expert_data", True)):
-        parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_expert(p) == expert]
+        parameters = [p for chunk in chunks for p in chunk.parameters if p.requires_grad and is_expert(p) == expert]
         reduce = groups[axis].ring(4 * sum(p.numel() for p in parameters))
         gather = groups[axis].ring(sum(p.numel() * p.element_size() for p in parameters))
         if not config.optimizer.distributed:

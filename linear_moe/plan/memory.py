@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -67,10 +67,10 @@ class Chunk:
     after: list[nn.Module]
     logits: int
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
         """In the order of the model that the stage builds."""
-        for module in (*self.before, *self.layers.values(), *self.after):
-            yield from module.parameters()
+        return [p for module in (*self.before, *self.layers.values(), *self.after) for p in module.parameters()]
 
 
 def stage_chunks(model: LanguageModel, layout: ParallelLayout, stage: int) -> list[Chunk]:
@@ -142,7 +142,7 @@ def state_bytes(
     for number, chunk in enumerate(chunks):
         # Dense and expert parameters have different replicas; each dtype has a buffer.
         kinds: dict[tuple[bool, torch.dtype], list[int]] = {}
-        for p in chunk.parameters():
+        for p in chunk.parameters:
             if p.requires_grad:
                 kinds.setdefault((is_expert(p), p.dtype), []).append(p.numel())
             else:

@@ -13,7 +13,7 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.checks import check
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.plan.cost import Cluster, stage_cost, step_seconds
-from linear_moe.plan.memory import RankModels, activation_bytes, stage_chunks, state_bytes, with_total
+from linear_moe.plan.memory import Chunk, RankModels, activation_bytes, stage_chunks, state_bytes, with_total
 from linear_moe.plan.model import forward_flops
 
 HEADROOM = 0.1
@@ -155,6 +155,7 @@ class _Search:
         """The fastest settings that fit; if none does, the smallest; if none is legal, the first."""
         refused = smallest = fastest = None
         states: dict[tuple[bool, int], dict[str, int]] = {}
+        stages: list[list[Chunk]] = []
         for config in self.settings(parallel):
             try:
                 validate(config, self.world, files=False)
@@ -162,8 +163,7 @@ class _Search:
                 refused = refused or Candidate(config, reason=str(error))
                 continue
             layout = parallel_layout(config, self.world)
-            model = self.models(parallel)
-            stages = [stage_chunks(model, layout, stage) for stage in range(layout.pipeline)]
+            stages = stages or [stage_chunks(self.models(parallel), layout, stage) for stage in range(layout.pipeline)]
             memory: dict[str, int] = {}
             for stage, chunks in enumerate(stages):
                 key = (config.optimizer.distributed, stage)

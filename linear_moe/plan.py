@@ -18,7 +18,6 @@ from linear_moe.config.validate import (
     ParallelLayout,
     parallel_layout,
     smallest_world,
-    stage_layers,
     tensor_sequence,
     validate,
 )
@@ -26,6 +25,7 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.stages import stage_chunks
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "total")
 
@@ -144,13 +144,12 @@ def _forward_flops(model: LanguageModel, config: Config) -> float:
 # -- memory -----------------------------------------------------------------------------------------------------------
 def _stage_memory(config: Config, layout: ParallelLayout, rows: int, stage: int) -> dict[str, int]:
     """Bytes by kind on a rank of one pipeline stage."""
-    first, last = stage == 0, stage == layout.pipeline - 1
     host = RankHost(config.parallel, DTYPES[config.training.dtype])
-    layers = stage_layers(config.model.num_layers, layout.pipeline, stage)
-    model = LanguageModel(config.model, rows, host, layers, first, last)
+    chunks = stage_chunks(config, stage)
+    models = [LanguageModel(config.model, rows, host, c.layers, c.first, c.last) for c in chunks]
 
     weights = gradients = optimizer = 0
-    for p in model.parameters():
+    for p in (p for model in models for p in model.parameters()):
         weights += p.numel() * p.element_size()
         if not p.requires_grad:
             continue
@@ -162,26 +161,38 @@ def _stage_memory(config: Config, layout: ParallelLayout, rows: int, stage: int)
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": _activations(config, layout, model, stage),
+        "activations": _activations(config, layout, models, stage),
     }
     return kinds | {"total": sum(kinds.values())}
 
 
-def _activations(config: Config, layout: ParallelLayout, model: LanguageModel, stage: int) -> int:
+def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> list[int]:
+    """Forward passes of each chunk of a stage that wait for their backward pass when the first of those begins."""
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if chunks == 1:
+        return [min(stages - stage, micro_batches)]
+    started = min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)
+    order = [i // stages % chunks for i in range(started)]  # groups of as many micro-batches as stages, chunk by chunk
+    return [order.count(chunk) for chunk in range(chunks)]
+
+
+def _activations(config: Config, layout: ParallelLayout, models: list[LanguageModel], stage: int) -> int:
     """Estimate of what backward passes hold at the peak: micro-batches in flight under 1F1B, and one set of logits."""
     training, parallel = config.training, config.parallel
     size = DTYPES[training.dtype].itemsize
     tokens = training.micro_batch * training.sequence_length
     stream = config.model.hidden_size / (parallel.tensor if tensor_sequence(parallel) else 1)
-    layers = [size * layer_activation_elements(config, layer, stream) for layer in model.layers.values()]
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
-    in_flight = min(layout.pipeline - stage, micro_batches)
-    if training.recompute == "full":  # every layer's input, and all of the one being recomputed
-        per_token = in_flight * len(layers) * size * stream + max(layers)
-    else:
-        per_token = in_flight * sum(layers)
-    if model.norm is not None:
-        logits = model.vocab_size / parallel.tensor
+    in_flight = micro_batches_in_flight(config, micro_batches, stage)
+    per_token, largest = 0.0, 0.0
+    for model, number in zip(models, in_flight, strict=True):
+        layers = [size * layer_activation_elements(config, layer, stream) for layer in model.layers.values()]
+        largest = max(largest, *layers)
+        per_token += number * (len(layers) * size * stream if training.recompute == "full" else sum(layers))
+    if training.recompute == "full":  # besides every layer's input, all of the one being recomputed
+        per_token += largest
+    if models[-1].norm is not None:
+        logits = models[-1].vocab_size / parallel.tensor
         # The gradient takes the logits' place; over tensor ranks Megatron's loss copies to fp32 and keeps a softmax.
         copies = size if parallel.tensor == 1 else size + 4 + 4
         per_token += size * (stream + config.model.hidden_size) + copies * logits

@@ -1,13 +1,14 @@
 """Which layers are where in a pipeline, and what the stages send each other besides the residual stream.
 
-The model is cut into `parallel.pipeline * parallel.virtual_pipeline` chunks of consecutive layers, dealt to the stages in
-turn: with two stages of two chunks, stage 0 has chunks 0 and 2, stage 1 has 1 and 3.
+The model is cut into `parallel.pipeline * parallel.virtual_pipeline` chunks of consecutive layers, dealt to the stages
+in turn: with two stages of two chunks, stage 0 has chunks 0 and 2, stage 1 has 1 and 3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 from linear_moe.config.schema import Config, ModelConfig
 from linear_moe.config.vocabulary import vocab_size
@@ -73,13 +74,14 @@ def balanced(costs: list[float], head: float, chunks: int) -> list[int]:
 
 def layer_flops(config: Config) -> list[float]:
     """Forward FLOPs per token of every layer: two per active weight of a matrix product, and the mixer's recurrence."""
-    model, known = config.model, {}
-    for i, layer in enumerate(layers := resolve_layers(model)):
+    model, layers = config.model, resolve_layers(config.model)
+    known: dict[str, float] = {}
+    for i, layer in enumerate(layers):
         if (key := repr(layer)) not in known:
             module = Layer(layer, model, layer_dims(model, i), Host(device="meta"))
             share = model.moe.top_k / model.moe.num_experts
-            matrices = [p for p in module.parameters() if p.dim() >= 2]
-            active = sum(p.numel() * (share if p.spec.by_expert else 1.0) for p in matrices)  # type: ignore[attr-defined]
+            matrices: list[Any] = [p for p in module.parameters() if p.dim() >= 2]
+            active = sum(p.numel() * (share if p.spec.by_expert else 1.0) for p in matrices)
             known[key] = 2.0 * active + module.mixer.recurrence_flops(config.training.sequence_length)
     return [known[repr(layer)] for layer in layers]
 

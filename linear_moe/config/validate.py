@@ -228,7 +228,7 @@ def _check_pipeline(config: Config, num_layers: int) -> None:
         raise ConfigError("parallel.virtual_pipeline", virtual, constraint, fix="set it to 1, or parallel.pipeline=2")
     chunks = stages * virtual
     if chunks > num_layers:
-        name, other = ("virtual_pipeline", stages) if 1 < virtual and stages <= num_layers else ("pipeline", virtual)
+        name, other = ("virtual_pipeline", stages) if virtual > 1 and stages <= num_layers else ("pipeline", virtual)
         constraint = f"cuts model.num_layers = {num_layers} into {chunks} chunks: at least one has no layer"
         fix = f"nearest valid: {max(num_layers // other, 1)}"
         raise ConfigError(f"parallel.{name}", getattr(parallel, name), constraint, fix=fix)

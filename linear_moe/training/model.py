@@ -14,8 +14,8 @@ from linear_moe.config.schema import Config
 from linear_moe.modeling.host import initialize
 from linear_moe.modeling.mixers.base import Cache, Layout
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.training.host import MegatronHost
 from linear_moe.stages import Chunk, crossing, stage_chunks
+from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import crossing_columns, transformer_config
 from linear_moe.training.optimizer import ddp_config
 from linear_moe.training.parallel import Groups
@@ -83,7 +83,7 @@ class MegatronModel(LanguageModel):
         return make_viewless_tensor(sent, requires_grad=sent.requires_grad, keep_graph=sent.requires_grad)
 
     def _pack(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """`hidden [n, D]` -> `[n, D + columns]`, with what layers have left for the next chunks; zeros until they do."""
+        """`hidden [n, D]` -> `[n, D + columns]`, with what layers have left for later ones; zeros until they do."""
         parts = [hidden]
         for name, columns in self._crossing.items():
             left = layout.shared.get(name)

@@ -86,5 +86,5 @@ def assert_tied(chunks: list[Any]) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     shares: dict[int, torch.Tensor] = {}
-    for rank, weight in (item for rank in everyone for item in rank.items()):
-        assert torch.equal(weight, shares.setdefault(rank, weight)), "copies of a tied embedding differ"
+    for place, weight in (item for copies in everyone for item in copies.items()):
+        assert torch.equal(weight, shares.setdefault(place, weight)), "copies of a tied embedding differ"

@@ -122,6 +122,14 @@ class ParallelConfig:
         None, "shard activations between tensor-parallel regions by tokens; null: when tensor > 1"
     )
     pipeline: int = opt(1, "pipeline stages", ge=1, le=2**12)
+    virtual_pipeline: int = opt(
+        1, "chunks of layers on each pipeline stage; more than one: interleaved 1F1B", ge=1, le=2**12
+    )
+    pipeline_layers: list[int] | None = opt(
+        None,
+        "layers of each of the pipeline * virtual_pipeline chunks, in the model's order; null: so that the costliest "
+        "has the fewest FLOPs (of its layers, and of the head)",
+    )
     expert: int = opt(1, "ranks that share out the routed experts", ge=1, le=2**16)
     expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1, le=2**16)
 

@@ -65,7 +65,8 @@ class LanguageModel(nn.Module):
         vocab_size: rows of the embedding.
         host: the surroundings.
         layers: global indices of this stage's layers; None: all.
-        first, last: whether this stage has the embedding, and the final norm and head.
+        first, last: whether this stage begins with the embedding, and ends with the final norm and head. With tied
+            embeddings both hold the matrix, under one name.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class LanguageModel(nn.Module):
         last: bool = True,
     ):
         super().__init__()
-        self.config, self.host, self.vocab_size = config, host, vocab_size
+        self.config, self.host, self.vocab_size, self.first = config, host, vocab_size, first
         pattern = resolve_layers(config)
         stage = range(config.num_layers) if layers is None else layers
-        self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host) if first else None
+        self.embedding = None
+        if first or (last and config.tie_embeddings):
+            self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host)
         # Keyed by the global index, so that a parameter has one name in every pipeline stage and in the export.
         self.layers = nn.ModuleDict({str(i): Layer(pattern[i], config, layer_dims(config, i), host) for i in stage})
         self.norm = RMSNorm(host, config.hidden_size, config.norm_eps) if last else None
@@ -112,8 +115,8 @@ class LanguageModel(nn.Module):
         Returns:
             Not the last stage: `[n, D]`. With labels: loss per token `[B, T]`, fp32. Else logits `[B, T, V/tensor]`.
         """
-        if self.embedding is not None:
-            assert tokens is not None
+        if self.first:
+            assert tokens is not None and self.embedding is not None
             hidden = self.embedding(tokens.flatten())
         assert hidden is not None
         x = hidden
@@ -131,7 +134,7 @@ class LanguageModel(nn.Module):
 
     def tied_weight(self) -> Tensor:
         """The embedding `[V/tensor, D]` as the head's weight."""
-        assert self.embedding is not None, "tied embeddings need embedding and head in one stage"
+        assert self.embedding is not None
         return self.embedding.weight
 
     def init_caches(self, batch: int, max_length: int) -> list[Cache]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class Stepper:
         training = self.config.training
         return get_forward_backward_func()(
             forward_step_func=self.forward,
-            data_iterator=batches,
+            # All chunks of a stage go through the same micro-batches.
+            data_iterator=batches if len(self.model) == 1 else list(tee(batches, len(self.model))),
             model=self.model,
             num_microbatches=micro_batches,
             seq_length=training.sequence_length,

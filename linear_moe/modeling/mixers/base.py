@@ -48,8 +48,8 @@ class Layout:
         max_document: longest packed document, a host integer; None when not packed.
         positions: `[B, T]` int64 position of each token in its document; None: 0..T-1 in every row. Required when
             decoding with a cache: then also the slot of each token in a key-value cache.
-        shared: what a layer leaves for later layers of the same forward pass and pipeline stage, by name; a mixer that
-            uses it says so in `crosses_layers`.
+        shared: what a layer leaves for later layers of the same forward pass, by name: `[B * T, channels]`, this
+            rank's heads. A mixer that uses it says so in `crossing`.
     """
 
     batch: int
@@ -77,7 +77,7 @@ class Mixer(nn.Module):
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
     unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
-    crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it `crosses_layers`
+    crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it has a `crossing`
 
     def __init__(self, config: Any, dims: Dims, host: Host):
         super().__init__()
@@ -89,9 +89,12 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def crosses_layers(cls, config: Any) -> bool:
-        """Whether layers pass each other tensors through `Layout.shared`: then all must be in one pipeline stage."""
-        return False
+    def crossing(cls, config: Any, dims: Dims) -> dict[str, int]:
+        """What layers pass each other through `Layout.shared`: name -> channels over all tensor ranks.
+
+        Once a layer has left it, pipeline stages send it along with the residual stream.
+        """
+        return {}
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Any]:
         """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""

@@ -172,7 +172,7 @@ def shard(key: str, data: Tensor, parameter: nn.Parameter, owned: Owned | None =
                 global_shape=spec.shape,
                 global_offset=tuple(b + o for b, o in zip(base, offset, strict=True)),
                 axis_fragmentations=None,
-                replica_id=(0, tensor, replica),
+                replica_id=(int(getattr(parameter, "shared", False)), tensor, replica),
             )
         )
     assert used == flat.numel(), (key, used, flat.numel())

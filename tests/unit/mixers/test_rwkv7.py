@@ -174,4 +174,4 @@ def test_initial_values_are_rwkv_lms() -> None:
     assert_close(layer.k_k, 0.71 - 0.1 * (n / 31 - 0.5), FP32)
     assert_close(layer.g_norm.weight, torch.ones(32), FP32)
     assert_close(layer.w_lora[2].weight.T @ layer.w_lora[2].weight, 0.01 * torch.eye(32), FP32)
-    assert RWKV7.crosses_layers(layer.config) and F.relu(-layer.r_k).max() == pytest.approx(0.04)
+    assert RWKV7.crossing(layer.config, dims()) == {"v_first": 32} and F.relu(-layer.r_k).max() == pytest.approx(0.04)

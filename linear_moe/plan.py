@@ -26,6 +26,7 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.training.muon import state_names
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "total")
 
@@ -155,7 +156,9 @@ def _stage_memory(config: Config, layout: ParallelLayout, rows: int, stage: int)
         if not p.requires_grad:
             continue
         gradients += p.numel() * 4  # Megatron's DDP accumulates in an fp32 buffer
-        state = 8 if p.dtype == torch.float32 else 12  # Adam's two moments, and an fp32 copy of other weights
+        moments = state_names(p.spec, config.optimizer.type)  # type: ignore[attr-defined]
+        state = len(moments) * DTYPES[config.optimizer.moments].itemsize
+        state += 0 if p.dtype == torch.float32 else 4  # an fp32 copy of other weights
         replicas = layout.expert_data if _is_expert(p) else layout.data
         optimizer += math.ceil(p.numel() * state / (replicas if config.optimizer.distributed else 1))
     kinds = {

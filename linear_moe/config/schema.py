@@ -162,12 +162,35 @@ class DataConfig:
 
 
 @dataclass
+class MuonConfig:
+    """Muon (arXiv 2502.16982) of the linear maps of mixers, FFN and experts; lr and weight_decay are AdamW's."""
+
+    momentum: float = opt(0.95, "decay of the momentum", ge=0, lt=1)
+    nesterov: bool = opt(True, "look one step of momentum ahead")
+    steps: int = opt(5, "Newton-Schulz iterations that orthogonalise the momentum", ge=1, le=20)
+    scale: float = opt(
+        0.2, "a matrix's update is lr * scale * sqrt(max(rows, columns)): elements of about AdamW's size", gt=0
+    )
+
+
+@dataclass
 class OptimizerConfig:
+    type: str = opt(
+        "adamw",
+        "muon: for the linear maps of mixers, FFN and experts; AdamW for embeddings, head, routers and vectors",
+        choices=("adamw", "muon"),
+    )
     lr: float = opt(1e-3, "peak learning rate", gt=0)
     beta1: float = opt(0.9, "AdamW", ge=0, lt=1)
     beta2: float = opt(0.95, "AdamW", ge=0, lt=1)
     eps: float = opt(1e-8, "AdamW", gt=0)
     weight_decay: float = opt(0.1, "AdamW; not applied to norms, biases and per-head parameters", ge=0)
+    moments: str = opt(
+        "fp32",
+        "what AdamW's moments and Muon's momentum are kept in; bf16, stochastically rounded, takes half the memory",
+        choices=("fp32", "bf16"),
+    )
+    muon: MuonConfig = opt(MuonConfig, "for type: muon")
     clip: float = opt(1.0, "gradient-norm clipping; 0: off", ge=0)
     distributed: bool = opt(True, "shard the optimizer state over the data-parallel ranks (ZeRO-1)")
     overlap: bool = opt(False, "overlap gradient reduction (and the distributed optimizer's gather) with computation")
@@ -222,7 +245,7 @@ class Config:
     model: ModelConfig = opt(ModelConfig, "what is computed")
     parallel: ParallelConfig = opt(ParallelConfig, "how it is spread")
     data: DataConfig = opt(DataConfig, "what it reads")
-    optimizer: OptimizerConfig = opt(OptimizerConfig, "AdamW")
+    optimizer: OptimizerConfig = opt(OptimizerConfig, "how weights are updated")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over steps")
     training: TrainingConfig = opt(TrainingConfig, "the loop")
     checkpoint: CheckpointConfig = opt(CheckpointConfig, "saving")

@@ -102,6 +102,8 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
     _check_parallel(config, layers)
     _check_vocabulary(config)
     _check_schedule(config)
+    if config.optimizer.type != "muon":
+        unused("optimizer.muon", config.optimizer.muon, *vars(config.optimizer.muon), needs="set optimizer.type=muon")
     if world is not None:
         _check_batch(config, parallel_layout(config, world))
     if files:

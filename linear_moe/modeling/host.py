@@ -34,6 +34,38 @@ Init = Callable[[Tensor, torch.Generator], Any]
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """How a parameter `[..., rows, columns]` is made of matrices, each a linear map of its own.
+
+    Attributes:
+        sizes: along `dim`, what one run of pieces, one of each matrix, is cut into; (): a single matrix.
+        repeat: so many such runs follow each other (one per head, say); a matrix is its pieces of all of them.
+        dim: -2, stacked rows, or -1, columns side by side.
+    """
+
+    sizes: tuple[int, ...] = ()
+    repeat: int = 1
+    dim: int = -2
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The matrices of a whole parameter `[..., rows, columns]`."""
+        if not self.sizes:
+            return (x,)
+        first = x.dim() + self.dim
+        return tuple(piece.flatten(first, first + 1) for piece in self._runs(x, first).split(self.sizes, first + 1))
+
+    def join(self, matrices: tuple[Tensor, ...]) -> Tensor:
+        """Undoes `split`."""
+        if not self.sizes:
+            return matrices[0]
+        first = matrices[0].dim() + self.dim
+        return torch.cat([self._runs(m, first) for m in matrices], first + 1).flatten(first, first + 1)
+
+    def _runs(self, x: Tensor, dim: int) -> Tensor:
+        return x.unflatten(dim, (self.repeat, -1))
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """What every parameter says of itself, as `parameter.spec`: enough to initialise, shard, save and optimise it.
 
@@ -43,6 +75,7 @@ class ParameterSpec:
         init: initialiser of the full tensor.
         decay: whether weight decay applies.
         fp32: kept in fp32 even in a bf16 model.
+        matrices: what its last two dimensions are; None: a vector, a table or a filter, but no linear map.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +83,7 @@ class ParameterSpec:
     axes: Mapping[int, str] = field(default_factory=dict)
     decay: bool = True
     fp32: bool = False
+    matrices: Matrices | None = None
 
     @property
     def by_expert(self) -> bool:
@@ -103,14 +137,16 @@ class Host:
         fp32: bool = False,
         tokenwise: bool = False,
         trained: bool = True,
+        matrices: Matrices | None = None,
     ) -> nn.Parameter:
         """An uninitialised parameter, this rank's share of full `shape`; see ParameterSpec and `initialize`.
 
         Args:
             tokenwise: an unsplit parameter used outside `enter`..`leave`, on this rank's tokens only.
             trained: by gradients; else it has none, no weight decay and no optimizer state.
+            matrices: see ParameterSpec.
         """
-        spec = ParameterSpec(tuple(shape), init, dict(axes or {}), decay, fp32)
+        spec = ParameterSpec(tuple(shape), init, dict(axes or {}), decay, fp32, matrices)
         local = [self.split(n, spec.axes[d]) if d in spec.axes else n for d, n in enumerate(shape)]
         kind = torch.float32 if fp32 else self.dtype
         parameter = nn.Parameter(torch.empty(local, dtype=kind, device=self.device), requires_grad=trained)

@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(host, config.hidden_size, config.norm_eps) if last else None
         self.head = None
         if last and not config.tie_embeddings:
-            self.head = Linear(host, config.hidden_size, vocab_size, split="column", std=config.init_std)
+            self.head = Linear(host, config.hidden_size, vocab_size, split="column", std=config.init_std, matrices=None)
 
     def forward(
         self,

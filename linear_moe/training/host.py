@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linear_moe.config.schema import MoEConfig
-from linear_moe.modeling.host import Host, Init
+from linear_moe.modeling.host import Host, Init, Matrices
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.moe.capacity import capacity
 from linear_moe.modeling.moe.dispatch import Dispatcher
@@ -84,10 +84,18 @@ class MegatronHost(Host):
         fp32: bool = False,
         tokenwise: bool = False,
         trained: bool = True,
+        matrices: Matrices | None = None,
     ) -> nn.Parameter:
         """See Host; also tells Megatron over which ranks to reduce the gradient and to count it in the norm."""
         parameter: Any = super().parameter(
-            *shape, init=init, axes=axes, decay=decay, fp32=fp32, tokenwise=tokenwise, trained=trained
+            *shape,
+            init=init,
+            axes=axes,
+            decay=decay,
+            fp32=fp32,
+            tokenwise=tokenwise,
+            trained=trained,
+            matrices=matrices,
         )
         split = {axis: dim for dim, axis in parameter.spec.axes.items()}
         expert = "expert" in split

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_moe.config.fields import opt
 from linear_moe.modeling import conv
-from linear_moe.modeling.host import Host
+from linear_moe.modeling.host import Host, Matrices
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
@@ -49,7 +49,8 @@ class ByWrite(Linear):
     recurrence takes them, at the price of a reordered weight, not of reordered tokens."""
 
     def __init__(self, *args: Any, heads: int, writes: int, **options: Any):
-        super().__init__(*args, split="column", **options)
+        rows = args[2] // (heads * writes)
+        super().__init__(*args, split="column", matrices=Matrices((rows,) * writes, repeat=heads), **options)
         self.heads, self.writes = self.host.split(heads), writes
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.config.validate import (
     ParallelLayout,
     parallel_layout,
+    recomputed,
     smallest_world,
     stage_layers,
     tensor_sequence,
@@ -25,6 +26,7 @@ from linear_moe.config.validate import (
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.ops.linear_cross_entropy import BLOCK_ELEMENTS
 from linear_moe.modeling.pattern import resolve_layers
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "total")
@@ -173,45 +175,75 @@ def _activations(config: Config, layout: ParallelLayout, model: LanguageModel, s
     size = DTYPES[training.dtype].itemsize
     tokens = training.micro_batch * training.sequence_length
     stream = config.model.hidden_size / (parallel.tensor if tensor_sequence(parallel) else 1)
-    layers = [size * layer_activation_elements(config, layer, stream) for layer in model.layers.values()]
+    modules, concerned = recomputed(config)
+    kept, again = 0.0, 0.0
+    for index, layer in model.layers.items():
+        layer_modules = modules if int(index) in concerned else frozenset()
+        elements, largest = layer_activation_elements(config, layer, stream, layer_modules)
+        kept, again = kept + size * elements, max(again, size * largest)
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
-    in_flight = min(layout.pipeline - stage, micro_batches)
-    if training.recompute == "full":  # every layer's input, and all of the one being recomputed
-        per_token = in_flight * len(layers) * size * stream + max(layers)
-    else:
-        per_token = in_flight * sum(layers)
+    per_token = min(layout.pipeline - stage, micro_batches) * kept + again
+    fixed = 0
     if model.norm is not None:
         logits = model.vocab_size / parallel.tensor
         # The gradient takes the logits' place; over tensor ranks Megatron's loss copies to fp32 and keeps a softmax.
         copies = size if parallel.tensor == 1 else size + 4 + 4
-        per_token += size * (stream + config.model.hidden_size) + copies * logits
-    return math.ceil(tokens * per_token)
+        per_token += size * (stream + config.model.hidden_size)
+        if "logits" in modules:  # those of a block; the gradient of the head's input is summed in fp32
+            fixed = size * min(BLOCK_ELEMENTS, math.ceil(tokens * logits))
+            per_token += 4 * config.model.hidden_size
+        else:
+            per_token += copies * logits
+    return math.ceil(tokens * per_token) + fixed
 
 
-def layer_activation_elements(config: Config, layer: nn.Module, stream: float) -> float:
-    """Elements per token that one layer keeps for its backward pass; fp32 ones count twice in a bf16 model.
+def layer_activation_elements(
+    config: Config, layer: nn.Module, stream: float, modules: frozenset[str] = frozenset()
+) -> tuple[float, float]:
+    """What one layer keeps for its backward pass; fp32 elements count twice in a bf16 model.
 
     Args:
         layer: a `Layer` built for one rank.
         stream: elements per token of this rank's residual stream.
+        modules: those computed again, as `Activations` names them.
+
+    Returns:
+        Elements per token that it keeps, and most that the backward pass makes again at a time.
     """
     model, parallel, hidden = config.model, config.parallel, config.model.hidden_size
     wide = 4 / DTYPES[config.training.dtype].itemsize
-    elements = 2 * stream + hidden  # inputs of both norms and of the mixer
-    elements += layer.mixer.activation_elements()  # type: ignore[union-attr,operator]
-    if not hasattr(layer.ffn, "experts"):
-        return elements + hidden + 4 * model.ffn_size / parallel.tensor  # gate, up, silu(gate), product
-    moe = model.moe
-    elements += wide * 4 * moe.num_experts  # the router's scores
-    elements += wide * stream if wide > 1 else 0  # its input, if that is a copy
-    # A balanced router sends a rank as many tokens as it has. Those received are kept sorted by expert; those that did
-    # not have to travel are kept as they were. Of each expert: gate and up.
-    travels = parallel.expert * parallel.expert_tensor > 1
-    elements += stream * parallel.expert_tensor * (moe.top_k if travels else 1)
-    elements += 2 * moe.top_k * moe.expert_ffn_size * stream / hidden
-    if moe.shared_ffn_size:
-        elements += hidden + 4 * moe.shared_ffn_size / parallel.tensor
-    return elements
+    mixer: Any = layer.mixer
+    core = mixer.core_elements()
+    inside = {"mixer": mixer.activation_elements(), "ffn": 0.0}  # of both halves, besides the norm's output
+    normed = {"mixer": float(hidden), "ffn": float(hidden)}  # that output, as it is used
+    parts = {"core": ("mixer", core)}  # that can be left out of them
+    if hasattr(layer.ffn, "experts"):
+        moe = model.moe
+        # the router's input, if that is a copy
+        normed["ffn"] = (wide * stream if wide > 1 else 0) + (hidden if moe.shared_ffn_size else 0)
+        # A balanced router sends a rank as many tokens as it has. Those received are kept sorted by expert; those that
+        # did not have to travel are kept as they were. Of each expert: gate and up.
+        travels = parallel.expert * parallel.expert_tensor > 1
+        received = stream * parallel.expert_tensor * (moe.top_k if travels else 1)
+        normed["ffn"] += 0 if travels else received
+        gate_up = 2 * moe.top_k * moe.expert_ffn_size * stream / hidden
+        inside["ffn"] = wide * 4 * moe.num_experts + (received if travels else 0) + gate_up
+        parts["experts"] = "ffn", gate_up
+    dense = (moe.shared_ffn_size if hasattr(layer.ffn, "experts") else model.ffn_size) / parallel.tensor
+    inside["ffn"] += 4 * dense  # gate, up, silu(gate), product
+    parts["activation"] = "ffn", 2 * dense
+    if "layer" in modules:
+        return stream, 2 * stream + sum(inside.values()) + sum(normed.values())
+    kept, again = 2 * stream, [0.0]  # inputs of both norms
+    for half in ("mixer", "ffn"):
+        left_out = {name: elements for name, (of, elements) in parts.items() if of == half and name in modules}
+        if half in modules:
+            kept += 0 if "norm" in modules else stream
+            again.append(normed[half] + inside[half])
+            continue
+        kept += inside[half] - sum(left_out.values()) + (0 if "norm" in modules else normed[half])
+        again.append(max([0.0, *left_out.values()]) + (normed[half] if "norm" in modules else 0))
+    return kept, max(again)
 
 
 # -- command ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import stage_layers
+from linear_moe.config.validate import recomputed, stage_layers
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import initialize
 from linear_moe.modeling.mixers.base import Cache, Layout
 from linear_moe.modeling.model import LanguageModel
@@ -37,7 +38,7 @@ class MegatronModel(LanguageModel):
     share_embeddings_and_output_weights = False
 
     def __init__(self, config: Config, vocab_size: int, groups: Groups, megatron: TransformerConfig):
-        host = MegatronHost(megatron, groups.device, recompute=config.training.recompute == "full")
+        host = MegatronHost(megatron, groups.device, Activations(*recomputed(config)))
         layers = stage_layers(config.model.num_layers, groups.stages, groups.stage)
         super().__init__(config.model, vocab_size, host, layers, groups.first_stage, groups.last_stage)
         self.config = megatron

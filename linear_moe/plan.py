@@ -219,13 +219,13 @@ def layer_activation_elements(
     parts = {"core": ("mixer", core)}  # that can be left out of them
     if hasattr(layer.ffn, "experts"):
         moe = model.moe
-        # the router's input, if that is a copy
-        normed["ffn"] = (wide * stream if wide > 1 else 0) + (hidden if moe.shared_ffn_size else 0)
         # A balanced router sends a rank as many tokens as it has. Those received are kept sorted by expert; those that
         # did not have to travel are kept as they were. Of each expert: gate and up.
         travels = parallel.expert * parallel.expert_tensor > 1
         received = stream * parallel.expert_tensor * (moe.top_k if travels else 1)
-        normed["ffn"] += 0 if travels else received
+        # The router's input, if that is a copy; the experts'; the shared expert's, if that is another.
+        normed["ffn"] = (wide * stream if wide > 1 else 0) + (0 if travels else received)
+        normed["ffn"] += hidden if moe.shared_ffn_size and (travels or parallel.tensor > 1) else 0
         gate_up = 2 * moe.top_k * moe.expert_ffn_size * stream / hidden
         inside["ffn"] = wide * 4 * moe.num_experts + (received if travels else 0) + gate_up
         parts["experts"] = "ffn", gate_up

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import from_dict
@@ -19,7 +21,10 @@ from linear_moe.modeling.activations import MODULES, Activations, _Remade, _Tran
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.ops import linear_cross_entropy
+from linear_moe.plan import layer_activation_elements
 from tests.unit.mixers.common import case_ids, cases
+from tests.unit.mixers.test_memory import Saves
 
 VOCAB = 64
 ALL = frozenset(MODULES)
@@ -94,6 +99,8 @@ def kept_per_token(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> flo
 
     weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
     monkeypatch.setattr(_Transients, "pack", keep_packed)
+    # as the GPU's kernel
+    monkeypatch.setattr(F, "rms_norm", lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1])))
     total = []
     for length in (64, 128):
         tokens = torch.randint(VOCAB, (2, length))
@@ -106,14 +113,107 @@ def kept_per_token(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> flo
     return (total[1] - total[0]) / 4 / 128
 
 
+CHOICES = [*({name} for name in MODULES if name != "logits"), {"layer"}, {"norm", "mixer"}, PARTS, ALL]
+
+
 @pytest.mark.parametrize("ffn", ["moe", "dense"])
-@pytest.mark.parametrize("modules", [*({n} for n in MODULES if n != "logits"), {"layer"}, {"norm", "mixer"}, PARTS, ALL], ids=",".join)
+@pytest.mark.parametrize("modules", CHOICES, ids=",".join)
 def test_kept_as_planned(modules: set[str], ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What autograd keeps less of is what `plan` says."""
-    from linear_moe.plan import layer_activation_elements
-    sizes = {"hidden_size": 64, "ffn_size": 128, "ffn": ffn, "pattern": "NN", "moe": MOE | {"expert_ffn_size": 64, "shared_ffn_size": 32}}
+    """Autograd keeps what `plan` says, whose kernels keep no more than their inputs."""
+    moe = MOE | {"expert_ffn_size": 64, "shared_ffn_size": 32}
+    sizes = BASE | {"hidden_size": 64, "ffn_size": 128, "ffn": ffn, "pattern": "NN", "moe": moe}
     built = model(sizes)
-    config = from_dict(Config, {"model": BASE | sizes, "training": {"dtype": "fp32"}})
-    everything = kept_per_token(built, monkeypatch)
+    config = from_dict(Config, {"model": sizes, "training": {"dtype": "fp32"}})
+
     built.host.activations = Activations(modules)
-    print(modules, ffn, "kept", everything, kept_per_token(built, monkeypatch), "plan", [2*layer_activation_elements(config, l, 64., frozenset(m))[0] for l in [built.layers["0"]] for m in ((), modules)])
+    layers = built.layers.values()
+    planned = sum(layer_activation_elements(config, layer, 64.0, frozenset(modules))[0] for layer in layers)
+    outside = 64 + 1 + 64 + 2 + 1  # the last norm's input and its scale, the head's input, label and normaliser
+    assert kept_per_token(built, monkeypatch) - outside == pytest.approx(planned, abs=80)  # of 2000
+
+
+def test_choices_and_counts_are_made_once() -> None:
+    """Recomputed tokens go where they went, though the router would now send them elsewhere; what is kept is freed."""
+    built = model(BASE, Activations({"ffn"}))
+    counted: list[bool] = []
+    built.host.observe_routing = lambda *_: counted.append(built.host.activations.again)  # type: ignore[method-assign]
+    expected = gradients(built)
+    assert counted == [False, False, True, True]
+    tokens = torch.randint(VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
+    loss = built(tokens[:, :-1], Layout(2, 9), labels=tokens[:, 1:])
+    for layer in built.layers.values():
+        layer.ffn.router.expert_bias = torch.tensor([0.0, 9.0, 0.0, 9.0])  # as if it had been moved meanwhile
+    weight = torch.rand(loss.shape, generator=torch.Generator().manual_seed(1))
+    names = [name for name in expected if name != "loss"]
+    parameters = dict(built.named_parameters())
+    found = torch.autograd.grad((loss * weight).sum(), [parameters[n] for n in names], materialize_grads=True)
+    assert_equal(dict(zip(names, found, strict=True)), {n: expected[n] for n in names}, exact=True)
+
+
+def test_nothing_outlives_the_backward_pass() -> None:
+    for modules in (PARTS, {"layer"}, {"mixer", "ffn", "norm"}):
+        built = model(HYBRID, Activations(modules))
+        x = torch.randn(18, 32, requires_grad=True)
+        y, layout = x * 1, Layout(2, 9)
+        gone = []
+        for index, layer in built.layers.items():
+            y = built.host.activations.layer(int(index), layer, y, layout)
+            gone.append(weakref.ref(y))
+        gc.disable()
+        try:
+            y.sum().backward()
+            del y
+            assert all(ref() is None for ref in gone)
+        finally:
+            gc.enable()
+
+
+class Largest(TorchDispatchMode):
+    """Most elements of any tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cross_entropy, "BLOCK_ELEMENTS", 128 * 100)
+    x, weight = torch.randn(100, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    labels = torch.randint(1000, (100,))
+    with Largest() as largest:
+        linear_cross_entropy.linear_cross_entropy(x, weight, labels).sum().backward()
+    assert largest.elements == 128 * 100
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"recompute": "selective"}, "names nothing"),
+        ({"recompute": "selective", "recompute_modules": ["mixers"]}, "did you mean 'mixer'"),
+        ({"recompute_modules": ["mixer"]}, "set training.recompute=selective"),
+        ({"recompute_layers": 1}, "set recompute"),
+        ({"recompute": "full", "recompute_modules": ["norm", "logits"]}, r"\['norm'\]: whole layers"),
+        ({"recompute": "full", "recompute_layers": 5}, "nearest valid: 4"),
+    ],
+)
+def test_refused(training: dict[str, Any], message: str) -> None:
+    config = from_dict(Config, {"training": training, "data": {"tokenizer": {"type": "bytes"}}})
+    with pytest.raises(ConfigError, match=message):
+        validate(config, 1, files=False)
+
+
+def test_layers_are_spread() -> None:
+    def layers(total: int, number: int | None) -> list[int]:
+        training = {"recompute": "full", "recompute_layers": number}
+        config = from_dict(Config, {"model": {"num_layers": total}, "training": training})
+        return sorted(recomputed(config)[1])
+
+    assert layers(12, None) == [*range(12)]
+    assert layers(12, 4) == [0, 3, 6, 9]
+    assert layers(12, 5) == [0, 2, 4, 7, 9]
+    assert layers(7, 7) == [*range(7)]

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from linear_moe.config.fields import opt
+from linear_moe.modeling.activations import MODULES
 from linear_moe.modeling.mixers.base import MixerConfig
 from linear_moe.modeling.mixers.registry import mixer_config
 
@@ -216,7 +217,19 @@ class TrainingConfig:
     micro_batch: int = opt(4, "sequences per forward pass and rank", ge=1)
     global_batch: int = opt(8, "sequences per optimizer step over all ranks", ge=1)
     dtype: str = opt("bf16", "weights and activations; the optimizer keeps fp32", choices=("bf16", "fp32"))
-    recompute: str = opt("none", "activations recomputed in the backward pass", choices=("none", "full"))
+    recompute: str = opt(
+        "none",
+        "what is computed again in the backward pass instead of kept: nothing, recompute_modules, or whole layers",
+        choices=("none", "selective", "full"),
+    )
+    recompute_modules: list[str] = opt(
+        list,
+        f"with selective, any of {', '.join(MODULES)}: " + "; ".join(f"{k}: {v}" for k, v in MODULES.items())
+        + ". With full, logits may be added",
+    )
+    recompute_layers: int | None = opt(
+        None, "so many layers only, evenly spread over the model (of 12, 6: every second); null: all", ge=1
+    )
     seed: int = opt(1234, "weights and data order", ge=0)
     eval_every: int = opt(100, "steps between validations; 0: only at the end", ge=0)
     eval_batches: int = opt(8, "global batches per validation", ge=1)

@@ -16,6 +16,7 @@ from typing import Any
 from linear_moe.config.errors import ConfigError, nearest
 from linear_moe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import MODULES
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.mixers.registry import mixer_class
@@ -104,6 +105,7 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
     _check_schedule(config)
     if config.optimizer.type != "muon":
         unused("optimizer.muon", config.optimizer.muon, *vars(config.optimizer.muon), needs="set optimizer.type=muon")
+    _check_recompute(config)
     if world is not None:
         _check_batch(config, parallel_layout(config, world))
     if files:
@@ -252,6 +254,34 @@ def _check_vocabulary(config: Config) -> None:
         _check_divisible("model.vocab_multiple", config.model.vocab_multiple, "parallel.tensor", tensor)
     else:
         _check_divisible("model.vocab_size", rows, "parallel.tensor", tensor)
+
+
+def recomputed(config: Config) -> tuple[frozenset[str], frozenset[int]]:
+    """What the backward pass computes again, as `Activations` names it, and in which layers."""
+    training, total = config.training, config.model.num_layers
+    modules = frozenset(training.recompute_modules) | ({"layer"} if training.recompute == "full" else set())
+    number = total if training.recompute_layers is None else training.recompute_layers
+    return modules, frozenset(i * total // number for i in range(number))
+
+
+def _check_recompute(config: Config) -> None:
+    training, path = config.training, "training.recompute_modules"
+    modules, choice = training.recompute_modules, training.recompute
+    for name in modules:
+        if name not in MODULES:
+            raise ConfigError(path, name, "cannot be recomputed by itself", candidates=MODULES)
+    if choice == "none":
+        unused("training", training, "recompute_layers", needs="set recompute")
+        if modules:
+            fix = "set training.recompute=selective, or leave it at []"
+            raise ConfigError(path, modules, "does nothing here", fix=fix)
+    elif choice == "selective" and not modules:
+        constraint = "names nothing to recompute"
+        raise ConfigError(path, modules, constraint, fix="for example [norm, core, experts], or training.recompute=none")
+    if choice == "full" and (others := sorted(set(modules) - {"logits"})):
+        constraint = "whole layers are recomputed, of which these are parts"
+        raise ConfigError(path, others, constraint, fix="leave only logits, or set training.recompute=selective")
+    _check_most("training.recompute_layers", training.recompute_layers or 1, "model.num_layers", config.model.num_layers)
 
 
 def _check_schedule(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,8 +26,14 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(host, ffn_size, dims.hidden_size, split="row", std=dims.output_init_std)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        x = self.host.enter(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        activations = self.host.activations
+        x = activations.transient("norm", self.host.enter, x)
+        product = partial(activations.region, "activation", _activate)
+        return self.down_proj(activations.transient("activation", product, self.gate_proj(x), self.up_proj(x)))
+
+
+def _activate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class MoE(nn.Module):
@@ -46,7 +54,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         weights, index = self.router(x, layout)
         received = self.dispatcher.dispatch(x, weights, index, self.router.limited)
-        y = self.dispatcher.combine(self.experts(*received))
+        y = self.dispatcher.combine(self.router.host.activations.region("experts", self.experts, *received))
         if self.shared_expert is None:
             return y
         shared = self.shared_expert(x)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.ops.cross_entropy import cross_entropy
+from linear_moe.modeling.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from linear_moe.config.schema import MoEConfig
@@ -105,13 +106,16 @@ class Host:
     Args:
         dtype: of the parameters (None: torch's default); those declared fp32 stay fp32.
         device: of the parameters (None: torch's current default, so that `torch.device("meta")` works as a context).
-        recompute: recompute layers' activations in the backward pass.
+        activations: what is kept for the backward pass; None: everything.
     """
 
     def __init__(
-        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None, recompute: bool = False
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        activations: Activations | None = None,
     ):
-        self.dtype, self.device, self.recompute_layers = dtype, device, recompute
+        self.dtype, self.device, self.activations = dtype, device, activations or Activations()
 
     # -- groups ---------------------------------------------------------------------------------------------------
     def size(self, axis: str) -> int:
@@ -179,6 +183,11 @@ class Host:
         """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` fp32. The backward pass overwrites `logits`."""
         return cross_entropy(logits, labels)
 
+    def linear_cross_entropy(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """As `cross_entropy(x @ weight.T, labels)` for `x [N, D]`, `weight [V/tensor, D]`, in blocks of the vocabulary:
+        the logits are never whole in memory, and are computed again in the backward pass."""
+        return linear_cross_entropy(x, weight, labels)
+
     # -- mixture of experts ---------------------------------------------------------------------------------------
     def dispatcher(self, config: MoEConfig) -> Dispatcher:
         """A new token dispatcher for one MoE layer."""
@@ -220,13 +229,6 @@ class Host:
             value: scalar, a mean over the `tokens` tokens of this micro-batch, the same on every tensor rank.
         """
         return carrier
-
-    # -- memory ---------------------------------------------------------------------------------------------------
-    def recompute(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Run one layer, saving its activations or only its input."""
-        if self.recompute_layers and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-        return function(*args)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.config.schema import ModelConfig
@@ -42,6 +43,23 @@ class Embedding(nn.Module):
         return self.host.embed(self.weight, tokens)
 
 
+class Head(Linear):
+    """`x [N, D]` inside a region -> logits `[N, V/tensor]`; with labels `[N]`, loss per token `[N]` fp32."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, std: float, host: Host):
+        super().__init__(host, hidden_size, vocab_size, split="column", std=std, matrices=None)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x) if labels is None else loss_per_token(self.host, x, self.weight, labels)
+
+
+def loss_per_token(host: Host, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`x [N, D]`, the head's `weight [V/tensor, D]`, `labels [N]` -> `[N]` fp32."""
+    if "logits" in host.activations.modules:
+        return host.linear_cross_entropy(x, weight, labels)
+    return host.cross_entropy(F.linear(x, weight), labels)
+
+
 class Layer(nn.Module):
     """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + ffn(norm(x))`, on `[n, D]`."""
 
@@ -53,8 +71,11 @@ class Layer(nn.Module):
         self.ffn = build_ffn(layer.ffn, config, dims, host)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), layout, cache)
-        return x + self.ffn(self.ffn_norm(x), layout)
+        activations = self.mixer_norm.host.activations
+        y = activations.transient("norm", self.mixer_norm, x)
+        x = x + activations.region("mixer", self.mixer, y, layout, cache)
+        y = activations.transient("norm", self.ffn_norm, x)
+        return x + activations.region("ffn", self.ffn, y, layout)
 
 
 class LanguageModel(nn.Module):
@@ -90,7 +111,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(host, config.hidden_size, config.norm_eps) if last else None
         self.head = None
         if last and not config.tie_embeddings:
-            self.head = Linear(host, config.hidden_size, vocab_size, split="column", std=config.init_std, matrices=None)
+            self.head = Head(vocab_size, config.hidden_size, config.init_std, host)
 
     def forward(
         self,
@@ -120,17 +141,19 @@ class LanguageModel(nn.Module):
             hidden = self.embedding(tokens.flatten())
         assert hidden is not None
         x = hidden
-        for i, layer in enumerate(self.layers.values()):
-            x = self.host.recompute(layer, x, layout, caches[i] if caches is not None else None)
+        for i, (index, layer) in enumerate(self.layers.items()):
+            x = self.host.activations.layer(int(index), layer, x, layout, caches[i] if caches is not None else None)
         if self.norm is None:
             return x
         x = self.host.enter(self.norm(x))
         if keep:
             x = x.unflatten(0, (layout.batch, layout.length))[:, -keep:].flatten(0, 1)
-        logits = self.head(x) if self.head is not None else x @ self.tied_weight().T
         if labels is None:
+            logits = self.head(x) if self.head is not None else x @ self.tied_weight().T
             return logits.unflatten(0, (layout.batch, -1))
-        return self.host.cross_entropy(logits, labels.flatten()).view_as(labels)
+        if self.head is not None:
+            return self.head(x, labels.flatten()).view_as(labels)
+        return loss_per_token(self.host, x, self.tied_weight(), labels.flatten()).view_as(labels)
 
     def tied_weight(self) -> Tensor:
         """The embedding `[V/tensor, D]` as the head's weight."""

@@ -11,6 +11,8 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from linear_moe.config.schema import Config
+from linear_moe.config.validate import recomputed
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import initialize
 from linear_moe.modeling.mixers.base import Cache, Layout
 from linear_moe.modeling.model import LanguageModel
@@ -107,7 +109,7 @@ def build_model(config: Config, vocab_size: int, groups: Groups) -> list[Distrib
     The model inside is `chunk.module` (MegatronModel); all share their host, `chunk.module.host` (MegatronHost).
     """
     megatron = transformer_config(config)
-    host = MegatronHost(megatron, groups.device, recompute=config.training.recompute == "full")
+    host = MegatronHost(megatron, groups.device, Activations(*recomputed(config)))
     model: list[DistributedDataParallel] = []
     for chunk in stage_chunks(config, groups.stage):
         inner = MegatronModel(config, vocab_size, chunk, host)

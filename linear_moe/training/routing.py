@@ -103,10 +103,6 @@ class RoutingStatistics:
         self._step_load[layer] = self._step_load[layer] + counts if layer in self._step_load else counts
         return self._step_load[layer]
 
-    def global_load(self, layer: int) -> Tensor:
-        """As `add_global` returned last."""
-        return self._step_load[layer]
-
     @torch.no_grad()
     def finish_step(self, routers: list[Router]) -> None:
         """After an optimizer step: add up the replicas' counts, and move the biases of the experts' choice.

@@ -42,6 +42,20 @@ COVERED = [
     *(("mixtral", parallel) for parallel in ("tp2", "tp2-etp2", "pp2")),
 ]
 RECOMPUTED = ("v3", "mixtral", "drop")
+# What is computed again: whole layers, the channel mixer alone, parts of layers.
+FULL = {"recompute": "full", "recompute_modules": ["logits"]}
+FFN = {"recompute": "selective", "recompute_modules": ["ffn", "norm"]}
+PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
+RECOMPUTED_PARALLEL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "recompute-v3-tp2": ("v3", "tp2", FFN),
+    "recompute-v3-ep2": ("v3", "ep2", FULL),
+    "recompute-v2-tp2": ("v2", "tp2", PARTS),
+    "recompute-mixtral-pp2": ("mixtral", "pp2", FFN),  # a micro-batch's recomputation follows another's forward pass
+    "recompute-drop-tp2": ("drop", "tp2", FULL),
+    "recompute-drop-pp2": ("drop", "pp2", FFN),
+    "recompute-pad-ep2": ("pad", "ep2", FFN),
+    "recompute-pad-tp2-etp2": ("pad", "tp2-etp2", PARTS),
+}
 
 
 def case(moe: str, parallel: dict[str, int], **training: Any) -> tuple[str, dict[str, Any]]:
@@ -53,7 +67,9 @@ def case(moe: str, parallel: dict[str, int], **training: Any) -> tuple[str, dict
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
     one = {moe: case(moe, {}) for moe in MOE} | {
-        f"{moe}-recompute": case(moe, {}, recompute="full") for moe in RECOMPUTED
+        f"{moe}-recompute-{how}": case(moe, {}, **options)
+        for moe in RECOMPUTED
+        for how, options in {"full": FULL, "ffn": FFN}.items()
     }
     found = run(
         1,
@@ -66,6 +82,7 @@ def results() -> dict[str, list[Any]]:
         spread = {f"{moe}-{name}": case(moe, sizes[name]) for moe, name in COVERED if name in sizes}
         if world == 2:
             spread |= {"mixtral-global": case("mixtral", {"expert": 2})} | sequence_losses(2)
+            spread |= {n: case(moe, sizes[p], **how) for n, (moe, p, how) in RECOMPUTED_PARALLEL.items()}
         found |= run(world, spread)
     return found
 
@@ -86,8 +103,15 @@ def test_equals_one_process(results: dict[str, list[Any]], moe: str, parallel: s
 
 
 @pytest.mark.parametrize("moe", RECOMPUTED)
-def test_recomputed_layers_count_once(results: dict[str, list[Any]], moe: str) -> None:
-    assert_equal_training(results[f"{moe}-recompute"], results[moe])
+@pytest.mark.parametrize("how", ["full", "ffn"])
+def test_recomputed_layers_count_once(results: dict[str, list[Any]], moe: str, how: str) -> None:
+    assert_equal_training(results[f"{moe}-recompute-{how}"], results[moe])
+
+
+@pytest.mark.parametrize("name", RECOMPUTED_PARALLEL)
+def test_recomputed_over_ranks(results: dict[str, list[Any]], name: str) -> None:
+    """Losses, gradients, router losses, loads, biases and drops are those of one process that keeps everything."""
+    assert_equal_training(results[name], results[RECOMPUTED_PARALLEL[name][0]])
 
 
 def test_global_loss_sees_all_replicas(results: dict[str, list[Any]]) -> None:

@@ -51,9 +51,11 @@ DENSE = {"ffn": "dense"}
 # Every mixer of the registry, in the first and in the last config that it is tested with: plain, and with options on.
 PLAIN = {name: {"mixer": {"type": name, **variants(name)[0]}} for name in sorted(MIXERS)}
 OPTIONS = {f"{name}-options": {"mixer": {"type": name, **variants(name)[-1]}} for name in sorted(MIXERS)}
-MODELS: dict[str, dict[str, Any]] = PLAIN | OPTIONS | {"hybrid": HYBRID, "dense": DENSE}
+MODELS: dict[str, dict[str, Any]] = PLAIN | OPTIONS | {"hybrid": HYBRID, "dense": DENSE, "tied": {"tie_embeddings": True}}
 BF16_TRAINING = {"training": {"dtype": "bf16"}}
 TP2 = {"tensor": 2}
+PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
+MIXER = {"recompute": "selective", "recompute_modules": ["norm", "mixer"], "recompute_layers": 1}
 
 # name -> (model, parallel sizes, other sections)
 TWO: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -67,6 +69,14 @@ TWO: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gla-tp2-ep2": ("gla", {"tensor": 2, "expert": 2}, {}),
     "gla-tp2-etp2": ("gla", {"tensor": 2, "expert_tensor": 2}, {}),
     "gla-tp2-recompute": ("gla", TP2, {"training": {"recompute": "full"}}),
+    "hybrid-tp2-recompute-parts": ("hybrid", TP2, {"training": PARTS}),
+    "dense-tp2-replicated-recompute-parts": ("dense", TP2 | {"tensor_sequence": False}, {"training": PARTS}),
+    "rwkv7-tp2-recompute-parts": ("rwkv7", TP2, {"training": PARTS}),
+    "rwkv7-tp2-recompute-mixer": ("rwkv7", TP2, {"training": MIXER}),
+    "mom-tp2-recompute-mixer": ("mom", TP2, {"training": MIXER}),
+    "hybrid-pp2-recompute-overlap": ("hybrid", {"pipeline": 2}, {"training": PARTS, "optimizer": {"overlap": True}}),
+    "gla-dp2-recompute-overlap": ("gla", {}, {"training": PARTS, "optimizer": {"overlap": True}}),
+    "tied-tp2-recompute-logits": ("tied", TP2, {"training": PARTS}),
     "dense-tp2-replicated": ("dense", TP2 | {"tensor_sequence": False}, {}),
 }
 FOUR: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

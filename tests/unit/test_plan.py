@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from linear_moe.cli import main
 from linear_moe.config.load import from_dict, load_config
 from linear_moe.config.schema import Config
+from linear_moe.config.validate import recomputed
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.mixers.registry import MIXERS
@@ -132,7 +134,7 @@ def test_activations_are_about_what_autograd_keeps(pattern: str, ffn: str, recom
     sizes = {"pattern": pattern, "ffn": ffn, "hidden_size": 128, "ffn_size": 256, "vocab_size": 512}
     moe = {"num_experts": 8, "top_k": 2, "expert_ffn_size": 64, "experts": "grouped"}
     config = tiny(model=sizes | {"moe": moe}, training={"sequence_length": 256, "recompute": recompute})
-    host = Host(torch.float32, recompute=recompute == "full")
+    host = Host(torch.float32, activations=Activations(*recomputed(config)))
     model = LanguageModel(config.model, 512, host)
     initialize(model, host, 0)
     tokens, layout = torch.randint(512, (2, 256)), Layout(2, 256)

@@ -120,10 +120,16 @@ class Mixer(nn.Module):
         """Elements per token that the backward pass needs from inside this mixer, this rank's heads."""
         raise NotImplementedError
 
+    def core_elements(self) -> float:
+        """Of those, what only the inside of `mix` keeps: not its inputs and its output. 0: too little to count."""
+        return 0.0
+
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """`x [tokens, hidden]` (this rank's share) -> the same shape."""
-        inputs, gate = self.project(self.host.enter(x), layout, cache)
-        return self.output(self.mix(inputs, layout, cache), gate)
+        activations = self.host.activations
+        inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
+        mix = lambda *values: self.mix(dict(zip(inputs, values, strict=True)), layout, cache)  # noqa: E731
+        return self.output(activations.region("core", mix, *inputs.values()), gate)
 
     def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
         """Zeroed decoding state."""

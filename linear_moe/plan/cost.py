@@ -3,10 +3,10 @@
 The slowest pipeline stage sets the pace. A micro-batch costs it, forward and backward,
 
 - compute: its FLOPs at EFFICIENCY of the GPU's peak, but no layer less than LAYER_SECONDS, in which the host launches
-  its kernels; with full recomputation the layers' forward pass twice;
+  its kernels; what is recomputed counts again;
 - weights: they are read in both directions, and their gradients written and added up in fp32;
-- tensor: in each direction, every tensor-parallel region gathers its tokens and scatters its sums;
-- expert: in each direction, every MoE layer sends its tokens to experts and back;
+- tensor: in each pass, every tensor-parallel region gathers its tokens and scatters its sums;
+- expert: in each pass, every MoE layer sends its tokens to experts and back;
 - pipeline: activations sent to the next stage, gradients back.
 
 A step is as many of those as there are micro-batches, and the pipeline's bubble: (stages - 1) / chunks of them. Then
@@ -22,10 +22,11 @@ import math
 from dataclasses import dataclass
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import ParallelLayout
+from linear_moe.config.validate import ParallelLayout, recomputed
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import DTYPES
-from linear_moe.plan.memory import Chunk, is_expert, optimizer_bytes
+from linear_moe.plan.memory import optimizer_bytes
+from linear_moe.plan.ranks import RankChunk, is_expert
 
 EFFICIENCY = 0.4
 LAYER_SECONDS = 1.5e-3
@@ -84,18 +85,31 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward FLOPs per token, over all ranks' shares."""
+    """Forward FLOPs per token, over all ranks' shares.
 
-    layers: list[float]
+    Attributes:
+        layers: of each layer, by the parts that can be computed again: `mixer`, of which `core`, and `ffn`, of which
+            `experts` are the routed experts' gate and up projections.
+    """
+
+    layers: list[dict[str, float]]
     head: float
 
     @property
     def total(self) -> float:
-        return sum(self.layers) + self.head
+        return sum(layer["mixer"] + layer["ffn"] for layer in self.layers) + self.head
+
+    def again(self, layer: int, modules: frozenset[str]) -> float:
+        """What of a layer is computed again in the backward pass."""
+        parts = self.layers[layer]
+        return sum(
+            parts[half] if modules & {"layer", half} else parts[part] * (part in modules)
+            for half, part in (("mixer", "core"), ("ffn", "experts"))
+        )
 
 
 def stage_cost(
-    config: Config, layout: ParallelLayout, chunks: list[Chunk], flops: Flops, cluster: Cluster
+    config: Config, layout: ParallelLayout, chunks: list[RankChunk], flops: Flops, cluster: Cluster
 ) -> StageCost:
     """Of a rank that holds `chunks`.
 
@@ -105,7 +119,7 @@ def stage_cost(
     training, gpu = config.training, cluster.gpu
     size, hidden = DTYPES[training.dtype].itemsize, config.model.hidden_size
     tokens = training.micro_batch * training.sequence_length
-    passes = 4 if training.recompute == "full" else 3  # the backward pass costs two
+    modules, concerned = recomputed(config)
     groups = {axis: Group.of(ranks[0], cluster) for axis, ranks in layout.groups.items()}
 
     seconds = dict.fromkeys(("compute", "weights", "tensor", "expert", "pipeline"), 0.0)
@@ -113,20 +127,26 @@ def stage_cost(
     stream = size * tokens * hidden
     for chunk in chunks:
         for number, layer in chunk.layers.items():
-            seconds["compute"] += max(passes * tokens * flops.layers[number] / rate, LAYER_SECONDS * passes / 3)
+            recompute = modules if number in concerned else frozenset()
+            once = flops.layers[number]["mixer"] + flops.layers[number]["ffn"]
+            again = flops.again(number, recompute)
+            passes = 3 + again / once  # the backward pass costs two
+            seconds["compute"] += max(passes * tokens * once / rate, LAYER_SECONDS * passes / 3)
             moe = hasattr(layer.ffn, "experts")
-            regions = 2 if not moe or config.model.moe.shared_ffn_size else 1
-            seconds["tensor"] += regions * 2 * (passes - 1) * groups["tensor"].ring(stream)
-            if moe:
-                seconds["expert"] += 2 * (passes - 1) * dispatch(config, groups, stream / layout.tensor)
+            halves = {"mixer": 1, "ffn": 1 if not moe or config.model.moe.shared_ffn_size else 0}
+            for half, regions in halves.items():
+                travels = 3 if recompute & {"layer", half} else 2
+                seconds["tensor"] += regions * 2 * travels * groups["tensor"].ring(stream)
+                if moe and half == "ffn":
+                    seconds["expert"] += 2 * travels * dispatch(config, groups, stream / layout.tensor)
         if chunk.logits:
-            seconds["compute"] += 3 * tokens * flops.head / rate
+            seconds["compute"] += (4 if "logits" in modules else 3) * tokens * flops.head / rate
             seconds["tensor"] += 2 * groups["tensor"].ring(stream)
         weights = sum(p.numel() * (4 * p.element_size() + 8) for p in chunk.parameters if p.requires_grad)
         seconds["weights"] += weights / gpu.memory_bandwidth
         seconds["pipeline"] += 2 * groups["pipeline"].send(stream / layout.tensor)
 
-    forward = seconds["compute"] / passes
+    forward = seconds["compute"] / 3
     data = update = 0.0
     for axis, expert in (("data", False), ("expert_data", True)):
         parameters = [p for chunk in chunks for p in chunk.parameters if p.requires_grad and is_expert(p) == expert]
@@ -135,10 +155,10 @@ def stage_cost(
         if not config.optimizer.distributed:
             reduce, gather = 2 * reduce, 0.0
         if config.optimizer.overlap:
-            reduce, gather = max(0.0, reduce - (passes - 1) * forward), max(0.0, gather - forward)
+            reduce, gather = max(0.0, reduce - 2 * forward), max(0.0, gather - forward)
         data += reduce + gather
         replicas = groups[axis].ranks if config.optimizer.distributed else 1
-        moved = sum(p.numel() * (2 * optimizer_bytes(p.dtype, config.optimizer) + 4) for p in parameters)
+        moved = sum(p.numel() * (2 * optimizer_bytes(p, config.optimizer) + 4) for p in parameters)
         update += moved / replicas / gpu.memory_bandwidth
     return StageCost(seconds, data, update)
 
@@ -152,12 +172,12 @@ def dispatch(config: Config, groups: dict[str, Group], stream: float) -> float:
     return expert.exchange(rows) + inside.ring(rows * inside.ranks)
 
 
-def step_seconds(config: Config, layout: ParallelLayout, stages: list[StageCost], chunks: int) -> dict[str, float]:
+def step_seconds(config: Config, layout: ParallelLayout, stages: list[StageCost]) -> dict[str, float]:
     """Seconds of one optimizer step by kind, of which the last is their sum, `total`."""
     micro_batches = config.training.global_batch // (config.training.micro_batch * layout.data)
     slowest = max((stage.micro_batch for stage in stages), key=lambda kinds: sum(kinds.values()))
     seconds = {kind: micro_batches * value for kind, value in slowest.items()}
-    seconds["bubble"] = (layout.pipeline - 1) / chunks * sum(slowest.values())
+    seconds["bubble"] = (layout.pipeline - 1) / config.parallel.virtual_pipeline * sum(slowest.values())
     seconds["data"] = max(stage.data for stage in stages)
     seconds["optimizer"] = max(stage.optimizer for stage in stages)
     return seconds | {"total": math.fsum(seconds.values())}

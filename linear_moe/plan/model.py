@@ -14,7 +14,8 @@ from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.plan.cost import Flops
-from linear_moe.plan.memory import RankModels, is_expert, rank_bytes
+from linear_moe.plan.memory import rank_bytes
+from linear_moe.plan.ranks import RankModels, is_expert
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,13 @@ def forward_flops(config: Config, model: LanguageModel | None = None) -> Flops:
     def products(module: nn.Module | None) -> float:
         return 2.0 * sum(_active(p, config) for p in _parameters(module) if p.dim() >= 2)
 
-    layers = [products(layer) + layer.mixer.recurrence_flops(length) for layer in model.layers.values()]  # type: ignore[union-attr,operator]
+    layers = []
+    for layer in model.layers.values():
+        core = layer.mixer.recurrence_flops(length)  # type: ignore[union-attr,operator]
+        experts = getattr(layer.ffn, "experts", None)
+        up = 0.0 if experts is None else 2.0 * _active(experts.gate_up_proj, config)
+        mixer = products(layer.mixer) + core  # type: ignore[arg-type]
+        layers.append({"mixer": mixer, "core": core, "ffn": products(layer.ffn), "experts": up})  # type: ignore[arg-type]
     return Flops(layers, products(model.embedding if config.model.tie_embeddings else model.head))
 
 

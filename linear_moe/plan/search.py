@@ -11,16 +11,28 @@ from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.config.validate import MAX_WORLD, ParallelLayout, parallel_layout, validate
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.cost import Cluster, stage_cost, step_seconds
-from linear_moe.plan.memory import Chunk, RankModels, activation_bytes, stage_chunks, state_bytes, with_total
+from linear_moe.plan.memory import state_bytes, with_total
 from linear_moe.plan.model import forward_flops
+from linear_moe.plan.ranks import RankModels, rank_chunks
+from linear_moe.stages import default_split
 
 HEADROOM = 0.1
 """Of a GPU's memory, what is left to its driver, to communication buffers, to kernels and to fragmentation."""
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-RECOMPUTE = ("none", "full")
+RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("none", ()),
+    ("selective", ("norm", "activation")),
+    ("selective", ("norm", "activation", "core", "experts")),
+    ("full", ()),
+    ("full", ("logits",)),
+)
+"""What of training.recompute and .recompute_modules is tried, from the fastest to the smallest."""
+VIRTUAL = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,17 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For example TP2 PP4 EP8; sizes of 1 are left out."""
+        """For example TP2 PP4x2 EP8, two chunks on each of four stages; sizes of 1 are left out."""
         p = self.config.parallel
-        sizes = {"TP": p.tensor, "PP": p.pipeline, "EP": p.expert, "ETP": p.expert_tensor}
-        return " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "DP only"
+        sizes = {"TP": p.tensor, "PP": p.pipeline, "x": p.virtual_pipeline, "EP": p.expert, "ETP": p.expert_tensor}
+        words = " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
+        return words.replace(" x", "x") or "DP only"
 
     def overrides(self) -> dict[str, Any]:
         """By dotted path, what makes any config of this model this layout."""
         paths = {
-            "parallel": ("tensor", "pipeline", "expert", "expert_tensor"),
-            "training": ("micro_batch", "recompute"),
+            "parallel": ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"),
+            "training": ("micro_batch", "recompute", "recompute_modules"),
             "optimizer": ("distributed", "overlap"),
         }
         return {f"{part}.{name}": getattr(getattr(self.config, part), name) for part in paths for name in paths[part]}
@@ -132,59 +145,85 @@ class _Search:
         experts = model.moe.num_experts if any(layer.ffn == "moe" for layer in resolve_layers(model)) else 1
         for tensor in divisors(world, self.cluster.node):
             for pipeline in divisors(world // tensor, model.num_layers):
-                for expert_tensor in divisors(tensor, experts if experts == 1 else tensor):
+                for expert_tensor in divisors(tensor, tensor if experts > 1 else 1):
                     for expert in divisors(world // pipeline // expert_tensor, experts):
-                        yield replace(
-                            parallel, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor
-                        )
+                        for virtual in VIRTUAL if pipeline > 1 else (1,):
+                            if pipeline * virtual <= model.num_layers:
+                                yield ParallelConfig(
+                                    tensor, parallel.tensor_sequence, pipeline, virtual, None, expert, expert_tensor
+                                )
 
-    def settings(self, parallel: ParallelConfig) -> Iterator[Config]:
-        """Those tried for one choice of parallel sizes."""
+    def settings(self, parallel: ParallelConfig) -> Iterator[list[Config]]:
+        """Those tried for one choice of parallel sizes: for each micro-batch, from the fastest to the smallest.
+
+        With replicas always the distributed optimizer, overlapped: without it no rank is smaller or faster.
+        """
         config, replicas = self.config, self.world // (parallel.tensor * parallel.pipeline)
-        shared = replicas * parallel.tensor > parallel.expert * parallel.expert_tensor or replicas > 1
-        optimizers = [replace(config.optimizer, distributed=d, overlap=True) for d in (True, False)]
+        optimizer = config.optimizer
+        if max(replicas, self.world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)) > 1:
+            optimizer = replace(optimizer, distributed=True, overlap=True)
         for micro_batch in sorted({*MICRO_BATCHES, config.training.micro_batch}):
-            if micro_batch > 1 and micro_batch * replicas > config.training.global_batch:
-                break
-            for recompute in RECOMPUTE:
-                training = replace(config.training, micro_batch=micro_batch, recompute=recompute)
-                for optimizer in optimizers if shared else [config.optimizer]:
-                    yield replace(config, parallel=parallel, training=training, optimizer=optimizer)
+            if micro_batch == 1 or micro_batch * replicas <= config.training.global_batch:
+                training = replace(config.training, micro_batch=micro_batch, recompute_layers=None)
+                yield [
+                    replace(
+                        config,
+                        parallel=parallel,
+                        optimizer=optimizer,
+                        training=replace(training, recompute=recompute, recompute_modules=list(modules)),
+                    )
+                    for recompute, modules in RECOMPUTE
+                ]
 
     def best(self, parallel: ParallelConfig) -> Candidate:
         """The fastest settings that fit; if none does, the smallest; if none is legal, the first."""
-        refused = smallest = fastest = None
-        states: dict[tuple[bool, int], dict[str, int]] = {}
-        stages: list[list[Chunk]] = []
-        for config in self.settings(parallel):
+        refused: Candidate | None = None
+        smallest: tuple[int, Candidate] | None = None
+        fastest: tuple[float, Candidate] | None = None
+        rank: _Rank | None = None
+        for configs in self.settings(parallel):
             try:
-                validate(config, self.world, files=False)
+                validate(configs[0], self.world, files=False)
             except ConfigError as error:
-                refused = refused or Candidate(config, reason=str(error))
+                refused = refused or Candidate(configs[0], reason=str(error))
                 continue
-            layout = parallel_layout(config, self.world)
-            stages = stages or [stage_chunks(self.models(parallel), layout, stage) for stage in range(layout.pipeline)]
-            memory: dict[str, int] = {}
-            for stage, chunks in enumerate(stages):
-                key = (config.optimizer.distributed, stage)
-                if key not in states:
-                    states[key] = state_bytes(config, layout, chunks, stage)
-                kinds = with_total(states[key] | activation_bytes(config, layout, chunks, stage))
-                memory = max(memory, kinds, key=lambda kinds: kinds.get("total", 0))
-            candidate = Candidate(config, layout, memory)
-            if memory["total"] > self.limit:
-                if smallest is None or memory["total"] < smallest.memory["total"]:
-                    smallest = candidate
-                continue
-            costs = [stage_cost(config, layout, chunks, self.flops, self.cluster) for chunks in stages]
-            seconds = step_seconds(config, layout, costs, len(stages[0]))
-            if fastest is None or seconds["total"] < fastest.seconds["total"]:
-                fastest = replace(candidate, seconds=seconds)
-        if fastest is None and smallest is not None:
-            return replace(smallest, reason=too_big(smallest.memory, self.limit))
-        found = fastest or refused
+            rank = rank or _Rank(configs[0], self.world, self.models(parallel))
+            for config in configs:
+                memory = rank.memory(config)
+                candidate = Candidate(config, rank.layout, memory)
+                if memory["total"] > self.limit:
+                    if smallest is None or memory["total"] < smallest[0]:
+                        reason = too_big(memory, self.limit)
+                        smallest = memory["total"], replace(candidate, reason=reason)
+                    continue
+                stages = [stage_cost(config, rank.layout, c, self.flops, self.cluster) for c in rank.stages]
+                seconds = step_seconds(config, rank.layout, stages)
+                if fastest is None or seconds["total"] < fastest[0]:
+                    fastest = seconds["total"], replace(candidate, seconds=seconds)
+                break
+        if fastest is not None:
+            return fastest[1]
+        found = refused if smallest is None else smallest[1]
         assert found is not None
         return found
+
+
+class _Rank:
+    """The ranks of one choice of parallel sizes; what does not depend on the other settings is computed once."""
+
+    def __init__(self, config: Config, world: int, model: LanguageModel):
+        self.layout = parallel_layout(config, world)
+        split = replace(config, parallel=replace(config.parallel, pipeline_layers=default_split(config)))
+        self.stages = [rank_chunks(split, model, stage) for stage in range(self.layout.pipeline)]
+        self.states = [state_bytes(config, self.layout, chunks, i) for i, chunks in enumerate(self.stages)]
+
+    def memory(self, config: Config) -> dict[str, int]:
+        """Of the fullest rank."""
+        kinds = (
+            with_total(state | activation_bytes(config, self.layout, chunks, stage))
+            for stage, (state, chunks) in enumerate(zip(self.states, self.stages, strict=True))
+        )
+        return max(kinds, key=lambda kinds: kinds["total"])
 
 
 def divisors(number: int, most: int) -> list[int]:

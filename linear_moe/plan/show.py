@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(proposals.to_json(), indent=2))
     else:
-        show_layouts(proposals, args)
+        show_layouts(proposals, config, args.config)
     return 0
 
 
@@ -95,7 +95,13 @@ def show(plan: Plan, config: Config, title: str) -> None:
     show_table("Memory of the fullest rank; activations are an estimate", ("", ""), memory)
 
 
-def show_layouts(proposals: Proposals, args: argparse.Namespace) -> None:
+def word(value: object) -> str:
+    """As an override on the command line."""
+    text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else str(value)
+    return f"'{text}'" if isinstance(value, list) else text
+
+
+def show_layouts(proposals: Proposals, config: Config, title: str) -> None:
     """The layouts that fit as a table, and a line for each other one."""
     world, gpu = proposals.world, proposals.cluster.gpu
     limit = proposals.limit / 2**30
@@ -109,8 +115,7 @@ def show_layouts(proposals: Proposals, args: argparse.Namespace) -> None:
             candidate.name,
             str(layout.data),
             str(config.training.micro_batch),
-            config.training.recompute,
-            "yes" if config.optimizer.distributed and layout.data * layout.tensor > 1 else "no",
+            " ".join((config.training.recompute, *config.training.recompute_modules)),
             f"{memory['total'] / 2**30:.1f}",
             f"{seconds['total']:.2f}",
             f"{100 * waiting:.0f} %",
@@ -123,7 +128,6 @@ def show_layouts(proposals: Proposals, args: argparse.Namespace) -> None:
         "DP",
         "micro-batch",
         "recompute",
-        "sharded",
         "GiB",
         "s/step",
         "not computing",
@@ -133,10 +137,11 @@ def show_layouts(proposals: Proposals, args: argparse.Namespace) -> None:
     memory = f"{limit:.1f} of {gpu.memory_gib:g} GiB a GPU to use"
     shown = proposals.fit[:ROWS]
     count = f"{len(proposals.fit)} layouts fit" + (f", the first {ROWS} of them" if len(proposals.fit) > ROWS else "")
-    show_table(f"{args.config} on {world} GPUs, {memory}: {count}", columns, map(row, shown))
+    show_table(f"{title} on {world} GPUs, {memory}: {count}", columns, map(row, shown))
     if proposals.fit:
-        words = " ".join(f"{path}={json.dumps(value)}" for path, value in proposals.fit[0].overrides().items())
-        print(f"The fastest: {args.config} {words}")
+        given = Candidate(config).overrides()
+        changes = {path: value for path, value in proposals.fit[0].overrides().items() if value != given[path]}
+        print(" ".join(["The fastest:", title, *(f"{path}={word(value)}" for path, value in changes.items())]))
     for title, candidates in (("Too big, at their smallest", proposals.big), ("Not legal", proposals.illegal)):
         if candidates:
             print(f"\n{title}:")

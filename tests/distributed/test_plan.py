@@ -10,7 +10,9 @@ from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.plan.memory import RankModels, activation_bytes, stage_chunks, state_bytes
+from linear_moe.plan.activations import activation_bytes
+from linear_moe.plan.memory import state_bytes
+from linear_moe.plan.ranks import RankModels, rank_chunks
 from tests.distributed.harness import run
 
 PLAIN = {"optimizer": {"distributed": False}}
@@ -63,7 +65,7 @@ def test_memory_is_what_ranks_hold(results: dict[str, list[Any]], name: str) -> 
     layout = parallel_layout(tree, world)
     model = RankModels(tree, vocab_size(tree))(tree.parallel)
     for rank in results[name]:
-        chunks = stage_chunks(model, layout, rank["stage"])
+        chunks = rank_chunks(tree, model, rank["stage"])
         planned = state_bytes(tree, layout, chunks, rank["stage"], rank["place"])
         assert planned == {kind: rank[kind] for kind in planned}
         activations = activation_bytes(tree, layout, chunks, rank["stage"])["activations"]

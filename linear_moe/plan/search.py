@@ -232,4 +232,4 @@ def divisors(number: int, most: int) -> list[int]:
 
 def too_big(memory: dict[str, int], limit: float) -> str:
     parts = ", ".join(f"{kind} {bytes_ / 2**30:.1f}" for kind, bytes_ in memory.items() if kind != "total")
-    return f"needs {memory['total'] / 2**30:.1f} of {limit / 2**30:.1f} GiB: {parts}"
+    return f"needs {memory['total'] / 2**30:.2f} of {limit / 2**30:.2f} GiB: {parts}"

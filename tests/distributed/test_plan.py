@@ -18,17 +18,15 @@ from tests.distributed.harness import run
 PLAIN = {"optimizer": {"distributed": False}}
 # name -> (ranks, parallel sizes, other sections)
 LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
-    "one": (1, {}, {}),
     "dp2": (2, {}, {}),
     "dp2-plain": (2, {}, PLAIN),
-    "dp2-fp32": (2, {}, {"training": {"dtype": "fp32"}}),
+    "dp2-muon": (2, {}, {"optimizer": {"type": "muon", "moments": "bf16"}}),
     "tp2": (2, {"tensor": 2}, {}),
-    "pp2": (2, {"pipeline": 2}, {}),
-    "ep2": (2, {"expert": 2}, {}),
     "tp2-etp2": (2, {"tensor": 2, "expert_tensor": 2}, {}),
-    "tp2-ep2": (4, {"tensor": 2, "expert": 2}, {}),
+    "pp2x2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "pp2-dp2-tied": (4, {"pipeline": 2}, {"model": {"tie_embeddings": True}}),
     "pp2-ep2": (4, {"pipeline": 2, "expert": 2}, {}),
-    "tp2-pp2-ep2": (4, {"tensor": 2, "pipeline": 2, "expert": 2}, {}),
+    "tp2-pp2-ep2-fp32": (4, {"tensor": 2, "pipeline": 2, "expert": 2}, {"training": {"dtype": "fp32"}}),
     "dp4-fp32-plain": (4, {}, PLAIN | {"training": {"dtype": "fp32"}}),
 }
 
@@ -43,9 +41,9 @@ def config(parallel: dict[str, int], sections: dict[str, Any]) -> dict[str, Any]
         "ffn_size": 512,
         "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 128, "shared_ffn_size": 64, "expert_bias": True},
         "vocab_size": 32,
-    }
+    } | sections.get("model", {})
     training = {"sequence_length": 64, "micro_batch": 2, "global_batch": 16} | sections.get("training", {})
-    rest = {name: section for name, section in sections.items() if name != "training"}
+    rest = {name: section for name, section in sections.items() if name not in ("model", "training")}
     return {"model": model, "parallel": parallel, "training": training, "data": {"corpus": "synthetic"}} | rest
 
 
@@ -53,7 +51,7 @@ def config(parallel: dict[str, int], sections: dict[str, Any]) -> dict[str, Any]
 def results() -> dict[str, list[Any]]:
     cases = {name: ("memory", {"config": config(sizes, rest)}) for name, (_, sizes, rest) in LAYOUTS.items()}
     found: dict[str, list[Any]] = {}
-    for world in (1, 2, 4):
+    for world in (2, 4):
         found |= run(world, {name: case for name, case in cases.items() if LAYOUTS[name][0] == world})
     return found
 

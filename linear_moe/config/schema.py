@@ -193,7 +193,8 @@ class TrainingConfig:
     )
     recompute_modules: list[str] = opt(
         list,
-        f"with selective, any of {', '.join(MODULES)}: " + "; ".join(f"{k}: {v}" for k, v in MODULES.items())
+        f"with selective, any of {', '.join(MODULES)}: "
+        + "; ".join(f"{k}: {v}" for k, v in MODULES.items())
         + ". With full, logits may be added",
     )
     recompute_layers: int | None = opt(

@@ -265,11 +265,15 @@ def _check_recompute(config: Config) -> None:
             raise ConfigError(path, modules, "does nothing here", fix=fix)
     elif choice == "selective" and not modules:
         constraint = "names nothing to recompute"
-        raise ConfigError(path, modules, constraint, fix="for example [norm, core, experts], or training.recompute=none")
+        raise ConfigError(
+            path, modules, constraint, fix="for example [norm, core, experts], or training.recompute=none"
+        )
     if choice == "full" and (others := sorted(set(modules) - {"logits"})):
         constraint = "whole layers are recomputed, of which these are parts"
         raise ConfigError(path, others, constraint, fix="leave only logits, or set training.recompute=selective")
-    _check_most("training.recompute_layers", training.recompute_layers or 1, "model.num_layers", config.model.num_layers)
+    _check_most(
+        "training.recompute_layers", training.recompute_layers or 1, "model.num_layers", config.model.num_layers
+    )
 
 
 def _check_schedule(config: Config) -> None:

@@ -51,7 +51,9 @@ DENSE = {"ffn": "dense"}
 # Every mixer of the registry, in the first and in the last config that it is tested with: plain, and with options on.
 PLAIN = {name: {"mixer": {"type": name, **variants(name)[0]}} for name in sorted(MIXERS)}
 OPTIONS = {f"{name}-options": {"mixer": {"type": name, **variants(name)[-1]}} for name in sorted(MIXERS)}
-MODELS: dict[str, dict[str, Any]] = PLAIN | OPTIONS | {"hybrid": HYBRID, "dense": DENSE, "tied": {"tie_embeddings": True}}
+MODELS: dict[str, dict[str, Any]] = (
+    PLAIN | OPTIONS | {"hybrid": HYBRID, "dense": DENSE, "tied": {"tie_embeddings": True}}
+)
 BF16_TRAINING = {"training": {"dtype": "bf16"}}
 TP2 = {"tensor": 2}
 PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}

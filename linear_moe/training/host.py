@@ -141,9 +141,9 @@ class MegatronHost(Host):
     def _merge_vocabulary(self, normaliser: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Log-normalisers and the labels' logits `[N]` of every tensor rank's share -> those of the vocabulary."""
         own = torch.stack([normaliser, target])
-        everywhere = own.new_empty(self.size("tensor"), *own.shape)
+        everywhere = own.new_empty(self.size("tensor") * 2, own.shape[1])
         dist.all_gather_into_tensor(everywhere, own, group=ps.get_tensor_model_parallel_group())
-        return everywhere[:, 0].logsumexp(0), everywhere[:, 1].sum(0)
+        return everywhere[0::2].logsumexp(0), everywhere[1::2].sum(0)
 
     def dispatcher(self, config: MoEConfig) -> Dispatcher:
         if self.size("expert") == self.size("expert_tensor") == 1:

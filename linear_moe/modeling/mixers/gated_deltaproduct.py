@@ -166,3 +166,6 @@ class GatedDeltaProduct(LinearMixer):
         chunk = (64 + 2 * 2 + 1) * writes + (1 + 2 if self.config.use_forget_gate else 0)
         elements = (qk + writes * v) + alone + repeated + writes * v + chunk * self.v_heads
         return elements + (3 if self.config.use_output_gate else 2) * v
+
+    def core_elements(self) -> float:
+        return 64.0 * self.config.num_householder * self.v_heads  # the inverse within a chunk of 64

@@ -145,3 +145,8 @@ class MultiHeadLatentAttention(Mixer):
         # q, k, v and o as attended to, o without padding, log-sum-exp in fp32; cos and sin in fp32; latents before the
         # norm and after it, joined with the rotated keys
         return self.heads * (3 * width + v + padded + 2) + 2 * rope + 2 * (rank + rope) + 2 * (config.q_lora_rank or 0)
+
+    def core_elements(self) -> float:
+        width, v = max(self.head_dim, self.config.v_head_dim), self.config.v_head_dim
+        # k, v and, if padded, o as attended to; log-sum-exp in fp32
+        return self.heads * (3 * width if v < width else width + self.config.qk_nope_head_dim + v) + 2 * self.heads

@@ -241,3 +241,8 @@ class MixtureOfMemories(LinearMixer):
             return shared + 5 * keys + self.memories * self.config.gate_rank + 64 * heads
         # the inverse within a chunk of 64 and, in fp32, beta, g and its sums
         return shared + (64 + 2 * 3) * heads
+
+    def core_elements(self) -> float:
+        heads = self.heads * self.memories
+        # of every memory the output and scores within a chunk of 64; the sums of the gate, in fp32
+        return heads * (self.value_dim + 64 + 2 * (self.key_dim if self.config.memory == "gla" else 1))

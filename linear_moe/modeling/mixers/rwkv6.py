@@ -129,6 +129,10 @@ class RWKV6(LinearMixer):
         low = 5 * self.config.shift_rank + self.config.decay_rank
         return 11 * hidden + low + 2 * k + k + 2 * 2 * k + 4 * v + 64 * self.heads
 
+    def core_elements(self) -> float:
+        # the sums of the decay, in fp32; scores within a chunk of 64
+        return self.heads * (2 * self.key_dim + 64)
+
 
 def _shift(to_last: float, power: float = 1.0, less: float = 0.0) -> Init:
     """The share of the token before, by channel: from all of it to almost none."""

@@ -105,6 +105,9 @@ class S4(LinearMixer):
         # in fp32 the input twice, and every 32 tokens the states twice; the output before and after GELU
         return (2 * 2 + 2 * 2 * 2 * self.states / 32 + 2) * self.channels + glu
 
+    def core_elements(self) -> float:
+        return (2 * 2 + 2 * 2 * 2 * self.states / 32) * self.channels  # all but the output before and after GELU
+
 
 def _log_uniform(low: float, high: float) -> Init:
     return lambda t, g: t.uniform_(math.log(low), math.log(high), generator=g)

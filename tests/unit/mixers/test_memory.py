@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling import conv
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Layout, Mixer
 from linear_moe.modeling.mixers.registry import mixer_class
@@ -105,6 +106,9 @@ def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pyt
     # of two lengths, so that what does not depend on the tokens does not count
     measured = (saved_bytes(mixer, 2 * LENGTH) - saved_bytes(mixer, LENGTH)) / 2 / LENGTH
     assert mixer.activation_elements() == pytest.approx(measured, rel=0.15)
+    mixer.host.activations = Activations(["core"])
+    without = (saved_bytes(mixer, 2 * LENGTH) - saved_bytes(mixer, LENGTH)) / 2 / LENGTH
+    assert mixer.core_elements() == pytest.approx(measured - without, abs=0.15 * measured)
 
 
 def saved_bytes(mixer: Mixer, length: int) -> int:
@@ -117,5 +121,5 @@ def saved_bytes(mixer: Mixer, length: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        mixer(x, Layout(1, length))
+        mixer.host.activations.layer(0, mixer, x, Layout(1, length))
     return sum(s.nbytes() for address, s in saved.items() if address not in outside)

@@ -89,6 +89,8 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankCh
             recompute = modules if number in concerned else frozenset()
             elements, most = layer_elements(config, layer, stream, recompute)
             kept, again = kept + count * elements, max(again, most)
+        if len(chunks) > 1 and not chunk.logits:
+            kept += count * stream  # what was sent to the next stage, which plain 1F1B frees
         if chunk.logits:
             kept += stream + hidden  # inputs of the norm and of the head
             logits = logit_bytes(config, chunk.logits / parallel.tensor, tokens)
@@ -96,9 +98,11 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankCh
 
 
 def logit_bytes(config: Config, columns: float, tokens: int) -> float:
-    """Of one micro-batch's logits on a rank, and of what their gradient needs besides."""
+    """Of one micro-batch's logits on a rank, and of the gradient of the head's weight, which exists as long as they."""
     size, hidden = DTYPES[config.training.dtype].itemsize, config.model.hidden_size
+    weight = size * columns * hidden
     if "logits" in config.training.recompute_modules:  # a block; the gradient of the head's input is summed in fp32
-        return size * min(BLOCK_ELEMENTS, tokens * columns) + 4 * tokens * hidden
+        return weight + size * min(BLOCK_ELEMENTS, tokens * columns) + 4 * tokens * hidden
     # The gradient takes the logits' place; over tensor ranks Megatron's loss takes them to fp32 first.
-    return tokens * columns * (size if config.parallel.tensor == 1 or size == 4 else size + 4)
+    copies = size if config.parallel.tensor == 1 or size == 4 else size + 4
+    return weight + copies * tokens * columns

@@ -108,17 +108,18 @@ def show_layouts(proposals: Proposals, config: Config, title: str) -> None:
 
     def row(candidate: Candidate) -> tuple[str, ...]:
         config, layout, memory = candidate.config, candidate.layout, candidate.memory
+        recompute, modules = config.training.recompute, config.training.recompute_modules
         assert layout is not None and memory is not None and candidate.seconds is not None
         seconds, speed = candidate.seconds, proposals.speed(candidate)
-        waiting = 1 - seconds["compute"] / seconds["total"]
+        overhead = 1 - seconds["compute"] / seconds["total"]
         return (
             candidate.name,
             str(layout.data),
             str(config.training.micro_batch),
-            " ".join((config.training.recompute, *config.training.recompute_modules)),
+            "+".join(modules if recompute == "selective" else [recompute, *modules]),
             f"{memory['total'] / 2**30:.1f}",
             f"{seconds['total']:.2f}",
-            f"{100 * waiting:.0f} %",
+            f"{100 * overhead:.0f} %",
             human(speed["tokens_per_second_per_gpu"]),
             f"{100 * speed['mfu']:.0f} %",
         )
@@ -126,11 +127,11 @@ def show_layouts(proposals: Proposals, config: Config, title: str) -> None:
     columns = (
         "layout",
         "DP",
-        "micro-batch",
+        "micro",
         "recompute",
         "GiB",
         "s/step",
-        "not computing",
+        "overhead",
         "tokens/s/GPU",
         "MFU",
     )

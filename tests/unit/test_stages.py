@@ -88,7 +88,7 @@ def test_tied_embeddings_are_on_both_ends_once_in_one_process() -> None:
 
 
 def test_plan_counts_what_is_in_flight() -> None:
-    """Megatron-Core's schedule: stage s of S starts 2 (S - s - 1) + (V - 1) S passes, and one more, before a backward."""
+    """Megatron-Core's: stage s of S starts 2 (S - s - 1) + (V - 1) S passes and one more before the first backward."""
     assert [micro_batches_in_flight(config({"pipeline": 4}), 8, stage) for stage in range(4)] == [[4], [3], [2], [1]]
     tree = config({"pipeline": 2, "virtual_pipeline": 2})
     # 0 0 1 1 0 (chunks, two micro-batches at a time) on stage 0; 0 0 1 on stage 1

@@ -53,10 +53,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         _, parallel, more = LAYOUTS[name]
         return config(root / name, "fp32", parallel, optimizer | more)
 
-    def reread(layout: str) -> Any:
+    def reread(layout: str, moments: str = "fp32") -> Any:
         _, parallel, more = LAYOUTS[layout]
-        tree = config(root / "tp2-ep2-dp2", "fp32", parallel, MUON | more)
-        return "rewrite", {"config": tree, "run": str(root / f"again-{layout}"), "after": 3}
+        tree = config(root / "tp2-ep2-dp2", "fp32", parallel, MUON | more | {"moments": moments})
+        return "rewrite", {"config": tree, "run": str(root / f"again-{layout}-{moments}"), "after": 3}
 
     found: Results = {}
     for world in (4, 2, 1):
@@ -71,6 +71,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
                 cases[name] = ("resume", {"config": tree, "before": 3, "after": 5})
         cases |= {f"again-{name}": reread(name) for name in ("one", "dp2") if LAYOUTS[name][0] == world}
         if world == 1:
+            cases["again-half"] = reread("one", "bf16")
             for name, half in {"exact": {}, "half": HALF}.items():
                 for kind, optimizer in {"adamw": {"lr": 3e-3}, "muon": MUON}.items():
                     tree = config(root / f"{kind}-{name}", "fp32", {}, optimizer | half)
@@ -117,6 +118,13 @@ def test_muon_checkpoint_in_another_layout(results: Results, layout: str) -> Non
     for key, value in expected.items():
         assert torch.equal(actual[key], value), key
     assert_close(losses(ranks), losses(before), FP32, "losses and norms")
+
+
+def test_other_moments_are_loaded_rounded(results: Results) -> None:
+    expected, actual = (all_tensors(results[name][0]["folder"]) for name in ("tp2-ep2-dp2", "again-half"))
+    assert expected.keys() == actual.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value.to(torch.bfloat16) if key.startswith("optimizer.") else value), key
 
 
 @pytest.mark.parametrize("name", RESUME)

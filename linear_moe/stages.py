@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 from linear_moe.config.schema import Config, ModelConfig
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.flops import layer_flops
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.model import Layer, layer_dims
@@ -43,7 +43,7 @@ def stage_chunks(config: Config, stage: int) -> list[Chunk]:
 
 def default_split(config: Config) -> list[int]:
     """Layers of each chunk so that the costliest has the fewest FLOPs: those of its layers, and of the head."""
-    parallel, costs = config.parallel, layer_flops(config)
+    parallel, costs = config.parallel, layer_costs(config)
     head = 2.0 * vocab_size(config) * config.model.hidden_size
     return balanced(costs, head, parallel.pipeline * parallel.virtual_pipeline)
 
@@ -72,17 +72,14 @@ def balanced(costs: list[float], head: float, chunks: int) -> list[int]:
     return list(best[len(costs)][2])
 
 
-def layer_flops(config: Config) -> list[float]:
-    """Forward FLOPs per token of every layer: two per active weight of a matrix product, and the mixer's recurrence."""
-    model, layers = config.model, resolve_layers(config.model)
+def layer_costs(config: Config) -> list[float]:
+    """Forward FLOPs per token of every layer; those of layers alike are computed once."""
     known: dict[str, float] = {}
+    layers = resolve_layers(config.model)
     for i, layer in enumerate(layers):
         if (key := repr(layer)) not in known:
-            module = Layer(layer, model, layer_dims(model, i), Host(device="meta"))
-            share = model.moe.top_k / model.moe.num_experts
-            matrices: list[Any] = [p for p in module.parameters() if p.dim() >= 2]
-            active = sum(p.numel() * (share if p.spec.by_expert else 1.0) for p in matrices)
-            known[key] = 2.0 * active + module.mixer.recurrence_flops(config.training.sequence_length)
+            parts = layer_flops(Layer(layer, config.model, layer_dims(config.model, i), Host(device="meta")), config)
+            known[key] = parts["mixer"] + parts["ffn"]
     return [known[repr(layer)] for layer in layers]
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import ParallelLayout, recomputed
+from linear_moe.flops import Flops
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.memory import optimizer_bytes
@@ -81,31 +82,6 @@ class StageCost:
     micro_batch: dict[str, float]
     data: float
     optimizer: float
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Forward FLOPs per token, over all ranks' shares.
-
-    Attributes:
-        layers: of each layer, by the parts that can be computed again: `mixer`, of which `core`, and `ffn`, of which
-            `experts` are the routed experts' gate and up projections.
-    """
-
-    layers: list[dict[str, float]]
-    head: float
-
-    @property
-    def total(self) -> float:
-        return sum(layer["mixer"] + layer["ffn"] for layer in self.layers) + self.head
-
-    def again(self, layer: int, modules: frozenset[str]) -> float:
-        """What of a layer is computed again in the backward pass."""
-        parts = self.layers[layer]
-        return sum(
-            parts[half] if modules & {"layer", half} else parts[part] * (part in modules)
-            for half, part in (("mixer", "core"), ("ffn", "experts"))
-        )
 
 
 def stage_cost(

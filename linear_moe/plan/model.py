@@ -10,12 +10,12 @@ from torch import nn
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import ParallelLayout, parallel_layout, smallest_world, validate
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.flops import Flops, active, layer_flops, products
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
-from linear_moe.plan.cost import Flops
 from linear_moe.plan.memory import rank_bytes
-from linear_moe.plan.ranks import RankModels, is_expert
+from linear_moe.plan.ranks import RankModels
 
 
 @dataclass(frozen=True)
@@ -94,32 +94,15 @@ def flops_per_token(config: Config) -> float:
 def forward_flops(config: Config, model: LanguageModel | None = None) -> Flops:
     """Of `flops_per_token`, the forward pass's; `model`: on the plain host, if there is one already."""
     model = model or LanguageModel(config.model, vocab_size(config), Host(DTYPES[config.training.dtype], "meta"))
-    length = config.training.sequence_length
-
-    def products(module: nn.Module | None) -> float:
-        return 2.0 * sum(_active(p, config) for p in _parameters(module) if p.dim() >= 2)
-
-    layers = []
-    for layer in model.layers.values():
-        core = layer.mixer.recurrence_flops(length)  # type: ignore[union-attr,operator]
-        experts = getattr(layer.ffn, "experts", None)
-        up = 0.0 if experts is None else 2.0 * _active(experts.gate_up_proj, config)
-        mixer = products(layer.mixer) + core  # type: ignore[arg-type]
-        layers.append({"mixer": mixer, "core": core, "ffn": products(layer.ffn), "experts": up})  # type: ignore[arg-type]
-    return Flops(layers, products(model.embedding if config.model.tie_embeddings else model.head))
+    head = model.embedding if config.model.tie_embeddings else model.head
+    return Flops([layer_flops(layer, config) for layer in model.layers.values()], products(_parameters(head), config))
 
 
 def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
     return [] if module is None else list(module.parameters())
 
 
-def _active(parameter: nn.Parameter, config: Config) -> int:
-    """Elements of `parameter` that one token meets."""
-    moe = config.model.moe
-    return parameter.numel() * moe.top_k // moe.num_experts if is_expert(parameter) else parameter.numel()
-
-
 def _count(module: nn.Module, config: Config) -> tuple[int, int]:
     """(total, active) parameters."""
     parameters = _parameters(module)
-    return sum(p.numel() for p in parameters), sum(_active(p, config) for p in parameters)
+    return sum(p.numel() for p in parameters), sum(active(p, config) for p in parameters)

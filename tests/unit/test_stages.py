@@ -13,7 +13,7 @@ from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan import make_plan, micro_batches_in_flight
-from linear_moe.stages import balanced, crossing, default_split, layer_flops, stage_chunks
+from linear_moe.stages import balanced, crossing, default_split, layer_costs, stage_chunks
 
 
 def config(parallel: dict[str, Any], **model: Any) -> Config:
@@ -60,7 +60,7 @@ def test_layers_cost_what_the_whole_model_does() -> None:
 
     tree = config({}, ffn="moe")
     head = 2.0 * 512 * 32
-    assert 3 * (sum(layer_flops(tree)) + head) == pytest.approx(flops_per_token(tree))
+    assert 3 * (sum(layer_costs(tree)) + head) == pytest.approx(flops_per_token(tree))
 
 
 def test_chunks_are_dealt_in_turn() -> None:

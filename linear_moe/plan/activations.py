@@ -63,15 +63,14 @@ def layer_elements(
     return kept, max(again)
 
 
-def in_flight(layout: ParallelLayout, stage: int, chunks: int, micro_batches: int) -> list[int]:
-    """How many forward passes of each chunk await their backward passes at most, under 1F1B, plain or interleaved."""
-    stages = layout.pipeline
+def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> list[int]:
+    """Forward passes of each chunk of a stage that wait for their backward pass when the first of those begins."""
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
     if chunks == 1:
         return [min(stages - stage, micro_batches)]
-    counts = [0] * chunks
-    for i in range(min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)):
-        counts[i // stages % chunks] += 1  # chunks take turns, `stages` micro-batches each
-    return counts
+    started = min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)
+    order = [i // stages % chunks for i in range(started)]  # groups of as many micro-batches as stages, chunk by chunk
+    return [order.count(chunk) for chunk in range(chunks)]
 
 
 def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int) -> dict[str, int]:
@@ -83,7 +82,7 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankCh
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
     modules, concerned = recomputed(config)
     kept = again = logits = 0.0
-    counts = in_flight(layout, stage, len(chunks), micro_batches)
+    counts = micro_batches_in_flight(config, micro_batches, stage)
     for chunk, count in zip(chunks, counts, strict=True):
         for number, layer in chunk.layers.items():
             recompute = modules if number in concerned else frozenset()

@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling import conv
 from linear_moe.modeling.mixers.base import Layout, Mixer
 from linear_moe.modeling.moe import router
+from linear_moe.training import model as training_model
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer, optimizer_parts
 from tests.distributed.cases import start
@@ -89,10 +91,15 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
 
 
-def memory(config: dict[str, Any]) -> dict[str, Any]:
-    """This rank's place, and the bytes that it holds after one optimizer step, and at the step's peak for autograd."""
+def memory(config: dict[str, Any], bucket: int | None = None) -> dict[str, Any]:
+    """This rank's place, and the bytes that it holds after one optimizer step, and at the step's peak for autograd.
+
+    `bucket`: elements of a bucket of DDP's where there are several; Megatron-Core's own are larger than these models.
+    """
     tree, groups = start(config)
-    model = build_model(tree, vocab_size(tree), groups)
+    ddp = replace(training_model.ddp_config(tree), bucket_size=bucket)
+    with mock.patch.object(training_model, "ddp_config", return_value=ddp):
+        model = build_model(tree, vocab_size(tree), groups)
     optimizer = build_optimizer(model, tree)
     training = tree.training
     parameters = [p for chunk in model for p in chunk.parameters()]

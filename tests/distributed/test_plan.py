@@ -10,6 +10,7 @@ from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.plan import memory as plan_memory
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.memory import state_bytes
 from linear_moe.plan.ranks import RankModels, rank_chunks
@@ -20,6 +21,7 @@ PLAIN = {"optimizer": {"distributed": False}}
 LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "dp2": (2, {}, {}),
     "dp2-plain": (2, {}, PLAIN),
+    "dp2-buckets": (2, {}, {"optimizer": {"overlap": True}}),
     "dp2-muon": (2, {}, {"optimizer": {"type": "muon", "moments": "bf16"}}),
     "tp2": (2, {"tensor": 2}, {}),
     "tp2-etp2": (2, {"tensor": 2, "expert_tensor": 2}, {}),
@@ -29,6 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "tp2-pp2-ep2-fp32": (4, {"tensor": 2, "pipeline": 2, "expert": 2}, {"training": {"dtype": "fp32"}}),
     "dp4-fp32-plain": (4, {}, PLAIN | {"training": {"dtype": "fp32"}}),
 }
+BUCKETS = {"dp2-buckets": 200_000}  # elements; else what Megatron-Core says
 
 
 def config(parallel: dict[str, int], sections: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +52,10 @@ def config(parallel: dict[str, int], sections: dict[str, Any]) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    cases = {name: ("memory", {"config": config(sizes, rest)}) for name, (_, sizes, rest) in LAYOUTS.items()}
+    cases = {
+        name: ("memory", {"config": config(sizes, rest), "bucket": BUCKETS.get(name)})
+        for name, (_, sizes, rest) in LAYOUTS.items()
+    }
     found: dict[str, list[Any]] = {}
     for world in (2, 4):
         found |= run(world, {name: case for name, case in cases.items() if LAYOUTS[name][0] == world})
@@ -57,7 +63,9 @@ def results() -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_memory_is_what_ranks_hold(results: dict[str, list[Any]], name: str) -> None:
+def test_memory_is_what_ranks_hold(results: dict[str, list[Any]], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in BUCKETS:
+        monkeypatch.setattr(plan_memory, "bucket_size", lambda *_: BUCKETS[name])
     world, sizes, rest = LAYOUTS[name]
     tree = from_dict(Config, config(sizes, rest))
     layout = parallel_layout(tree, world)

@@ -55,7 +55,10 @@ def plan(parser: argparse.ArgumentParser) -> None:
     layouts.add_argument("--gpu", choices=GPUS, metavar="NAME", help=names)
     memory = number(float, "a number > 0", lambda n: 0 < n < math.inf)
     layouts.add_argument(
-        "--memory", type=memory, metavar="GiB", help=f"the same for this much memory, and the speed of {DEFAULT_GPU}"
+        "--memory",
+        type=memory,
+        metavar="GiB",
+        help=f"the same for so much memory; without --gpu, at the speed of {DEFAULT_GPU}",
     )
     node = number(int, "a whole number from 1 to 1024", lambda n: 1 <= n <= 1024)
     layouts.add_argument("--node", type=node, default=8, metavar="N", help="GPUs in a node (default: 8)")

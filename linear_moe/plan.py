@@ -182,19 +182,16 @@ def _activations(config: Config, layout: ParallelLayout, model: LanguageModel, s
         elements, largest = layer_activation_elements(config, layer, stream, layer_modules)
         kept, again = kept + size * elements, max(again, size * largest)
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
-    per_token = min(layout.pipeline - stage, micro_batches) * kept + again
-    fixed = 0
+    per_token, head = min(layout.pipeline - stage, micro_batches) * kept, 0.0
     if model.norm is not None:
-        logits = model.vocab_size / parallel.tensor
-        # The gradient takes the logits' place; over tensor ranks Megatron's loss copies to fp32 and keeps a softmax.
-        copies = size if parallel.tensor == 1 else size + 4 + 4
+        logits = tokens * model.vocab_size / parallel.tensor
         per_token += size * (stream + config.model.hidden_size)
         if "logits" in modules:  # those of a block; the gradient of the head's input is summed in fp32
-            fixed = size * min(BLOCK_ELEMENTS, math.ceil(tokens * logits))
-            per_token += 4 * config.model.hidden_size
+            head = size * min(BLOCK_ELEMENTS, logits) + 4 * tokens * config.model.hidden_size
         else:
-            per_token += copies * logits
-    return math.ceil(tokens * per_token) + fixed
+            # The gradient takes their place; over tensor ranks Megatron's loss copies to fp32 and keeps a softmax.
+            head = logits * (size if parallel.tensor == 1 else size + 4 + 4)
+    return math.ceil(tokens * per_token + max(head, tokens * again))  # the logits are gone when layers go backward
 
 
 def layer_activation_elements(

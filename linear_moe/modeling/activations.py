@@ -127,7 +127,7 @@ class _Remade:
         return self.value
 
 
-_Packed = Tensor | tuple[_Remade, torch.Size, tuple[int, ...], int]
+_Packed = Tensor | tuple[_Remade, torch.Size, tuple[int, ...], Any]
 
 
 class _Transients:

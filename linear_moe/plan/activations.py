@@ -93,7 +93,8 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankCh
         if chunk.logits:
             kept += stream + hidden  # inputs of the norm and of the head
             logits = logit_bytes(config, chunk.logits / parallel.tensor, tokens)
-    return {"activations": math.ceil(tokens * size * (kept + again)), "logits": math.ceil(logits)}
+    more = max(0.0, tokens * size * again - logits)  # the logits are gone when layers go backward
+    return {"activations": math.ceil(tokens * size * kept + more), "logits": math.ceil(logits)}
 
 
 def logit_bytes(config: Config, columns: float, tokens: int) -> float:

@@ -145,7 +145,9 @@ def test_activations_are_about_what_autograd_keeps(pattern: str, ffn: str, recom
     if recompute == "full":
         x = torch.randn(512, 128, requires_grad=True)
         kept += kept_bytes(lambda: model.layers["0"](x, layout), model)
-    estimate = make_plan(config).memory["activations"]
+    memory = make_plan(config).memory
+    # The logits give way to the layer that is computed again, which is larger here: activations have the rest of it.
+    estimate = memory["activations"] + (memory["logits"] if recompute == "full" else 0)
     assert 0.7 * kept < estimate < 1.3 * kept, estimate / kept
 
 

@@ -76,7 +76,6 @@ TWO: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "hybrid-uneven": ("hybrid", UNEVEN, {}),
     "moe-tied-uneven": ("moe-tied", UNEVEN, PLAIN),
     "crossing-uneven": ("crossing", UNEVEN, {}),
-    "late-crossing-uneven": ("late-crossing", {"pipeline": 2, "pipeline_layers": [1, 3]}, {}),
     "crossing-interleaved-recompute": ("crossing", INTERLEAVED, {"training": {"recompute": "full"}}),
 }
 FOUR: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -94,7 +93,6 @@ SPLITS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "uneven": (2, UNEVEN),
     "interleaved": (2, INTERLEAVED),
-    "other-uneven": (2, {"pipeline": 2, "pipeline_layers": [1, 3]}),
     "pp4": (4, DEEP),
 }
 WRITER = "interleaved"

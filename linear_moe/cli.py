@@ -83,6 +83,12 @@ COMMANDS = {
         "begin a run with the weights of another: of the same model, or of a dense one that gets experts",
         "linear-moe import runs/dense moe.yaml run=runs/moe --upcycle\n  linear-moe train runs/moe/config.yaml",
     ),
+    "checkpoint": Command(
+        "linear_moe.checkpoint",
+        arguments.checkpoint,
+        "what is in a checkpoint, and rewriting one; every checkpoint loads in any layout as it is",
+        "linear-moe checkpoint inspect runs/first\n  linear-moe checkpoint reshard runs/first /fast/first --files 16",
+    ),
     "generate": Command(
         "linear_moe.inference.generate",
         arguments.generate,

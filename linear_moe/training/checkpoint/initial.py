@@ -7,7 +7,7 @@ import io
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def save_initial(config: Config, pieces: list[Piece], dtypes: dict[str, str], im
 
 
 def save_pieces(
-    final: Path, pieces: list[Piece], objects: dict[str, io.BytesIO], info: dict[str, Any], files: int = 1
+    final: Path, pieces: list[Piece], objects: Mapping[str, io.BytesIO], info: dict[str, Any], files: int = 1
 ) -> None:
     """Write the checkpoint `final` in this process alone, whole or not at all.
 
@@ -93,7 +93,7 @@ def save_pieces(
         prepare(partial, sum(piece.nbytes + 2048 for piece in pieces) + 2**16)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
-            dcp.save(objects, storage_writer=writer, planner=PiecePlanner(pieces), no_dist=True)
+            dcp.save(dict(objects), storage_writer=writer, planner=PiecePlanner(pieces), no_dist=True)
         for name, crc in writer.files.sums.items():
             if file_crc(partial / name) != crc:
                 raise OSError(None, f"the disk does not give back what was written to {name}")

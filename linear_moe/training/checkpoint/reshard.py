@@ -52,7 +52,7 @@ def reshard(
     sizes: Mapping[str, int] | None = None,
     optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Write the checkpoint `source` again as the only one of the run folder `out`, with its configuration and tokenizer.
+    """Write the checkpoint `source` again as the only one of the run folder `out`, with configuration and tokenizer.
 
     Streamed: at most eight pieces of `PIECE_BYTES`, and what they are read from, are in memory. The source is verified
     first, what was written is read back, and only then the folder gets its name.
@@ -126,7 +126,7 @@ def _specs(config: Config, metadata: Metadata) -> dict[str, ParameterSpec]:
         if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
     }
     model = LanguageModel(config.model, saved.get(EMBEDDING, (1,))[0], Host(torch.float32, "meta"))
-    specs: dict[str, ParameterSpec] = {name: p.spec for name, p in model.named_parameters()}  # type: ignore[misc]
+    specs: dict[str, ParameterSpec] = {name: p.spec for name, p in model.named_parameters()}  # type: ignore[attr-defined]
 
     from linear_moe.training.checkpoint.load import check_shapes
 
@@ -176,7 +176,8 @@ class _Into(DefaultLoadPlanner):
 
     def __init__(self, target: Tensor):
         super().__init__()
-        self.target, self.object = target, None
+        self.target = target
+        self.object: Raw | None = None
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         view = self.target

@@ -23,7 +23,8 @@ from linear_moe.config.errors import ConfigError
 USER_ERROR, TRAINING_ERROR = 2, 3
 EXIT_CODES = (
     "exit codes: 0 done, or stopped on a signal after saving; 2 a mistake in what was given; 3 training cannot go on, "
-    "for example its loss is not finite; 4 another rank died, hung or failed; 130 interrupted; others: a defect, with a traceback"
+    "for example its loss is not finite; 4 another rank died, hung or failed; 130 interrupted; others: a defect, "
+    "with a traceback"
 )
 # Of all OSErrors, those that a user mends: missing, forbidden, full, read-only, of the wrong kind.
 USER_ERRNOS = {

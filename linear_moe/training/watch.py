@@ -51,10 +51,6 @@ def backstop(config: Config) -> timedelta:
     return timedelta(seconds=60 * config.training.timeout_minutes * 1.1 + 10 * OBSERVED)
 
 
-class RankFailure(RuntimeError):
-    """No other rank can be reached."""
-
-
 class Watch:
     """This rank's thread.
 
@@ -64,7 +60,7 @@ class Watch:
         run: folder whose metrics.jsonl an accusation is added to.
 
     Raises:
-        RankFailure: nobody keeps the store.
+        SystemExit: nobody keeps the store, as it has said.
     """
 
     def __init__(self, rank: int, world: int, timeout: float, run: Path):
@@ -219,7 +215,8 @@ class Watch:
             return "", 0, False
         file = innermost.f_code.co_filename
         line = linecache.getline(file, innermost.f_lineno)
-        waits = os.path.join("torch", "distributed") in file or any(word in line for word in WAITS)
+        distributed = "/torch/distributed/" in file and "/checkpoint/" not in file
+        waits = distributed or any(word in line for word in WAITS)
         return _place(frame or innermost, package), id(innermost), waits
 
     def _is_dead(self, status: Status) -> bool:
@@ -312,7 +309,9 @@ def _connect(rank: int, timeout: float) -> dist.Store:
             multi_tenant=not agent,
         )
     except RuntimeError as error:
-        raise RankFailure(f"nobody keeps the store at {address}:{port}: {_one_line(str(error))}") from None
+        text = f"the launcher or rank 0 keeps no store at {address}:{port}: {_one_line(str(error))}"
+        print(f"linear-moe: [rank {rank}] {text}", file=sys.stderr, flush=True)
+        raise SystemExit(RANK_LOST) from None
     return dist.PrefixStore(f"linear_moe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", tcp)
 
 

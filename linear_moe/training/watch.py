@@ -249,9 +249,13 @@ class Watch:
         self._say_and_end(found["text"], status)
 
     def _say_and_end(self, text: str, status: Status) -> NoReturn:
-        if file := os.environ.get(FAILURE_FILE):
-            with contextlib.suppress(OSError), open(file, "x", encoding="utf-8") as out:
-                out.write(f"linear-moe: {text}\n")
+        now = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        report = json.dumps({"message": {"message": text, "extraInfo": now}})  # as torchrun reads it
+        files = {FAILURE_FILE: f"linear-moe: {text}\n", "TORCHELASTIC_ERROR_FILE": report}
+        for variable, content in files.items():
+            if file := os.environ.get(variable):
+                with contextlib.suppress(OSError), open(file, "x", encoding="utf-8") as out:
+                    out.write(content)
         os.write(2, f"linear-moe: [rank {self.rank}] {text}\n".encode())  # the main thread may hold sys.stderr's lock
         stuck = status.get("state") == "running" and status.get("machine") == self.identity["machine"] is not None
         if stuck and status["pid"] != os.getpid() and (process := _process(status)) is not None:

@@ -92,6 +92,15 @@ def torchrun(ranks: int, *module: str) -> list[str]:
     return [*launcher, *module, "train", "CONFIG"]
 
 
+def commands(folder: Path) -> Path:
+    """What a launch script calls, of this interpreter and this repository."""
+    folder.mkdir()
+    for name, module in {"torchrun": "torch.distributed.run", "linear-moe": "linear_moe"}.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
 @dataclass
 class Outcome:
     code: int
@@ -130,7 +139,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         faulty("late", 1, timeout_minutes=minutes)
         for name, rank in {"data": 1, "memory": 0}.items():
             faulty(name, rank).finish()
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        path = os.pathsep.join([str(commands(root / "bin")), os.environ["PATH"]])
         kill = start("kill", ["bash", "scripts/launch.sh", "CONFIG"], env={"GPUS": "4", "PATH": path})
         kill.strike(2, signal.SIGKILL)
         found = {}

@@ -97,7 +97,7 @@ class Watch:
         """Tell the others what ends this rank. Does not return where the cause is another rank."""
         if _is_communication(error):
             self._broken.set()
-            self._thread.join()  # which ends the process, or has found nobody to blame
+            self._thread.join(12 * OBSERVED)  # it ends the process, finds nobody to blame, or has lost the store
         self._finish("failed", f"{type(error).__name__}: {error}")
 
     def end(self) -> None:
@@ -107,8 +107,9 @@ class Watch:
     def _finish(self, state: str, error: str = "") -> None:
         self._stop.set()
         self._thread.join(2 * OBSERVED)
-        with contextlib.suppress(RuntimeError):
-            self._own.set(str(self.rank), json.dumps(self._status(state) | {"error": _one_line(error)}))
+        if not self._thread.is_alive():  # else it waits for the store, and so would this
+            with contextlib.suppress(RuntimeError):
+                self._own.set(str(self.rank), json.dumps(self._status(state) | {"error": _one_line(error)}))
 
     # -- the thread's side --------------------------------------------------------------------------------------------
     def _run(self) -> None:

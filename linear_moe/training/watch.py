@@ -82,7 +82,7 @@ class Watch:
         self._neighbour: tuple[Any, float] = (None, self.begun)  # what it said last, since when
         self._stop, self._broken = threading.Event(), threading.Event()
         self.store = _connect(rank, timeout)
-        self._own = self.store.clone()
+        self._own = self.store.clone()  # type: ignore[attr-defined]  # missing in the stubs
         self._thread = threading.Thread(target=self._run, name="linear-moe watch", daemon=True)
         self._thread.start()
 

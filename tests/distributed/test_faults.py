@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,8 +51,14 @@ class Job:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self.since, self.took, self.code = time.monotonic(), 0.0, 0
+        self.since = self.ended = time.monotonic()
         self.pid = 0
+        self._reaper = threading.Thread(target=self._reap)
+        self._reaper.start()
+
+    def _reap(self) -> None:
+        self.process.wait()
+        self.ended = time.monotonic()
 
     def steps(self) -> int:
         path = self.run / "metrics.jsonl"
@@ -67,14 +74,15 @@ class Job:
     def strike(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to a rank that trains."""
         self.wait_until(lambda: self.steps() > 4)
+        time.sleep(3)  # the others know of it what it did a second ago
         (process,) = [p for p in self.process.children(recursive=True) if p.environ().get("RANK") == str(rank)]
         self.pid = process.pid
         process.send_signal(number)
         self.since = time.monotonic()
 
     def finish(self) -> None:
-        self.code = self.process.wait(240)
-        self.took = time.monotonic() - self.since
+        self._reaper.join(240)
+        assert not self._reaper.is_alive(), self.text()
 
     def kill(self) -> None:
         if self.process.is_running():
@@ -144,12 +152,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         kill.strike(2, signal.SIGKILL)
         found = {}
         for name, job in jobs.items():
-            if not job.took:
-                job.finish()
+            job.finish()
             log = job.run / "metrics.jsonl"
             records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             events = [record for record in records if record.get("event") == "rank_failure"]
-            found[name] = Outcome(job.code, job.took, job.text(), job.pid, events)
+            found[name] = Outcome(job.process.returncode, job.ended - job.since, job.text(), job.pid, events)
         return found
     finally:
         for job in jobs.values():

@@ -127,12 +127,17 @@ class Watch:
                     text = f"the launcher or rank 0, which keeps the store at {place}, is gone: {_one_line(str(error))}"
                     self._say_and_end(text, {})
 
-    def _beat(self) -> None:
+    def _publish(self) -> Status:
+        """Say what this rank does, and hear whether one has been accused."""
         self.beats += 1
         status = self._status("running")
         self._own.set(str(self.rank), json.dumps(status))
         if self._own.check([VERDICT]):
             self._obey(self._own.get(VERDICT))
+        return status
+
+    def _beat(self) -> None:
+        status = self._publish()
         self._look_after_neighbour()
         now, wait = time.monotonic(), (status["marks"], status["frame"])
         if not status["waits"] or wait != self._wait[0]:
@@ -166,8 +171,10 @@ class Watch:
                 return status, f"failed with {status['error']}"
             if status and status["state"] == "running" and self._is_dead(status):
                 return status, "died"
-        time.sleep(max(OBSERVED, 8 * self.interval))
-        self._own.set(str(self.rank), json.dumps(self._status("running")))
+        end = time.monotonic() + max(OBSERVED, 8 * self.interval)
+        while time.monotonic() < end:  # beating all the while: others look as well
+            time.sleep(self.interval)
+            self._publish()
         after = self._everyone()
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
             if new is None:

@@ -137,12 +137,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         jobs[name] = Job(root, name, command, **options)
         return jobs[name]
 
-    def faulty(name: str, rank: int, **options: Any) -> Job:
-        return start(name, torchrun(2, "tests.distributed.faulty", name, str(rank)), **options)
+    def faulty(name: str, rank: int, ranks: int = 2, **options: Any) -> Job:
+        return start(name, torchrun(ranks, "tests.distributed.faulty", name, str(rank)), **options)
 
     try:
         start("stop", torchrun(4, "linear_moe"), timeout_minutes=minutes).strike(2, signal.SIGSTOP)
-        hang = faulty("hang", 1, timeout_minutes=minutes)
+        hang = faulty("hang", 1, 4, timeout_minutes=minutes)
         hang.wait_until(lambda: hang.steps() > 2)  # the start, and two steps
         faulty("late", 1, timeout_minutes=minutes)
         for name, rank in {"data": 1, "memory": 0}.items():

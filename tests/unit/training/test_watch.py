@@ -50,7 +50,10 @@ def status(rank: int, **said: Any) -> dict[str, Any]:
 def suspect(watching: Watch, monkeypatch: pytest.MonkeyPatch, before: list[Any], after: list[Any]) -> Any:
     looks = iter([before, after])
     monkeypatch.setattr(watching, "_everyone", lambda: next(looks))
+    beats = watching.beats
     found = watching._suspect()
+    if found is None or found[1].split()[0] not in ("failed", "died"):  # which need no second look
+        assert watching.beats > beats, "a rank that looks at the others must not seem silent to them"
     return found and (found[0] and found[0]["rank"], found[1].split()[0])
 
 

@@ -1,4 +1,4 @@
-"""Published initialisations of the gates of state space models, for `Host.parameter(init=...)`."""
+"""Published initialisations, for `Host.parameter(init=...)`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def uniform(bound: float) -> Init:
 def log_integers() -> Init:
     """`A_log = log A`, A = 1 .. S along the last dimension: S4D-Real, as in Mamba (arXiv 2312.00752, section 3.6)."""
     return lambda t, g: t.copy_(torch.arange(1, t.shape[-1] + 1).log().expand_as(t))
+
+
+def token_shift_share(power: float, less: float = 0.0) -> Init:
+    """RWKV's share of the token before, by channel: from all of it to almost none, `less` a constant."""
+    return lambda t, _: t.copy_(1 - (torch.arange(len(t), device=t.device) / len(t)) ** power - less)
 
 
 def orthogonal(gain: float) -> Init:

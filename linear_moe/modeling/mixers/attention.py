@@ -15,7 +15,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, Mixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, unused
+from linear_moe.modeling.mixers.checks import check, check_heads, unused
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.softmax import softmax_attention
 from linear_moe.modeling.rotary import rotate, rotations
@@ -66,15 +66,9 @@ class Attention(Mixer):
     @classmethod
     def validate(cls, config: AttentionConfig, dims: Dims, tensor: int, path: str) -> None:
         heads = config.num_heads or dims.num_heads
-        kv_heads = config.num_kv_heads or heads
         divisible = f"be divisible by parallel.tensor = {tensor}"
         check(f"{path}.num_heads", heads, lambda n: n % tensor == 0, f"must {divisible}")
-        check(
-            f"{path}.num_kv_heads",
-            kv_heads,
-            lambda n: heads % n == 0 and n % tensor == 0,
-            f"must divide num_heads = {heads} and {divisible}",
-        )
+        check_heads(f"{path}.num_kv_heads", config.num_kv_heads or heads, tensor, {"num_heads =": heads})
         if config.head_dim is None:
             check(
                 f"{path}.num_heads",

@@ -6,6 +6,7 @@ recurrence, or softmax attention) and `output`. Tensors inside are `[B, T, H, D]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -69,7 +70,7 @@ class Capabilities:
 
 
 class Mixer(nn.Module):
-    """Base class. A subclass sets the class attributes and implements project, mix (or recurrence) and output."""
+    """Base class. A subclass sets the class attributes and implements project, mix and output."""
 
     Config: ClassVar[type[MixerConfig]] = MixerConfig
     family: ClassVar[str]  # "decay", "delta", "softmax": the folder of ops it uses
@@ -138,14 +139,27 @@ class Mixer(nn.Module):
 
 
 class LinearMixer(Mixer):
-    """A mixer whose `mix` is a linear recurrence with one fp32 state tensor, or with several by name."""
+    """A mixer whose `mix` is a linear recurrence with one fp32 state tensor, or with several by name.
+
+    A subclass sets `op`, or implements recurrence.
+    """
+
+    op: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # of `modeling/ops`, its options set; not for own `recurrence`s
+
+    def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+        """`x [B*T, hidden]` through the module `{name}_proj` and, if there is one, `{name}_conv1d` -> `[B, T, C]`."""
+        y = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
+        conv = getattr(self, f"{name}_conv1d", None)
+        return y if conv is None else conv(y, layout, cache)
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        """Inputs and initial states (none: zeros) -> (`o [B, T, H, V]`, final states). Calls ops of `modeling/ops`.
+        """Inputs and initial states (none: zeros) -> (`o [B, T, H, V]`, final states), by the names of `state_shapes`.
 
-        Usually the one state is `states.get("state") [N, H, K, V]`; all are named in `state_shapes`.
+        Here `op` with one state, `state [N, H, K, V]`; a mixer with others, or a choice of ops, calls these itself.
         """
-        raise NotImplementedError
+        op = type(self).op  # through the class, so that a function does not become a method
+        o, state = op(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
+        return o, {"state": state}
 
     def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
         o, states = self.recurrence(inputs, layout, cache or {})

@@ -13,7 +13,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.feature_maps import taylor
 from linear_moe.modeling.ops.normalizer import normalized
@@ -40,24 +40,18 @@ class Based(LinearMixer):
 
     def __init__(self, config: BasedConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads, d = config.num_heads or dims.num_heads, config.feature_dim
-        self.heads, self.value_dim, self.features = (
-            host.split(heads),
-            dims.hidden_size // heads,
-            1 + d + d * (d + 1) // 2,
-        )
+        self.num_heads = heads = config.num_heads or dims.num_heads
+        d = config.feature_dim
+        self.heads, self.value_dim = host.split(heads), dims.hidden_size // heads
+        self.features = 1 + d + d * (d + 1) // 2
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
         self.q_proj, self.k_proj, self.v_proj = column(heads * d), column(heads * d), column(dims.hidden_size)
         self.o_proj = Linear(host, dims.hidden_size, dims.hidden_size, split="row", std=dims.output_init_std)
 
     @classmethod
     def validate(cls, config: BasedConfig, dims: Dims, tensor: int, path: str) -> None:
-        check(
-            f"{path}.num_heads",
-            config.num_heads or dims.num_heads,
-            lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
-            f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
-        )
+        heads = config.num_heads or dims.num_heads
+        check_heads(f"{path}.num_heads", heads, tensor, {"hidden_size =": dims.hidden_size})
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)
@@ -78,7 +72,7 @@ class Based(LinearMixer):
         return {name: ((batch, self.heads, self.features, n), torch.float32) for name, n in columns.items()}
 
     def recurrence_flops(self, length: int) -> float:
-        return 4.0 * (self.config.num_heads or self.dims.num_heads) * self.features * (self.value_dim + 1)
+        return 4.0 * self.num_heads * self.features * (self.value_dim + 1)
 
     def activation_elements(self) -> float:
         # queries and keys, their features; v, o before and after division

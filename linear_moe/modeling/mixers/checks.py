@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from linear_moe.config.errors import ConfigError, nearest
+from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 
 
 def check(path: str, value: int, valid: Callable[[int], bool], constraint: str) -> None:
@@ -15,6 +16,24 @@ def check(path: str, value: int, valid: Callable[[int], bool], constraint: str) 
     if value >= 1 and valid(value):
         return
     raise ConfigError(path, value, constraint, fix=nearest(value, valid))
+
+
+def check_heads(path: str, heads: int, tensor: int, divided: dict[str, int]) -> None:
+    """Raises ConfigError unless `heads` divides sizes, by their names in the message, and is a multiple of `tensor`."""
+    check(
+        path,
+        heads,
+        lambda n: n % tensor == 0 and all(size % n == 0 for size in divided.values()),
+        f"must divide {' and '.join(f'{name} {size}' for name, size in divided.items())} and be divisible by "
+        f"parallel.tensor = {tensor}",
+    )
+
+
+def check_head_dims(path: str, head_dim: int, expand_v: float) -> None:
+    """Raises ConfigError for key heads that the delta rule's kernels cannot take, or values of no whole size."""
+    limit = f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit"
+    check(f"{path}.head_dim", head_dim, lambda n: n <= MAX_KEY_DIM, limit)
+    scaled(f"{path}.expand_v", head_dim, expand_v, "head_dim")
 
 
 def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) -> int:

@@ -57,6 +57,7 @@ class DeltaNet(LinearMixer):
 
     Config = DeltaNetConfig
     family = "delta"
+    op = delta
     formula = "S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2406.06484"
 
@@ -104,11 +105,9 @@ class DeltaNet(LinearMixer):
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         rows, inputs = (layout.batch, layout.length, -1), {}
         for name in "qkv":
-            y = self.get_submodule(f"{name}_proj")(x).view(rows)
+            y = self.projected(name, x, layout, cache)
             activation = "silu" if name == "v" else self.config.qk_activation
-            conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
-            y = y if conv is None else conv(y, layout, cache)
-            if conv is None or activation not in IN_CONV:
+            if not self.config.conv_size or activation not in IN_CONV:
                 y = ACTIVATIONS[activation](y)
             y = y.unflatten(-1, (self.heads, -1))
             inputs[name] = y if name == "v" or self._normed_in_conv() else NORMS[self.config.qk_norm](y)
@@ -118,10 +117,6 @@ class DeltaNet(LinearMixer):
         else:
             inputs["beta"] = x.new_full((layout.batch, layout.length, self.heads), most, dtype=torch.float32)
         return inputs, self.g_proj(x) if self.config.use_gate else None
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = delta(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(self.o_norm(o).flatten(0, 1).flatten(1) if gate is None else self.o_norm(o, gate))

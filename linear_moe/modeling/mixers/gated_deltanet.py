@@ -15,11 +15,10 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check, check_head_dims
 from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
-from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 from linear_moe.modeling.ops.gates import gate
 from linear_moe.modeling.ops.repeat_heads import repeat_heads
 
@@ -45,6 +44,7 @@ class GatedDeltaNet(LinearMixer):
 
     Config = GatedDeltaNetConfig
     family = "delta"
+    op = partial(delta, bounded=True)
     formula = "S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2412.06464"
 
@@ -87,20 +87,11 @@ class GatedDeltaNet(LinearMixer):
                 f"must divide 3/4 hidden_size = {0.75 * dims.hidden_size:g} unless head_dim is set",
             )
         head_dim = config.head_dim or 3 * dims.hidden_size // (4 * heads)
-        check(
-            f"{path}.head_dim",
-            head_dim,
-            lambda n: n <= MAX_KEY_DIM,
-            f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit",
-        )
-        scaled(f"{path}.expand_v", head_dim, config.expand_v, "head_dim")
+        check_head_dims(path, head_dim, config.expand_v)
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, -1)
-        q, k, v = (
-            self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
-            for name in "qkv"
-        )
+        q, k, v = (self.projected(name, x, layout, cache) for name in "qkv")
         q, k = (t.unflatten(-1, (self.heads, self.key_dim)) for t in (q, k))
         if self.v_heads != self.heads:
             q, k = (repeat_heads(t, heads=self.v_heads) for t in (q, k))
@@ -108,10 +99,6 @@ class GatedDeltaNet(LinearMixer):
         beta = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0)
         g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
         return {"q": q, "k": k, "v": v, "beta": beta.view(rows), "g": g.view(rows)}, self.g_proj(x)
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = delta(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

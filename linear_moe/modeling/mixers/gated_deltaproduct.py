@@ -83,6 +83,7 @@ class GatedDeltaProduct(LinearMixer):
 
     Config = GatedDeltaProductConfig
     family = "delta"
+    op = partial(delta_product, bounded=True)
     formula = (
         "S_t = prod_i (I - beta_ti k_ti k_ti^T) exp(g_t) S_{t-1} + sum_i prod_{j>i} (I - beta_tj k_tj k_tj^T) "
         "beta_ti k_ti v_ti^T,  o_t = S_t^T q_t / sqrt(K)"
@@ -126,9 +127,8 @@ class GatedDeltaProduct(LinearMixer):
         rows, n, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
         for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
             writes = 1 if name == "q" else n
-            y = self.get_submodule(f"{name}_proj")(x).view(rows)
-            y = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else F.silu(y)
-            y = y.unflatten(-1, (writes, heads, -1))
+            y = self.projected(name, x, layout, cache)
+            y = (y if self.config.conv_size else F.silu(y)).unflatten(-1, (writes, heads, -1))
             if name != "v":
                 y = y if self.config.conv_size else l2_norm(y)
                 if self.v_heads != self.heads:
@@ -140,11 +140,6 @@ class GatedDeltaProduct(LinearMixer):
             g = gate(self.a_proj(x), "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE)
             inputs["g"] = g.view(rows)
         return inputs, self.g_proj(x) if self.config.use_output_gate else None
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        options: Any = {"initial_state": states.get("state"), "cu_seqlens": layout.cu_seqlens}
-        o, state = delta_product(**inputs, bounded=True, **options)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(self.o_norm(o).flatten(0, 1).flatten(1) if gate is None else self.o_norm(o, gate))

@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
@@ -40,12 +40,14 @@ class GatedLinearFastWeight(LinearMixer):
 
     Config = GatedLinearFastWeightConfig
     family = "decay"
+    op = partial(decay, bounded=True)
     formula = "S_t = (f_t z_t^T) * S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2210.04243"
 
     def __init__(self, config: GatedLinearFastWeightConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads, hidden = config.num_heads or dims.num_heads, dims.hidden_size
+        self.num_heads = heads = config.num_heads or dims.num_heads
+        hidden = dims.hidden_size
         keys, values = round(hidden * config.expand_k), round(hidden * config.expand_v)
         self.heads, self.key_dim, self.value_dim = host.split(heads), keys // heads, values // heads
         column = partial(Linear, host, split="column", std=dims.init_std)
@@ -67,12 +69,8 @@ class GatedLinearFastWeight(LinearMixer):
     def validate(cls, config: GatedLinearFastWeightConfig, dims: Dims, tensor: int, path: str) -> None:
         keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
         values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
-        check(
-            f"{path}.num_heads",
-            config.num_heads or dims.num_heads,
-            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
-            f"must divide the key width {keys} and value width {values} and be divisible by parallel.tensor = {tensor}",
-        )
+        heads = config.num_heads or dims.num_heads
+        check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         tokens = {name: self.get_submodule(f"{name}_proj")(x) for name in ("q", "k", "v", "gk", "gv")}
@@ -80,10 +78,6 @@ class GatedLinearFastWeight(LinearMixer):
         tokens["gv"] = gate(tokens["gv"], "logsigmoid", floor=MIN_GATE)
         shape = (layout.batch, layout.length, self.heads, -1)
         return {name: y.view(shape) for name, y in tokens.items()}, None
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         o = o if self.o_norm is None else self.o_norm(o)
@@ -93,8 +87,7 @@ class GatedLinearFastWeight(LinearMixer):
         return {"state": ((batch, self.heads, self.key_dim, self.value_dim), torch.float32)}
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
-        return 4.0 * heads * self.key_dim * self.value_dim
+        return 4.0 * self.num_heads * self.key_dim * self.value_dim
 
     def activation_elements(self) -> float:
         k, v = self.heads * self.key_dim, self.heads * self.value_dim

@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.complex_decay import complex_decay
 from linear_moe.modeling.ops.decay import decay
@@ -44,7 +44,7 @@ class GateLoop(LinearMixer):
 
     def __init__(self, config: GateLoopConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads = config.num_heads or dims.num_heads
+        self.num_heads = heads = config.num_heads or dims.num_heads
         keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
         self.heads, self.key_dim, self.value_dim = host.split(heads), keys // heads, values // heads
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
@@ -60,12 +60,8 @@ class GateLoop(LinearMixer):
     def validate(cls, config: GateLoopConfig, dims: Dims, tensor: int, path: str) -> None:
         keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
         values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
-        check(
-            f"{path}.num_heads",
-            config.num_heads or dims.num_heads,
-            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
-            f"must divide the key width {keys} and value width {values} and be divisible by parallel.tensor = {tensor}",
-        )
+        heads = config.num_heads or dims.num_heads
+        check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         def by_head(y: Tensor) -> Tensor:
@@ -94,8 +90,7 @@ class GateLoop(LinearMixer):
         return {"state": ((batch, self.heads, keys, self.value_dim), torch.float32)}
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
-        return 4.0 * heads * self.key_dim * self.value_dim * (2 if self.config.phase else 1)
+        return 4.0 * self.num_heads * self.key_dim * self.value_dim * (2 if self.config.phase else 1)
 
     def activation_elements(self) -> float:
         k, v = self.heads * self.key_dim, self.heads * self.value_dim

@@ -14,7 +14,7 @@ from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
@@ -39,12 +39,13 @@ class GatedLinearAttention(LinearMixer):
 
     Config = GLAConfig
     family = "decay"
+    op = partial(decay, bounded=True)
     formula = "S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2312.06635"
 
     def __init__(self, config: GLAConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads = config.num_heads or dims.num_heads
+        self.num_heads = heads = config.num_heads or dims.num_heads
         keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
         self.heads, self.key_dim, self.value_dim = host.split(heads), keys // heads, values // heads
         column = partial(Linear, host, split="column", std=dims.init_std)
@@ -66,28 +67,14 @@ class GatedLinearAttention(LinearMixer):
     def validate(cls, config: GLAConfig, dims: Dims, tensor: int, path: str) -> None:
         keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
         values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
-        check(
-            f"{path}.num_heads",
-            config.num_heads or dims.num_heads,
-            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
-            f"must divide the key width {keys} and value width {values} and be divisible by parallel.tensor = {tensor}",
-        )
+        heads = config.num_heads or dims.num_heads
+        check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
-        rows = (layout.batch, layout.length, -1)
-        inputs = {}
-        for name in "qkv":
-            y = self.get_submodule(f"{name}_proj")(x).view(rows)
-            if self.config.conv_size:
-                y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
-            inputs[name] = y.unflatten(-1, (self.heads, -1))
+        inputs = {name: self.projected(name, x, layout, cache).unflatten(-1, (self.heads, -1)) for name in "qkv"}
         g = gate(self.gk_proj(x), "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
-        inputs["g"] = g.view(rows).unflatten(-1, (self.heads, -1))
+        inputs["g"] = g.view(layout.batch, layout.length, self.heads, -1)
         return inputs, self.g_proj(x)
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
@@ -98,8 +85,7 @@ class GatedLinearAttention(LinearMixer):
         return {"state": (state, torch.float32)} | conv_states(self, batch)
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
-        return 4.0 * heads * self.key_dim * self.value_dim
+        return 4.0 * self.num_heads * self.key_dim * self.value_dim
 
     def activation_elements(self) -> float:
         k, v = self.heads * self.key_dim, self.heads * self.value_dim

@@ -16,7 +16,7 @@ from linear_moe.modeling.feature_maps import FeatureMap
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.gates import gate_and_complement
@@ -53,7 +53,7 @@ class GatedSlotAttention(LinearMixer):
 
     def __init__(self, config: GSAConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads = config.num_heads or dims.num_heads
+        self.num_heads = heads = config.num_heads or dims.num_heads
         kv_heads = config.num_kv_heads or heads
         keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
         self.key_dim, self.value_dim = keys // heads, values // heads
@@ -74,29 +74,16 @@ class GatedSlotAttention(LinearMixer):
         keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
         values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
         heads = config.num_heads or dims.num_heads
-        divisible = f"be divisible by parallel.tensor = {tensor}"
-        check(
-            f"{path}.num_heads",
-            heads,
-            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
-            f"must divide the key width {keys} and value width {values} and {divisible}",
-        )
-        check(
-            f"{path}.num_kv_heads",
-            config.num_kv_heads or heads,
-            lambda n: heads % n == 0 and n % tensor == 0,
-            f"must divide num_heads = {heads} and {divisible}",
-        )
+        check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
+        check_heads(f"{path}.num_kv_heads", config.num_kv_heads or heads, tensor, {"num_heads =": heads})
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
-        rows, inputs = (layout.batch, layout.length, -1), {}
+        inputs = {}
         for name in "qkv":
-            y = self.get_submodule(f"{name}_proj")(x).view(rows)
-            if self.config.conv_size:
-                y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
-            y = y.unflatten(-1, (self.heads if name == "q" else self.kv_heads, -1))
+            heads = self.heads if name == "q" else self.kv_heads
+            y = self.projected(name, x, layout, cache).unflatten(-1, (heads, -1))
             inputs[name] = F.silu(y) if name == "v" else self.feature_map(y)
-        f = self.f_proj(x).view(*rows[:2], self.kv_heads, -1)
+        f = self.f_proj(x).view(layout.batch, layout.length, self.kv_heads, -1)
         options: Any = {"scale": 1 / self.config.gate_normalizer, "floor": MIN_GATE}
         inputs["g"], inputs["s"] = gate_and_complement(f, "logsigmoid", **options)
         if self.kv_heads != self.heads:
@@ -119,8 +106,7 @@ class GatedSlotAttention(LinearMixer):
         return {"keys": (keys, torch.float32), "values": (values, torch.float32)} | conv_states(self, batch)
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
-        return heads * self.config.num_slots * (4.0 * self.key_dim + 4.0 * self.value_dim + 5.0)
+        return self.num_heads * self.config.num_slots * (4.0 * self.key_dim + 4.0 * self.value_dim + 5.0)
 
     def activation_elements(self) -> float:
         slots, repeated = self.config.num_slots, self.heads != self.kv_heads

@@ -40,6 +40,7 @@ class HGRN(LinearMixer):
 
     Config = HGRNConfig
     family = "scan"
+    op = linear_scan
     formula = "h_t = exp(g_t) h_{t-1} + (1 - exp(g_t)) i_t,  o_t = h_t"
     paper = "arXiv 2311.04823"
 
@@ -63,16 +64,9 @@ class HGRN(LinearMixer):
             unused(path, config, "conv_bias", needs="set conv_size")
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
-        rows = (layout.batch, layout.length, -1)
-        i, f = self.i_proj(x).view(rows), self.f_proj(x).view(rows)
-        if self.config.conv_size:
-            i, f = (self.get_submodule(f"{name}_conv1d")(y, layout, cache) for name, y in (("i", i), ("f", f)))
+        i, f = (self.projected(name, x, layout, cache) for name in "if")
         g, update = self.lower_bound(f, i)
         return {"x": update, "g": g}, self.g_proj(x)
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = linear_scan(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -16,7 +16,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.lower_bound import BOUNDS, LowerBound
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, unused
+from linear_moe.modeling.mixers.checks import check_heads, unused
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay import decay
 
@@ -43,6 +43,7 @@ class HGRN2(LinearMixer):
 
     Config = HGRN2Config
     family = "decay"
+    op = partial(decay, bounded=True)
     formula = "S_t = diag(exp(g_t)) S_{t-1} + (1 - exp(g_t)) i_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2404.07904"
 
@@ -63,27 +64,16 @@ class HGRN2(LinearMixer):
 
     @classmethod
     def validate(cls, config: HGRN2Config, dims: Dims, tensor: int, path: str) -> None:
-        check(
-            f"{path}.num_heads",
-            config.num_heads or dims.num_heads,
-            lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
-            f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
-        )
+        heads = config.num_heads or dims.num_heads
+        check_heads(f"{path}.num_heads", heads, tensor, {"hidden_size =": dims.hidden_size})
         if not config.conv_size:
             unused(path, config, "conv_bias", needs="set conv_size")
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
-        tensors = {}
-        for name in "qfi":
-            y = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
-            tensors[name] = self.get_submodule(f"{name}_conv1d")(y, layout, cache) if self.config.conv_size else y
-        g, k = self.lower_bound(tensors["f"])
-        inputs = {"q": F.silu(tensors["q"]), "k": k, "v": tensors["i"], "g": g}
+        q, f, i = (self.projected(name, x, layout, cache) for name in "qfi")
+        g, k = self.lower_bound(f)
+        inputs = {"q": F.silu(q), "k": k, "v": i, "g": g}
         return {name: t.unflatten(-1, (self.heads, self.head_dim)) for name, t in inputs.items()}, None
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(self.g_norm(o.flatten(2).flatten(0, 1)))

@@ -16,11 +16,10 @@ from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check, check_head_dims
 from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
-from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 from linear_moe.modeling.ops.gates import gate
 from linear_moe.modeling.ops.repeat_heads import repeat_heads
 
@@ -52,6 +51,7 @@ class KimiDeltaAttention(LinearMixer):
 
     Config = KDAConfig
     family = "delta"
+    op = partial(delta, bounded=True)
     formula = "S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)"
     paper = "arXiv 2510.26692"
 
@@ -98,22 +98,14 @@ class KimiDeltaAttention(LinearMixer):
             f"must be a multiple of num_heads = {heads}",
         )
         head_dim = config.head_dim or dims.hidden_size // heads
-        check(
-            f"{path}.head_dim",
-            head_dim,
-            lambda n: n <= MAX_KEY_DIM,
-            f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit",
-        )
-        scaled(f"{path}.expand_v", head_dim, config.expand_v, "head_dim")
+        check_head_dims(path, head_dim, config.expand_v)
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows, inputs = (layout.batch, layout.length, -1), {}
         for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
-            y = self.get_submodule(f"{name}_proj")(x).view(rows)
-            conv = self.get_submodule(f"{name}_conv1d") if self.config.conv_size else None
-            y = F.silu(y) if conv is None else conv(y, layout, cache)
-            if name != "v" and conv is None:
-                y = l2_norm(y, size=self.key_dim)
+            y = self.projected(name, x, layout, cache)
+            if not self.config.conv_size:
+                y = F.silu(y) if name == "v" else l2_norm(F.silu(y), size=self.key_dim)
             y = y.unflatten(-1, (heads, -1))
             inputs[name] = y if heads == self.v_heads else repeat_heads(y, heads=self.v_heads)
         inputs["beta"] = gate(self.b_proj(x), "sigmoid", scale=2.0 if self.config.allow_neg_eigval else 1.0).view(rows)
@@ -124,10 +116,6 @@ class KimiDeltaAttention(LinearMixer):
             g = bound * torch.sigmoid(self.A_log.exp().repeat_interleave(self.key_dim) * (f.float() + self.dt_bias))
         inputs["g"] = g.view(*rows[:2], self.v_heads, self.key_dim)
         return inputs, self.g_proj(x)
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = delta(**inputs, bounded=True, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -39,6 +39,7 @@ class LightningAttention(LinearMixer):
 
     Config = LightningConfig
     family = "decay"
+    op = partial(decay, scale=1.0)
     formula = "S_t = exp(-rate_h) S_{t-1} + k_t v_t^T of head h,  o_t = S_t^T q_t"
     paper = "arXiv 2401.04658"
 
@@ -76,10 +77,6 @@ class LightningAttention(LinearMixer):
         rows = (layout.batch, layout.length, self.heads, self.head_dim)
         q, k, v = (self.activation(proj(x)).view(rows) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return {"q": q, "k": k, "v": v, "g": self.log_decay(x.device)}, self.output_gate(x)
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, scale=1.0, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -15,7 +15,7 @@ from linear_moe.modeling.feature_maps import FEATURE_MAPS, POSITIVE, TRAINED, Fe
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled, unused
+from linear_moe.modeling.mixers.checks import check_heads, scaled, unused
 from linear_moe.modeling.norm import RMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.feature_maps import sum_to_one
@@ -51,7 +51,7 @@ class LinearAttention(LinearMixer):
 
     def __init__(self, config: LinearAttentionConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads = config.num_heads or dims.num_heads
+        self.num_heads = heads = config.num_heads or dims.num_heads
         keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
         self.key_dim, self.value_dim = keys // heads, values // heads
         kv_heads = config.num_kv_heads or heads
@@ -72,19 +72,8 @@ class LinearAttention(LinearMixer):
         keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
         values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
         heads = config.num_heads or dims.num_heads
-        divisible = f"be divisible by parallel.tensor = {tensor}"
-        check(
-            f"{path}.num_heads",
-            heads,
-            lambda n: n % tensor == 0 and keys % n == 0 and values % n == 0,
-            f"must divide the key width {keys} and value width {values} and {divisible}",
-        )
-        check(
-            f"{path}.num_kv_heads",
-            config.num_kv_heads or heads,
-            lambda n: heads % n == 0 and n % tensor == 0,
-            f"must divide num_heads = {heads} and {divisible}",
-        )
+        check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
+        check_heads(f"{path}.num_kv_heads", config.num_kv_heads or heads, tensor, {"num_heads =": heads})
         if not config.normalize:
             unused(path, config, "normalizer_eps", needs="set normalize")
         if config.feature_map != "dpfp":
@@ -136,8 +125,7 @@ class LinearAttention(LinearMixer):
         return {name: ((*features, n), torch.float32) for name, n in columns.items()}
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
-        return 4.0 * heads * self.feature_map_q.size * (self.value_dim + self.config.normalize)
+        return 4.0 * self.num_heads * self.feature_map_q.size * (self.value_dim + self.config.normalize)
 
     def activation_elements(self) -> float:
         config, features, v = self.config, self.feature_map_q.size, self.value_dim

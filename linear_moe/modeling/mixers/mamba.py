@@ -39,6 +39,7 @@ class Mamba(LinearMixer):
 
     Config = MambaConfig
     family = "scan"
+    op = selective_scan
     formula = "h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t h_t + D u_t"
     paper = "arXiv 2312.00752"
 
@@ -69,10 +70,6 @@ class Mamba(LinearMixer):
         low_rank, B, C = self.host.enter(self.x_proj(u.flatten(0, 1))).view(rows).split([self.rank, size, size], dim=-1)
         dt = gate(self.dt_proj(low_rank), "softplus", bias=self.dt_bias)
         return {"u": u, "dt": dt, "A": -self.A_log.exp(), "B": B, "C": C}, (self.z_proj(x), u)
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        y, state = selective_scan(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return y, {"state": state}
 
     def output(self, o: Tensor, gate: tuple[Tensor, Tensor]) -> Tensor:
         z, u = gate

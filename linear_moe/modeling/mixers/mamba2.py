@@ -40,6 +40,7 @@ class Mamba2(LinearMixer):
 
     Config = Mamba2Config
     family = "decay"
+    op = partial(decay, scale=1.0, bounded=True)
     formula = "S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T,  y_t = S_t^T C_t + D x_t"
     paper = "arXiv 2405.21060"
 
@@ -85,10 +86,7 @@ class Mamba2(LinearMixer):
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         rows = (layout.batch, layout.length, -1)
-        channels, B, C = (
-            self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
-            for name in "xBC"
-        )
+        channels, B, C = (self.projected(name, x, layout, cache) for name in "xBC")
         steps = self.dt_proj(x)
         dt = gate(steps, "softplus", bias=self.dt_bias).view(rows)
         g = gate(steps, "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE).view(rows)
@@ -98,11 +96,6 @@ class Mamba2(LinearMixer):
         v = channels.unflatten(-1, (self.heads, self.config.head_dim))
         q, k = repeat_heads(C, heads=self.heads), repeat_heads(B, dt)
         return {"q": q, "k": k, "v": v, "g": g}, (self.z_proj(x), channels)
-
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        start = states.get("state")
-        y, state = decay(**inputs, scale=1.0, bounded=True, initial_state=start, cu_seqlens=layout.cu_seqlens)
-        return y, {"state": state}
 
     def output(self, o: Tensor, gate: tuple[Tensor, Tensor]) -> Tensor:
         z, x = gate

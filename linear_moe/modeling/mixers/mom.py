@@ -16,12 +16,11 @@ from linear_moe.modeling.host import Host, Matrices, constant, normal
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled, unused
+from linear_moe.modeling.mixers.checks import check, check_head_dims, unused
 from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import delta
-from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
 from linear_moe.modeling.ops.gates import gate
 from linear_moe.modeling.ops.grouping import Grouping
 
@@ -147,9 +146,7 @@ class MixtureOfMemories(LinearMixer):
         memories = config.num_memories
         check(f"{path}.top_k", config.top_k, lambda n: n <= memories, f"must be at most num_memories = {memories}")
         head_dim = config.head_dim or size // (2 * heads)
-        limit = f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit"
-        check(f"{path}.head_dim", head_dim, lambda n: n <= MAX_KEY_DIM, limit)
-        scaled(f"{path}.expand_v", head_dim, config.expand_v, "head_dim")
+        check_head_dims(path, head_dim, config.expand_v)
         if config.memory != "gla":
             unused(path, config, "gate_rank", "gate_normalizer", needs="set memory to gla")
 

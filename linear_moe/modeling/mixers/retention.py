@@ -15,7 +15,7 @@ from linear_moe.modeling.feature_maps import FeatureMap
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, scaled
+from linear_moe.modeling.mixers.checks import check, check_heads, scaled
 from linear_moe.modeling.norm import GatedRMSNorm, RMSNorm
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.rotary import rotate, rotations
@@ -40,12 +40,13 @@ class Retention(LinearMixer):
 
     Config = RetentionConfig
     family = "decay"
+    op = decay
     formula = "S_t = (1 - 2^(-5 - h)) S_{t-1} + k_t v_t^T of head h,  o_t = S_t^T q_t / sqrt(K),  q and k rotated by t"
     paper = "arXiv 2307.08621"
 
     def __init__(self, config: RetentionConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads = config.num_heads or dims.num_heads
+        self.num_heads = heads = config.num_heads or dims.num_heads
         kv_heads = config.num_kv_heads or heads
         keys, values = round(dims.hidden_size * config.expand_k), round(dims.hidden_size * config.expand_v)
         self.key_dim, self.value_dim = keys // heads, values // heads
@@ -67,19 +68,14 @@ class Retention(LinearMixer):
         keys = scaled(f"{path}.expand_k", dims.hidden_size, config.expand_k, "hidden_size")
         values = scaled(f"{path}.expand_v", dims.hidden_size, config.expand_v, "hidden_size")
         heads = config.num_heads or dims.num_heads
-        divisible = f"be divisible by parallel.tensor = {tensor}"
         check(
             f"{path}.num_heads",
             heads,
             lambda n: n % tensor == 0 and keys % (2 * n) == 0 and values % n == 0,
-            f"must divide half the key width {keys} (rotary positions) and the value width {values} and {divisible}",
+            f"must divide half the key width {keys} (rotary positions) and the value width {values} and be divisible "
+            f"by parallel.tensor = {tensor}",
         )
-        check(
-            f"{path}.num_kv_heads",
-            config.num_kv_heads or heads,
-            lambda n: heads % n == 0 and n % tensor == 0,
-            f"must divide num_heads = {heads} and {divisible}",
-        )
+        check_heads(f"{path}.num_kv_heads", config.num_kv_heads or heads, tensor, {"num_heads =": heads})
 
     def log_decay(self, device: torch.device) -> Tensor:
         """log(1 - 2^(-5 - h)) for this rank's heads, h counted over all ranks, `[H]` fp32."""
@@ -90,9 +86,7 @@ class Retention(LinearMixer):
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         inputs = {}
         for name in "qkv":
-            y = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
-            if self.config.conv_size:
-                y = self.get_submodule(f"{name}_conv1d")(y, layout, cache)
+            y = self.projected(name, x, layout, cache)
             inputs[name] = y.unflatten(-1, (self.heads if name == "q" else self.kv_heads, -1))
         cos, sin = rotations(layout, x.device, self.config.rope_base, self.key_dim)
         for name in "qk":
@@ -102,10 +96,6 @@ class Retention(LinearMixer):
                 inputs[name] = inputs[name].repeat_interleave(self.heads // self.kv_heads, dim=2)
         return inputs | {"g": self.log_decay(x.device)}, None if self.g_proj is None else self.g_proj(x)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        o, state = decay(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
-        return o, {"state": state}
-
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(self.o_norm(o).flatten(2).flatten(0, 1) if gate is None else self.o_norm(o, gate))
 
@@ -114,8 +104,7 @@ class Retention(LinearMixer):
         return {"state": (state, torch.float32)} | conv_states(self, batch)
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
-        return 4.0 * heads * self.key_dim * self.value_dim
+        return 4.0 * self.num_heads * self.key_dim * self.value_dim
 
     def activation_elements(self) -> float:
         q, o = self.heads * self.key_dim, self.heads * self.value_dim

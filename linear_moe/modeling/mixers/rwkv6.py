@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import shift_state
 from linear_moe.modeling.host import Host, Init, Matrices
-from linear_moe.modeling.initializers import uniform
+from linear_moe.modeling.initializers import token_shift_share, uniform
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
@@ -47,18 +47,20 @@ class RWKV6(LinearMixer):
 
     Config = RWKV6Config
     family = "decay"
+    op = partial(decay, scale=1.0, bounded=True)
     formula = "S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_t^T,  o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t"
     paper = "arXiv 2404.05892"
     unsplit_states = frozenset({"shift"})
 
     def __init__(self, config: RWKV6Config, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads, hidden = config.num_heads or dims.num_heads, dims.hidden_size
+        self.num_heads = heads = config.num_heads or dims.num_heads
+        hidden = dims.hidden_size
         keys, values = round(hidden * config.expand_k), round(hidden * config.expand_v)
         self.heads, self.key_dim, self.value_dim = host.split(heads), keys // heads, values // heads
         depth, to_last = dims.layer / max(dims.num_layers - 1, 1), 1 - dims.layer / dims.num_layers
         whole = partial(host.parameter, decay=False)
-        self.x_mu = whole(hidden, init=_shift(to_last))
+        self.x_mu = whole(hidden, init=token_shift_share(to_last))
         self.x_bias = whole(5, hidden, init=_shifts(depth, to_last))
         five = (config.shift_rank,) * 5
         self.x_down = host.parameter(5 * config.shift_rank, hidden, init=uniform(hidden**-0.5), matrices=Matrices(five))
@@ -104,11 +106,6 @@ class RWKV6(LinearMixer):
         inputs = {name: y.view(rows).unflatten(-1, (self.heads, -1)) for name, y in tokens.items()}
         return inputs | {"bonus": self.bonus}, self.g_proj(x_g)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        options: Any = {"initial_state": states.get("state"), "cu_seqlens": layout.cu_seqlens}
-        o, state = decay(**inputs, scale=1.0, bounded=True, **options)
-        return o, {"state": state}
-
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
         return self.o_proj(self.g_norm(o, gate))
@@ -118,8 +115,7 @@ class RWKV6(LinearMixer):
         return {"state": (state, torch.float32), "shift": ((batch, self.dims.hidden_size), None)}
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
-        return heads * (4.0 * self.key_dim * self.value_dim + 3.0 * self.key_dim + 2.0 * self.value_dim)
+        return self.num_heads * (4.0 * self.key_dim * self.value_dim + 3.0 * self.key_dim + 2.0 * self.value_dim)
 
     def activation_elements(self) -> float:
         hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
@@ -134,22 +130,12 @@ class RWKV6(LinearMixer):
         return self.heads * (2 * self.key_dim + 64)
 
 
-def _shift(to_last: float, power: float = 1.0, less: float = 0.0) -> Init:
-    """The share of the token before, by channel: from all of it to almost none."""
-
-    def fill(t: Tensor, _: torch.Generator) -> None:
-        channels = torch.arange(t.shape[-1], device=t.device) / t.shape[-1]
-        t.copy_(1 - channels ** (power * to_last) - less)
-
-    return fill
-
-
 def _shifts(depth: float, to_last: float) -> Init:
     rest = {"r": (0.5, 0.0), "w": (1.0, 0.0), "k": (1.0, 0.0), "v": (1.0, 0.3 * depth), "g": (0.5, 0.0)}
 
     def fill(t: Tensor, generator: torch.Generator) -> None:
         for row, (power, less) in zip(t, rest.values(), strict=True):
-            _shift(to_last, power, less)(row, generator)
+            token_shift_share(power * to_last, less)(row, generator)
 
     return fill
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import shift_state
 from linear_moe.modeling.host import Host, Init, constant
-from linear_moe.modeling.initializers import orthogonal, uniform
+from linear_moe.modeling.initializers import orthogonal, token_shift_share, uniform
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, scaled
@@ -54,6 +54,7 @@ class RWKV7(LinearMixer):
 
     Config = RWKV7Config
     family = "dplr"
+    op = partial(dplr, scale=1.0, min_gate=MIN_LOG_DECAY)
     formula = "S_t = diag(exp(w_t)) S_{t-1} - (a_t * k'_t) (k'_t^T S_{t-1}) + k_t v_t^T,  o_t = S_t^T r_t"
     paper = "arXiv 2503.14456"
     unsplit_states = frozenset({"shift"})
@@ -67,7 +68,7 @@ class RWKV7(LinearMixer):
         self.key_dim, self.value_dim = hidden // self.num_heads, values // self.num_heads
         depth, to_last = dims.layer / max(dims.num_layers - 1, 1), 1 - dims.layer / dims.num_layers
         for name, power in {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}.items():
-            share = host.parameter(hidden, init=_shift(power * to_last), decay=False)
+            share = host.parameter(hidden, init=token_shift_share(power * to_last), decay=False)
             self.register_parameter(f"x_{name}", share)
         column = partial(Linear, host, split="column")
         self.r_proj = column(hidden, hidden, init=uniform(0.5 * hidden**-0.5))
@@ -138,11 +139,6 @@ class RWKV7(LinearMixer):
         inputs = {"q": r, "k": k, "v": v, "a": -erased, "b": erased * rate, "g": g}
         return inputs, torch.stack([bonus.flatten(0, 1).flatten(1), self.g_lora(x_g)])
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
-        options: Any = {"initial_state": states.get("state"), "cu_seqlens": layout.cu_seqlens}
-        o, state = dplr(**inputs, scale=1.0, min_gate=MIN_LOG_DECAY, **options)
-        return o, {"state": state}
-
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
         bonus, gate = gate.unbind()
@@ -165,11 +161,6 @@ class RWKV7(LinearMixer):
         # v; the bonus, gate and their stack; o, normalised without and with its weight, with the bonus, gated
         values = v + 7 * v + (3 * v if residual else 0)
         return 6 * hidden + low + keys + values
-
-
-def _shift(power: float) -> Init:
-    """The share of the token before, by channel: from all of it to almost none."""
-    return lambda t, _: t.copy_(1 - (torch.arange(len(t), device=t.device) / len(t)) ** power)
 
 
 def _ramp(t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.ops.fast_weights import titans
 from linear_moe.modeling.ops.gates import Function
@@ -55,7 +55,8 @@ class Titans(LinearMixer):
 
     def __init__(self, config: TitansConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
-        heads, width = config.num_heads or dims.num_heads, dims.hidden_size
+        self.num_heads = heads = config.num_heads or dims.num_heads
+        width = dims.hidden_size
         self.heads, self.head_dim = host.split(heads), width // heads
         column = partial(Linear, host, width, split="column", std=dims.init_std)
         self.q_proj, self.k_proj, self.v_proj, self.g_proj = column(width), column(width), column(width), column(width)
@@ -73,20 +74,12 @@ class Titans(LinearMixer):
 
     @classmethod
     def validate(cls, config: TitansConfig, dims: Dims, tensor: int, path: str) -> None:
-        check(
-            f"{path}.num_heads",
-            config.num_heads or dims.num_heads,
-            lambda n: n % tensor == 0 and dims.hidden_size % n == 0,
-            f"must divide hidden_size = {dims.hidden_size} and be divisible by parallel.tensor = {tensor}",
-        )
+        heads = config.num_heads or dims.num_heads
+        check_heads(f"{path}.num_heads", heads, tensor, {"hidden_size =": dims.hidden_size})
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, -1)
-        q, k, v = (
-            self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x).view(rows), layout, cache)
-            for name in "qkv"
-        )
-        q, k, v = (t.unflatten(-1, (self.heads, self.head_dim)) for t in (q, k, v))
+        q, k, v = (self.projected(name, x, layout, cache).unflatten(-1, (self.heads, -1)) for name in "qkv")
         inputs = {"q": l2_norm(q), "k": l2_norm(k), "v": v}
         for key, (name, function, scale) in _GATES.items():
             y, bias = self.get_submodule(f"{name}_proj")(x), self.get_parameter(f"{name}_bias")
@@ -126,9 +119,8 @@ class Titans(LinearMixer):
         return cache
 
     def recurrence_flops(self, length: int) -> float:
-        heads = self.config.num_heads or self.dims.num_heads
         # the error at k, its write to M and S, the readings of both; scores and errors within the chunk
-        return heads * self.head_dim * (10.0 * self.head_dim + 4.0 * self.config.chunk_size)
+        return self.num_heads * self.head_dim * (10.0 * self.head_dim + 4.0 * self.config.chunk_size)
 
     def activation_elements(self) -> float:
         width, size = self.heads * self.head_dim, self.config.chunk_size

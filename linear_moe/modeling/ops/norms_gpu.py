@@ -26,16 +26,22 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _places(row, groups, BY_GROUP: tl.constexpr):
+    """Token and group of each row: see `_tiles`."""
+    if BY_GROUP:
+        return row.to(tl.int64), row * 0 + tl.program_id(1)
+    else:
+        return (row // groups).to(tl.int64), row % groups
+
+
+@triton.jit
 def _forward(
     x, weight, bias, gate, skip, skip_weight, y, rows, groups, head_dim, stride_x, stride_gate, stride_skip, stride_y,
     eps, scale, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BY_GROUP: tl.constexpr,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if BY_GROUP:
-        token, group = row.to(tl.int64), row * 0 + tl.program_id(1)
-    else:
-        token, group = (row // groups).to(tl.int64), row % groups
+    token, group = _places(row, groups, BY_GROUP)
     feature = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (feature < SIZE)[None, :]
     column = group[:, None] * SIZE + feature[None, :]
@@ -85,10 +91,7 @@ def _backward(
         sum_d = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
-        if BY_GROUP:
-            token, group = row.to(tl.int64), row * 0 + tl.program_id(1)
-        else:
-            token, group = (row // groups).to(tl.int64), row % groups
+        token, group = _places(row, groups, BY_GROUP)
         inside = (row < rows)[:, None] & (feature < SIZE)[None, :]
         column = group[:, None] * SIZE + feature[None, :]
         dn = tl.load(dy + token[:, None] * stride_dy + column, mask=inside, other=0.0).to(tl.float32)

@@ -96,9 +96,12 @@ OPS = {
 def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cls = mixer_class(name)
     module = sys.modules[cls.__module__]
-    for op, stand_in in ({cls.family: recurrence} | OPS).items():
+    stand_ins = {cls.family: recurrence} | OPS
+    for op, stand_in in stand_ins.items():
         if hasattr(module, op):
             monkeypatch.setattr(module, op, stand_in)
+    if (declared := getattr(cls, "op", None)) is not None:
+        monkeypatch.setattr(cls, "op", stand_ins[getattr(declared, "func", declared).__name__])
     monkeypatch.setattr(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None))
     rms_norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731  the GPU's fused kernel
     monkeypatch.setattr(F, "rms_norm", rms_norm)

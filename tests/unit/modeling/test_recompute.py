@@ -22,7 +22,7 @@ from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.ops import linear_cross_entropy
-from linear_moe.plan import layer_activation_elements
+from linear_moe.plan.activations import layer_elements
 from tests.unit.mixers.common import case_ids, cases
 from tests.unit.mixers.test_memory import Saves
 
@@ -127,7 +127,7 @@ def test_kept_as_planned(modules: set[str], ffn: str, monkeypatch: pytest.Monkey
 
     built.host.activations = Activations(modules)
     layers = built.layers.values()
-    planned = sum(layer_activation_elements(config, layer, 64.0, frozenset(modules))[0] for layer in layers)
+    planned = sum(layer_elements(config, layer, 64.0, frozenset(modules))[0] for layer in layers)
     outside = 64 + 1 + 64 + 2 + 1  # the last norm's input and its scale, the head's input, label and normaliser
     assert kept_per_token(built, monkeypatch) - outside == pytest.approx(planned, abs=80)  # of 2000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,18 +10,13 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import feature_maps, normalizer
 from linear_moe.modeling.ops.decay import decay
-from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
+from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
+from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
 from linear_moe.modeling.ops import normalizer_gpu, quadratic_map_gpu  # noqa: E402  they import triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HALF = 2 * BF16_ROUNDING if INTERPRETED else BF16_SAME  # the interpreter truncates
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs CUDA"),
-]
+pytestmark = MARKS
 DTYPES = [torch.float32, torch.bfloat16]
 
 

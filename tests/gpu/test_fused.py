@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,8 @@ from linear_moe.modeling.ops import (
     short_conv,
 )
 from linear_moe.modeling.ops.packing import first_tokens
-from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
+from tests.gpu.kernels import DEVICE, HALF, MARKS
+from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
 from linear_moe.modeling.ops import (  # noqa: E402  they import triton
@@ -36,13 +36,7 @@ from linear_moe.modeling.ops import (  # noqa: E402  they import triton
     short_conv_gpu,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HALF = 2 * BF16_ROUNDING if INTERPRETED else BF16_SAME  # the interpreter truncates
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs CUDA"),
-]
+pytestmark = MARKS
 
 
 def compare(

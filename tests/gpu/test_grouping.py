@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops.grouping import Grouping
-from tests.tolerances import BF16_ROUNDING, BF16_SAME, FP32, assert_close
+from tests.gpu.kernels import DEVICE, HALF, MARKS
+from tests.tolerances import FP32, assert_close
 
 pytest.importorskip("triton")
 from linear_moe.modeling.ops import grouping_gpu  # imports triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HALF = 2 * BF16_ROUNDING if INTERPRETED else BF16_SAME  # the interpreter truncates
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs CUDA"),
-]
+pytestmark = MARKS
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,18 +12,13 @@ from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.ops import experts as definition
 from linear_moe.modeling.ops.experts import STEPS, Assignment, assign, experts
-from tests.tolerances import BF16, BF16_ROUNDING, BF16_SAME, FP32, assert_close
+from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
+from tests.tolerances import BF16, FP32, assert_close
 
 triton = pytest.importorskip("triton")
 from linear_moe.modeling.ops import experts_gemm_gpu, experts_gpu  # noqa: E402  they import triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels on a CPU
-DEVICE = "cpu" if INTERPRETED else "cuda"
-HALF = 2 * BF16_ROUNDING if INTERPRETED else BF16_SAME  # the interpreter truncates
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs CUDA"),
-]
+pytestmark = MARKS
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
 
 

@@ -24,11 +24,13 @@ def main(folder: Path) -> None:
     platform.install()
     from megatron.core import parallel_state
 
-    from tests.distributed import cases, checkpoint_cases
+    from tests.distributed import cases, checkpoint_cases, layout_cases
+
+    functions = vars(checkpoint_cases) | vars(layout_cases) | vars(cases)
 
     for name, (function, arguments) in torch.load(folder / "cases.pt", weights_only=False).items():
         print(f"case {name} at {time.perf_counter():.1f}", flush=True)
-        result = getattr(cases if hasattr(cases, function) else checkpoint_cases, function)(**arguments)
+        result = functions[function](**arguments)
         torch.save(result, folder / f"{name}.{dist.get_rank()}.pt")
         parallel_state.destroy_model_parallel()
         destroy_groups()

@@ -29,20 +29,12 @@ from linear_moe.training.step import Stepper
 from tests.distributed.cases import start
 from tests.distributed.checkpoint_cases import small_buckets
 from tests.distributed.harness import all_tensors
+from tests.distributed.masked import masked_sample
 
 Pieces = dict[str, tuple[tuple[int, ...], Tensor, Tensor]]
 """Name -> the full tensor's shape, and some of its elements: their indices in the flattened tensor, their values."""
 
-_draw = SyntheticDataset.__getitem__
-
-
-def masked(dataset: SyntheticDataset, number: int) -> dict[str, Tensor]:
-    """A sample of which a share is counted, that differs from sample to sample; of every fifth, nothing."""
-    sample = _draw(dataset, number)
-    generator = torch.Generator().manual_seed(number)
-    share = 0.0 if number % 5 == 2 else float(torch.rand((), generator=generator))
-    chosen = torch.rand(sample["loss_mask"].shape, generator=generator) < share
-    return sample | {"loss_mask": sample["loss_mask"] * chosen}
+masked_samples = mock.patch.object(SyntheticDataset, "__getitem__", masked_sample)
 
 
 def merged(replicas: int) -> Any:
@@ -75,7 +67,10 @@ class Run:
         for step in range(first, last + 1):
             set_learning_rate(self.optimizer, learning_rate(step, self.config))
             result = asdict(self.stepper.train(batches))
-            yield result | {"router": self.stepper.auxiliary_losses(), "routing": [asdict(layer) for layer in self.stepper.routing()]}
+            yield result | {
+                "router": self.stepper.auxiliary_losses(),
+                "routing": [asdict(layer) for layer in self.stepper.routing()],
+            }
 
     def validate(self) -> float:
         batches = validation_batches(self.data, self.config, self.groups.data_rank, self.groups.data_size)
@@ -118,6 +113,16 @@ class Run:
                     found[key][name] = (p.spec.shape, index, owned[p].moments[key].clone())  # type: ignore[attr-defined]
         return found
 
+    def forget(self) -> None:
+        """Make everything that a checkpoint holds something else."""
+        with torch.no_grad():
+            for parameter in state.named_parameters(self.model).values():
+                parameter.fill_(torch.nan)
+            for owned in state.owned_by_optimizer(self.optimizer).values():
+                for moment in owned.moments.values():
+                    moment.fill_(torch.nan)
+        state.set_optimizer_step(self.optimizer, 1000)
+
 
 def follow(config: dict[str, Any], steps: int, replicas: int = 1) -> dict[str, Any]:
     """Train from the start.
@@ -131,7 +136,7 @@ def follow(config: dict[str, Any], steps: int, replicas: int = 1) -> dict[str, A
         The initial weights, the first step's gradients as the optimizer got them, what was said of every step and of
         the validation after them, the last weights.
     """
-    with mock.patch.object(SyntheticDataset, "__getitem__", masked), merged(replicas):
+    with masked_samples, merged(replicas):
         run = Run(*start(config))
         found: dict[str, Any] = {"initial": run.weights(), "gradients": {}}
 
@@ -149,46 +154,34 @@ def follow(config: dict[str, Any], steps: int, replicas: int = 1) -> dict[str, A
         return found | {"validation": run.validate(), "final": run.weights()}
 
 
-def save_midway(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
-    """Train, save, train on."""
-    with mock.patch.object(SyntheticDataset, "__getitem__", masked):
+def save_midway(config: dict[str, Any], before: int, after: int) -> list[dict[str, Any]]:
+    """Train, save, train on: what was said of the steps after the checkpoint."""
+    with masked_samples:
         run = Run(*start(config))
         list(run.train(1, before))
-        folder = save(run.config, before, run.model, run.optimizer, data=run.data.fingerprint)
-        return {"folder": folder, "steps": list(run.train(before + 1, before + after))}
+        save(run.config, before, run.model, run.optimizer, data=run.data.fingerprint)
+        return list(run.train(before + 1, before + after))
 
 
-def resume_elsewhere(config: dict[str, Any], folders: dict[str, Path], go_on: list[str], after: int) -> dict[str, Any]:
-    """Load checkpoints of other layouts, and train on from some of them.
+def resume_elsewhere(config: dict[str, Any], folders: dict[str, str], go_on: list[str], after: int) -> dict[str, Any]:
+    """Load checkpoints that other layouts saved, all into one model, and train on from some.
 
-    Returns, of each folder of a run, which tensors are not what PyTorch's own reader finds in its checkpoint; and of
-    each in `go_on` what was said of its steps.
+    Returns of each of `folders`, which are runs, the tensors that are not what PyTorch's own reader finds in its
+    checkpoint; and of each in `go_on` what was said of its steps.
     """
     tree, groups = start(config)
-    tree.training.seed += 1  # what is not loaded differs
-    wrong: dict[str, list[str]] = {}
-    steps: dict[str, Any] = {}
     run = Run(tree, groups)
-    tree.training.seed -= 1
-    with mock.patch.object(SyntheticDataset, "__getitem__", masked):
-        for name, folder in folders.items():
-            tree.run = str(folder)
-            for pieces in (run.weights(), *run.moments().values()):
-                assert pieces
-            with torch.no_grad():
-                for parameter in state.named_parameters(run.model).values():
-                    parameter.fill_(torch.nan)
-                for owned in state.owned_by_optimizer(run.optimizer).values():
-                    for moment in owned.moments.values():
-                        moment.fill_(torch.nan)
-            step = load_latest(tree, run.model, run.optimizer)
-            full = all_tensors(next((folder / "checkpoints").glob("step_*")))
-            here = {f"model.{key}": piece for key, piece in run.weights().items()}
-            for moment, pieces in run.moments().items():
-                here |= {f"optimizer.{moment}.{key}": piece for key, piece in pieces.items()}
-            wrong[name] = [
-                key for key, (_, index, value) in here.items() if not torch.equal(full[key].flatten()[index], value)
-            ]
-            if name in go_on:
+    wrong, steps = {}, {}
+    for name, folder in folders.items():
+        tree.run = folder
+        run.forget()
+        step = load_latest(tree, run.model, run.optimizer)
+        full = all_tensors(next(Path(folder, "checkpoints").glob("step_*")))
+        here = {f"model.{key}": piece for key, piece in run.weights().items()}
+        for moment, pieces in run.moments().items():
+            here |= {f"optimizer.{moment}.{key}": piece for key, piece in pieces.items()}
+        wrong[name] = [k for k, (_, index, value) in here.items() if not torch.equal(full[k].flatten()[index], value)]
+        if name in go_on:
+            with masked_samples:
                 steps[name] = list(run.train(step + 1, step + after))
     return {"wrong": wrong, "steps": steps}

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.training.data.dataset import SyntheticDataset
 
+draw = SyntheticDataset.__getitem__
 VALIDATION = (100, 101)  # numbers of the validation's global batches; training steps count from 0
 
 
@@ -32,3 +34,12 @@ def micro_batches(config: Config, number: int, rank: int, ranks: int) -> Iterato
     share = t.global_batch // ranks
     for start in range(rank * share, (rank + 1) * share, t.micro_batch):
         yield {key: value[start : start + t.micro_batch] for key, value in batch.items()}
+
+
+def masked_sample(dataset: SyntheticDataset, number: int) -> dict[str, Tensor]:
+    """A sample of which a share is counted that differs from sample to sample; of every fifth, nothing."""
+    sample = draw(dataset, number)
+    generator = torch.Generator().manual_seed(number)
+    share = 0.0 if number % 5 == 2 else float(torch.rand((), generator=generator))
+    chosen = torch.rand(sample["loss_mask"].shape, generator=generator) < share
+    return sample | {"loss_mask": sample["loss_mask"] * chosen}

@@ -34,7 +34,7 @@ LOCAL = ROUTER | {"aux_loss": 0.3, "sequence_aux_loss": 0.3}
 GLOBAL = ROUTER | {"aux_loss": 0.0, "sequence_aux_loss": 0.3, "global_aux_loss": 0.3}
 
 
-def config(model: dict[str, Any], parallel: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+def config(model: dict[str, Any], parallel: dict[str, Any], /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A tiny model in fp32 on packed documents; two micro-batches a step in one process."""
     base: dict[str, Any] = {
         "model": {
@@ -338,7 +338,7 @@ def routers_loss(routed: list[tuple[Tensor, Tensor]], moe: MoEConfig, so_far: Te
 
 @pytest.mark.parametrize("name", [BASE, "gla-global"])
 def test_one_process_is_what_the_options_say(results: Results, name: str) -> None:
-    """Every document alone on the plain host; PyTorch's losses, clipping and AdamW; the routers' losses by their words."""
+    """Every document alone on the plain host; PyTorch's losses, clipping, AdamW; the routers' losses in words."""
     tree = from_dict(Config, config(MODELS[name], {}, **sections_of(name, {})))
     t, o, moe = tree.training, tree.optimizer, tree.model.moe
     dataset = SyntheticDataset(VOCAB, t.sequence_length, 2 * t.seed + 1, True)

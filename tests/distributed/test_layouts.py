@@ -102,6 +102,8 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "tp2-pp2-ep2": (4, 1, {"tensor": 2, "pipeline": 2, "expert": 2}, {}),
     "ep2-dp2-overlap": (4, 4, {"expert": 2}, OVERLAP),
     "tp2-ep2-dp2": (4, 2, {"tensor": 2, "expert": 2}, {}),
+    "tp2-ep2-etp2": (4, 2, {"tensor": 2, "expert": 2, "expert_tensor": 2}, {}),
+    "pp2-ep2-overlap": (4, 2, {"pipeline": 2, "expert": 2}, OVERLAP),
 }
 EIGHT = {"training": {"global_batch": 8}}
 

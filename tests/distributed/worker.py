@@ -24,13 +24,14 @@ def main(folder: Path) -> None:
     platform.install()
     from megatron.core import parallel_state
 
-    from tests.distributed import cases, checkpoint_cases, pipeline_cases, plan_cases
+    from tests.distributed import cases, checkpoint_cases, layout_cases, pipeline_cases, plan_cases
 
-    modules = (cases, checkpoint_cases, pipeline_cases, plan_cases)
+    modules = (cases, checkpoint_cases, layout_cases, pipeline_cases, plan_cases)
+    functions = {k: f for m in modules for k, f in vars(m).items() if getattr(f, "__module__", "") == m.__name__}
 
     for name, (function, arguments) in torch.load(folder / "cases.pt", weights_only=False).items():
         print(f"case {name} at {time.perf_counter():.1f}", flush=True)
-        result = getattr(next(module for module in modules if hasattr(module, function)), function)(**arguments)
+        result = functions[function](**arguments)
         torch.save(result, folder / f"{name}.{dist.get_rank()}.pt")
         parallel_state.destroy_model_parallel()
         destroy_groups()

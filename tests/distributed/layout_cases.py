@@ -123,13 +123,14 @@ class Run:
         state.set_optimizer_step(self.optimizer, 1000)
 
 
-def follow(config: dict[str, Any], steps: int, replicas: int = 1) -> dict[str, Any]:
+def follow(config: dict[str, Any], steps: int, replicas: int = 1, save_at: int = 0) -> dict[str, Any]:
     """Train from the start.
 
     Args:
         config: the configuration.
         steps: to train.
         replicas: of one process, how many it stands for; see `merged`.
+        save_at: the step to save after; 0: none.
 
     Returns:
         The initial weights, the first step's gradients as the optimizer got them, what was said of every step and of
@@ -149,17 +150,11 @@ def follow(config: dict[str, Any], steps: int, replicas: int = 1) -> dict[str, A
 
         for part in optimizer_parts(run.optimizer):
             part.optimizer.step = record(part.optimizer.step)
-        found["steps"] = list(run.train(1, steps))
+        found["steps"] = list(run.train(1, save_at))
+        if save_at:
+            save(run.config, save_at, run.model, run.optimizer, data=run.data.fingerprint)
+        found["steps"] += run.train(save_at + 1, steps)
         return found | {"validation": run.validate(), "final": run.weights()}
-
-
-def save_midway(config: dict[str, Any], before: int, after: int) -> list[dict[str, Any]]:
-    """Train, save, train on: what was said of the steps after the checkpoint."""
-    with masked_samples:
-        run = Run(*start(config))
-        list(run.train(1, before))
-        save(run.config, before, run.model, run.optimizer, data=run.data.fingerprint)
-        return list(run.train(before + 1, before + after))
 
 
 def resume_elsewhere(config: dict[str, Any], folders: dict[str, str], go_on: list[str], after: int) -> dict[str, Any]:

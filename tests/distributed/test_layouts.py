@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.training.data.dataset import SyntheticDataset
-from tests.distributed.harness import run
+from tests.distributed.harness import Ranks, run
 from tests.distributed.masked import masked_sample
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close, relative_error
 from tests.unit.mixers.common import variants
 
-STEPS = 10
+STEPS, SOME = 10, 4
+CHECKED = 3  # written out
 VOCAB = 12  # also the mean length of a document
 Results = dict[str, list[Any]]
 
@@ -67,96 +69,119 @@ def mixer_model(name: str, which: int, **model: Any) -> dict[str, Any]:
     return {"mixer": {"type": name, **variants(name)[which]}, **model}
 
 
+def stack(names: list[str], which: int, ffns: str = "moe dense", **model: Any) -> dict[str, Any]:
+    """A hybrid with a layer of each of these mixers, of every other symbol with experts."""
+    kinds = cycle(ffns.split())
+    letters = dict(zip(ascii_uppercase, names, strict=False))
+    symbols = {letter: mixer_model(name, which, ffn=next(kinds)) for letter, name in letters.items()}
+    return {"pattern": "".join(letters), "num_layers": len(names), "symbols": symbols, **model}
+
+
+def even(names: list[str], parts: int) -> list[str]:
+    """As many as can be shared out over so many stages: some again."""
+    return [*names, *names[: -len(names) % parts]]
+
+
 NAMES = sorted(MIXERS)
 FAMILIES = sorted({mixer_class(name).family: name for name in reversed(NAMES)}.values())
-# Every mixer alone, with experts and its options on.
-PURE = {f"{name}-pure": mixer_model(name, -1) for name in NAMES}
-# The first of every family, plain, in hybrids with experts and with dense layers.
-HYBRID = {f"{name}-hybrid": mixer_model(name, 0, pattern="LN") for name in FAMILIES}
-DENSE = {f"{name}-dense": mixer_model(name, 0, pattern="NL", ffn="dense") for name in FAMILIES}
-GLOBAL_MODEL = {"gla-global": mixer_model("gla", 0, moe=GLOBAL)}
-TIED = {"gla-tied": mixer_model("gla", 0, ffn="dense", tie_embeddings=True)}
-MODELS: dict[str, dict[str, Any]] = PURE | DENSE | HYBRID | GLOBAL_MODEL | TIED
+OTHERS = [name for name in NAMES if name not in FAMILIES]
+# The first mixer of every family alone, with experts and its options on; the other mixers a few at a time.
+PURE = {f"{name}-pure": mixer_model(name, -1) for name in FAMILIES}
+FEW = {f"others-{i // 6}": stack(even(OTHERS[i : i + 6], 2), -1) for i in range(0, len(OTHERS), 6)}
+# All families together, with experts and with dense layers.
+ALL = "families"
+BASE = f"{FAMILIES[1]}-hybrid"
+MODELS: dict[str, dict[str, Any]] = PURE | FEW
+MODELS |= {
+    ALL: stack(even(FAMILIES, 4), 0, moe=GLOBAL),
+    "dense": stack(FAMILIES, 0, ffns="dense"),
+    "tied": mixer_model("gla", 0, ffn="dense", tie_embeddings=True),
+    BASE: mixer_model(FAMILIES[1], 0, pattern="LN"),
+}
 
 PLAIN = {"optimizer": {"distributed": False}}
 OVERLAP = {"optimizer": {"overlap": True}}
 # name -> (ranks, replicas of the model, parallel sizes, other sections)
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
+    "one": (1, 1, {}, {}),
     "tp2": (2, 1, {"tensor": 2}, {}),
-    "tp2-replicated": (2, 1, {"tensor": 2, "tensor_sequence": False}, {}),
     "pp2": (2, 1, {"pipeline": 2}, {}),
+    "pp2x2": (2, 1, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "ep2": (2, 2, {"expert": 2}, {}),
-    "tp2-ep2": (2, 1, {"tensor": 2, "expert": 2}, {}),
-    "tp2-etp2": (2, 1, {"tensor": 2, "expert_tensor": 2}, {}),
     "dp2": (2, 2, {}, {}),
     "dp2-plain": (2, 2, {}, PLAIN),
     "dp2-overlap": (2, 2, {}, OVERLAP),
-    "dp2-plain-overlap": (2, 2, {}, {"optimizer": {"distributed": False, "overlap": True}}),
     "ep2-etp2": (4, 4, {"expert": 2, "expert_tensor": 2}, {}),
     "tp2-pp2-ep2": (4, 1, {"tensor": 2, "pipeline": 2, "expert": 2}, {}),
+}
+MORE_LAYOUTS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
+    "tp2-replicated": (2, 1, {"tensor": 2, "tensor_sequence": False}, {}),
+    "tp2-ep2": (2, 1, {"tensor": 2, "expert": 2}, {}),
+    "tp2-etp2": (2, 1, {"tensor": 2, "expert_tensor": 2}, {}),
+    "dp2-plain-overlap": (2, 2, {}, {"optimizer": {"distributed": False, "overlap": True}}),
     "ep2-dp2-overlap": (4, 4, {"expert": 2}, OVERLAP),
     "tp2-ep2-dp2": (4, 2, {"tensor": 2, "expert": 2}, {}),
     "tp2-ep2-etp2": (4, 2, {"tensor": 2, "expert": 2, "expert_tensor": 2}, {}),
     "pp2-ep2-overlap": (4, 2, {"pipeline": 2, "expert": 2}, OVERLAP),
 }
-BASE = f"{FAMILIES[1]}-hybrid"  # which runs in all of them
-EIGHT = {"training": {"global_batch": 8}}
+# Those that save the base model, which has a layer for each of two stages.
+WRITERS = [name for name in LAYOUTS if name != "pp2x2"]
+BEFORE, AFTER = 3, 10  # steps before a checkpoint and after it
 
 
 def covered() -> list[tuple[str, str]]:
     """Which model runs in which layouts."""
-    pairs = [(name, "tp2") for name in PURE]
-    pairs += [(name, "pp2") for name in PURE]
-    pairs += [(name, "tp2-replicated") for name in DENSE]
-    pairs += [(name, layout) for name in TIED for layout in ("tp2", "tp2-replicated", "dp2-overlap")]
-    for name in HYBRID | GLOBAL_MODEL:
-        layouts = [layout for layout in LAYOUTS if layout != "tp2-replicated"]
-        if name in GLOBAL_MODEL:
-            layouts = ["tp2", "pp2", "ep2", "dp2", "dp2-overlap", "ep2-etp2", "tp2-pp2-ep2", "pp2-ep2-overlap"]
-        elif name != BASE:
-            layouts = ["ep2", "dp2", "ep2-etp2", "tp2-pp2-ep2"]
-        pairs += [(name, layout) for layout in layouts]
+    spread = [name for name in LAYOUTS if name != "one"]
+    pairs = [(name, layout) for name in PURE | FEW for layout in ("tp2", "pp2")]
+    pairs += [(ALL, layout) for layout in [*spread, "pp2-ep2-overlap"]]
+    pairs += [("dense", "tp2-replicated")]
+    pairs += [("tied", layout) for layout in ("tp2", "tp2-replicated", "dp2-overlap")]
+    pairs += [(BASE, layout) for layout in [*spread, *MORE_LAYOUTS] if layout not in ("pp2x2", "tp2-replicated")]
     return pairs
 
 
 COVERED = covered()
 
 
-def steps_of(model: str) -> int:
-    """Of a mixer that is not the first of its family, fewer: for the time it takes."""
-    return 4 if model in PURE and model.removesuffix("-pure") not in FAMILIES else STEPS
+def steps_of(model: str, layout: str) -> int:
+    """Of every family in the layouts that matter: all; of what a few tell as well, fewer, for the time they take."""
+    if model == BASE:
+        return BEFORE + AFTER if layout in WRITERS else SOME
+    return STEPS if model in PURE or (model == ALL and layout in LAYOUTS) else SOME
 
 
-def sections_of(model: str, sections: dict[str, Any]) -> dict[str, Any]:
-    return sections | (EIGHT if model in HYBRID | GLOBAL_MODEL else {})
+def case(root: Path, model: str, layout: str, /, **sections: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A run of `follow`: of the base model, one that is saved on its way if its layout is a writer's."""
+    _, replicas, parallel, more = (LAYOUTS | MORE_LAYOUTS)[layout]
+    tree = config(MODELS[model], parallel, **more | sections) | {"run": str(root / layout)}
+    if model in (ALL, BASE):
+        tree["training"] |= {"global_batch": 8}
+    if model == ALL:  # two micro-batches of every replica
+        tree["training"] |= {"micro_batch": 4 // replicas}
+    steps = steps_of(model, layout)
+    return "follow", {"config": tree, "steps": steps, "save_at": BEFORE if steps == BEFORE + AFTER else 0}
 
 
-def reference_name(model: str, replicas: int) -> str:
+def reference_name(model: str, layout: str) -> str:
     """A loss of all replicas' load sees as much at a time as one process with their micro-batches merged."""
-    return f"{model}-of-{replicas}" if model in GLOBAL_MODEL else model
+    replicas = (LAYOUTS | MORE_LAYOUTS)[layout][1] if model == ALL else 1
+    return f"{model}-of-{replicas}-{steps_of(model, layout)}"
 
 
-def references() -> dict[str, Any]:
+def references(root: Path) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     for model, layout in COVERED:
-        replicas = LAYOUTS[layout][1] if model in GLOBAL_MODEL else 1
-        tree = config(MODELS[model], {}, **sections_of(model, {}))
-        tree["training"]["micro_batch"] *= replicas
-        cases[reference_name(model, replicas)] = (
-            "follow",
-            {"config": tree, "steps": steps_of(model), "replicas": replicas},
-        )
+        name, steps = reference_name(model, layout), steps_of(model, layout)
+        function, arguments = case(root, model, "one")
+        cases[name] = function, arguments | {"steps": steps, "save_at": BEFORE if steps == BEFORE + AFTER else 0}
+        if model == ALL:
+            cases[name][1]["replicas"] = (LAYOUTS | MORE_LAYOUTS)[layout][1]
     return cases
 
 
-def spread(world: int) -> dict[str, Any]:
-    cases = {}
-    for model, layout in COVERED:
-        ranks, _, parallel, sections = LAYOUTS[layout]
-        if ranks == world:
-            tree = config(MODELS[model], parallel, **sections_of(model, sections))
-            cases[f"{model}-{layout}"] = "follow", {"config": tree, "steps": steps_of(model)}
-    return cases
+def spread(root: Path, world: int) -> dict[str, Any]:
+    pairs = [pair for pair in COVERED if (LAYOUTS | MORE_LAYOUTS)[pair[1]][0] == world]
+    return {f"{model}-{layout}": case(root, model, layout) for model, layout in pairs}
 
 
 # -- one process, each ingredient left out ----------------------------------------------------------------------------
@@ -171,42 +196,26 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 
 
-def left_out() -> dict[str, Any]:
-    cases = {}
-    for name, sections in LEFT_OUT.items():
-        tree = config(MODELS[BASE], {}, **sections_of(BASE, sections))
-        cases[f"without {name}"] = "follow", {"config": tree, "steps": STEPS}
-    return cases
+SHORT = reference_name(BASE, "tp2-ep2")
+LONG = reference_name(BASE, "tp2")
+
+
+def left_out(root: Path) -> dict[str, Any]:
+    cases = {name: case(root, BASE, "one", **sections) for name, sections in LEFT_OUT.items()}
+    return {f"without {name}": (f, arguments | {"steps": SOME, "save_at": 0}) for name, (f, arguments) in cases.items()}
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
-BEFORE, AFTER = 3, 10
-WRITERS = ["one", "tp2", "pp2", "ep2", "dp2", "dp2-plain", "dp2-overlap", "ep2-etp2", "tp2-pp2-ep2"]
 # Whose checkpoint is trained on from, besides the layout's own: any other's, each once.
 PARTNER = {reader: WRITERS[(i + 4) % len(WRITERS)] for i, reader in enumerate(WRITERS)}
-
-
-def layout_of(name: str) -> tuple[int, int, dict[str, Any], dict[str, Any]]:
-    return (1, 1, {}, {}) if name == "one" else LAYOUTS[name]
-
-
-def checkpoint_config(root: Path, name: str) -> dict[str, Any]:
-    _, _, parallel, sections = layout_of(name)
-    return config(MODELS[BASE], parallel, **sections_of(BASE, sections)) | {"run": str(root / name)}
-
-
-def saving(root: Path, world: int) -> dict[str, Any]:
-    names = [name for name in WRITERS if layout_of(name)[0] == world]
-    arguments = {"before": BEFORE, "after": AFTER}
-    return {f"save-{n}": ("save_midway", {"config": checkpoint_config(root, n)} | arguments) for n in names}
 
 
 def resuming(root: Path, world: int) -> dict[str, Any]:
     folders = {name: str(root / name) for name in WRITERS}
     cases = {}
     for name in WRITERS:
-        if layout_of(name)[0] == world:
-            arguments = {"config": checkpoint_config(root, name), "folders": folders, "after": AFTER}
+        if LAYOUTS[name][0] == world:
+            arguments = {"config": case(root, BASE, name)[1]["config"], "folders": folders, "after": AFTER}
             cases[f"resume-{name}"] = "resume_elsewhere", arguments | {"go_on": [name, PARTNER[name]]}
     return cases
 
@@ -215,12 +224,11 @@ def resuming(root: Path, world: int) -> dict[str, Any]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """One process leaves a core idle: it runs beside two, which wait for each other now and then."""
     root = tmp_path_factory.mktemp("runs")
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(run, 1, references() | left_out() | saving(root, 1))
-        found = run(2, spread(2) | saving(root, 2)) | one.result()
-        found |= run(4, spread(4) | saving(root, 4) | resuming(root, 4))
-        one = pool.submit(run, 1, resuming(root, 1))
-        return found | run(2, resuming(root, 2)) | one.result()
+    one = Ranks(1, references(root) | left_out(root))
+    found = run(2, spread(root, 2)) | one.results()
+    found |= run(4, spread(root, 4) | resuming(root, 4))
+    one = Ranks(1, resuming(root, 1))
+    return found | run(2, resuming(root, 2)) | one.results()
 
 
 def together(ranks: list[Any], key: str) -> dict[str, Tensor]:
@@ -253,7 +261,7 @@ def assert_same_steps(result: dict[str, Any], expected: dict[str, Any], without:
 
 @pytest.mark.parametrize(("model", "layout"), COVERED, ids=lambda name: name)
 def test_equals_one_process(results: Results, model: str, layout: str) -> None:
-    ranks, (reference,) = results[f"{model}-{layout}"], results[reference_name(model, LAYOUTS[layout][1])]
+    ranks, (reference,) = results[f"{model}-{layout}"], results[reference_name(model, layout)]
     initial, expected = together(ranks, "initial"), together([reference], "initial")
     assert initial.keys() == expected.keys()
     different = [name for name, value in expected.items() if not torch.equal(initial[name], value)]
@@ -262,7 +270,7 @@ def test_equals_one_process(results: Results, model: str, layout: str) -> None:
     assert_gradients_close(actual, expected, FP32, FP32_GRADIENT_FLOOR)
     for rank in ranks:
         # How its own micro-batches are balanced depends on how many there are.
-        assert_same_steps(rank, reference, "load_balancing_loss" if model in GLOBAL_MODEL else "")
+        assert_same_steps(rank, reference, "load_balancing_loss" if model == ALL else "")
     final, expected = together(ranks, "final"), together([reference], "final")
     for name, value in expected.items():
         assert_close(final[name], value, 10 * FP32, f"{name} after the last step")
@@ -271,7 +279,7 @@ def test_equals_one_process(results: Results, model: str, layout: str) -> None:
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_every_ingredient_counts(results: Results, name: str) -> None:
     """Were it left out in some layout, the comparison with one process would say so: in the losses too."""
-    (without,), (reference,) = results[f"without {name}"], results[BASE]
+    (without,), (reference,) = results[f"without {name}"], results[SHORT]
     actual, expected = numbers(without), numbers(reference)
     assert relative_error(actual["loss"], expected["loss"]) > 10 * FP32
     assert relative_error(actual["validation"], expected["validation"]) > 10 * FP32
@@ -279,12 +287,12 @@ def test_every_ingredient_counts(results: Results, name: str) -> None:
 
 def test_micro_batches_count_different_numbers_of_tokens(results: Results) -> None:
     """And rows, and replicas; or wrong averages would be right."""
-    tree = from_dict(Config, config(MODELS[BASE], {}, **sections_of(BASE, {})))
+    tree = from_dict(Config, case(Path(), BASE, "one")[1]["config"])
     t, dataset = tree.training, SyntheticDataset(VOCAB, tree.training.sequence_length, 2 * tree.training.seed + 1, True)
     for step in range(STEPS):
         samples = [masked_sample(dataset, step * t.global_batch + i) for i in range(t.global_batch)]
         counts = torch.stack([sample["loss_mask"].sum() for sample in samples])
-        assert counts.sum() == results[BASE][0]["steps"][step]["tokens"]
+        assert counts.sum() == results[LONG][0]["steps"][step]["tokens"]
         for parts in (2, 4):  # replicas; and micro-batches
             assert len(set(counts.view(parts, -1).sum(1).tolist())) > 1
 
@@ -295,7 +303,8 @@ def test_resumes_what_any_layout_saved(results: Results, reader: str) -> None:
     for rank in ranks:
         assert rank["wrong"] == {writer: [] for writer in WRITERS}
         for writer in (reader, PARTNER[reader]):
-            went_on, resumed = results[f"save-{writer}"][0], rank["steps"][writer]
+            saved = results[LONG if writer == "one" else f"{BASE}-{writer}"][0]
+            went_on, resumed = saved["steps"][BEFORE:], rank["steps"][writer]
             assert len(went_on) == len(resumed) == AFTER
             for step, expected in zip(resumed, went_on, strict=True):
                 loads = [[(layer["load"], layer["bias"]) for layer in side["routing"]] for side in (step, expected)]
@@ -348,10 +357,10 @@ def routers_loss(routed: list[tuple[Tensor, Tensor]], moe: MoEConfig, so_far: Te
     return loss * len(index)
 
 
-@pytest.mark.parametrize("name", [BASE, "gla-global"])
+@pytest.mark.parametrize("name", [BASE, ALL])
 def test_one_process_is_what_the_options_say(results: Results, name: str) -> None:
     """Every document alone on the plain host; PyTorch's losses, clipping, AdamW; the routers' losses in words."""
-    tree = from_dict(Config, config(MODELS[name], {}, **sections_of(name, {})))
+    tree = from_dict(Config, case(Path(), name, "one")[1]["config"])
     t, o, moe = tree.training, tree.optimizer, tree.model.moe
     dataset = SyntheticDataset(VOCAB, t.sequence_length, 2 * t.seed + 1, True)
     host = RecordingHost()
@@ -363,10 +372,11 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
             trained[p.spec.decay].append(p)  # type: ignore[attr-defined]
     groups = [{"params": trained[True], "weight_decay": o.weight_decay}, {"params": trained[False], "weight_decay": 0}]
     adam = torch.optim.AdamW(groups, o.lr, (o.beta1, o.beta2), o.eps)
-    biases = {i: layer.ffn.router.expert_bias for i, layer in enumerate(model.layers.values())}  # type: ignore[union-attr]
-    (reference,) = results[reference_name(name, 1)]
+    routers = {i: getattr(layer.ffn, "router", None) for i, layer in enumerate(model.layers.values())}
+    biases = {i: router.expert_bias for i, router in routers.items() if router is not None}
+    (reference,) = results[reference_name(name, "tp2")]
     found = []
-    for step in range(4):
+    for step in range(CHECKED):
         adam.zero_grad()
         total, counted = torch.zeros(()), 0
         loads = {layer: torch.zeros(4) for layer in biases}
@@ -400,5 +410,5 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
             for layer, bias in biases.items():
                 bias += moe.bias_update_rate * torch.sign(loads[layer].mean() - loads[layer])
         found.append((float(total) / counted, counted, float(norm)))
-    steps = [(step["loss"], step["tokens"], step["gradient_norm"]) for step in reference["steps"][:4]]
+    steps = [(step["loss"], step["tokens"], step["gradient_norm"]) for step in reference["steps"][:CHECKED]]
     assert_close(torch.tensor(steps), torch.tensor(found), FP32, "losses, tokens and gradient norms")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from linear_moe.training import model as training_model
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer, optimizer_parts
 from tests.distributed.cases import start
-from tests.unit.mixers.test_memory import OPS, Saves, recurrence
+from tests.unit.mixers.test_memory import Saves, kernels
 
 
 class Kept:
@@ -74,11 +73,9 @@ def balanced(choice: Tensor, config: MoEConfig) -> Tensor:
 def kernels_of(model: nn.Module) -> ExitStack:
     """Stand-ins that keep what the GPU's kernels keep, as in the mixers' own test, and `balanced` routers."""
     stack = ExitStack()
-    for mixer in {type(m): m for m in model.modules() if isinstance(m, Mixer)}.values():
-        module = sys.modules[type(mixer).__module__]
-        for op, stand_in in ({mixer.family: recurrence} | OPS).items():
-            if hasattr(module, op):
-                stack.enter_context(mock.patch.object(module, op, stand_in))
+    for cls in {type(m) for m in model.modules() if isinstance(m, Mixer)}:
+        for place, attribute, stand_in in kernels(cls):
+            stack.enter_context(mock.patch.object(place, attribute, stand_in))
     stack.enter_context(mock.patch.object(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None)))
     stack.enter_context(mock.patch.object(router, "choose", balanced))
     norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731

@@ -54,7 +54,7 @@ def config(model: dict[str, Any], parallel: dict[str, Any], /, **sections: dict[
         },
         "training": {"sequence_length": 24, "micro_batch": 2, "global_batch": 4, "dtype": "fp32", "steps": 100},
         # Adam's first steps are signs of the gradients, and rounding decides the sign of one that vanishes.
-        "optimizer": {"lr": 3e-3, "eps": 1e-4, "clip": 0.5},
+        "optimizer": {"lr": 3e-3, "eps": 1e-4, "clip": 0.5, "weight_decay": 1.0},
         "schedule": {"warmup_steps": 4},
         "data": {"corpus": "synthetic", "isolate_documents": True},
     }

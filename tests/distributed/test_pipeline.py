@@ -1,4 +1,7 @@
-"""Pipelines = one process: uneven and interleaved stages, tied embeddings, tensors that cross layers, other splits."""
+"""Pipelines = one process: uneven and interleaved stages, tied embeddings, tensors that cross layers, other splits.
+
+Every family in a pipeline, interleaved too: test_layouts.py.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from tests.distributed.harness import run
 from tests.distributed.test_parallel_training import gradients
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
-from tests.unit.mixers.common import variants
 
 STEPS, FEW = 10, 3
 SAVED, RESUMED = 2, 6  # the step that a run is saved after, and its last one
@@ -39,18 +40,7 @@ def config(model: dict[str, Any], parallel: dict[str, Any], **sections: dict[str
     return tree
 
 
-def families() -> dict[str, str]:
-    """The registry's first mixer of every family, and every one that leaves tensors to other layers."""
-    found: dict[str, str] = {}
-    for name in sorted(MIXERS):
-        found.setdefault(mixer_class(name).family, name)
-    return found
-
-
 MODELS: dict[str, dict[str, Any]] = {
-    family: {"mixer": {"type": name, **variants(name)[0]}, "ffn": "dense"} for family, name in families().items()
-}
-MODELS |= {
     "moe-tied": {"tie_embeddings": True, "moe": {"shared_ffn_size": 16, "expert_bias": True, "global_aux_loss": 0.01}},
     "dense-tied": {"tie_embeddings": True, "ffn": "dense"},
     "crossing": {"mixer": {"type": "rwkv7"}, "ffn": "dense"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -92,16 +93,18 @@ OPS = {
 }
 
 
+def kernels(cls: type[Mixer]) -> Iterator[tuple[Any, str, Any]]:
+    """Where a mixer finds its recurrence's kernels: an object, its attribute, and what stands in for it."""
+    module, stand_ins = sys.modules[cls.__module__], {cls.family: recurrence} | OPS
+    yield from ((module, op, stand_in) for op, stand_in in stand_ins.items() if hasattr(module, op))
+    if (declared := getattr(cls, "op", None)) is not None:
+        yield cls, "op", stand_ins[getattr(declared, "func", declared).__name__]
+
+
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    cls = mixer_class(name)
-    module = sys.modules[cls.__module__]
-    stand_ins = {cls.family: recurrence} | OPS
-    for op, stand_in in stand_ins.items():
-        if hasattr(module, op):
-            monkeypatch.setattr(module, op, stand_in)
-    if (declared := getattr(cls, "op", None)) is not None:
-        monkeypatch.setattr(cls, "op", stand_ins[getattr(declared, "func", declared).__name__])
+    for place, attribute, stand_in in kernels(mixer_class(name)):
+        monkeypatch.setattr(place, attribute, stand_in)
     monkeypatch.setattr(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None))
     rms_norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731  the GPU's fused kernel
     monkeypatch.setattr(F, "rms_norm", rms_norm)

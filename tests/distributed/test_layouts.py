@@ -33,7 +33,8 @@ Results = dict[str, list[Any]]
 ROUTER = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "shared_ffn_size": 16, "shared_gate": True}
 ROUTER |= {"score": "sigmoid", "expert_bias": True, "bias_update_rate": 0.02, "z_loss": 0.05}
 LOCAL = ROUTER | {"aux_loss": 0.3, "sequence_aux_loss": 0.3}
-GLOBAL = ROUTER | {"aux_loss": 0.0, "sequence_aux_loss": 0.3, "global_aux_loss": 0.3}
+SEQUENCE = ROUTER | {"aux_loss": 0.0, "sequence_aux_loss": 0.3}  # however sequences are shared out
+GLOBAL = SEQUENCE | {"global_aux_loss": 0.3}
 
 
 def config(model: dict[str, Any], parallel: dict[str, Any], /, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -90,13 +91,15 @@ PURE = {f"{name}-pure": mixer_model(name, -1) for name in FAMILIES}
 FEW = {f"others-{i // 6}": stack(even(OTHERS[i : i + 6], 2), -1) for i in range(0, len(OTHERS), 6)}
 # All families together, with experts and with dense layers.
 ALL = "families"
-BASE = f"{FAMILIES[1]}-hybrid"
+# That which is saved and resumed; that whose losses are all written out, with one that differs by micro-batch.
+BASE, LOSSES = f"{FAMILIES[1]}-hybrid", "gla-hybrid"
 MODELS: dict[str, dict[str, Any]] = PURE | FEW
 MODELS |= {
     ALL: stack(even(FAMILIES, 4), 0, moe=GLOBAL),
     "dense": stack(FAMILIES, 0, ffns="dense"),
     "tied": mixer_model("gla", 0, ffn="dense", tie_embeddings=True),
-    BASE: mixer_model(FAMILIES[1], 0, pattern="LN"),
+    BASE: mixer_model(FAMILIES[1], 0, pattern="LN", moe=SEQUENCE),
+    LOSSES: mixer_model("gla", 0, pattern="LN"),
 }
 
 PLAIN = {"optimizer": {"distributed": False}}
@@ -126,7 +129,7 @@ MORE_LAYOUTS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
 }
 # Those that save the base model, which has a layer for each of two stages.
 WRITERS = [name for name in LAYOUTS if name != "pp2x2"]
-BEFORE, AFTER = 3, 10  # steps before a checkpoint and after it
+BEFORE, AFTER = 2, 10  # steps before a checkpoint and after it
 
 
 def covered() -> list[tuple[str, str]]:
@@ -136,7 +139,9 @@ def covered() -> list[tuple[str, str]]:
     pairs += [(ALL, layout) for layout in [*spread, "pp2-ep2-overlap"]]
     pairs += [("dense", "tp2-replicated")]
     pairs += [("tied", layout) for layout in ("tp2", "tp2-replicated", "dp2-overlap")]
-    pairs += [(BASE, layout) for layout in [*spread, *MORE_LAYOUTS] if layout not in ("pp2x2", "tp2-replicated")]
+    pairs += [(BASE, layout) for layout in WRITERS if layout != "one"]
+    more = [layout for layout in MORE_LAYOUTS if layout != "tp2-replicated"]
+    pairs += [(LOSSES, layout) for layout in [*more, "ep2", "dp2", "ep2-etp2"]]
     return pairs
 
 
@@ -146,20 +151,20 @@ COVERED = covered()
 def steps_of(model: str, layout: str) -> int:
     """Of every family in the layouts that matter: all; of what a few tell as well, fewer, for the time they take."""
     if model == BASE:
-        return BEFORE + AFTER if layout in WRITERS else SOME
+        return BEFORE + AFTER
     return STEPS if model in PURE or (model == ALL and layout in LAYOUTS) else SOME
 
 
 def case(root: Path, model: str, layout: str, /, **sections: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A run of `follow`: of the base model, one that is saved on its way if its layout is a writer's."""
+    """A run of `follow`, which saves the base model on its way."""
     _, replicas, parallel, more = (LAYOUTS | MORE_LAYOUTS)[layout]
     tree = config(MODELS[model], parallel, **more | sections) | {"run": str(root / layout)}
-    if model in (ALL, BASE):
+    if model in (ALL, BASE, LOSSES):
         tree["training"] |= {"global_batch": 8}
-    if model == ALL:  # two micro-batches of every replica
-        tree["training"] |= {"micro_batch": 4 // replicas}
-    steps = steps_of(model, layout)
-    return "follow", {"config": tree, "steps": steps, "save_at": BEFORE if steps == BEFORE + AFTER else 0}
+    if model in (ALL, BASE) and replicas == 1:
+        tree["training"] |= {"micro_batch": 4}
+    arguments = {"config": tree, "steps": steps_of(model, layout), "save_at": BEFORE if model == BASE else 0}
+    return "follow", arguments
 
 
 def reference_name(model: str, layout: str) -> str:
@@ -171,11 +176,13 @@ def reference_name(model: str, layout: str) -> str:
 def references(root: Path) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     for model, layout in COVERED:
-        name, steps = reference_name(model, layout), steps_of(model, layout)
         function, arguments = case(root, model, "one")
-        cases[name] = function, arguments | {"steps": steps, "save_at": BEFORE if steps == BEFORE + AFTER else 0}
+        arguments["steps"] = steps_of(model, layout)
         if model == ALL:
-            cases[name][1]["replicas"] = (LAYOUTS | MORE_LAYOUTS)[layout][1]
+            arguments["replicas"] = replicas = (LAYOUTS | MORE_LAYOUTS)[layout][1]
+            own = case(root, model, layout)[1]["config"]["training"]["micro_batch"]
+            arguments["config"]["training"] |= {"micro_batch": replicas * own}
+        cases[reference_name(model, layout)] = function, arguments
     return cases
 
 
@@ -196,13 +203,11 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 
 
-SHORT = reference_name(BASE, "tp2-ep2")
-LONG = reference_name(BASE, "tp2")
+ONE = {BASE: reference_name(BASE, "tp2"), LOSSES: reference_name(LOSSES, "dp2"), ALL: reference_name(ALL, "tp2")}
 
 
 def left_out(root: Path) -> dict[str, Any]:
-    cases = {name: case(root, BASE, "one", **sections) for name, sections in LEFT_OUT.items()}
-    return {f"without {name}": (f, arguments | {"steps": SOME, "save_at": 0}) for name, (f, arguments) in cases.items()}
+    return {f"without {name}": case(root, LOSSES, "one", **LEFT_OUT[name]) for name in LEFT_OUT}
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def test_equals_one_process(results: Results, model: str, layout: str) -> None:
     assert_gradients_close(actual, expected, FP32, FP32_GRADIENT_FLOOR)
     for rank in ranks:
         # How its own micro-batches are balanced depends on how many there are.
-        assert_same_steps(rank, reference, "load_balancing_loss" if model == ALL else "")
+        assert_same_steps(rank, reference, "load_balancing_loss" if model in (ALL, BASE) else "")
     final, expected = together(ranks, "final"), together([reference], "final")
     for name, value in expected.items():
         assert_close(final[name], value, 10 * FP32, f"{name} after the last step")
@@ -279,7 +284,7 @@ def test_equals_one_process(results: Results, model: str, layout: str) -> None:
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_every_ingredient_counts(results: Results, name: str) -> None:
     """Were it left out in some layout, the comparison with one process would say so: in the losses too."""
-    (without,), (reference,) = results[f"without {name}"], results[SHORT]
+    (without,), (reference,) = results[f"without {name}"], results[ONE[LOSSES]]
     actual, expected = numbers(without), numbers(reference)
     assert relative_error(actual["loss"], expected["loss"]) > 10 * FP32
     assert relative_error(actual["validation"], expected["validation"]) > 10 * FP32
@@ -292,7 +297,7 @@ def test_micro_batches_count_different_numbers_of_tokens(results: Results) -> No
     for step in range(STEPS):
         samples = [masked_sample(dataset, step * t.global_batch + i) for i in range(t.global_batch)]
         counts = torch.stack([sample["loss_mask"].sum() for sample in samples])
-        assert counts.sum() == results[LONG][0]["steps"][step]["tokens"]
+        assert counts.sum() == results[ONE[BASE]][0]["steps"][step]["tokens"]
         for parts in (2, 4):  # replicas; and micro-batches
             assert len(set(counts.view(parts, -1).sum(1).tolist())) > 1
 
@@ -303,7 +308,7 @@ def test_resumes_what_any_layout_saved(results: Results, reader: str) -> None:
     for rank in ranks:
         assert rank["wrong"] == {writer: [] for writer in WRITERS}
         for writer in (reader, PARTNER[reader]):
-            saved = results[LONG if writer == "one" else f"{BASE}-{writer}"][0]
+            saved = results[ONE[BASE] if writer == "one" else f"{BASE}-{writer}"][0]
             went_on, resumed = saved["steps"][BEFORE:], rank["steps"][writer]
             assert len(went_on) == len(resumed) == AFTER
             for step, expected in zip(resumed, went_on, strict=True):
@@ -357,7 +362,7 @@ def routers_loss(routed: list[tuple[Tensor, Tensor]], moe: MoEConfig, so_far: Te
     return loss * len(index)
 
 
-@pytest.mark.parametrize("name", [BASE, ALL])
+@pytest.mark.parametrize("name", [LOSSES, ALL])
 def test_one_process_is_what_the_options_say(results: Results, name: str) -> None:
     """Every document alone on the plain host; PyTorch's losses, clipping, AdamW; the routers' losses in words."""
     tree = from_dict(Config, case(Path(), name, "one")[1]["config"])
@@ -374,7 +379,7 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
     adam = torch.optim.AdamW(groups, o.lr, (o.beta1, o.beta2), o.eps)
     routers = {i: getattr(layer.ffn, "router", None) for i, layer in enumerate(model.layers.values())}
     biases = {i: router.expert_bias for i, router in routers.items() if router is not None}
-    (reference,) = results[reference_name(name, "tp2")]
+    (reference,) = results[ONE[name]]
     found = []
     for step in range(CHECKED):
         adam.zero_grad()

@@ -51,8 +51,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def steps(model: str) -> int:
-    """Many where stages share state: the experts' bias, two copies of the embedding, tensors that cross them."""
-    return STEPS if model in ("moe-tied", "crossing") else FEW
+    """Many where stages share state: the experts' bias, two copies of the embedding."""
+    return STEPS if model == "moe-tied" else FEW
 
 
 UNEVEN = {"pipeline": 2, "pipeline_layers": [3, 1]}

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from linear_moe.gpus import DEFAULT_GPU, GPUS
+
 DTYPES = ("bf16", "fp32")
 
 
@@ -48,6 +50,18 @@ def with_world(parser: argparse.ArgumentParser) -> None:
 
 def plan(parser: argparse.ArgumentParser) -> None:
     with_world(parser)
+    layouts = parser.add_argument_group("layouts", "with --gpu or --memory: how to spread the model over --world GPUs")
+    names = f"propose layouts that fit into this GPU: {', '.join(GPUS)}"
+    layouts.add_argument("--gpu", choices=GPUS, metavar="NAME", help=names)
+    memory = number(float, "a number > 0", lambda n: 0 < n < math.inf)
+    layouts.add_argument(
+        "--memory",
+        type=memory,
+        metavar="GiB",
+        help=f"the same for so much memory; without --gpu, at the speed of {DEFAULT_GPU}",
+    )
+    node = number(int, "a whole number from 1 to 1024", lambda n: 1 <= n <= 1024)
+    layouts.add_argument("--node", type=node, default=8, metavar="N", help="GPUs in a node (default: 8)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -88,6 +102,27 @@ def import_(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the latest complete one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def checkpoint(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|reshard")
+    source = "run folder (its latest complete checkpoint), or RUN/checkpoints/step_..."
+    inspect = actions.add_parser("inspect", help="what is in it, and whether it is whole")
+    inspect.add_argument("source", type=Path, metavar="RUN_OR_STEP", help=source)
+    inspect.add_argument("--tensors", metavar="PATTERN", help="list those whose names match: 'model.layers.0.*', '*'")
+    inspect.add_argument("--no-verify", action="store_true", help="do not read the files to compare their sums")
+    reshard = actions.add_parser("reshard", help="rewrite it in other files, with or without the optimizer's state")
+    reshard.add_argument("source", type=Path, metavar="SRC", help=source)
+    reshard.add_argument("out", type=Path, metavar="DST", help="run folder to begin with it; must have no checkpoint")
+    positive = number(int, "a whole number from 1 to 65536", lambda n: 1 <= n <= 65536)
+    reshard.add_argument("--files", type=positive, default=8, help="that the tensors are spread over (default: 8)")
+    for axis in ("tensor", "expert", "expert-tensor"):
+        cut = f"cut tensors as parallel.{axis.replace('-', '_')} of so many ranks does (default: that of SRC)"
+        reshard.add_argument(f"--{axis}", type=positive, help=cut)
+    reshard.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
+    for action in (inspect, reshard):
+        action.add_argument("--step", type=int, help="checkpoint of a run folder (default: the latest complete one)")
+        action.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def generate(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,8 @@ from linear_moe.config.errors import ConfigError
 USER_ERROR, TRAINING_ERROR = 2, 3
 EXIT_CODES = (
     "exit codes: 0 done, or stopped on a signal after saving; 2 a mistake in what was given; 3 training cannot go on, "
-    "for example its loss is not finite; 130 interrupted; others: a defect, with a traceback"
+    "for example its loss is not finite; 4 another rank died, hung or failed; 130 interrupted; others: a defect, "
+    "with a traceback"
 )
 # Of all OSErrors, those that a user mends: missing, forbidden, full, read-only, of the wrong kind.
 USER_ERRNOS = {
@@ -50,8 +51,9 @@ COMMANDS = {
     "plan": Command(
         "linear_moe.plan",
         arguments.plan,
-        "parameters, FLOPs, process groups and memory of a config; needs no GPU",
-        "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64",
+        "parameters, FLOPs, process groups and memory of a config, or layouts that fit; needs no GPU",
+        "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64\n"
+        "  linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100",
     ),
     "check": Command(
         "linear_moe.check",
@@ -82,6 +84,12 @@ COMMANDS = {
         arguments.import_,
         "begin a run with the weights of another: of the same model, or of a dense one that gets experts",
         "linear-moe import runs/dense moe.yaml run=runs/moe --upcycle\n  linear-moe train runs/moe/config.yaml",
+    ),
+    "checkpoint": Command(
+        "linear_moe.checkpoint",
+        arguments.checkpoint,
+        "what is in a checkpoint, and rewriting one; every checkpoint loads in any layout as it is",
+        "linear-moe checkpoint inspect runs/first\n  linear-moe checkpoint reshard runs/first /fast/first --files 16",
     ),
     "generate": Command(
         "linear_moe.inference.generate",

@@ -2,8 +2,9 @@
 # Checks a run, then launches it with torchrun:  scripts/launch.sh CONFIG [a.b=c ...]
 # Environment: GPUS (processes on this node; default: its GPUs, or 1), NNODES (1), NODE_RANK (0),
 # MASTER_ADDR (localhost), MASTER_PORT (29500). Run it once on every node; a rerun resumes from the last checkpoint.
+# Where a rank dies, hangs or fails, the last line says which.
 set -euo pipefail
-[ $# -ge 1 ] && [ "$1" != --help ] || { sed -n '2,4s/^# //p' "$0"; exit 2; }
+[ $# -ge 1 ] && [ "$1" != --help ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
 config=$1
 shift
 
@@ -17,9 +18,27 @@ linear-moe check "$config" "$@" --world $((gpus * nnodes))
 # torchrun hands these on to the processes, which save and end; a scheduler's warning (SIGUSR1) too.
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 
+# Where the ranks leave the line about another that was lost: torchrun's own report is long, and comes after it.
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export LINEAR_MOE_FAILURE_FILE=$folder/failure
+
 if [ "$nnodes" -eq 1 ]; then
-  exec torchrun --standalone --nproc-per-node "$gpus" -m linear_moe train "$config" "$@"
+  where=(--standalone)
+else
+  where=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-0}"
+    --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}")
 fi
-exec torchrun --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$gpus" \
-  --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
-  -m linear_moe train "$config" "$@"
+set -m # a process group of its own: a Ctrl-C reaches torchrun once, from here
+torchrun "${where[@]}" --nproc-per-node "$gpus" -m linear_moe train "$config" "$@" &
+job=$!
+for name in TERM INT HUP QUIT USR1; do
+  trap "kill -$name $job 2>/dev/null || true" "$name"
+done
+status=0
+while true; do # a signal ends the wait, not the job
+  if wait "$job"; then status=0; else status=$?; fi
+  kill -0 "$job" 2>/dev/null || break
+done
+[ ! -s "$LINEAR_MOE_FAILURE_FILE" ] || cat "$LINEAR_MOE_FAILURE_FILE" >&2
+exit "$status"

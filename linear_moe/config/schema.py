@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from linear_moe.config.fields import opt
+from linear_moe.modeling.activations import MODULES
 from linear_moe.modeling.mixers.base import MixerConfig
 from linear_moe.modeling.mixers.registry import mixer_config
 
@@ -127,6 +128,14 @@ class ParallelConfig:
         None, "shard activations between tensor-parallel regions by tokens; null: when tensor > 1"
     )
     pipeline: int = opt(1, "pipeline stages", ge=1, le=2**12)
+    virtual_pipeline: int = opt(
+        1, "chunks of layers on each pipeline stage; more than one: interleaved 1F1B", ge=1, le=2**12
+    )
+    pipeline_layers: list[int] | None = opt(
+        None,
+        "layers of each of the pipeline * virtual_pipeline chunks, in the model's order; null: so that the costliest "
+        "has the fewest FLOPs (of its layers, and of the head)",
+    )
     expert: int = opt(1, "ranks that share out the routed experts", ge=1, le=2**16)
     expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1, le=2**16)
 
@@ -159,12 +168,35 @@ class DataConfig:
 
 
 @dataclass
+class MuonConfig:
+    """Muon (arXiv 2502.16982) of the linear maps of mixers, FFN and experts; lr and weight_decay are AdamW's."""
+
+    momentum: float = opt(0.95, "decay of the momentum", ge=0, lt=1)
+    nesterov: bool = opt(True, "look one step of momentum ahead")
+    steps: int = opt(5, "Newton-Schulz iterations that orthogonalise the momentum", ge=1, le=20)
+    scale: float = opt(
+        0.2, "a matrix's update is lr * scale * sqrt(max(rows, columns)): elements of about AdamW's size", gt=0
+    )
+
+
+@dataclass
 class OptimizerConfig:
+    type: str = opt(
+        "adamw",
+        "muon: for the linear maps of mixers, FFN and experts; AdamW for embeddings, head, routers and vectors",
+        choices=("adamw", "muon"),
+    )
     lr: float = opt(1e-3, "peak learning rate", gt=0)
     beta1: float = opt(0.9, "AdamW", ge=0, lt=1)
     beta2: float = opt(0.95, "AdamW", ge=0, lt=1)
     eps: float = opt(1e-8, "AdamW", gt=0)
     weight_decay: float = opt(0.1, "AdamW; not applied to norms, biases and per-head parameters", ge=0)
+    moments: str = opt(
+        "fp32",
+        "what AdamW's moments and Muon's momentum are kept in; bf16, stochastically rounded, takes half the memory",
+        choices=("fp32", "bf16"),
+    )
+    muon: MuonConfig = opt(MuonConfig, "for type: muon")
     clip: float = opt(1.0, "gradient-norm clipping; 0: off", ge=0)
     distributed: bool = opt(True, "shard the optimizer state over the data-parallel ranks (ZeRO-1)")
     overlap: bool = opt(False, "overlap gradient reduction (and the distributed optimizer's gather) with computation")
@@ -190,11 +222,26 @@ class TrainingConfig:
     micro_batch: int = opt(4, "sequences per forward pass and rank", ge=1)
     global_batch: int = opt(8, "sequences per optimizer step over all ranks", ge=1)
     dtype: str = opt("bf16", "weights and activations; the optimizer keeps fp32", choices=("bf16", "fp32"))
-    recompute: str = opt("none", "activations recomputed in the backward pass", choices=("none", "full"))
+    recompute: str = opt(
+        "none",
+        "what is computed again in the backward pass instead of kept: nothing, recompute_modules, or whole layers",
+        choices=("none", "selective", "full"),
+    )
+    recompute_modules: list[str] = opt(
+        list,
+        f"with selective, any of {', '.join(MODULES)}: "
+        + "; ".join(f"{k}: {v}" for k, v in MODULES.items())
+        + ". With full, logits may be added",
+    )
+    recompute_layers: int | None = opt(
+        None, "so many layers only, evenly spread over the model (of 12, 6: every second); null: all", ge=1
+    )
     seed: int = opt(1234, "weights and data order", ge=0)
     eval_every: int = opt(100, "steps between validations; 0: only at the end", ge=0)
     eval_batches: int = opt(8, "global batches per validation", ge=1)
-    timeout_minutes: float = opt(10.0, "a collective that waits longer ends the job", gt=0)
+    timeout_minutes: float = opt(
+        10.0, "a rank that others wait for longer ends the job, with a line that names it", gt=0
+    )
 
 
 @dataclass
@@ -219,7 +266,7 @@ class Config:
     model: ModelConfig = opt(ModelConfig, "what is computed")
     parallel: ParallelConfig = opt(ParallelConfig, "how it is spread")
     data: DataConfig = opt(DataConfig, "what it reads")
-    optimizer: OptimizerConfig = opt(OptimizerConfig, "AdamW")
+    optimizer: OptimizerConfig = opt(OptimizerConfig, "how weights are updated")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over steps")
     training: TrainingConfig = opt(TrainingConfig, "the loop")
     checkpoint: CheckpointConfig = opt(CheckpointConfig, "saving")

@@ -16,11 +16,13 @@ from typing import Any
 from linear_moe.config.errors import ConfigError, nearest
 from linear_moe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import MODULES
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.stages import default_split
 
 MAX_WORLD = 2**20  # its groups are listed
 
@@ -43,13 +45,6 @@ class ParallelLayout:
     data: int
     expert_data: int
     groups: dict[str, list[list[int]]]
-
-
-def stage_layers(num_layers: int, stages: int, stage: int) -> range:
-    """Global indices of a pipeline stage's layers."""
-    assert num_layers % stages == 0, (num_layers, stages)
-    per_stage = num_layers // stages
-    return range(stage * per_stage, (stage + 1) * per_stage)
 
 
 def tensor_sequence(parallel: ParallelConfig) -> bool:
@@ -108,6 +103,9 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
     _check_parallel(config, layers)
     _check_vocabulary(config)
     _check_schedule(config)
+    if config.optimizer.type != "muon":
+        unused("optimizer.muon", config.optimizer.muon, *vars(config.optimizer.muon), needs="set optimizer.type=muon")
+    _check_recompute(config)
     if world is not None:
         _check_batch(config, parallel_layout(config, world))
     if files:
@@ -140,12 +138,6 @@ def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
         ):
             if needed and not getattr(cls.capabilities, capability):
                 raise ConfigError(f"{path}.type", layer.mixer.type, f"does not support {option}")
-        if config.parallel.pipeline > 1 and cls.crosses_layers(layer.mixer):
-            raise ConfigError(
-                "parallel.pipeline",
-                config.parallel.pipeline,
-                f"must be 1: layers of {path} pass each other tensors, which do not cross pipeline stages",
-            )
 
 
 def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
@@ -230,13 +222,35 @@ def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -
 
 def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
     parallel = config.parallel
-    _check_divisible("model.num_layers", len(layers), "parallel.pipeline", parallel.pipeline)
-    if config.model.tie_embeddings and parallel.pipeline > 1:
-        constraint = "tied embeddings need embedding and head in one pipeline stage"
-        raise ConfigError("model.tie_embeddings", True, constraint, fix="set it to false, or parallel.pipeline=1")
+    _check_pipeline(config, len(layers))
     if tensor_sequence(parallel):
         length = config.training.sequence_length
         _check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
+
+
+def _check_pipeline(config: Config, num_layers: int) -> None:
+    """Every chunk has a layer, and an explicit split has all of them."""
+    parallel, path = config.parallel, "parallel.pipeline_layers"
+    stages, virtual, sizes = parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
+    if virtual > 1 and stages == 1:
+        constraint = "interleaves the chunks of several pipeline stages, and there is one"
+        raise ConfigError("parallel.virtual_pipeline", virtual, constraint, fix="set it to 1, or parallel.pipeline=2")
+    chunks = stages * virtual
+    if chunks > num_layers:
+        name, other = ("virtual_pipeline", stages) if virtual > 1 and stages <= num_layers else ("pipeline", virtual)
+        constraint = f"cuts model.num_layers = {num_layers} into {chunks} chunks: at least one has no layer"
+        fix = f"nearest valid: {max(num_layers // other, 1)}"
+        raise ConfigError(f"parallel.{name}", getattr(parallel, name), constraint, fix=fix)
+    if sizes is None:
+        return
+    fix = f"balanced by FLOPs: {default_split(config)}"
+    if len(sizes) != chunks:
+        terms = f"parallel.pipeline {stages} * parallel.virtual_pipeline {virtual} = {chunks}"
+        raise ConfigError(path, sizes, f"must have {terms} numbers, one for each chunk", fix=fix)
+    if min(sizes) < 1:
+        raise ConfigError(path, sizes, "must be >= 1 each", fix=fix)
+    if sum(sizes) != num_layers:
+        raise ConfigError(path, sizes, f"must add up to model.num_layers = {num_layers}, not {sum(sizes)}", fix=fix)
 
 
 def _check_vocabulary(config: Config) -> None:
@@ -245,6 +259,38 @@ def _check_vocabulary(config: Config) -> None:
         _check_divisible("model.vocab_multiple", config.model.vocab_multiple, "parallel.tensor", tensor)
     else:
         _check_divisible("model.vocab_size", rows, "parallel.tensor", tensor)
+
+
+def recomputed(config: Config) -> tuple[frozenset[str], frozenset[int]]:
+    """What the backward pass computes again, as `Activations` names it, and in which layers."""
+    training, total = config.training, config.model.num_layers
+    modules = frozenset(training.recompute_modules) | ({"layer"} if training.recompute == "full" else set())
+    number = total if training.recompute_layers is None else training.recompute_layers
+    return modules, frozenset(i * total // number for i in range(number))
+
+
+def _check_recompute(config: Config) -> None:
+    training, path = config.training, "training.recompute_modules"
+    modules, choice = training.recompute_modules, training.recompute
+    for name in modules:
+        if name not in MODULES:
+            raise ConfigError(path, name, "cannot be recomputed by itself", candidates=MODULES)
+    if choice == "none":
+        unused("training", training, "recompute_layers", needs="set recompute")
+        if modules:
+            fix = "set training.recompute=selective, or leave it at []"
+            raise ConfigError(path, modules, "does nothing here", fix=fix)
+    elif choice == "selective" and not modules:
+        constraint = "names nothing to recompute"
+        raise ConfigError(
+            path, modules, constraint, fix="for example [norm, core, experts], or training.recompute=none"
+        )
+    if choice == "full" and (others := sorted(set(modules) - {"logits"})):
+        constraint = "whole layers are recomputed, of which these are parts"
+        raise ConfigError(path, others, constraint, fix="leave only logits, or set training.recompute=selective")
+    _check_most(
+        "training.recompute_layers", training.recompute_layers or 1, "model.num_layers", config.model.num_layers
+    )
 
 
 def _check_schedule(config: Config) -> None:
@@ -268,6 +314,13 @@ def _check_batch(config: Config, layout: ParallelLayout) -> None:
         terms = f"training.micro_batch {training.micro_batch} * {layout.data} data-parallel ranks = {size}"
         fix = nearest(training.global_batch, step=size)
         raise ConfigError("training.global_batch", training.global_batch, f"must be divisible by {terms}", fix=fix)
+    if config.parallel.virtual_pipeline > 1 and (training.global_batch // size) % layout.pipeline:
+        constraint = (
+            f"makes {training.global_batch // size} micro-batches for each of {layout.data} replicas: parallel."
+            f"virtual_pipeline > 1 needs a multiple of parallel.pipeline = {layout.pipeline}"
+        )
+        fix = f"{nearest(training.global_batch, step=size * layout.pipeline)}, or parallel.virtual_pipeline=1"
+        raise ConfigError("training.global_batch", training.global_batch, constraint, fix=fix)
 
 
 def _check_writable(path: str, folder: str) -> None:

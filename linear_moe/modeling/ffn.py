@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,11 +27,18 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(host, ffn_size, dims.hidden_size, split="partial", std=dims.output_init_std)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        return self.host.leave(self.inside(self.host.enter(x)))
+        x = self.host.activations.transient("norm", self.host.enter, x)
+        return self.host.leave(self.inside(x))
 
     def inside(self, x: Tensor) -> Tensor:
         """All tokens `[N, D]` -> this rank's part of a sum over the tensor ranks `[N, D]`; without communication."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        activations = self.host.activations
+        product = partial(activations.region, "activation", _activate)
+        return self.down_proj(activations.transient("activation", product, self.gate_proj(x), self.up_proj(x)))
+
+
+def _activate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class MoE(nn.Module):
@@ -57,11 +66,12 @@ class MoE(nn.Module):
         weights, index = self.router(x, layout)
         branch = None
         if self.shared_expert is not None:
-            branch = Branch(self.shared_expert.inside, self.host.enter(x), self.overlap)
+            whole = self.host.activations.transient("norm", self.host.enter, x)
+            branch = Branch(self.shared_expert.inside, whole, self.overlap)
         received = self.dispatcher.dispatch(x, weights, index, self.router.limited)
         if branch is not None:
             branch.start()
-        y = self.dispatcher.combine(self.experts(*received))
+        y = self.dispatcher.combine(self.host.activations.region("experts", self.experts, *received))
         if branch is None:
             return y
         shared = self.host.leave(branch.join())

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.ops.cross_entropy import cross_entropy
+from linear_moe.modeling.ops.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from linear_moe.config.schema import MoEConfig
@@ -34,6 +35,38 @@ Init = Callable[[Tensor, torch.Generator], Any]
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """How a parameter `[..., rows, columns]` is made of matrices, each a linear map of its own.
+
+    Attributes:
+        sizes: along `dim`, what one run of pieces, one of each matrix, is cut into; (): a single matrix.
+        repeat: so many such runs follow each other (one per head, say); a matrix is its pieces of all of them.
+        dim: -2, stacked rows, or -1, columns side by side.
+    """
+
+    sizes: tuple[int, ...] = ()
+    repeat: int = 1
+    dim: int = -2
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The matrices of a whole parameter `[..., rows, columns]`."""
+        if not self.sizes:
+            return (x,)
+        first = x.dim() + self.dim
+        return tuple(piece.flatten(first, first + 1) for piece in self._runs(x, first).split(self.sizes, first + 1))
+
+    def join(self, matrices: tuple[Tensor, ...]) -> Tensor:
+        """Undoes `split`."""
+        if not self.sizes:
+            return matrices[0]
+        first = matrices[0].dim() + self.dim
+        return torch.cat([self._runs(m, first) for m in matrices], first + 1).flatten(first, first + 1)
+
+    def _runs(self, x: Tensor, dim: int) -> Tensor:
+        return x.unflatten(dim, (self.repeat, -1))
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """What every parameter says of itself, as `parameter.spec`: enough to initialise, shard, save and optimise it.
 
@@ -43,6 +76,7 @@ class ParameterSpec:
         init: initialiser of the full tensor.
         decay: whether weight decay applies.
         fp32: kept in fp32 even in a bf16 model.
+        matrices: what its last two dimensions are; None: a vector, a table or a filter, but no linear map.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +84,7 @@ class ParameterSpec:
     axes: Mapping[int, str] = field(default_factory=dict)
     decay: bool = True
     fp32: bool = False
+    matrices: Matrices | None = None
 
     @property
     def by_expert(self) -> bool:
@@ -71,13 +106,16 @@ class Host:
     Args:
         dtype: of the parameters (None: torch's default); those declared fp32 stay fp32.
         device: of the parameters (None: torch's current default, so that `torch.device("meta")` works as a context).
-        recompute: recompute layers' activations in the backward pass.
+        activations: what is kept for the backward pass; None: everything.
     """
 
     def __init__(
-        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None, recompute: bool = False
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        activations: Activations | None = None,
     ):
-        self.dtype, self.device, self.recompute_layers = dtype, device, recompute
+        self.dtype, self.device, self.activations = dtype, device, activations or Activations()
 
     # -- groups ---------------------------------------------------------------------------------------------------
     def size(self, axis: str) -> int:
@@ -103,14 +141,16 @@ class Host:
         fp32: bool = False,
         tokenwise: bool = False,
         trained: bool = True,
+        matrices: Matrices | None = None,
     ) -> nn.Parameter:
         """An uninitialised parameter, this rank's share of full `shape`; see ParameterSpec and `initialize`.
 
         Args:
             tokenwise: an unsplit parameter used outside `enter`..`leave`, on this rank's tokens only.
             trained: by gradients; else it has none, no weight decay and no optimizer state.
+            matrices: see ParameterSpec.
         """
-        spec = ParameterSpec(tuple(shape), init, dict(axes or {}), decay, fp32)
+        spec = ParameterSpec(tuple(shape), init, dict(axes or {}), decay, fp32, matrices)
         local = [self.split(n, spec.axes[d]) if d in spec.axes else n for d, n in enumerate(shape)]
         kind = torch.float32 if fp32 else self.dtype
         parameter = nn.Parameter(torch.empty(local, dtype=kind, device=self.device), requires_grad=trained)
@@ -142,6 +182,11 @@ class Host:
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` fp32. The backward pass overwrites `logits`."""
         return cross_entropy(logits, labels)
+
+    def linear_cross_entropy(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """As `cross_entropy(x @ weight.T, labels)` for `x [N, D]`, `weight [V/tensor, D]`, in blocks of the vocabulary:
+        the logits are never whole in memory, and are computed again in the backward pass."""
+        return linear_cross_entropy(x, weight, labels)
 
     # -- mixture of experts ---------------------------------------------------------------------------------------
     def dispatcher(self, config: MoEConfig) -> Dispatcher:
@@ -184,13 +229,6 @@ class Host:
             value: scalar, a mean over the `tokens` tokens of this micro-batch, the same on every tensor rank.
         """
         return carrier
-
-    # -- memory ---------------------------------------------------------------------------------------------------
-    def recompute(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Run one layer, saving its activations or only its input."""
-        if self.recompute_layers and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-        return function(*args)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.modeling.host import Host, Init, constant, normal
+from linear_moe.modeling.host import Host, Init, Matrices, constant, normal
 
 Split = Literal["column", "row", "partial", "shared"] | None
 
@@ -33,6 +33,7 @@ class Linear(nn.Linear):
         bias: with a bias, zero at first; that of "row" is added once, after the sum over ranks.
         std: standard deviation of the initial weight.
         init: of the weight, instead of that normal distribution.
+        matrices: the linear maps that the weight is made of, one by default; None: embeddings and routers.
     """
 
     def __init__(
@@ -45,13 +46,19 @@ class Linear(nn.Linear):
         bias: bool = False,
         std: float = 0.02,
         init: Init | None = None,
+        matrices: Matrices | None = Matrices(),  # noqa: B008 - frozen
     ):
         assert not (bias and split == "partial"), "every rank's part would have the bias"
         nn.Module.__init__(self)  # nn.Linear's own would allocate and draw the full weight
         self.host, self.split, self.in_features, self.out_features = host, split, in_features, out_features
         weight_axes, bias_axes = _AXES[split]
         self.weight = host.parameter(
-            out_features, in_features, init=init or normal(std), axes=weight_axes, tokenwise=split is None
+            out_features,
+            in_features,
+            init=init or normal(std),
+            axes=weight_axes,
+            tokenwise=split is None,
+            matrices=matrices,
         )
         if bias:
             self.bias = host.parameter(

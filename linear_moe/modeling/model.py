@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.config.schema import ModelConfig
@@ -42,6 +43,23 @@ class Embedding(nn.Module):
         return self.host.embed(self.weight, tokens)
 
 
+class Head(Linear):
+    """`x [N, D]` inside a region -> logits `[N, V/tensor]`; with labels `[N]`, loss per token `[N]` fp32."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, std: float, host: Host):
+        super().__init__(host, hidden_size, vocab_size, split="column", std=std, matrices=None)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x) if labels is None else loss_per_token(self.host, x, self.weight, labels)
+
+
+def loss_per_token(host: Host, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`x [N, D]`, the head's `weight [V/tensor, D]`, `labels [N]` -> `[N]` fp32."""
+    if "logits" in host.activations.modules:
+        return host.linear_cross_entropy(x, weight, labels)
+    return host.cross_entropy(F.linear(x, weight), labels)
+
+
 class Layer(nn.Module):
     """Pre-norm residual layer: `x + mixer(norm(x))`, then `x + ffn(norm(x))`, on `[n, D]`."""
 
@@ -53,8 +71,11 @@ class Layer(nn.Module):
         self.ffn = build_ffn(layer.ffn, config, dims, host)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), layout, cache)
-        return x + self.ffn(self.ffn_norm(x), layout)
+        activations = self.mixer_norm.host.activations
+        y = activations.transient("norm", self.mixer_norm, x)
+        x = x + activations.region("mixer", self.mixer, y, layout, cache)
+        y = activations.transient("norm", self.ffn_norm, x)
+        return x + activations.region("ffn", self.ffn, y, layout)
 
 
 class LanguageModel(nn.Module):
@@ -65,7 +86,8 @@ class LanguageModel(nn.Module):
         vocab_size: rows of the embedding.
         host: the surroundings.
         layers: global indices of this stage's layers; None: all.
-        first, last: whether this stage has the embedding, and the final norm and head.
+        first, last: whether this stage begins with the embedding, and ends with the final norm and head. With tied
+            embeddings both hold the matrix, under one name.
     """
 
     def __init__(
@@ -78,16 +100,18 @@ class LanguageModel(nn.Module):
         last: bool = True,
     ):
         super().__init__()
-        self.config, self.host, self.vocab_size = config, host, vocab_size
+        self.config, self.host, self.vocab_size, self.first = config, host, vocab_size, first
         pattern = resolve_layers(config)
         stage = range(config.num_layers) if layers is None else layers
-        self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host) if first else None
+        self.embedding = None
+        if first or (last and config.tie_embeddings):
+            self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host)
         # Keyed by the global index, so that a parameter has one name in every pipeline stage and in the export.
         self.layers = nn.ModuleDict({str(i): Layer(pattern[i], config, layer_dims(config, i), host) for i in stage})
         self.norm = RMSNorm(host, config.hidden_size, config.norm_eps) if last else None
         self.head = None
         if last and not config.tie_embeddings:
-            self.head = Linear(host, config.hidden_size, vocab_size, split="column", std=config.init_std)
+            self.head = Head(vocab_size, config.hidden_size, config.init_std, host)
 
     def forward(
         self,
@@ -112,26 +136,28 @@ class LanguageModel(nn.Module):
         Returns:
             Not the last stage: `[n, D]`. With labels: loss per token `[B, T]`, fp32. Else logits `[B, T, V/tensor]`.
         """
-        if self.embedding is not None:
-            assert tokens is not None
+        if self.first:
+            assert tokens is not None and self.embedding is not None
             hidden = self.embedding(tokens.flatten())
         assert hidden is not None
         x = hidden
-        for i, layer in enumerate(self.layers.values()):
-            x = self.host.recompute(layer, x, layout, caches[i] if caches is not None else None)
+        for i, (index, layer) in enumerate(self.layers.items()):
+            x = self.host.activations.layer(int(index), layer, x, layout, caches[i] if caches is not None else None)
         if self.norm is None:
             return x
         x = self.host.enter(self.norm(x))
         if keep:
             x = x.unflatten(0, (layout.batch, layout.length))[:, -keep:].flatten(0, 1)
-        logits = self.head(x) if self.head is not None else x @ self.tied_weight().T
         if labels is None:
+            logits = self.head(x) if self.head is not None else x @ self.tied_weight().T
             return logits.unflatten(0, (layout.batch, -1))
-        return self.host.cross_entropy(logits, labels.flatten()).view_as(labels)
+        if self.head is not None:
+            return self.head(x, labels.flatten()).view_as(labels)
+        return loss_per_token(self.host, x, self.tied_weight(), labels.flatten()).view_as(labels)
 
     def tied_weight(self) -> Tensor:
         """The embedding `[V/tensor, D]` as the head's weight."""
-        assert self.embedding is not None, "tied embeddings need embedding and head in one stage"
+        assert self.embedding is not None
         return self.embedding.weight
 
     def init_caches(self, batch: int, max_length: int) -> list[Cache]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CHUNK = 2**25
+"""Elements whose bf16 moments are in fp32 at a time."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -18,6 +22,8 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them; all tensors of one device and dtype are updated in one call.
         lr, betas, eps, weight_decay: defaults of the groups.
+        moments: dtype of the moments; None: the parameters'. In bf16 they are rounded stochastically: a decayed second
+            moment may differ from the old one by less than half a bit, and would never shrink if rounded to nearest.
         adam_w_mode, capturable: Apex's flags, which Megatron-Core passes; only True and False, respectively.
     """
 
@@ -28,12 +34,35 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        moments: torch.dtype | None = None,
         adam_w_mode: bool = True,
         capturable: bool = False,
     ):
         if not adam_w_mode or capturable:
             raise ValueError("AdamW has decoupled weight decay only, and does not run inside a CUDA graph")
+        if moments not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"moments in {moments}: fp32 or bf16")
+        self.moments = moments
+        self.names: dict[Tensor, str] = {}
+        """What the rounding of each parameter's moments depends on besides the step; replicas need the same."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+
+    def state_names(self, parameter: Tensor) -> tuple[str, ...]:
+        """The tensors of a parameter's state."""
+        return "exp_avg", "exp_avg_sq"
+
+    def initialize(self) -> None:
+        """Make all state at once, which is otherwise made in a parameter's first step."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state_of(parameter)
+
+    def state_of(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """A parameter's state, in the order of `state_names`; zeros at first."""
+        state = self.state[parameter]
+        for name in self.state_names(parameter):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter.data, dtype=self.moments)
+        return tuple(state[name] for name in self.state_names(parameter))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -42,32 +71,66 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("AdamW takes no closure")
         for group in self.param_groups:
             group["step"] += 1  # also where this rank has no parameter of the group: groups stay alike on all ranks
-            for tensors in self._by_kind(group["params"]).values():
-                parameters, gradients, exp_avgs, exp_avg_sqs = (list(t) for t in zip(*tensors, strict=True))
-                step = torch.full((), float(group["step"]), device=parameters[0].device)
-                torch._fused_adamw_(
-                    parameters,
-                    gradients,
-                    exp_avgs,
-                    exp_avg_sqs,
-                    [],
-                    [step] * len(parameters),
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=False,
-                    maximize=False,
-                )
+            self.update(group, [p for p in group["params"] if p.grad is not None and p.numel()])
 
-    def _by_kind(self, parameters: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]]:
+    def update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Update parameters of one group, which all have a gradient."""
         kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
         for p in parameters:
-            if p.grad is None or p.numel() == 0:
-                continue
-            state = self.state[p]
-            if not state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p.data), torch.zeros_like(p.data)
-            kinds.setdefault((p.device, p.dtype), []).append((p.data, p.grad, state["exp_avg"], state["exp_avg_sq"]))
-        return kinds
+            assert p.grad is not None
+            moments = self.state_of(p)
+            if moments[0].dtype == p.dtype:
+                kinds.setdefault((p.device, p.dtype), []).append((p.data, p.grad, *moments))
+            else:
+                self._update_rounded(group, self.names.get(p, ""), p.data, p.grad, *moments)
+        for kind in kinds.values():
+            fused_adamw(group, *(list(t) for t in zip(*kind, strict=True)))
+
+    def _update_rounded(self, group: dict[str, Any], name: str, *tensors: Tensor) -> None:
+        parameter, gradient, *moments = (t.view(-1) for t in tensors)
+        for begin in range(0, len(parameter), CHUNK):
+            p, g, *low = (t[begin : begin + CHUNK] for t in (parameter, gradient, *moments))
+            high = [moment.to(p.dtype) for moment in low]
+            fused_adamw(group, [p], [g], *([moment] for moment in high))
+            for target, moment, kind in zip(low, high, ("exp_avg", "exp_avg_sq"), strict=True):
+                round_stochastically(target, moment, f"{name}/{kind}/{begin}/{group['step']}")
+
+
+def fused_adamw(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+) -> None:
+    """One AdamW step with the group's settings, in place; tensors of one device and dtype."""
+    step = torch.full((), float(group["step"]), device=parameters[0].device)
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [step] * len(parameters),
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def round_stochastically(target: Tensor, value: Tensor, key: str) -> None:
+    """Round fp32 `value`, which is overwritten, to bf16 `target`: up or down at random, right on average.
+
+    The random numbers are a function of `key` (and the kind of device) alone: a resumed run rounds as the uninterrupted
+    one, replicas round alike.
+    """
+    generator = torch.Generator(value.device)
+    generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
+    bits = value.view(torch.int32)
+    bits += torch.empty_like(bits).random_(0, 2**16, generator=generator)
+    bits &= -(2**16)
+    target.copy_(value)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,16 +25,17 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from linear_moe.config.schema import MoEConfig
-from linear_moe.modeling.host import Host, Init
+from linear_moe.modeling.activations import Activations
+from linear_moe.modeling.host import Host, Init, Matrices
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.moe.capacity import capacity
 from linear_moe.modeling.moe.dispatch import Dispatcher
 from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens, z_loss
 from linear_moe.modeling.moe.router import scores
 from linear_moe.modeling.ops.experts import Assignment
+from linear_moe.modeling.ops.linear_cross_entropy import linear_cross_entropy
 from linear_moe.training.padded import PaddedExchange
 from linear_moe.training.routing import RoutingStatistics
 
@@ -48,11 +48,11 @@ class MegatronHost(Host):
     Args:
         config: Megatron's configuration, from `megatron_config`.
         device: of the parameters.
-        recompute: recompute layers' activations in the backward pass.
+        activations: what is kept for the backward pass; None: everything.
     """
 
-    def __init__(self, config: TransformerConfig, device: torch.device, recompute: bool = False):
-        super().__init__(config.params_dtype, device, recompute)
+    def __init__(self, config: TransformerConfig, device: torch.device, activations: Activations | None = None):
+        super().__init__(config.params_dtype, device, activations)
         self.config = config
         self.tensor_sequence: bool = config.sequence_parallel
         self._sizes = {
@@ -65,7 +65,6 @@ class MegatronHost(Host):
             "expert": ps.get_expert_model_parallel_rank(),
             "expert_tensor": ps.get_expert_tensor_parallel_rank(),
         }
-        self._recomputing = False
         self.routing = RoutingStatistics(device, config.num_layers)
         self._auxiliary: dict[str, Tensor] = {}  # by name: the sum of what is reported, and how many were added
 
@@ -84,10 +83,18 @@ class MegatronHost(Host):
         fp32: bool = False,
         tokenwise: bool = False,
         trained: bool = True,
+        matrices: Matrices | None = None,
     ) -> nn.Parameter:
         """See Host; also tells Megatron over which ranks to reduce the gradient and to count it in the norm."""
         parameter: Any = super().parameter(
-            *shape, init=init, axes=axes, decay=decay, fp32=fp32, tokenwise=tokenwise, trained=trained
+            *shape,
+            init=init,
+            axes=axes,
+            decay=decay,
+            fp32=fp32,
+            tokenwise=tokenwise,
+            trained=trained,
+            matrices=matrices,
         )
         split = {axis: dim for dim, axis in parameter.spec.axes.items()}
         expert = "expert" in split
@@ -125,6 +132,19 @@ class MegatronHost(Host):
             return super().cross_entropy(logits, labels)
         return vocab_parallel_cross_entropy(logits, labels)
 
+    def linear_cross_entropy(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if self.size("tensor") == 1:
+            return super().linear_cross_entropy(x, weight, labels)
+        first = self.rank("tensor") * weight.shape[0]
+        return linear_cross_entropy(x, weight, labels, first=first, merge=self._merge_vocabulary)
+
+    def _merge_vocabulary(self, normaliser: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-normalisers and the labels' logits `[N]` of every tensor rank's share -> those of the vocabulary."""
+        own = torch.stack([normaliser, target])
+        everywhere = own.new_empty(self.size("tensor") * 2, own.shape[1])
+        dist.all_gather_into_tensor(everywhere, own, group=ps.get_tensor_model_parallel_group())
+        return everywhere[0::2].logsumexp(0), everywhere[1::2].sum(0)
+
     def dispatcher(self, config: MoEConfig) -> Dispatcher:
         if self.size("expert") == self.size("expert_tensor") == 1:
             return super().dispatcher(config)
@@ -141,7 +161,7 @@ class MegatronHost(Host):
         return x.chunk(self.size("tensor"))[self.rank("tensor")] if self.tensor_sequence else x
 
     def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
-        if torch.is_grad_enabled() and not self._recomputing:
+        if torch.is_grad_enabled() and not self.activations.again:
             self.routing.add(_counts(index, config.num_experts), None if kept is None else (~kept).sum(), layer)
 
     def router_losses(
@@ -175,8 +195,7 @@ class MegatronHost(Host):
             value = balance_loss(by_sequence, sums, tokens)
             terms["sequence_balancing_loss"] = (config.sequence_aux_loss, value)
         if config.global_aux_loss:
-            routing = self.routing
-            load = routing.global_load_again(layer) if self._recomputing else routing.add_global(counts, layer)
+            load = self.activations.once(partial(self.routing.add_global, counts, layer))
             value = balance_loss(load.unsqueeze(0), score_sums, tokens)
             terms["global_balancing_loss"] = (config.global_aux_loss, value)
         for name, (_, value) in terms.items():
@@ -190,13 +209,6 @@ class MegatronHost(Host):
             dist.all_reduce(counts := counts.clone(), group=ps.get_tensor_model_parallel_group())
         return counts
 
-    def recompute(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """See Host; nothing is counted or reported a second time."""
-        if not (self.recompute_layers and torch.is_grad_enabled()):
-            return function(*args)
-        contexts = partial(_second_time, self)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
         """See Host. Every tensor rank adds an equal part, since the region's gradients are summed over them.
 
@@ -208,7 +220,7 @@ class MegatronHost(Host):
         return MoEAuxLossAutoScaler.apply(carrier, value * (coefficient * tokens / self.size("tensor")))
 
     def _report(self, name: str, value: Tensor, count: float) -> None:
-        if self._recomputing:
+        if self.activations.again:
             return
         added = torch.stack([value, torch.full_like(value, count)]).detach().float()
         self._auxiliary[name] = self._auxiliary[name] + added if name in self._auxiliary else added
@@ -234,20 +246,6 @@ def _counts(index: Tensor, number: int) -> Tensor:
     """How often each of 0 .. number - 1 is in `index`: `[number]` int64, without waiting for the device."""
     index = index.flatten()
     return index.new_zeros(number).scatter_add_(0, index, torch.ones_like(index))
-
-
-def _second_time(host: MegatronHost) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For `checkpoint`: contexts of a layer's forward pass and of its recomputation."""
-
-    @contextmanager
-    def recomputing() -> Iterator[None]:
-        host._recomputing = True
-        try:
-            yield
-        finally:
-            host._recomputing = False
-
-    return nullcontext(), recomputing()
 
 
 class MegatronDispatcher(Dispatcher):

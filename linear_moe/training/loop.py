@@ -23,15 +23,19 @@ from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.routing import summary
 from linear_moe.training.schedule import learning_rate, set_learning_rate
 from linear_moe.training.step import Stepper
+from linear_moe.training.watch import mark
 
 
 def train(config: Config, data: PreparedData) -> int:
     """Train from the newest checkpoint, or from the start, to `training.steps`. Returns the exit code."""
     stop = StopSignal()
+    mark("meeting the other ranks")
     groups = parallel.initialize(config)
+    mark("building the model")
     model = build_model(config, embedding_rows(config.model, data.vocab_size), groups)
     optimizer = build_optimizer(model, config)
     run, training = Path(config.run), config.training
+    mark("loading the checkpoint")
     step = load_latest(config, model, optimizer)
     if step > training.steps:
         fix = "raise training.steps, or choose another run folder"
@@ -62,6 +66,7 @@ def train(config: Config, data: PreparedData) -> int:
     while step < training.steps and not stopped:
         step += 1
         laps += 1
+        mark("reading data", step)
         lr = learning_rate(step, config)
         set_learning_rate(optimizer, lr)
         result = stepper.train(batches)
@@ -82,6 +87,7 @@ def train(config: Config, data: PreparedData) -> int:
         last = step == training.steps and config.checkpoint.last
         with speed.paused():
             if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                mark("saving the checkpoint")
                 path = save(config, step, model, optimizer, data=data.fingerprint)
                 log.event("checkpoint", step=step, path=str(path))
             if training.eval_every and step % training.eval_every == 0 and step < training.steps:
@@ -92,6 +98,7 @@ def train(config: Config, data: PreparedData) -> int:
     else:
         validate(step, config, data, groups, stepper, log)
     log.close()
+    mark("ending")
     dist.barrier()
     parallel.destroy()
     return 0
@@ -101,6 +108,7 @@ def validate(
     step: int, config: Config, data: PreparedData, groups: parallel.Groups, stepper: Stepper, log: Logger
 ) -> None:
     """Score the held-out sequences, where there are any; collective."""
+    mark("validation")
     if data.has_validation:
         batches = validation_batches(data, config, groups.data_rank, groups.data_size)
         result = stepper.validate(batches, config.training.eval_batches)

@@ -18,7 +18,7 @@ def main(args: argparse.Namespace) -> int:
     end_with_parent()
     lock = lock_run(Path(config.run)) if os.environ.get("RANK", "0") == "0" else None
 
-    from linear_moe.training import platform
+    from linear_moe.training import platform, watch
 
     platform.install()
 
@@ -26,9 +26,11 @@ def main(args: argparse.Namespace) -> int:
     from linear_moe.training.data import prepare_data
     from linear_moe.training.loop import train
 
-    data = prepare_data(config)
-    check_data_unchanged(config, data.fingerprint)
-    code = train(config, data)
+    with watch.watching(config):
+        watch.mark("preparing the data")
+        data = prepare_data(config)
+        check_data_unchanged(config, data.fingerprint)
+        code = train(config, data)
     if lock is not None:
         lock.close()
     return code

@@ -11,6 +11,15 @@ from linear_moe.config.schema import Config
 from linear_moe.config.validate import tensor_sequence
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.stages import crossing
+
+
+def crossing_columns(config: Config) -> dict[str, int]:
+    """What layers leave for others, as the columns that it takes beside the sent tokens of one rank; {}: one stage."""
+    parallel = config.parallel
+    share = 1 if tensor_sequence(parallel) else parallel.tensor  # all tokens of some heads; are some tokens sent?
+    columns = {name: channels // share for name, channels in crossing(config.model).items()}
+    return columns if parallel.pipeline > 1 else {}
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -20,6 +29,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     """
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.dtype]
+    pipeline: dict[str, Any] = {"pipeline_model_parallel_size": parallel.pipeline, "deallocate_pipeline_outputs": True}
     moe: dict[str, Any] = {}
     if any(layer.ffn == "moe" for layer in resolve_layers(model)):
         moe = {
@@ -32,25 +42,33 @@ def transformer_config(config: Config) -> TransformerConfig:
             "moe_token_dispatcher_type": model.moe.dispatcher,
             "expert_model_parallel_size": parallel.expert,
         }
+    if parallel.virtual_pipeline > 1:
+        pipeline |= {
+            "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+            # Two stages are each other's next and previous: batched, their messages could be taken for one another.
+            "batch_p2p_comm": False,
+            "overlap_p2p_comm": True,
+            # Overlapped, the schedule would free what it sends before it has waited for the sending to end.
+            "deallocate_pipeline_outputs": False,
+        }
     return TransformerConfig(
         num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
+        hidden_size=model.hidden_size + sum(crossing_columns(config).values()),  # of what stages send each other
         num_attention_heads=parallel.tensor,  # ours may differ by layer; this must only divide
         ffn_hidden_size=model.ffn_size,
         gated_linear_unit=True,
         add_bias_linear=False,
         normalization="RMSNorm",
         tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=tensor_sequence(parallel),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        deallocate_pipeline_outputs=True,
         # Gradients are sums over tokens, divided once by the global number of tokens. DDP reads this when it is built.
         calculate_per_token_loss=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
+        **pipeline,
         **moe,
     )

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0}
-"""Dense bf16 peak per device, from the vendors' data sheets (SXM parts)."""
+from linear_moe.gpus import GPUS
 
 
 def peak_tflops(configured: float | None) -> float | None:
@@ -19,7 +18,7 @@ def peak_tflops(configured: float | None) -> float | None:
     if configured is not None or not torch.cuda.is_available():
         return configured
     name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return next((gpu.peak_tflops for known, gpu in GPUS.items() if known.upper() in name), None)
 
 
 def memory_gib() -> float:

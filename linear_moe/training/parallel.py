@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from linear_moe.config.schema import Config
+from linear_moe.training import watch
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ def initialize(config: Config) -> Groups:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    timeout = timedelta(minutes=config.training.timeout_minutes)
+    timeout = watch.backstop(config)
     if not dist.is_initialized():
         options: dict[str, Any] = {"backend": "nccl" if cuda else "gloo", "timeout": timeout}
         if cuda:
             options["device_id"] = device
-        if "WORLD_SIZE" not in os.environ:
+        if (store := watch.store()) is not None:
+            options |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        elif "WORLD_SIZE" not in os.environ:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(**options)
     from megatron.core import parallel_state as ps
@@ -62,9 +64,10 @@ def initialize(config: Config) -> Groups:
     ps.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
-        distributed_timeout_minutes=config.training.timeout_minutes,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
     )
     seed = config.training.seed

@@ -85,8 +85,7 @@ class RoutingStatistics:
     def __init__(self, device: torch.device, num_layers: int):
         self.device, self.num_layers = device, num_layers
         self._step: dict[int, Tensor] = {}  # layer -> [E + 1] int64: choices, and how many were dropped; this rank
-        self._step_load: dict[int, list[Tensor]] = {}  # layer -> [E] int64: choices of all replicas, by micro-batch
-        self._recomputed: dict[int, int] = {}  # layer -> micro-batches of the step
+        self._step_load: dict[int, Tensor] = {}  # layer -> [E] int64: choices of all replicas
         self._window: dict[int, Tensor] = {}  # layer -> as `_step`, over all replicas and the steps since `pop`
         self._idle: dict[int, Tensor] = {}  # layer -> [E] int64
 
@@ -101,15 +100,8 @@ class RoutingStatistics:
         """Choices `[E]` of all replicas in the step's micro-batches so far, these `counts` of a rank's tokens added."""
         counts = counts.clone()
         dist.all_reduce(counts, group=ps.get_tensor_and_data_parallel_group())
-        loads = self._step_load.setdefault(layer, [])
-        loads.append(loads[-1] + counts if loads else counts)
-        return loads[-1]
-
-    def global_load_again(self, layer: int) -> Tensor:
-        """What `add_global` returned for the micro-batch whose layer is recomputed next: they are in order."""
-        done = self._recomputed.get(layer, 0)
-        self._recomputed[layer] = done + 1
-        return self._step_load[layer][done]
+        self._step_load[layer] = self._step_load[layer] + counts if layer in self._step_load else counts
+        return self._step_load[layer]
 
     @torch.no_grad()
     def finish_step(self, routers: list[Router]) -> None:
@@ -124,7 +116,6 @@ class RoutingStatistics:
         dist.all_reduce(counts, group=ps.get_tensor_and_data_parallel_group())
         self._step.clear()
         self._step_load.clear()
-        self._recomputed.clear()
         by_layer = dict(zip(layers, counts, strict=True))
         for layer, count in by_layer.items():
             load = count[:-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training.faults import StopSignal
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.routing import LayerRouting, routers_of
+from linear_moe.training.watch import mark
 
 Batch = dict[str, Any]
 
@@ -80,7 +82,9 @@ class Stepper:
 
     def forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Megatron's forward_step_func: one micro-batch through this stage."""
+        mark("reading data")
         batch = to_device(next(batches), self.device)
+        mark("forward and backward")
         layout = layout_of(batch)
         shape = (layout.batch, layout.length)
         losses = model(batch["tokens"].reshape(shape), layout, labels=batch["labels"].reshape(shape))
@@ -90,7 +94,8 @@ class Stepper:
         training = self.config.training
         return get_forward_backward_func()(
             forward_step_func=self.forward,
-            data_iterator=batches,
+            # All chunks of a stage go through the same micro-batches.
+            data_iterator=batches if len(self.model) == 1 else list(tee(batches, len(self.model))),
             model=self.model,
             num_microbatches=micro_batches,
             seq_length=training.sequence_length,
@@ -117,7 +122,9 @@ class Stepper:
         for chunk in self.model:
             chunk.train()
         results = self._run(batches, self.micro_batches, forward_only=False)
+        mark("optimizer step")
         _, gradient_norm, _ = self.optimizer.step()
+        mark("summing up the step")
         self.host.routing.finish_step(self.routers)
         loss, tokens, stopping = self._totals(results)
         return StepResult(loss / max(tokens, 1), tokens, float(gradient_norm or 0.0), stopping)

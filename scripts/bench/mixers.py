@@ -77,7 +77,7 @@ def build(name: str, at: Setting) -> Mixer:
     dims = Dims(at.hidden, at.heads, 24, 1, norm_eps=1e-5, init_std=0.02, output_init_std=0.02 / 48**0.5)
     cls, config = mixer_class(name), mixer_config(name)
     cls.validate(config, dims, 1, "model.mixer")
-    if cls.crosses_layers(config):
+    if cls.crossing(config, dims):
         dims = Dims(**{**vars(dims), "layer": 0})  # a later one would take what the run before left
     mixer = cls(config, dims, host)
     initialize(mixer, host, seed=0)

@@ -80,7 +80,7 @@ def run_mixer(name: str, hidden: int, heads: int) -> None:
     offsets = torch.arange(0, TOKENS + 1, 2048, device="cuda")
     positions = torch.arange(2048, device="cuda").repeat(TOKENS // 2048)
     for layout in (Layout(TOKENS // 2048, 2048), Layout(1, TOKENS, offsets, 2048, positions[None])):
-        if mixer.crosses_layers(config):  # what the first layer would have left
+        if mixer.crossing(config, dims):  # what the first layer would have left
             first = mixer_class(name)(config, Dims(**{**dims.__dict__, "layer": 0}), host)
             initialize(first, host, seed=0)
             first(torch.randn(TOKENS, hidden, device="cuda", dtype=torch.bfloat16), layout)

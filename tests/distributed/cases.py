@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
-from functools import partial
-from itertools import chain
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -22,16 +18,12 @@ from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.moe.router import route
 from linear_moe.training import parallel
-from linear_moe.training import step as training_step
-from linear_moe.training.faults import StopSignal
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import transformer_config
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.parallel import Groups
 from linear_moe.training.routing import routers_of
-from linear_moe.training.step import Stepper
-from tests.distributed import masked
 
 ROWS = 4
 LENGTH = 32
@@ -116,44 +108,6 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
     with torch.no_grad():
         run(steps, forward_only=True)
     return result
-
-
-def masked_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Validate, train and validate with the trainer's own Stepper, on batches of `masked`.
-
-    Returns what it says of every validation and step, the first step's gradients before clipping, and how many tokens
-    each of this replica's micro-batches counted in the first step.
-    """
-    tree, groups = start(config)
-    model = build_model(tree, vocab_size(tree), groups)
-    optimizer = build_optimizer(model, tree)
-    stepper = Stepper(tree, model, optimizer, groups.device, StopSignal())
-    place = groups.data_rank, groups.data_size
-    found: dict[str, Any] = {}
-    update = optimizer.step
-
-    def record_and_update() -> Any:
-        found.update(gradients(model[0].module))
-        return update()
-
-    def validate() -> dict[str, Any]:
-        batches = chain.from_iterable(masked.micro_batches(tree, number, *place) for number in masked.VALIDATION)
-        return asdict(stepper.validate(batches, len(masked.VALIDATION)))
-
-    def train(step: int) -> dict[str, Any]:
-        return asdict(stepper.train(masked.micro_batches(tree, step, *place)))
-
-    # Whole gradients on every rank in the first step: the distributed optimizer's ranks would have a shard each.
-    whole = partial(get_forward_backward_func(), force_all_reduce=True)
-    results = [validate()]
-    with (
-        mock.patch.object(training_step, "get_forward_backward_func", return_value=whole),
-        mock.patch.object(optimizer, "step", record_and_update),
-    ):
-        results.append(train(0))
-    results += [train(step) for step in range(1, steps)]
-    counts = [int(batch["loss_mask"].sum()) for batch in masked.micro_batches(tree, 0, *place)]
-    return {"results": [*results, validate()], "gradients": found, "data_rank": place[0], "counts": counts}
 
 
 def host_of(config: dict[str, Any]) -> MegatronHost:

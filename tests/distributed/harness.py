@@ -7,14 +7,17 @@ A case is a function of this package's `cases.py`, called on every rank with key
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
+import time
 import warnings
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,11 +29,49 @@ ROOT = Path(__file__).resolve().parents[2]
 Case = tuple[str, dict[str, Any]]
 
 
+class Ranks:
+    """Processes that run cases one after the other, in order."""
+
+    def __init__(self, world: int, cases: dict[str, Case], timeout: float = 420.0):
+        """Start them; `run` says what of."""
+        self.world, self.cases, self.deadline = world, cases, time.monotonic() + timeout
+        self._folder = tempfile.TemporaryDirectory()
+        self.folder = Path(self._folder.name)
+        torch.save(cases, self.folder / "cases.pt")
+        (self.folder / "output").touch()
+        _server()
+        self._processes = [_forked.Process(target=_rank, args=(self.folder, r, world)) for r in range(world)]
+        for process in self._processes:
+            process.start()
+
+    def results(self) -> dict[str, list[Any]]:
+        """Wait for all of them, or for the first that fails."""
+        running, failed = list(self._processes), ""
+        try:
+            while running and not failed:
+                if not wait([p.sentinel for p in running], max(0.0, self.deadline - time.monotonic())):
+                    failed = "are killed: time is up"
+                failed = failed or next((f"returned {p.exitcode}" for p in running if p.exitcode), "")
+                running = [p for p in running if p.exitcode is None]
+            assert not failed, f"{self.world} processes {failed}:\n{(self.folder / 'output').read_text()[-20000:]}"
+            return {
+                name: [torch.load(self.folder / f"{name}.{r}.pt", weights_only=False) for r in range(self.world)]
+                for name in self.cases
+            }
+        finally:
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+                process.kill()
+                process.join()
+            self._folder.cleanup()
+
+
 def run(world: int, cases: dict[str, Case], timeout: float = 420.0) -> dict[str, list[Any]]:
-    """Run `cases` (a name to function name and arguments) in `world` gloo processes.
+    """Run `cases` (a name to function name and arguments) in `world` new gloo processes.
 
     Args:
-        world: number of processes, under torchrun; 1: a plain Python process.
+        world: number of processes, as of torchrun; 1: a plain Python process.
         cases: run one after the other, in order.
         timeout: seconds until everything is killed.
 
@@ -40,28 +81,23 @@ def run(world: int, cases: dict[str, Case], timeout: float = 420.0) -> dict[str,
     Raises:
         AssertionError: a case raised, or time was up; with the end of the output.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(cases, Path(folder, "cases.pt"))
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", "--rdzv_backend=c10d"]
-        launcher += ["--rdzv_endpoint=localhost:0", "--max_restarts=0"]
-        command = [sys.executable, *(launcher if world > 1 else []), "-m", "tests.distributed.worker", folder]
-        env = environment() | {"PYTHONWARNINGS": "ignore"}
-        with open(Path(folder, "output"), "w+") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                code: int | str = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                code = f"nothing, killed after {timeout} s"
-            finally:
-                _kill(process)
-            output.seek(0)
-            assert code == 0, f"{world} processes returned {code}:\n{output.read()[-20000:]}"
-        return {
-            name: [torch.load(Path(folder, f"{name}.{rank}.pt"), weights_only=False) for rank in range(world)]
-            for name in cases
-        }
+    return Ranks(world, cases, timeout).results()
+
+
+_forked = multiprocessing.get_context("forkserver")
+
+
+def _server() -> None:
+    """Start the process that ranks are forked from, once, with everything imported and nothing run."""
+    _forked.set_forkserver_preload(["tests.distributed.worker"])
+    with mock.patch.dict(os.environ, environment() | {"PYTHONWARNINGS": "ignore"}, clear=True):
+        forkserver.ensure_running()
+
+
+def _rank(folder: Path, rank: int, world: int) -> None:
+    from tests.distributed import worker
+
+    worker.main(folder, rank, world)
 
 
 def environment() -> dict[str, str]:
@@ -84,9 +120,3 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

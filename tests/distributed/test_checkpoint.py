@@ -468,6 +468,7 @@ def test_other_model(checkpoints: Path) -> None:
     order: dict[str, dict[str, Any]] = {
         "training.global_batch = 64": {"training": same["training"] | {"global_batch": 64}},
         "training.seed = 9": {"training": same["training"] | {"seed": 9}},
+        "optimizer.type = 'muon'": {"optimizer": {"type": "muon"}},
     }
     trees += [same | change for change in order.values()]
     free = same["model"]["moe"] | {"aux_loss": 0.5, "dispatcher": "allgather", "experts": "sequential"}

@@ -48,6 +48,20 @@ COVERED = [
 # that four replicas see those of one process.
 EXPERT = [(expert, experts) for expert in (1, 2, 4) for experts in ("sequential", "grouped")]
 RECOMPUTED = ("v3", "mixtral", "drop")
+# What is computed again: whole layers, the channel mixer alone, parts of layers.
+FULL = {"recompute": "full", "recompute_modules": ["logits"]}
+FFN = {"recompute": "selective", "recompute_modules": ["ffn", "norm"]}
+PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
+RECOMPUTED_PARALLEL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "recompute-v3-tp2": ("v3", "tp2", FFN),
+    "recompute-v3-ep2": ("v3", "ep2", FULL),
+    "recompute-v2-tp2": ("v2", "tp2", PARTS),
+    "recompute-mixtral-pp2": ("mixtral", "pp2", FFN),  # a micro-batch's recomputation follows another's forward pass
+    "recompute-drop-tp2": ("drop", "tp2", FULL),
+    "recompute-drop-pp2": ("drop", "pp2", FFN),
+    "recompute-pad-ep2": ("pad", "ep2", FFN),
+    "recompute-pad-tp2-etp2": ("pad", "tp2-etp2", PARTS),
+}
 
 
 def case(moe: str, parallel: dict[str, int], **training: Any) -> tuple[str, dict[str, Any]]:
@@ -69,7 +83,9 @@ def expert_cases(world: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
     one = {moe: case(moe, {}) for moe in MOE} | {
-        f"{moe}-recompute": case(moe, {}, recompute="full") for moe in RECOMPUTED
+        f"{moe}-recompute-{how}": case(moe, {}, **options)
+        for moe in RECOMPUTED
+        for how, options in {"full": FULL, "ffn": FFN}.items()
     }
     found = run(
         1,
@@ -83,7 +99,7 @@ def results() -> dict[str, list[Any]]:
         spread = {f"{moe}-{name}": case(moe, sizes[name]) for moe, name in COVERED if name in sizes}
         if world == 2:
             spread |= {"mixtral-global": case("mixtral", {"expert": 2})} | sequence_losses(2)
-            spread["mixtral-pp2-recompute"] = case("mixtral", {"pipeline": 2}, recompute="full")
+            spread |= {n: case(moe, sizes[p], **how) for n, (moe, p, how) in RECOMPUTED_PARALLEL.items()}
         found |= run(world, spread | expert_cases(world))
     return found
 
@@ -115,13 +131,15 @@ def test_experts_spread_alone(results: dict[str, list[Any]], expert: int, expert
 
 
 @pytest.mark.parametrize("moe", RECOMPUTED)
-def test_recomputed_layers_count_once(results: dict[str, list[Any]], moe: str) -> None:
-    assert_equal_training(results[f"{moe}-recompute"], results[moe])
+@pytest.mark.parametrize("how", ["full", "ffn"])
+def test_recomputed_layers_count_once(results: dict[str, list[Any]], moe: str, how: str) -> None:
+    assert_equal_training(results[f"{moe}-recompute-{how}"], results[moe])
 
 
-def test_recomputed_after_the_next_micro_batch(results: dict[str, list[Any]]) -> None:
-    """The first pipeline stage has run the second micro-batch by then, which the first one's load must not count."""
-    assert_equal_training(results["mixtral-pp2-recompute"], results["mixtral"])
+@pytest.mark.parametrize("name", RECOMPUTED_PARALLEL)
+def test_recomputed_over_ranks(results: dict[str, list[Any]], name: str) -> None:
+    """Losses, gradients, router losses, loads, biases and drops are those of one process that keeps everything."""
+    assert_equal_training(results[name], results[RECOMPUTED_PARALLEL[name][0]])
 
 
 def test_global_loss_sees_all_replicas(results: dict[str, list[Any]]) -> None:

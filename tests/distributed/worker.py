@@ -1,15 +1,29 @@
-"""One rank of `harness.run`: runs the cases of a folder and stores what they return."""
+"""One rank of `harness.run`: runs the cases of a folder and stores what they return.
+
+Imported once, by the server that ranks are forked from: importing Megatron-Core takes longer than most cases.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from linear_moe.training import platform
+
+platform.install()
+from megatron.core import parallel_state  # noqa: E402
+
+from tests.distributed import cases, checkpoint_cases, layout_cases, pipeline_cases, plan_cases  # noqa: E402
+
+MODULES = (cases, checkpoint_cases, layout_cases, pipeline_cases, plan_cases)
+FUNCTIONS = {k: f for m in MODULES for k, f in vars(m).items() if getattr(f, "__module__", "") == m.__name__}
 
 
 def destroy_groups() -> None:
@@ -20,21 +34,31 @@ def destroy_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def main(folder: Path) -> None:
-    platform.install()
-    from megatron.core import parallel_state
+def main(folder: Path, rank: int, world: int) -> None:
+    """Of several ranks, each has torchrun's environment. Ends the process with 1 where a case raises."""
+    os.setsid()  # with whatever it starts, it can be killed
+    with open(folder / "output", "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    try:
+        run(folder, rank, world)
+    except BaseException:
+        print(f"rank {rank}:\n{traceback.format_exc()}", flush=True)
+        os._exit(1)  # the other ranks may wait for this one
 
-    from tests.distributed import cases, checkpoint_cases
 
+def run(folder: Path, rank: int, world: int) -> None:
+    warnings.simplefilter("ignore")
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
     for name, (function, arguments) in torch.load(folder / "cases.pt", weights_only=False).items():
-        print(f"case {name} at {time.perf_counter():.1f}", flush=True)
-        result = getattr(cases if hasattr(cases, function) else checkpoint_cases, function)(**arguments)
-        torch.save(result, folder / f"{name}.{dist.get_rank()}.pt")
+        if rank == 0:
+            print(f"case {name} at {time.perf_counter():.1f}", flush=True)
+        result = FUNCTIONS[function](**arguments)
+        torch.save(result, folder / f"{name}.{rank}.pt")
         parallel_state.destroy_model_parallel()
         destroy_groups()
     dist.barrier()  # a rank that ends early would break the connections of the others
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.stdout.flush()

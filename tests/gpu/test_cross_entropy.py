@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from linear_moe.modeling.ops import linear_cross_entropy as linear
 from linear_moe.modeling.ops.cross_entropy import cross_entropy
 from tests.tolerances import BF16, FP32, assert_close
 
@@ -26,3 +27,20 @@ def test_kernels_match_pytorch(dtype: torch.dtype, tolerance: float, vocabulary:
     assert leaf.grad is not None
     assert_close(ours, theirs, FP32)
     assert_close(leaf.grad, theirs_in.grad, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
+def test_blocks_match_pytorch(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 37 * 4096)
+    x, weight = torch.randn(37, 64, device="cuda").to(dtype), (0.5 * torch.randn(10000, 64, device="cuda")).to(dtype)
+    labels, grad = torch.randint(10000, (37,), device="cuda"), torch.rand(37, device="cuda")
+    results = []
+    for leaves, loss in (
+        ([x.clone(), weight.clone()], lambda x, w: linear.linear_cross_entropy(x, w, labels)),
+        ([x.double(), weight.double()], lambda x, w: F.cross_entropy(x @ w.T, labels, reduction="none")),
+    ):
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = loss(*leaves)
+        results.append([out, *torch.autograd.grad((out * grad).sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, tolerance)

@@ -49,8 +49,8 @@ class Layout:
         max_document: longest packed document, a host integer; None when not packed.
         positions: `[B, T]` int64 position of each token in its document; None: 0..T-1 in every row. Required when
             decoding with a cache: then also the slot of each token in a key-value cache.
-        shared: what a layer leaves for later layers of the same forward pass and pipeline stage, by name; a mixer that
-            uses it says so in `crosses_layers`.
+        shared: what a layer leaves for later layers of the same forward pass, by name: `[B * T, channels]`, this
+            rank's heads. A mixer that uses it says so in `crossing`.
     """
 
     batch: int
@@ -78,7 +78,7 @@ class Mixer(nn.Module):
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
     unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
-    crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it `crosses_layers`
+    crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it has a `crossing`
 
     def __init__(self, config: Any, dims: Dims, host: Host):
         super().__init__()
@@ -90,9 +90,12 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def crosses_layers(cls, config: Any) -> bool:
-        """Whether layers pass each other tensors through `Layout.shared`: then all must be in one pipeline stage."""
-        return False
+    def crossing(cls, config: Any, dims: Dims) -> dict[str, int]:
+        """What layers pass each other through `Layout.shared`: name -> channels over all tensor ranks.
+
+        Once a layer has left it, pipeline stages send it along with the residual stream.
+        """
+        return {}
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Any]:
         """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""
@@ -118,10 +121,16 @@ class Mixer(nn.Module):
         """Elements per token that the backward pass needs from inside this mixer, this rank's heads."""
         raise NotImplementedError
 
+    def core_elements(self) -> float:
+        """Of those, what only the inside of `mix` keeps: not its inputs and its output. 0: too little to count."""
+        return 0.0
+
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """`x [tokens, hidden]` (this rank's share) -> the same shape."""
-        inputs, gate = self.project(self.host.enter(x), layout, cache)
-        return self.output(self.mix(inputs, layout, cache), gate)
+        activations = self.host.activations
+        inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
+        mix = lambda *values: self.mix(dict(zip(inputs, values, strict=True)), layout, cache)  # noqa: E731
+        return self.output(activations.region("core", mix, *inputs.values()), gate)
 
     def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
         """Zeroed decoding state."""

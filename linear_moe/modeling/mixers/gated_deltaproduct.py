@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_moe.config.fields import opt
 from linear_moe.modeling import conv
-from linear_moe.modeling.host import Host
+from linear_moe.modeling.host import Host, Matrices
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
@@ -49,7 +49,8 @@ class ByWrite(Linear):
     recurrence takes them, at the price of a reordered weight, not of reordered tokens."""
 
     def __init__(self, *args: Any, heads: int, writes: int, **options: Any):
-        super().__init__(*args, split="column", **options)
+        rows = args[2] // (heads * writes)
+        super().__init__(*args, split="column", matrices=Matrices((rows,) * writes, repeat=heads), **options)
         self.heads, self.writes = self.host.split(heads), writes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,3 +161,6 @@ class GatedDeltaProduct(LinearMixer):
         chunk = (64 + 2 * 2 + 1) * writes + (1 + 2 if self.config.use_forget_gate else 0)
         elements = (qk + writes * v) + alone + repeated + writes * v + chunk * self.v_heads
         return elements + (3 if self.config.use_output_gate else 2) * v
+
+    def core_elements(self) -> float:
+        return 64.0 * self.config.num_householder * self.v_heads  # the inverse within a chunk of 64

@@ -99,3 +99,7 @@ class GateLoop(LinearMixer):
         keys = (2 + 1 + 1 + 2) * k if self.config.phase else (2 + 1 + 2 * 2) * k + 64 * self.heads
         # v, o, the gate, then its SiLU and the product, or the gated norm
         return keys + (4 if self.config.output_norm else 5) * v
+
+    def core_elements(self) -> float:
+        # without phases: the decay's sums, in fp32, and scores within a chunk of 64
+        return 0.0 if self.config.phase else self.heads * (2 * self.key_dim + 64)

@@ -93,3 +93,7 @@ class GatedLinearAttention(LinearMixer):
         # q, k; the decay's projections, in fp32 the decay and its sums; v, o, the gate, the gated norm; scores within
         # a chunk of 64
         return conv + 2 * k + self.config.gate_rank + k + 2 * 2 * k + 4 * v + 64 * self.heads
+
+    def core_elements(self) -> float:
+        # the sums of the decay, in fp32; scores within a chunk of 64
+        return self.heads * (2 * self.key_dim + 64)

@@ -123,3 +123,7 @@ class GatedSlotAttention(LinearMixer):
             inputs += k  # its result, not repeated
         # scores, in fp32 their softmax and the scores of tokens within a chunk of 64; o, norm
         return inputs + self.heads * (3 * slots + 2 * 64) + 2 * o
+
+    def core_elements(self) -> float:
+        # scores, in fp32 their softmax and the scores of tokens within a chunk of 64
+        return self.heads * (3 * self.config.num_slots + 2 * 64)

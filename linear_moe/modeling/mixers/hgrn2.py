@@ -90,3 +90,7 @@ class HGRN2(LinearMixer):
         # q before and after SiLU, the gate's projection, k, i, o, norm; in fp32 the gate and its sums; scores within a
         # chunk of 64
         return conv + 7 * n + 2 * 2 * n + 64 * self.heads
+
+    def core_elements(self) -> float:
+        # the gate's sums, in fp32; scores within a chunk of 64
+        return self.heads * (2 * self.head_dim + 64)

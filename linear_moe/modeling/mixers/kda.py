@@ -137,3 +137,7 @@ class KimiDeltaAttention(LinearMixer):
         qkv = (2 * qk + v) + before + 2 * gates
         decay = gates + 2 * 2 * gates if self.config.lower_bound is None else 2 * 4 * gates
         return qkv + 4 * v + 2 * self.value_dim + decay + (64 + 1 + 2) * self.v_heads
+
+    def core_elements(self) -> float:
+        # the decay's sums, in fp32; scores within a chunk of 64
+        return self.v_heads * (2 * self.key_dim + 64)

@@ -135,3 +135,6 @@ class LinearAttention(LinearMixer):
         k = self.kv_heads * (self.feature_map_q.kept + config.norm_k * features)
         repeated = self.heads * (features + v) if self.kv_heads != self.heads else 0
         return q + k + self.kv_heads * v + repeated + self.heads * v * (1 + config.normalize + (self.norm is not None))
+
+    def core_elements(self) -> float:
+        return 1.0 * self.heads * self.value_dim if self.config.normalize else 0.0  # the output before division

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import ShortConv, conv_states
-from linear_moe.modeling.host import Host, constant
+from linear_moe.modeling.host import Host, Matrices, constant
 from linear_moe.modeling.initializers import inverse_softplus_step, log_integers, uniform
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
@@ -51,7 +51,8 @@ class Mamba(LinearMixer):
         self.u_proj, self.z_proj = column(), column()
         self.conv1d = ShortConv(host, inner, config.conv_size, name="conv", bias=config.conv_bias)
         # of all channels, so the ranks' parts are summed; each rank then has dt's low-rank form, B and C
-        self.x_proj = Linear(host, inner, self.rank + 2 * config.state_size, split="row", std=dims.init_std)
+        parts = (self.rank, config.state_size, config.state_size)
+        self.x_proj = Linear(host, inner, sum(parts), split="row", std=dims.init_std, matrices=Matrices(parts))
         self.dt_proj = Linear(host, self.rank, inner, split="column", init=uniform(self.rank**-0.5))
         per_channel = partial(host.parameter, axes={0: "tensor"}, decay=False, fp32=True)
         self.dt_bias = per_channel(inner, init=inverse_softplus_step())

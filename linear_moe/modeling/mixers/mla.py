@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
-from linear_moe.modeling.host import Host
+from linear_moe.modeling.host import Host, Matrices
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, Mixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check
@@ -57,9 +57,13 @@ class MultiHeadLatentAttention(Mixer):
         else:
             self.q_a_proj, self.q_a_layernorm = shared(config.q_lora_rank), norm(config.q_lora_rank)
             self.q_b_proj = column(config.q_lora_rank, self.num_heads * self.head_dim)
-        self.kv_a_proj_with_mqa = shared(config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = shared(
+            sum(parts := (config.kv_lora_rank, config.qk_rope_head_dim)), matrices=Matrices(parts)
+        )
         self.kv_a_layernorm = norm(config.kv_lora_rank)
-        self.kv_b_proj = column(config.kv_lora_rank, self.num_heads * (config.qk_nope_head_dim + config.v_head_dim))
+        keys_and_values = Matrices((config.qk_nope_head_dim, config.v_head_dim), repeat=self.num_heads)
+        width = self.num_heads * sum(keys_and_values.sizes)
+        self.kv_b_proj = column(config.kv_lora_rank, width, matrices=keys_and_values)
         self.o_proj = Linear(
             host, self.num_heads * config.v_head_dim, dims.hidden_size, split="row", std=dims.output_init_std
         )
@@ -141,3 +145,8 @@ class MultiHeadLatentAttention(Mixer):
         # q, k, v and o as attended to, o without padding, log-sum-exp in fp32; cos and sin in fp32; latents before the
         # norm and after it, joined with the rotated keys
         return self.heads * (3 * width + v + padded + 2) + 2 * rope + 2 * (rank + rope) + 2 * (config.q_lora_rank or 0)
+
+    def core_elements(self) -> float:
+        width, v = max(self.head_dim, self.config.v_head_dim), self.config.v_head_dim
+        # k, v and, if padded, o as attended to; log-sum-exp in fp32
+        return self.heads * (3 * width if v < width else width + self.config.qk_nope_head_dim + v) + 2 * self.heads

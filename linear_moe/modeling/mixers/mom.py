@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linear_moe.config.fields import opt
 from linear_moe.modeling import conv
-from linear_moe.modeling.host import Host, constant, normal
+from linear_moe.modeling.host import Host, Matrices, constant, normal
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
@@ -97,18 +97,30 @@ class MixtureOfMemories(LinearMixer):
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         own = 1 if config.single_kv_proj else self.memories  # projections
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
-        self.gate = Router(host, dims.hidden_size, config.num_memories, split="shared", std=dims.init_std)
+        whole: Any = {"split": "shared", "std": dims.init_std}
+        self.gate = Router(host, dims.hidden_size, config.num_memories, **whole, matrices=None)
+
+        def by_memory(size: int, heads: int = self.num_heads) -> Matrices:
+            return Matrices((size,) * own, repeat=heads)
+
         self.q_proj, self.k_proj, self.v_proj, self.g_proj = (
-            column(n) for n in (keys, own * keys, own * values, values)
+            column(n, matrices=matrices)
+            for n, matrices in (
+                (keys, Matrices()),
+                (own * keys, by_memory(self.key_dim)),
+                (own * values, by_memory(self.value_dim)),
+                (values, Matrices()),
+            )
         )
         if config.memory == "gla":
-            self.gk_down = Linear(host, dims.hidden_size, own * config.gate_rank, split="shared", std=dims.init_std)
+            matrices = by_memory(config.gate_rank, heads=1)
+            self.gk_down = Linear(host, dims.hidden_size, own * config.gate_rank, **whole, matrices=matrices)
             shape = (self.num_heads, own, self.key_dim)
             up = partial(host.parameter, *shape, axes={0: "tensor"})
             self.gk_up = host.parameter(*shape, config.gate_rank, init=normal(dims.init_std), axes={0: "tensor"})
             self.gk_bias = up(init=constant(0.0), decay=False)
         else:
-            self.a_proj, self.b_proj = column(own * self.num_heads), column(own * self.num_heads)
+            self.a_proj, self.b_proj = (column(own * self.num_heads, matrices=by_memory(1)) for _ in range(2))
             per_head = partial(host.parameter, self.num_heads, axes={0: "tensor"}, decay=False, fp32=True)
             self.A_log = per_head(init=log_uniform_rate(1e-4, 16.0))  # published: U(0, 16), where 0 has no logarithm
             self.dt_bias = per_head(init=inverse_softplus_step())
@@ -226,3 +238,8 @@ class MixtureOfMemories(LinearMixer):
             return shared + 5 * keys + self.memories * self.config.gate_rank + 64 * heads
         # the inverse within a chunk of 64 and, in fp32, beta, g and its sums
         return shared + (64 + 2 * 3) * heads
+
+    def core_elements(self) -> float:
+        heads = self.heads * self.memories
+        # of every memory the output and scores within a chunk of 64; the sums of the gate, in fp32
+        return heads * (self.value_dim + 64 + 2 * (self.key_dim if self.config.memory == "gla" else 1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import shift_state
-from linear_moe.modeling.host import Host, Init
+from linear_moe.modeling.host import Host, Init, Matrices
 from linear_moe.modeling.initializers import token_shift_share, uniform
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
@@ -62,8 +62,9 @@ class RWKV6(LinearMixer):
         whole = partial(host.parameter, decay=False)
         self.x_mu = whole(hidden, init=token_shift_share(to_last))
         self.x_bias = whole(5, hidden, init=_shifts(depth, to_last))
-        self.x_down = host.parameter(5 * config.shift_rank, hidden, init=uniform(hidden**-0.5))
-        self.x_up = host.parameter(hidden, 5 * config.shift_rank, init=uniform(0.01))
+        five = (config.shift_rank,) * 5
+        self.x_down = host.parameter(5 * config.shift_rank, hidden, init=uniform(hidden**-0.5), matrices=Matrices(five))
+        self.x_up = host.parameter(hidden, 5 * config.shift_rank, init=uniform(0.01), matrices=Matrices(five, dim=-1))
         column = partial(Linear, host, split="column", std=dims.init_std)
         self.r_proj, self.k_proj = column(hidden, keys), column(hidden, keys)
         self.v_proj, self.g_proj = column(hidden, values), column(hidden, values)
@@ -123,6 +124,10 @@ class RWKV6(LinearMixer):
         # chunk of 64
         low = 5 * self.config.shift_rank + self.config.decay_rank
         return 11 * hidden + low + 2 * k + k + 2 * 2 * k + 4 * v + 64 * self.heads
+
+    def core_elements(self) -> float:
+        # the sums of the decay, in fp32; scores within a chunk of 64
+        return self.heads * (2 * self.key_dim + 64)
 
 
 def _shifts(depth: float, to_last: float) -> Init:

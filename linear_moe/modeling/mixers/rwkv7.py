@@ -118,8 +118,8 @@ class RWKV7(LinearMixer):
         )
 
     @classmethod
-    def crosses_layers(cls, config: RWKV7Config) -> bool:
-        return True
+    def crossing(cls, config: RWKV7Config, dims: Dims) -> dict[str, int]:
+        return {"v_first": round(dims.hidden_size * config.expand_v)}
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, self.heads, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.fields import opt
-from linear_moe.modeling.host import Host, Init, normal
+from linear_moe.modeling.host import Host, Init, Matrices, normal
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check
@@ -58,6 +58,7 @@ class S4(LinearMixer):
             split="row",
             bias=True,
             std=dims.output_init_std,
+            matrices=Matrices((dims.hidden_size,) * 2 if config.glu else ()),
         )
 
     @classmethod
@@ -103,6 +104,9 @@ class S4(LinearMixer):
         glu = 2 * self.dims.hidden_size if self.config.glu else 0
         # in fp32 the input twice, and every 32 tokens the states twice; the output before and after GELU
         return (2 * 2 + 2 * 2 * 2 * self.states / 32 + 2) * self.channels + glu
+
+    def core_elements(self) -> float:
+        return (2 * 2 + 2 * 2 * 2 * self.states / 32) * self.channels  # all but the output before and after GELU
 
 
 def _log_uniform(low: float, high: float) -> Init:

@@ -127,3 +127,8 @@ class Titans(LinearMixer):
         # the convolutions' inputs; q, k before the L2 norm and after; v, o, gate, the gated norm; in fp32 q and k,
         # those weighted by gates, errors and their sum; M and S of every chunk; gates between two tokens of it
         return width * (3 + 4 + 4 + 2 * 8 + 2 * 2 * self.head_dim / size) + 2 * 7 * size * self.heads
+
+    def core_elements(self) -> float:
+        width, size = self.heads * self.head_dim, self.config.chunk_size
+        # what is in fp32: from q and k to gates between two tokens of a chunk
+        return width * (2 * 8 + 2 * 2 * self.head_dim / size) + 2 * 7 * size * self.heads

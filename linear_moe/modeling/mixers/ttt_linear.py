@@ -154,6 +154,11 @@ class TTTLinear(LinearMixer):
         states = 2 * (self.head_dim + 1) / size
         return width * (projected + 2 * 9 + states) + 2 * 2 * size * self.heads + 2 * self.head_dim
 
+    def core_elements(self) -> float:
+        width, size = self.heads * self.head_dim, self.config.mini_batch_size
+        # what is in fp32, and the weights of every mini-batch
+        return width * (2 * 9 + 2 * (self.head_dim + 1) / size) + 2 * 2 * size * self.heads
+
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of `x [B, T, H, D]` by angles `[B, T, 1, D / 2]`; features 2i and 2i + 1 are a pair."""

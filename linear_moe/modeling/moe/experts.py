@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import MoEConfig
-from linear_moe.modeling.host import Host, normal
+from linear_moe.modeling.host import Host, Matrices, normal
 from linear_moe.modeling.ops import experts as ops
 
 
@@ -23,8 +25,9 @@ class Experts(nn.Module):
         super().__init__()
         num, ffn = config.num_experts, config.expert_ffn_size
         axes = {0: "expert", 2: "expert_tensor"}
-        self.gate_up_proj = host.parameter(num, 2, ffn, hidden_size, init=normal(init_std), axes=axes)
-        self.down_proj = host.parameter(num, hidden_size, ffn, init=normal(output_init_std), axes=axes)
+        weight = partial(host.parameter, axes=axes, matrices=Matrices())
+        self.gate_up_proj = weight(num, 2, ffn, hidden_size, init=normal(init_std))
+        self.down_proj = weight(num, hidden_size, ffn, init=normal(output_init_std))
         self.kind = config.experts
 
     def forward(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,19 +33,25 @@ def choose(choice: Tensor, config: MoEConfig) -> Tensor:
     return choice.topk(config.top_k, dim=-1).indices
 
 
-def route(logits: Tensor, config: MoEConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor,
+    config: MoEConfig,
+    bias: Tensor | None = None,
+    once: Callable[[Callable[[], Tensor]], Tensor] = lambda choose: choose(),
+) -> tuple[Tensor, Tensor]:
     """Choose the top-k experts of every token and weigh them.
 
     Args:
         logits: `[n, E]`.
         bias: `[E]` fp32, added to the scores for the choice only.
+        once: makes the choice; as `Activations.once`, which does not make it a second time.
 
     Returns:
         Their weights `[n, k]` fp32 and which they are, `[n, k]` int64.
     """
     all_scores = scores(logits, config)
     choice = all_scores.detach()
-    index = choose(choice if bias is None else choice + bias, config)
+    index = once(lambda: choose(choice if bias is None else choice + bias, config))
     if config.top_k_first:
         top = logits.float().gather(-1, index).softmax(-1)
     else:
@@ -95,8 +102,9 @@ class Router(nn.Module):
         """`layout` None: the tokens are one sequence, and all on this rank."""
         config = self.config
         logits = _Logits.apply(x, self.weight)
-        weights, index = route(logits, config, self.expert_bias)
-        kept = self._kept(weights.detach(), index) if self.limited else None
+        once = self.host.activations.once
+        weights, index = route(logits, config, self.expert_bias, once)
+        kept = once(lambda: self._kept(weights.detach(), index)) if self.limited else None
         self.host.observe_routing(index, kept, config, self.layer)
         layout = layout or Layout(1, len(x))
         weights = self.host.router_losses(weights, logits, index, config, self.layer, layout)

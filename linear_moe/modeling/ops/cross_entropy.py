@@ -28,10 +28,13 @@ def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(logits: Tensor, labels: Tensor, normaliser: Tensor, grad: Tensor) -> None:
-    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`."""
+    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`; labels outside have no column."""
+    columns = logits.shape[1]
+    inside = (labels >= 0) & (labels < columns)
+    labels = labels.clamp(0, columns - 1)
     for rows in _chunks(logits):
         p = (logits[rows].float() - normaliser[rows].unsqueeze(-1)).exp_()
-        p.scatter_add_(-1, labels[rows].unsqueeze(-1), p.new_full((p.shape[0], 1), -1.0))
+        p.scatter_add_(-1, labels[rows].unsqueeze(-1), -inside[rows].unsqueeze(-1).to(p.dtype))
         logits[rows] = p.mul_(grad[rows].unsqueeze(-1)).to(logits.dtype)
 
 

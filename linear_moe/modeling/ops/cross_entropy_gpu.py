@@ -50,7 +50,7 @@ def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(logits: Tensor, labels: Tensor, normaliser: Tensor, grad: Tensor) -> None:
-    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`."""
+    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`; labels outside have no column."""
     if len(labels):
         columns, stride = logits.shape[1], logits.stride(0)
         grid = (len(labels), triton.cdiv(columns, BLOCK))

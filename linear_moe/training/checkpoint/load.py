@@ -74,6 +74,9 @@ def check_resume(config: Config) -> None:
     if difference is None and read_info(folder)["step"]:  # an imported model has seen no data
         sides = ((name, getattr(config.training, name), training.get(name)) for name in ORDER)
         difference = next(((f"training.{name}", a, b) for name, a, b in sides if a != b), None)
+        optimizer = _saved(folder, "optimizer").get("type", "adamw")  # older checkpoints do not say
+        if difference is None and optimizer != config.optimizer.type:
+            difference = "optimizer.type", config.optimizer.type, optimizer
     if difference is not None:
         path, here, value = difference
         raise ConfigError(path, here, f"the checkpoint {folder} has {value!r}", fix=WAY_OUT)

@@ -38,6 +38,9 @@ from linear_moe.training.checkpoint.collective import on_rank_0
 
 logger = logging.getLogger(__name__)
 
+THREADS = 8
+"""Files that one process writes at a time."""
+
 
 class SaveError(ConfigError):
     """A checkpoint could not be written; the ones before it are as they were. Raised alike on all ranks."""
@@ -170,11 +173,20 @@ class _Files(FileSystem):
 
 
 class Writer(FileSystemWriter):
-    """Sums up its files; reports the operating system's error where PyTorch's serialisation hides it behind its own."""
+    """Sums up its files; reports the operating system's error where PyTorch's serialisation hides it behind its own.
 
-    def __init__(self, folder: Path):
-        super().__init__(folder, thread_count=1, sync_files=True)
+    Args:
+        folder: where to write.
+        count: of files, over which what is written is shared out by size; `THREADS` are written at a time.
+    """
+
+    def __init__(self, folder: Path, count: int = 1):
+        super().__init__(folder, thread_count=count, sync_files=True)
         self.fs = self.files = _Files()
+
+    def _write_data(self, planner: Any, file_queue: Any) -> Any:
+        self.thread_count = min(self.thread_count, THREADS)
+        return super()._write_data(planner, file_queue)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:

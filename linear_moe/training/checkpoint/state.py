@@ -2,8 +2,9 @@
 
 Tensors (Megatron-Core `ShardedTensor`s, full shapes, global names):
     model.NAME                  the weight, in fp32 (the optimizer's copy where the model trains in bf16)
-    optimizer.exp_avg.NAME      Adam's first moment, fp32
-    optimizer.exp_avg_sq.NAME   Adam's second moment, fp32
+    optimizer.exp_avg.NAME      Adam's first moment, in `optimizer.moments`
+    optimizer.exp_avg_sq.NAME   Adam's second moment, likewise
+    optimizer.momentum.NAME     Muon's momentum, likewise, of the parameters that it updates, which have no others
 Objects: rng/... one per rank.
 
 Megatron's own `optimizer.sharded_state_dict` is not used. With bf16 and fp32 parameters in one model, its distributed
@@ -18,7 +19,6 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from linear_moe.modeling.host import ParameterSpec
-from linear_moe.training.optimizer import optimizer_parts
+from linear_moe.training.optimizer import optimizer_parts, stretches
 
 MODEL = "model."
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Shards = dict[str, list[ShardedTensor]]
 
 
@@ -48,7 +47,7 @@ class Owned:
         start, stop: the stretch of the flattened local parameter.
         whole: whether it is all of it, alike on all data-parallel ranks.
         main: fp32 weights `[stop - start]`; shares memory with an fp32 parameter, else is the copy of a bf16 one.
-        moments: Adam's `exp_avg` and `exp_avg_sq`, each `[stop - start]`.
+        moments: the optimizer's state by name, each `[stop - start]`.
     """
 
     start: int
@@ -76,29 +75,12 @@ def owned_by_optimizer(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Owned
     """What this rank's optimizers hold, by model parameter (bf16 or fp32)."""
     owned: dict[nn.Parameter, Owned] = {}
     for part in optimizer_parts(optimizer):
-        for parameter, main in _mains(part):
-            start, stop = 0, parameter.numel()
-            if isinstance(part, DistributedOptimizer):
-                stretch = part._get_model_param_range_map(parameter)["param"]
-                start, stop = stretch.start, stretch.end
+        for parameter, main, start, stop in stretches(part):
             state = part.optimizer.state[main]
-            moments = {key: state[key].detach().view(-1) for key in MOMENTS}
+            moments = {key: state[key].detach().view(-1) for key in part.optimizer.state_names(main)}
             whole = not isinstance(part, DistributedOptimizer)
             owned[parameter] = Owned(start, stop, whole, main.detach().view(-1), moments)
     return owned
-
-
-def _mains(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Pairs (model parameter, what the inner optimizer updates for it)."""
-    flat = chain.from_iterable
-    if isinstance(part, DistributedOptimizer):
-        yield from zip(flat(part.model_float16_groups), flat(part.shard_fp32_from_float16_groups), strict=True)
-        yield from zip(flat(part.model_fp32_groups), flat(part.shard_fp32_groups), strict=True)
-    elif hasattr(part, "float16_groups"):
-        yield from zip(flat(part.float16_groups), flat(part.fp32_from_float16_groups), strict=True)
-        yield from ((p, p) for p in flat(part.fp32_from_fp32_groups))
-    else:
-        yield from ((p, p) for group in part.optimizer.param_groups for p in group["params"])
 
 
 # -- shards ---------------------------------------------------------------------------------------------------------
@@ -172,7 +154,7 @@ def shard(key: str, data: Tensor, parameter: nn.Parameter, owned: Owned | None =
                 global_shape=spec.shape,
                 global_offset=tuple(b + o for b, o in zip(base, offset, strict=True)),
                 axis_fragmentations=None,
-                replica_id=(0, tensor, replica),
+                replica_id=(int(getattr(parameter, "shared", False)), tensor, replica),
             )
         )
     assert used == flat.numel(), (key, used, flat.numel())
@@ -193,7 +175,7 @@ def main_weights(model: list[Any], optimizer: MegatronOptimizer) -> Shards:
 
 
 def moments(model: list[Any], optimizer: MegatronOptimizer) -> Shards:
-    """`optimizer.exp_avg.NAME` and `optimizer.exp_avg_sq.NAME` for what this rank's optimizer owns."""
+    """`optimizer.MOMENT.NAME` for what this rank's optimizer owns."""
     owned = owned_by_optimizer(optimizer)
     shards: Shards = {}
     for name, p in named_parameters(model).items():

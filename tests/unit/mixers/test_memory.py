@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling import conv
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Layout, Mixer
 from linear_moe.modeling.mixers.registry import mixer_class
@@ -26,6 +28,10 @@ class Saves(torch.autograd.Function):
     def forward(ctx: Any, like: Tensor, *saved: Tensor) -> Tensor:
         ctx.save_for_backward(*saved)
         return torch.zeros_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, **options: Any) -> tuple[Tensor, None]:
@@ -87,16 +93,18 @@ OPS = {
 }
 
 
+def kernels(cls: type[Mixer]) -> Iterator[tuple[Any, str, Any]]:
+    """Where a mixer finds its recurrence's kernels: an object, its attribute, and what stands in for it."""
+    module, stand_ins = sys.modules[cls.__module__], {cls.family: recurrence} | OPS
+    yield from ((module, op, stand_in) for op, stand_in in stand_ins.items() if hasattr(module, op))
+    if (declared := getattr(cls, "op", None)) is not None:
+        yield cls, "op", stand_ins[getattr(declared, "func", declared).__name__]
+
+
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    cls = mixer_class(name)
-    module = sys.modules[cls.__module__]
-    stand_ins = {cls.family: recurrence} | OPS
-    for op, stand_in in stand_ins.items():
-        if hasattr(module, op):
-            monkeypatch.setattr(module, op, stand_in)
-    if (declared := getattr(cls, "op", None)) is not None:
-        monkeypatch.setattr(cls, "op", stand_ins[getattr(declared, "func", declared).__name__])
+    for place, attribute, stand_in in kernels(mixer_class(name)):
+        monkeypatch.setattr(place, attribute, stand_in)
     monkeypatch.setattr(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None))
     rms_norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731  the GPU's fused kernel
     monkeypatch.setattr(F, "rms_norm", rms_norm)
@@ -104,6 +112,9 @@ def test_activation_elements(name: str, fields: dict[str, Any], monkeypatch: pyt
     # of two lengths, so that what does not depend on the tokens does not count
     measured = (saved_bytes(mixer, 2 * LENGTH) - saved_bytes(mixer, LENGTH)) / 2 / LENGTH
     assert mixer.activation_elements() == pytest.approx(measured, rel=0.15)
+    mixer.host.activations = Activations(["core"])
+    without = (saved_bytes(mixer, 2 * LENGTH) - saved_bytes(mixer, LENGTH)) / 2 / LENGTH
+    assert mixer.core_elements() == pytest.approx(measured - without, abs=0.15 * measured)
 
 
 def saved_bytes(mixer: Mixer, length: int) -> int:
@@ -116,5 +127,5 @@ def saved_bytes(mixer: Mixer, length: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        mixer(x, Layout(1, length))
+        mixer.host.activations.layer(0, mixer, x, Layout(1, length))
     return sum(s.nbytes() for address, s in saved.items() if address not in outside)

@@ -161,16 +161,6 @@ def test_chunk_equals_reference_packed(name: str, fields: dict[str, Any]) -> Non
 
 
 @every_case
-def test_recomputed_equals_saved(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer, x = build(name, fields, Host(recompute=True)), stream(2, 9)
-    saved, forward = outputs_and_gradients(mixer, x, Layout(2, 9)), mixer.forward
-    monkeypatch.setattr(mixer, "forward", lambda *args: mixer.host.recompute(forward, *args))
-    recomputed = outputs_and_gradients(mixer, x, Layout(2, 9))
-    for key, expected in saved.items():
-        assert torch.equal(recomputed[key], expected), key
-
-
-@every_case
 def test_packed_equals_separate_documents(name: str, fields: dict[str, Any]) -> None:
     mixer, lengths = build(name, fields), [5, 1, 9, 2]
     x = stream(1, sum(lengths)).requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Cache, Layout, Mixer
 from linear_moe.modeling.mixers.rwkv7 import RWKV7
@@ -125,8 +127,8 @@ def test_two_layers_decode() -> None:
 
 def test_two_layers_recomputed() -> None:
     """The first layer's values, made inside a recomputed region, carry gradients from the second."""
-    layers, host, weight, results = two_layers(), Host(recompute=True), stream(2, 7, seed=1), []
-    for run in (host.recompute, lambda layer, *args: layer(*args)):
+    layers, host, weight, results = two_layers(), Host(activations=Activations(["layer"])), stream(2, 7, seed=1), []
+    for run in (partial(host.activations.layer, 0), lambda layer, *args: layer(*args)):
         x, layout = stream(2, 7).requires_grad_(), Layout(2, 7)
         y = x
         for layer in layers.layers:
@@ -174,4 +176,4 @@ def test_initial_values_are_rwkv_lms() -> None:
     assert_close(layer.k_k, 0.71 - 0.1 * (n / 31 - 0.5), FP32)
     assert_close(layer.g_norm.weight, torch.ones(32), FP32)
     assert_close(layer.w_lora[2].weight.T @ layer.w_lora[2].weight, 0.01 * torch.eye(32), FP32)
-    assert RWKV7.crosses_layers(layer.config) and F.relu(-layer.r_k).max() == pytest.approx(0.04)
+    assert RWKV7.crossing(layer.config, dims()) == {"v_first": 32} and F.relu(-layer.r_k).max() == pytest.approx(0.04)

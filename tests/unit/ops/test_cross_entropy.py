@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from linear_moe.modeling.ops import cross_entropy as module
+from linear_moe.modeling.ops import linear_cross_entropy as linear
 from tests.tolerances import BF16, FP32, assert_close
 
 
@@ -24,6 +26,46 @@ def test_equals_pytorch(dtype: torch.dtype, tolerance: float, elements: int, mon
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
         assert_close(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("elements", [1, 17 * 256, 10**6])  # three blocks of the vocabulary, two, one
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
+def test_in_blocks(
+    dtype: torch.dtype, tolerance: float, shares: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a vocabulary in two shares, each of which hears the other's log-normalisers and labels' logits."""
+    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", elements)
+    x, weight = torch.randn(17, 8).to(dtype), (3 * torch.randn(600, 8)).to(dtype)
+    labels, grad = torch.randint(600, (17,)), torch.rand(17)
+    leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    theirs = F.cross_entropy(F.linear(*leaves), labels, reduction="none")
+    expected = [theirs, *torch.autograd.grad((theirs * grad).sum(), leaves)]
+
+    size = 600 // shares
+    logits = (x @ weight.T).float()
+    normaliser = logits.logsumexp(-1)
+    target = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    seen, dx, dweights = [], torch.zeros(17, 8, dtype=torch.float64), []
+
+    def merge(own_normaliser: Tensor, own_target: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((own_normaliser, own_target))
+        return normaliser, target
+
+    for first in range(0, 600, size):
+        leaves = [x.clone().requires_grad_(), weight[first : first + size].clone().requires_grad_()]
+        options = {"first": first, "merge": merge} if shares > 1 else {}
+        ours = linear.linear_cross_entropy(*leaves, labels, **options)
+        part, dweight = torch.autograd.grad((ours * grad).sum(), leaves)
+        assert (ours.dtype, part.dtype, dweight.dtype) == (torch.float32, dtype, dtype)
+        assert_close(ours, expected[0], tolerance)
+        dx += part
+        dweights.append(dweight)
+    assert_close(dx, expected[1], tolerance)
+    assert_close(torch.cat(dweights), expected[2], tolerance)
+    if shares > 1:
+        assert_close(torch.stack([z for z, _ in seen]).logsumexp(0), normaliser, FP32)
+        assert_close(torch.stack([t for _, t in seen]).sum(0), target, FP32)
 
 
 def test_one_backward_pass_only() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.training.adamw import AdamW
-from tests.tolerances import FP32, assert_close
+from linear_moe.training import adamw
+from linear_moe.training.adamw import AdamW, round_stochastically
+from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 SHAPES = [(7, 5), (1,), (33,), (2, 3, 4), (129,)]
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -83,3 +84,46 @@ def test_refuses_what_it_does_not_do() -> None:
             AdamW(tensors, **flag)
     with pytest.raises(ValueError, match="closure"):
         AdamW(tensors).step(lambda: None)
+
+
+# -- moments in bf16 --------------------------------------------------------------------------------------------------
+def test_rounding_is_right_on_average() -> None:
+    """To one of the two neighbours, unbiased, and a function of its key."""
+    value = torch.tensor([1.0, 1.001, -3.1415, 1e-20, 0.0]).repeat_interleave(20_000)
+    rounded = torch.empty_like(value, dtype=torch.bfloat16)
+    round_stochastically(rounded, value.clone(), "a")
+    assert ((rounded.float() - value).abs() <= 2 * BF16_ROUNDING * value.abs()).all()
+    exact = value == 1.0
+    assert torch.equal(rounded[exact].float(), value[exact]) and not rounded[value == 0].any()
+    assert_close(rounded.view(5, -1).double().mean(1), value.view(5, -1).double().mean(1), 2e-4)
+    again, other = torch.empty_like(rounded), torch.empty_like(rounded)
+    round_stochastically(again, value.clone(), "a")
+    round_stochastically(other, value.clone(), "b")
+    assert torch.equal(again, rounded) and not torch.equal(other, rounded)
+
+
+def test_bf16_second_moment_decays() -> None:
+    """beta2 = 0.999 takes less than half a bit off: rounded to nearest it would stay where it is."""
+    tensor = torch.zeros(4096, requires_grad=True)
+    optimizer = AdamW([tensor], betas=(0.9, 0.999), moments=torch.bfloat16)
+    optimizer.names[tensor] = "w"
+    tensor.grad = torch.ones_like(tensor)
+    optimizer.step()
+    tensor.grad = torch.zeros_like(tensor)
+    for _ in range(500):
+        optimizer.step()
+    second = optimizer.state[tensor]["exp_avg_sq"]
+    assert second.dtype is torch.bfloat16
+    assert_close(second.double().mean(), torch.tensor(1e-3 * 0.999**500), 1e-2)
+
+
+def test_bf16_moments_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large parameters go through in parts; one step from zero moments is the exact one."""
+    monkeypatch.setattr(adamw, "CHUNK", 50)
+    half, exact = parameters(torch.float32), parameters(torch.float32)
+    run(AdamW(groups(half), **SETTINGS, moments=torch.bfloat16), half, range(1))
+    run(AdamW(groups(exact), **SETTINGS), exact, range(1))
+    for a, b in zip(half, exact, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        AdamW(half, moments=torch.float16)

@@ -1,0 +1,107 @@
+"""Bytes of activations that a rank keeps for backward passes: the only home of these formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from linear_moe.config.schema import Config
+from linear_moe.config.validate import ParallelLayout, recomputed, tensor_sequence
+from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.ops.linear_cross_entropy import BLOCK_ELEMENTS
+from linear_moe.plan.ranks import RankChunk
+
+
+def layer_elements(
+    config: Config, layer: nn.Module, stream: float, modules: frozenset[str] = frozenset()
+) -> tuple[float, float]:
+    """What one layer keeps for its backward pass; fp32 elements count twice in a bf16 model.
+
+    Args:
+        layer: a `Layer` built for one rank.
+        stream: elements per token of this rank's residual stream.
+        modules: those computed again, as `Activations` names them.
+
+    Returns:
+        Elements per token that it keeps, and most that the backward pass makes again at a time.
+    """
+    model, parallel, hidden = config.model, config.parallel, config.model.hidden_size
+    wide = 4 / DTYPES[config.training.dtype].itemsize
+    mixer: Any = layer.mixer
+    core = mixer.core_elements()
+    inside = {"mixer": mixer.activation_elements(), "ffn": 0.0}  # of both halves, besides the norm's output
+    normed = {"mixer": float(hidden), "ffn": float(hidden)}  # that output, as it is used
+    parts = {"core": ("mixer", core)}  # that can be left out of them
+    if hasattr(layer.ffn, "experts"):
+        moe = model.moe
+        # A balanced router sends a rank as many tokens as it has. Those received are kept sorted by expert; those that
+        # did not have to travel are kept as they were. Of each expert: gate and up.
+        travels = parallel.expert * parallel.expert_tensor > 1
+        received = stream * parallel.expert_tensor * (moe.top_k if travels else 1)
+        # The input of router and experts, and the shared expert's, if that is a copy.
+        normed["ffn"] = stream + (hidden if moe.shared_ffn_size and parallel.tensor > 1 else 0)
+        gate_up = 2 * moe.top_k * moe.expert_ffn_size * stream / hidden
+        inside["ffn"] = wide * 4 * moe.num_experts + (received if travels else 0) + gate_up
+        parts["experts"] = "ffn", gate_up
+    dense = (moe.shared_ffn_size if hasattr(layer.ffn, "experts") else model.ffn_size) / parallel.tensor
+    inside["ffn"] += 4 * dense  # gate, up, silu(gate), product
+    parts["activation"] = "ffn", 2 * dense
+    if "layer" in modules:
+        return stream, 2 * stream + sum(inside.values()) + sum(normed.values())
+    kept, again = 2 * stream, [0.0]  # inputs of both norms
+    for half in ("mixer", "ffn"):
+        left_out = {name: elements for name, (of, elements) in parts.items() if of == half and name in modules}
+        if half in modules:
+            kept += 0 if "norm" in modules else stream
+            again.append(normed[half] + inside[half])
+            continue
+        kept += inside[half] - sum(left_out.values()) + (0 if "norm" in modules else normed[half])
+        again.append(max([0.0, *left_out.values()]) + (normed[half] if "norm" in modules else 0))
+    return kept, max(again)
+
+
+def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> list[int]:
+    """Forward passes of each chunk of a stage that wait for their backward pass when the first of those begins."""
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if chunks == 1:
+        return [min(stages - stage, micro_batches)]
+    started = min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)
+    order = [i // stages % chunks for i in range(started)]  # groups of as many micro-batches as stages, chunk by chunk
+    return [order.count(chunk) for chunk in range(chunks)]
+
+
+def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int) -> dict[str, int]:
+    """What backward passes hold at the peak, and what the logits of one micro-batch need."""
+    training, parallel, hidden = config.training, config.parallel, config.model.hidden_size
+    size = DTYPES[training.dtype].itemsize
+    tokens = training.micro_batch * training.sequence_length
+    stream = hidden / (parallel.tensor if tensor_sequence(parallel) else 1)
+    micro_batches = training.global_batch // (training.micro_batch * layout.data)
+    modules, concerned = recomputed(config)
+    kept = again = logits = 0.0
+    counts = micro_batches_in_flight(config, micro_batches, stage)
+    for chunk, count in zip(chunks, counts, strict=True):
+        for number, layer in chunk.layers.items():
+            recompute = modules if number in concerned else frozenset()
+            elements, most = layer_elements(config, layer, stream, recompute)
+            kept, again = kept + count * elements, max(again, most)
+        if len(chunks) > 1 and not chunk.logits:
+            kept += count * stream  # what was sent to the next stage, which plain 1F1B frees
+        if chunk.logits:
+            kept += stream + hidden  # inputs of the norm and of the head
+            logits = logit_bytes(config, chunk.logits / parallel.tensor, tokens)
+    more = max(0.0, tokens * size * again - logits)  # the logits are gone when layers go backward
+    return {"activations": math.ceil(tokens * size * kept + more), "logits": math.ceil(logits)}
+
+
+def logit_bytes(config: Config, columns: float, tokens: int) -> float:
+    """Of one micro-batch's logits on a rank, and of the gradient of the head's weight, which exists as long as they."""
+    size, hidden = DTYPES[config.training.dtype].itemsize, config.model.hidden_size
+    weight = size * columns * hidden
+    if "logits" in config.training.recompute_modules:  # a block; the gradient of the head's input is summed in fp32
+        return weight + size * min(BLOCK_ELEMENTS, tokens * columns) + 4 * tokens * hidden
+    # The gradient takes the logits' place; over tensor ranks Megatron's loss takes them to fp32 first.
+    copies = size if config.parallel.tensor == 1 or size == 4 else size + 4
+    return weight + copies * tokens * columns

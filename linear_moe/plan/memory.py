@@ -1,0 +1,117 @@
+"""Bytes that a rank holds all the time, weights, gradients and optimizer state, and with activations its total."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from linear_moe.config.schema import Config, OptimizerConfig
+from linear_moe.config.validate import ParallelLayout
+from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.model import LanguageModel
+from linear_moe.plan.activations import activation_bytes
+from linear_moe.plan.ranks import RankChunk, is_expert, rank_chunks
+from linear_moe.training.muon import state_names
+
+STATE = ("weights", "gradients", "optimizer")
+KINDS = (*STATE, "activations", "logits", "total")
+
+
+def optimizer_bytes(parameter: nn.Parameter, optimizer: OptimizerConfig) -> int:
+    """Per element: the optimizer's moments, and an fp32 copy of other weights."""
+    names = state_names(parameter.spec, optimizer.type)  # type: ignore[attr-defined]
+    return len(names) * DTYPES[optimizer.moments].itemsize + (0 if parameter.dtype == torch.float32 else 4)
+
+
+def buffer(
+    sizes: list[int], costs: list[int], ranks: int, bucket: int | None = None, alone: frozenset[int] = frozenset()
+) -> tuple[int, list[int]]:
+    """One of the buffers that Megatron-Core's DDP lays parameters out in for the distributed optimizer.
+
+    From the last parameter to the first, each begins at a multiple of 64 elements; a bucket ends after the parameter
+    that brings it to `bucket` elements (None: after the last), padded to a multiple of 128 and of `ranks`, and each
+    rank's shard of it is an equal part.
+
+    Args:
+        sizes: elements of the parameters, in the order of the model.
+        costs: of an element of each.
+        alone: places in `sizes` of parameters with a bucket of their own.
+
+    Returns:
+        Elements with padding, and the cost of each rank's shards.
+    """
+    shards = [0] * ranks
+    start, multiple = 0, math.lcm(ranks, 128)
+    places: list[tuple[int, int, int]] = []
+
+    def end_bucket(end: int) -> int:
+        end = -(-end // multiple) * multiple
+        share = (end - start) // ranks
+        for low, high, cost in places:
+            for rank in range((low - start) // share, (high - 1 - start) // share + 1):
+                own = min(high, start + (rank + 1) * share) - max(low, start + rank * share)
+                shards[rank] += cost * own
+        places.clear()
+        return end
+
+    end = 0
+    for i in reversed(range(len(sizes))):
+        low = -(-end // 64) * 64
+        if i in alone and places:
+            start = low = end_bucket(low)
+        end = low + sizes[i]
+        places.append((low, end, costs[i]))
+        if i in alone or (bucket is not None and end - start >= bucket):
+            start = end = end_bucket(end)
+    return (end_bucket(end) if places else end), shards
+
+
+def bucket_size(optimizer: OptimizerConfig, replicas: int, stage: int, chunk: int) -> int | None:
+    """Elements that Megatron-Core's DDP reduces at once; None: all."""
+    return max(40_000_000, 1_000_000 * replicas) if optimizer.overlap and stage == chunk == 0 else None
+
+
+def state_bytes(
+    config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int, place: tuple[int, int] | None = None
+) -> dict[str, int]:
+    """Weights, fp32 gradients and optimizer state.
+
+    Args:
+        place: rank among the replicas, outside and inside the routed experts; None: the most of any.
+    """
+    optimizer, totals = config.optimizer, dict.fromkeys(STATE, 0)
+    for expert, replicas in ((False, layout.data), (True, layout.expert_data)):  # each kind has its own replicas
+        state = [0] * replicas
+        for number, chunk in enumerate(chunks):
+            buffers: dict[torch.dtype, list[nn.Parameter]] = {}  # each dtype has its own
+            for p in chunk.parameters:
+                if is_expert(p) == expert and p.requires_grad:
+                    buffers.setdefault(p.dtype, []).append(p)
+                elif is_expert(p) == expert:
+                    totals["weights"] += p.numel() * p.element_size()
+            for dtype, parameters in buffers.items():
+                sizes, costs = [p.numel() for p in parameters], [optimizer_bytes(p, optimizer) for p in parameters]
+                if optimizer.distributed:
+                    alone = frozenset(i for i, p in enumerate(parameters) if any(p is q for q in chunk.alone))
+                    bucket = bucket_size(optimizer, replicas, stage, number)
+                    numel, shards = buffer(sizes, costs, replicas, bucket, alone)
+                else:
+                    numel = sum(sizes)
+                    shards = [sum(size * cost for size, cost in zip(sizes, costs, strict=True))] * replicas
+                totals["weights"] += numel * dtype.itemsize
+                totals["gradients"] += numel * 4
+                state = [a + b for a, b in zip(state, shards, strict=True)]
+        totals["optimizer"] += max(state) if place is None else state[place[expert]]
+    return totals
+
+
+def rank_bytes(config: Config, layout: ParallelLayout, model: LanguageModel, stage: int) -> dict[str, int]:
+    """By KINDS, on the fullest rank of a pipeline stage; `model` from RankModels."""
+    chunks = rank_chunks(config, model, stage)
+    return with_total(state_bytes(config, layout, chunks, stage) | activation_bytes(config, layout, chunks, stage))
+
+
+def with_total(kinds: dict[str, int]) -> dict[str, int]:
+    return kinds | {"total": sum(kinds.values())}

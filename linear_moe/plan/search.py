@@ -1,0 +1,235 @@
+"""Which layouts of a world fit into a GPU's memory, the fastest first, and why others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.validate import MAX_WORLD, ParallelLayout, parallel_layout, validate
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.mixers.checks import check
+from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.plan.activations import activation_bytes
+from linear_moe.plan.cost import Cluster, stage_cost, step_seconds
+from linear_moe.plan.memory import state_bytes, with_total
+from linear_moe.plan.model import forward_flops
+from linear_moe.plan.ranks import RankModels, rank_chunks
+from linear_moe.stages import default_split
+
+HEADROOM = 0.1
+"""Of a GPU's memory, what is left to its driver, to communication buffers, to kernels and to fragmentation."""
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("none", ()),
+    ("selective", ("norm", "activation")),
+    ("selective", ("norm", "activation", "core", "experts")),
+    ("full", ()),
+    ("full", ("logits",)),
+)
+"""What of training.recompute and .recompute_modules is tried, from the fastest to the smallest."""
+VIRTUAL = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with the settings that suit it best.
+
+    Attributes:
+        memory: of the fullest rank, by the KINDS of `memory`; None: not legal.
+        seconds: of a step by kind, of which `total` is the sum; None: not legal, or too big.
+        reason: why it is not proposed; "" if it is.
+    """
+
+    config: Config
+    layout: ParallelLayout | None = None
+    memory: dict[str, int] | None = None
+    seconds: dict[str, float] | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """For example TP2 PP4x2 EP8, two chunks on each of four stages; sizes of 1 are left out."""
+        p = self.config.parallel
+        sizes = {"TP": p.tensor, "PP": p.pipeline, "x": p.virtual_pipeline, "EP": p.expert, "ETP": p.expert_tensor}
+        words = " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
+        return words.replace(" x", "x") or "DP only"
+
+    def overrides(self) -> dict[str, Any]:
+        """By dotted path, what makes any config of this model this layout."""
+        paths = {
+            "parallel": ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"),
+            "training": ("micro_batch", "recompute", "recompute_modules"),
+            "optimizer": ("distributed", "overlap"),
+        }
+        return {f"{part}.{name}": getattr(getattr(self.config, part), name) for part in paths for name in paths[part]}
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """All layouts of `world` GPUs that were considered.
+
+    Attributes:
+        limit: bytes that a rank may use.
+        flops: of a trained token, without recomputation.
+        fit: the fastest first.
+        big: legal, but over the limit whatever the settings; the smallest first.
+        illegal: refused by the validation.
+    """
+
+    world: int
+    cluster: Cluster
+    limit: float
+    flops: float
+    fit: list[Candidate]
+    big: list[Candidate]
+    illegal: list[Candidate]
+
+    def speed(self, candidate: Candidate) -> dict[str, float]:
+        """Of one that fits, by the cost model: tokens per second and GPU, and the share of the GPU's peak."""
+        training = candidate.config.training
+        assert candidate.seconds is not None
+        tokens = training.global_batch * training.sequence_length / candidate.seconds["total"] / self.world
+        mfu = tokens * self.flops / (self.cluster.gpu.peak_tflops * 1e12)
+        return {"tokens_per_second_per_gpu": tokens, "mfu": mfu}
+
+    def to_json(self) -> dict[str, Any]:
+        def entry(candidate: Candidate) -> dict[str, Any]:
+            known: dict[str, Any] = {"memory_per_rank_bytes": candidate.memory} if candidate.memory else {}
+            if candidate.layout is not None:
+                known["data"] = candidate.layout.data
+            if candidate.seconds is not None:
+                known |= {"seconds_per_step": candidate.seconds} | self.speed(candidate)
+            return {"overrides": candidate.overrides(), **known, "reason": candidate.reason or None}
+
+        return {
+            "world": self.world,
+            "memory_limit_bytes": round(self.limit),
+            "layouts": [entry(candidate) for candidate in self.fit],
+            "rejected": [entry(candidate) for candidate in (*self.big, *self.illegal)],
+        }
+
+
+def propose(config: Config, world: int, cluster: Cluster) -> Proposals:
+    """Layouts of `world` GPUs for a configuration's model, sequence length, global batch and dtype.
+
+    What the configuration says of parallel sizes, micro-batch, recomputation, the distributed optimizer and its overlap
+    is not used.
+
+    Raises:
+        ConfigError: no layout makes this configuration legal, or the world's size is none.
+    """
+    check("--world", world, lambda n: 1 <= n <= MAX_WORLD, f"must be from 1 to {MAX_WORLD}")
+    limit = (1 - HEADROOM) * cluster.gpu.memory_gib * 2**30
+    search = _Search(config, world, cluster, limit)
+    found = [search.best(parallel) for parallel in search.shapes()]
+    fit = sorted((c for c in found if c.seconds is not None), key=lambda c: c.seconds["total"])  # type: ignore[index]
+    big = sorted((c for c in found if c.memory and c.seconds is None), key=lambda c: c.memory["total"])  # type: ignore[index]
+    illegal = [c for c in found if c.memory is None]
+    return Proposals(world, cluster, limit, 3 * search.flops.total, fit, big, illegal)
+
+
+class _Search:
+    def __init__(self, config: Config, world: int, cluster: Cluster, limit: float):
+        self.config, self.world, self.cluster, self.limit = config, world, cluster, limit
+        self.models = RankModels(config, vocab_size(config))
+        self.flops = forward_flops(config)
+
+    def shapes(self) -> Iterator[ParallelConfig]:
+        """Parallel sizes that the world's size allows, tensor ranks within a node."""
+        model, parallel, world = self.config.model, self.config.parallel, self.world
+        experts = model.moe.num_experts if any(layer.ffn == "moe" for layer in resolve_layers(model)) else 1
+        for tensor in divisors(world, self.cluster.node):
+            for pipeline in divisors(world // tensor, model.num_layers):
+                for expert_tensor in divisors(tensor, tensor if experts > 1 else 1):
+                    for expert in divisors(world // pipeline // expert_tensor, experts):
+                        for virtual in VIRTUAL if pipeline > 1 else (1,):
+                            if pipeline * virtual <= model.num_layers:
+                                yield ParallelConfig(
+                                    tensor, parallel.tensor_sequence, pipeline, virtual, None, expert, expert_tensor
+                                )
+
+    def settings(self, parallel: ParallelConfig) -> Iterator[list[Config]]:
+        """Those tried for one choice of parallel sizes: for each micro-batch, from the fastest to the smallest.
+
+        With replicas always the distributed optimizer, overlapped: without it no rank is smaller or faster.
+        """
+        config, replicas = self.config, self.world // (parallel.tensor * parallel.pipeline)
+        optimizer = config.optimizer
+        if max(replicas, self.world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)) > 1:
+            optimizer = replace(optimizer, distributed=True, overlap=True)
+        for micro_batch in sorted({*MICRO_BATCHES, config.training.micro_batch}):
+            if micro_batch == 1 or micro_batch * replicas <= config.training.global_batch:
+                training = replace(config.training, micro_batch=micro_batch, recompute_layers=None)
+                yield [
+                    replace(
+                        config,
+                        parallel=parallel,
+                        optimizer=optimizer,
+                        training=replace(training, recompute=recompute, recompute_modules=list(modules)),
+                    )
+                    for recompute, modules in RECOMPUTE
+                ]
+
+    def best(self, parallel: ParallelConfig) -> Candidate:
+        """The fastest settings that fit; if none does, the smallest; if none is legal, the first."""
+        refused: Candidate | None = None
+        smallest: tuple[int, Candidate] | None = None
+        fastest: tuple[float, Candidate] | None = None
+        rank: _Rank | None = None
+        for configs in self.settings(parallel):
+            try:
+                validate(configs[0], self.world, files=False)
+            except ConfigError as error:
+                refused = refused or Candidate(configs[0], reason=str(error))
+                continue
+            rank = rank or _Rank(configs[0], self.world, self.models(parallel))
+            for config in configs:
+                memory = rank.memory(config)
+                candidate = Candidate(config, rank.layout, memory)
+                if memory["total"] > self.limit:
+                    if smallest is None or memory["total"] < smallest[0]:
+                        reason = too_big(memory, self.limit)
+                        smallest = memory["total"], replace(candidate, reason=reason)
+                    continue
+                stages = [stage_cost(config, rank.layout, c, self.flops, self.cluster) for c in rank.stages]
+                seconds = step_seconds(config, rank.layout, stages)
+                if fastest is None or seconds["total"] < fastest[0]:
+                    fastest = seconds["total"], replace(candidate, seconds=seconds)
+                break
+        if fastest is not None:
+            return fastest[1]
+        found = refused if smallest is None else smallest[1]
+        assert found is not None
+        return found
+
+
+class _Rank:
+    """The ranks of one choice of parallel sizes; what does not depend on the other settings is computed once."""
+
+    def __init__(self, config: Config, world: int, model: LanguageModel):
+        self.layout = parallel_layout(config, world)
+        split = replace(config, parallel=replace(config.parallel, pipeline_layers=default_split(config)))
+        self.stages = [rank_chunks(split, model, stage) for stage in range(self.layout.pipeline)]
+        self.states = [state_bytes(config, self.layout, chunks, i) for i, chunks in enumerate(self.stages)]
+
+    def memory(self, config: Config) -> dict[str, int]:
+        """Of the fullest rank."""
+        kinds = (
+            with_total(state | activation_bytes(config, self.layout, chunks, stage))
+            for stage, (state, chunks) in enumerate(zip(self.states, self.stages, strict=True))
+        )
+        return max(kinds, key=lambda kinds: kinds["total"])
+
+
+def divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+
+
+def too_big(memory: dict[str, int], limit: float) -> str:
+    parts = ", ".join(f"{kind} {bytes_ / 2**30:.1f}" for kind, bytes_ in memory.items() if kind != "total")
+    return f"needs {memory['total'] / 2**30:.2f} of {limit / 2**30:.2f} GiB: {parts}"

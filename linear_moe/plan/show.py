@@ -1,0 +1,153 @@
+"""`linear-moe plan` on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.load import load_config
+from linear_moe.config.schema import Config
+from linear_moe.gpus import DEFAULT_GPU, GPUS
+from linear_moe.plan.cost import Cluster
+from linear_moe.plan.memory import KINDS
+from linear_moe.plan.model import Plan, make_plan
+from linear_moe.plan.search import Candidate, Proposals, propose
+
+ROWS = 12  # of a table of layouts; --json has all
+
+
+def main(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    if args.gpu is None and args.memory is None:
+        plan = make_plan(config, args.world)
+        if args.json:
+            print(json.dumps(plan.to_json(), indent=2))
+        else:
+            show(plan, config, args.config)
+        return 0
+    if args.world is None:
+        raise ConfigError("--world", ..., "--gpu and --memory propose layouts of a number of GPUs", fix="set --world N")
+    gpu = GPUS[args.gpu or DEFAULT_GPU]
+    gpu = gpu if args.memory is None else replace(gpu, memory_gib=args.memory)
+    proposals = propose(config, args.world, Cluster(gpu, args.node))
+    if args.json:
+        print(json.dumps(proposals.to_json(), indent=2))
+    else:
+        show_layouts(proposals, config, args.config)
+    return 0
+
+
+def human(number: float, unit: str = "", base: int = 1000) -> str:
+    """3 significant digits with a prefix: 2.49 B parameters, 1.96 GFLOP, 4.63 GiB (base 1024)."""
+    prefixes = ("", "k", "M", "G", "T", "P") if unit else ("", "k", "M", "B", "T")
+    power = 0
+    while number >= base and power < len(prefixes) - 1:
+        number, power = number / base, power + 1
+    prefix = prefixes[power].upper() + "i" if base == 1024 and power else prefixes[power]
+    digits = max(0, 2 - int(math.log10(number))) if power else 0
+    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def show_table(name: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, show_header=bool(columns[0]))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] in ("total", "active without embeddings") else "")
+    console.print(f"[bold cyan]{escape(name)}[/]")
+    console.print(table)
+
+
+def show(plan: Plan, config: Config, title: str) -> None:
+    """The plan as tables on the terminal."""
+    layers = [(str(i), p.mixer, p.ffn, human(p.params), human(p.active_params)) for i, p in enumerate(plan.layers)]
+    columns = ("layer", "mixer", "ffn", "parameters", "active per token")
+    show_table(f"{title}: {len(layers)} layers, {config.model.pattern}", columns, layers)
+
+    length = config.training.sequence_length
+    totals = [
+        ("parameters", human(plan.total_params)),
+        ("active per token", human(plan.active_params)),
+        ("active without embeddings", human(plan.active_params_without_embeddings)),
+        ("vocabulary", f"{plan.vocab_size:,}"),
+        ("forward per token", human(plan.forward_flops, "FLOP")),
+        ("training per token", human(3 * plan.forward_flops, "FLOP")),
+    ]
+    show_table(f"Model, at sequence length {length}", ("", ""), totals)
+
+    groups = []
+    for axis, ranks in plan.layout.groups.items():
+        members = " ".join(map(str, ranks[0][:6])) + (" ..." if len(ranks[0]) > 6 else "")
+        groups.append((axis, str(len(ranks[0])), str(len(ranks)), members))
+    show_table(f"Process groups, world size {plan.layout.world}", ("axis", "size", "groups", "first group"), groups)
+
+    memory = [(kind, human(plan.memory[kind], "B", 1024)) for kind in KINDS]
+    show_table("Memory of the fullest rank; activations are an estimate", ("", ""), memory)
+
+
+def word(value: object) -> str:
+    """As an override on the command line."""
+    text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else str(value)
+    return f"'{text}'" if isinstance(value, list) else text
+
+
+def show_layouts(proposals: Proposals, config: Config, title: str) -> None:
+    """The layouts that fit as a table, and a line for each other one."""
+    world, gpu = proposals.world, proposals.cluster.gpu
+    limit = proposals.limit / 2**30
+
+    def row(candidate: Candidate) -> tuple[str, ...]:
+        config, layout, memory = candidate.config, candidate.layout, candidate.memory
+        recompute, modules = config.training.recompute, config.training.recompute_modules
+        assert layout is not None and memory is not None and candidate.seconds is not None
+        seconds, speed = candidate.seconds, proposals.speed(candidate)
+        overhead = 1 - seconds["compute"] / seconds["total"]
+        return (
+            candidate.name,
+            str(layout.data),
+            str(config.training.micro_batch),
+            "+".join(modules if recompute == "selective" else [recompute, *modules]),
+            f"{memory['total'] / 2**30:.1f}",
+            f"{seconds['total']:.2f}",
+            f"{100 * overhead:.0f} %",
+            human(speed["tokens_per_second_per_gpu"]),
+            f"{100 * speed['mfu']:.0f} %",
+        )
+
+    columns = (
+        "layout",
+        "DP",
+        "micro",
+        "recompute",
+        "GiB",
+        "s/step",
+        "overhead",
+        "tokens/s/GPU",
+        "MFU",
+    )
+    memory = f"{limit:.1f} of {gpu.memory_gib:g} GiB a GPU to use"
+    shown = proposals.fit[:ROWS]
+    count = f"{len(proposals.fit)} layouts fit" + (f", the first {ROWS} of them" if len(proposals.fit) > ROWS else "")
+    show_table(f"{title} on {world} GPUs, {memory}: {count}", columns, map(row, shown))
+    if proposals.fit:
+        given = Candidate(config).overrides()
+        changes = {path: value for path, value in proposals.fit[0].overrides().items() if value != given[path]}
+        print(" ".join(["The fastest:", title, *(f"{path}={word(value)}" for path, value in changes.items())]))
+    for title, candidates in (("Too big, at their smallest", proposals.big), ("Not legal", proposals.illegal)):
+        if candidates:
+            print(f"\n{title}:")
+        by_reason: dict[str, list[str]] = {}
+        for candidate in candidates:
+            by_reason.setdefault(candidate.reason, []).append(candidate.name)
+        for reason, names in by_reason.items():
+            print(f"  {', '.join(names)}: {reason}")

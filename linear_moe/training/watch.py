@@ -1,0 +1,364 @@
+"""Which rank died, hangs or failed: said by the others in one line, within the time-out.
+
+Every rank has a thread that writes, at every beat, what the rank does into the store that torchrun keeps (or rank 0,
+without torchrun), over a connection of its own, and looks after the next rank: whether its process is there, where both
+are on one machine, and whether it beats. It also looks whether its own main thread has been in one and the same wait
+(of a collective, or for the device) for `training.timeout_minutes`; if so it asks what all ranks do, and accuses the
+one that does not wait, or else the one furthest behind. The first accusation holds; every rank prints it and ends.
+
+PyTorch's own time-outs (gloo's of each operation, NCCL's watchdog, which aborts the process and names nobody) are set
+somewhat longer, for what this does not see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from linear_moe.config.schema import Config
+
+RANK_LOST = 4
+"""Exit code of the ranks that were not at fault."""
+
+FAILURE_FILE = "LINEAR_MOE_FAILURE_FILE"
+"""Environment variable: where to leave the line for a launcher, which shows it last."""
+
+VERDICT = "verdict"
+OBSERVED = 3.0  # seconds of silence, at least, of a rank that is then called silent, and of a failed one's exit
+# How a line of Python looks that waits for other ranks or for the device.
+WAITS = (".wait(", ".item(", ".tolist(", "synchronize(", ".cpu(", "_engine_run_backward", "barrier(")
+
+Status = dict[str, Any]
+
+
+def backstop(config: Config) -> timedelta:
+    """PyTorch's own time-out of a collective: after ours."""
+    return timedelta(seconds=60 * config.training.timeout_minutes * 1.1 + 10 * OBSERVED)
+
+
+class Watch:
+    """This rank's thread.
+
+    Args:
+        rank, world: as the launcher says.
+        timeout: seconds.
+        run: folder whose metrics.jsonl an accusation is added to.
+
+    Raises:
+        SystemExit: nobody keeps the store, as it has said.
+    """
+
+    def __init__(self, rank: int, world: int, timeout: float, run: Path):
+        self.rank, self.world, self.timeout, self.run = rank, world, timeout, run
+        self.interval = min(1.0, timeout / 20)
+        self.main = threading.main_thread().ident
+        self.step, self.phase, self.marks = 0, "starting", 0
+        process = psutil.Process()
+        self.identity: Status = {
+            "rank": rank,
+            "host": os.uname().nodename,
+            "machine": _machine(),
+            "pid": process.pid,
+            "created": process.create_time(),
+        }
+        self.beats = 0
+        self.begun = time.monotonic()
+        self._wait: tuple[Any, float] = (None, self.begun)  # what it waits in, since when
+        self._neighbour: tuple[Any, float] = (None, self.begun)  # what it said last, since when
+        self._stop, self._broken = threading.Event(), threading.Event()
+        self.store = _connect(rank, timeout)
+        self._own = self.store.clone()  # type: ignore[attr-defined]  # missing in the stubs
+        self._thread = threading.Thread(target=self._run, name="linear-moe watch", daemon=True)
+        self._thread.start()
+
+    # -- the rank's side ----------------------------------------------------------------------------------------------
+    def mark(self, phase: str, step: int | None = None) -> None:
+        """What this rank does from now on."""
+        self.phase, self.marks = phase, self.marks + 1
+        if step is not None:
+            self.step = step
+
+    def raised(self, error: BaseException) -> None:
+        """Tell the others what ends this rank. Does not return where the cause is another rank."""
+        if _is_communication(error):
+            self._broken.set()
+            self._thread.join(12 * OBSERVED)  # it ends the process, finds nobody to blame, or has lost the store
+        self._finish("failed", f"{type(error).__name__}: {error}")
+
+    def end(self) -> None:
+        """This rank is done."""
+        self._finish("done")
+
+    def _finish(self, state: str, error: str = "") -> None:
+        self._stop.set()
+        self._thread.join(2 * OBSERVED)
+        if not self._thread.is_alive():  # else it waits for the store, and so would this
+            with contextlib.suppress(RuntimeError):
+                self._own.set(str(self.rank), json.dumps(self._status(state) | {"error": _one_line(error)}))
+
+    # -- the thread's side --------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        while not self._stop.wait(0 if self._broken.is_set() else self.interval):
+            try:
+                self._beat()
+                if self._broken.is_set():
+                    for _ in range(3):  # others may still be on their way to say what happened
+                        if (suspect := self._suspect()) is not None:
+                            self._accuse(*suspect)
+                    return
+            except RuntimeError as error:  # the store's
+                if not self._stop.wait(2 * self.interval):
+                    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                    text = f"the launcher or rank 0, which keeps the store at {place}, is gone: {_one_line(str(error))}"
+                    self._say_and_end(text, {})
+
+    def _publish(self) -> Status:
+        """Say what this rank does, and hear whether one has been accused."""
+        self.beats += 1
+        status = self._status("running")
+        self._own.set(str(self.rank), json.dumps(status))
+        if self._own.check([VERDICT]):
+            self._obey(self._own.get(VERDICT))
+        return status
+
+    def _beat(self) -> None:
+        status = self._publish()
+        self._look_after_neighbour()
+        now, wait = time.monotonic(), (status["marks"], status["frame"])
+        if not status["waits"] or wait != self._wait[0]:
+            self._wait = (wait, now)
+        elif now - self._wait[1] > self.timeout:
+            if (suspect := self._suspect()) is not None:
+                self._accuse(*suspect)
+            self._wait = (wait, now)
+
+    def _look_after_neighbour(self) -> None:
+        """Accuse the next rank if its process is gone, it has failed, or it has been silent for the time-out."""
+        status, now = self._read((self.rank + 1) % self.world), time.monotonic()
+        gone = status is not None and status["state"] == "running" and self._is_dead(status)
+        seen = status and (status["state"], status["beats"], gone)
+        if seen != self._neighbour[0]:
+            self._neighbour = (seen, now)
+        silent = now - self._neighbour[1]
+        if status is None or status["state"] == "running":
+            if gone and silent > 0:  # seen twice: a failed rank says so before it ends
+                self._accuse(status, "died")
+            if silent > self.timeout:
+                self._accuse(status, self._silence(status))
+        elif status["state"] == "failed" and silent > OBSERVED:  # else this rank has failed in the same way
+            self._accuse(status, f"failed with {status['error']}")
+
+    def _suspect(self) -> tuple[Status | None, str] | None:
+        """Who keeps this rank waiting, and why; None: all are on their way."""
+        before = self._everyone()
+        for status in before:
+            if status and status["state"] == "failed":
+                return status, f"failed with {status['error']}"
+            if status and status["state"] == "running" and self._is_dead(status):
+                return status, "died"
+        end = time.monotonic() + max(OBSERVED, 8 * self.interval)
+        while time.monotonic() < end:  # beating all the while: others look as well
+            time.sleep(self.interval)
+            self._publish()
+        after = self._everyone()
+        for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+            if new is None:
+                self.missing = rank
+                return None if self._broken.is_set() else (None, self._silence(None))
+            if old and new["state"] == "running" and old["beats"] == new["beats"] and rank != self.rank:
+                return new, self._silence(new)
+        if self._broken.is_set():
+            return None
+        running = [new for new in after if new and new["state"] == "running"]
+        moved = [(old or {}).get("marks") != new["marks"] for old, new in zip(before, after, strict=True) if new]
+        busy = [status for status in running if not status["waits"]]
+        if any(moved) or len(busy) == len(running):
+            return None
+        behind = min(busy or running, key=lambda status: (status["step"], status["marks"]))
+        if busy:
+            return behind, f"hangs: the others have waited for it for {self.timeout:g} s"
+        if len({(status["step"], status["phase"]) for status in running}) > 1:
+            return behind, f"is behind the others: all have waited for {self.timeout:g} s"
+        return behind, f"waits, as all ranks have in the same phase for {self.timeout:g} s: a collective hangs"
+
+    def _everyone(self) -> list[Status | None]:
+        return [self._read(rank) for rank in range(self.world)]
+
+    def _read(self, rank: int) -> Status | None:
+        self.missing = rank
+        return json.loads(self._own.get(str(rank))) if self._own.check([str(rank)]) else None
+
+    def _silence(self, status: Status | None) -> str:
+        if status is None:
+            return f"never arrived: no sign of it in {time.monotonic() - self.begun:.0f} s"
+        return "gives no sign of life: it is stopped, or its machine cannot be reached"
+
+    def _status(self, state: str) -> Status:
+        where, frame, waits = self._stack() if state == "running" else ("", 0, False)
+        now = {"beats": self.beats, "marks": self.marks, "step": self.step, "phase": self.phase, "state": state}
+        return self.identity | now | {"where": where, "frame": frame, "waits": waits}
+
+    def _stack(self) -> tuple[str, int, bool]:
+        """Where the main thread is in this package; which call that is; whether it waits for ranks or the device."""
+        innermost = frame = sys._current_frames().get(self.main or 0)
+        package = str(Path(__file__).parents[1])
+        while frame is not None and not frame.f_code.co_filename.startswith(package):
+            frame = frame.f_back
+        if innermost is None:
+            return "", 0, False
+        file = innermost.f_code.co_filename
+        line = linecache.getline(file, innermost.f_lineno)
+        distributed = "/torch/distributed/" in file and "/checkpoint/" not in file
+        waits = distributed or any(word in line for word in WAITS)
+        return _place(frame or innermost, package), id(innermost), waits
+
+    def _is_dead(self, status: Status) -> bool:
+        """Whether the process that said this has ended; only of this machine's can that be known."""
+        if status["machine"] is None or status["machine"] != self.identity["machine"]:
+            return False
+        return _process(status) is None
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+    def _accuse(self, status: Status | None, what: str) -> NoReturn:
+        status = status or {"rank": self.missing, "state": "missing"}
+        known = [f"host {status['host']}, pid {status['pid']}"] if "pid" in status else []
+        if "phase" in status:
+            known += [f"step {status['step']}" if status["step"] else "before the first step", status["phase"]]
+            known += [status["where"]] if status.get("where") else []
+        text = f"rank {status['rank']} {what} ({', '.join(known) or 'nothing is known of it'})"
+        verdict = json.dumps({"text": text, "by": self.rank, "what": what, "status": status})
+        self._obey(self._own.compare_set(VERDICT, "", verdict))
+
+    def _obey(self, verdict: bytes) -> NoReturn:
+        found = json.loads(verdict)
+        status = found["status"]
+        if found["by"] == self.rank:
+            fields = {key: status.get(key) for key in ("rank", "host", "pid", "phase", "where")}
+            event = {"event": "rank_failure", "time": time.time(), "step": status.get("step", 0)}
+            with contextlib.suppress(OSError):
+                self.run.mkdir(parents=True, exist_ok=True)
+                with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(event | fields | {"reason": found["what"], "message": found["text"]}) + "\n")
+        self._say_and_end(found["text"], status)
+
+    def _say_and_end(self, text: str, status: Status) -> NoReturn:
+        now = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        report = json.dumps({"message": {"message": text, "extraInfo": now}})  # as torchrun reads it
+        files = {FAILURE_FILE: f"linear-moe: {text}\n", "TORCHELASTIC_ERROR_FILE": report}
+        for variable, content in files.items():
+            if file := os.environ.get(variable):
+                with contextlib.suppress(OSError), open(file, "x", encoding="utf-8") as out:
+                    out.write(content)
+        os.write(2, f"linear-moe: [rank {self.rank}] {text}\n".encode())  # the main thread may hold sys.stderr's lock
+        stuck = status.get("state") == "running" and status.get("machine") == self.identity["machine"] is not None
+        if stuck and status["pid"] != os.getpid() and (process := _process(status)) is not None:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)  # torchrun would wait for half a minute for it
+        os._exit(RANK_LOST)
+
+
+_current: Watch | None = None
+
+
+def mark(phase: str, step: int | None = None) -> None:
+    """What this rank does from now on, for the message if it is lost; without other ranks nothing."""
+    if _current is not None:
+        _current.mark(phase, step)
+
+
+def store() -> dist.Store | None:
+    """For `init_process_group`; None: there is one rank only."""
+    return _current.store if _current is not None else None
+
+
+@contextlib.contextmanager
+def watching(config: Config) -> Iterator[None]:
+    """Watch the other ranks, where there are any, and be watched."""
+    global _current
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield
+        return
+    # NCCL's monitor of its own watchdog thread must not be first either.
+    seconds = int(backstop(config).total_seconds() + 10 * OBSERVED)
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(seconds, 480)))
+    watch = _current = Watch(int(os.environ["RANK"]), world, 60 * config.training.timeout_minutes, Path(config.run))
+    try:
+        yield
+    except BaseException as error:
+        watch.raised(error)
+        raise
+    finally:
+        _current = None
+    watch.end()
+
+
+def _connect(rank: int, timeout: float) -> dist.Store:
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        tcp = dist.TCPStore(
+            address,
+            port,
+            is_master=rank == 0 and not agent,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=not agent,
+        )
+    except RuntimeError as error:
+        text = f"the launcher or rank 0 keeps no store at {address}:{port}: {_one_line(str(error))}"
+        print(f"linear-moe: [rank {rank}] {text}", file=sys.stderr, flush=True)
+        raise SystemExit(RANK_LOST) from None
+    return dist.PrefixStore(f"linear_moe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", tcp)
+
+
+def _machine() -> str | None:
+    """What two processes have in common that can see each other."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return None
+
+
+def _process(status: Status) -> psutil.Process | None:
+    """The process that said this, if it has not ended."""
+    try:
+        process = psutil.Process(status["pid"])
+        same = abs(process.create_time() - status["created"]) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def _is_communication(error: BaseException) -> bool:
+    """Whether it says that another rank was lost, or time was up waiting for it."""
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    words = ("gloo", "NCCL", "Connection closed by peer", "Socket Timeout", "Connection reset")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _place(frame: FrameType, package: str) -> str:
+    code = frame.f_code
+    return f"{os.path.relpath(code.co_filename, Path(package).parent)}:{frame.f_lineno} in {code.co_name}"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else line[:300] + "..."

@@ -1,0 +1,51 @@
+"""A rank of a training in which one goes wrong: `torchrun ... -m tests.distributed.faulty FAULT RANK train ...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from linear_moe.cli import main
+
+STEP = 3
+
+
+def inject(fault: str) -> None:
+    """Make this rank go wrong in step `STEP`."""
+    from linear_moe.training import platform
+
+    platform.install()
+    import torch
+
+    from linear_moe.training import step, watch
+    from linear_moe.training.data import TrainLoader
+
+    def due() -> bool:
+        return watch._current is not None and watch._current.step == STEP
+
+    read, layout_of = TrainLoader.__next__, step.layout_of
+
+    def reading(self: Any) -> Any:
+        if due() and fault == "hang":
+            time.sleep(1000)
+        if due() and fault == "data":
+            raise ValueError("document 7 is damaged")
+        return read(self)
+
+    def computing(batch: Any) -> Any:
+        if due() and fault == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
+        return layout_of(batch)
+
+    TrainLoader.__next__, step.layout_of = reading, computing  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    fault, rank = sys.argv[1], sys.argv[2]
+    if os.environ["RANK"] == rank:
+        if fault == "late":
+            time.sleep(1000)
+        inject(fault)
+    sys.exit(main(sys.argv[3:]))

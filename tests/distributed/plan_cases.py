@@ -1,0 +1,139 @@
+"""What a rank really holds: bytes of parameters, gradients and optimizer state, and the peak of what autograd keeps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as ps
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from linear_moe.config.schema import MoEConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling import conv
+from linear_moe.modeling.mixers.base import Layout, Mixer
+from linear_moe.modeling.moe import router
+from linear_moe.training import model as training_model
+from linear_moe.training.model import build_model
+from linear_moe.training.optimizer import build_optimizer, optimizer_parts
+from tests.distributed.cases import start
+from tests.unit.mixers.test_memory import Saves, kernels
+
+
+class Kept:
+    """The peak of the bytes that autograd holds for backward passes, whoever else does, outside `known` storages."""
+
+    def __init__(self, known: set[int]):
+        self.known, self.now, self.peak = known, 0, 0
+        self._uses: dict[int, int] = {}
+
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if (address := storage.data_ptr()) in self.known:
+            return tensor
+        holder = _Holder(tensor)
+        if address not in self._uses:
+            self._uses[address] = 0
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+        self._uses[address] += 1
+        weakref.finalize(holder, self._release, address, storage.nbytes())
+        return holder
+
+    def _release(self, address: int, size: int) -> None:
+        self._uses[address] -= 1
+        if not self._uses[address]:
+            del self._uses[address]
+            self.now -= size
+
+    @staticmethod
+    def unpack(held: Any) -> Tensor:
+        return held.tensor if isinstance(held, _Holder) else held
+
+
+class _Holder:
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def balanced(choice: Tensor, config: MoEConfig) -> Tensor:
+    """Every expert as often as any other: the stand-ins' outputs are zeros, which tell a router nothing."""
+    slots = torch.arange(choice.shape[0] * config.top_k, device=choice.device)
+    return (slots % config.num_experts).view(-1, config.top_k)
+
+
+def kernels_of(model: nn.Module) -> ExitStack:
+    """Stand-ins that keep what the GPU's kernels keep, as in the mixers' own test, and `balanced` routers."""
+    stack = ExitStack()
+    for cls in {type(m) for m in model.modules() if isinstance(m, Mixer)}:
+        for place, attribute, stand_in in kernels(cls):
+            stack.enter_context(mock.patch.object(place, attribute, stand_in))
+    stack.enter_context(mock.patch.object(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None)))
+    stack.enter_context(mock.patch.object(router, "choose", balanced))
+    norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731
+    stack.enter_context(mock.patch.object(F, "rms_norm", norm))
+    return stack
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+
+
+def memory(config: dict[str, Any], bucket: int | None = None) -> dict[str, Any]:
+    """This rank's place, and the bytes that it holds after one optimizer step, and at the step's peak for autograd.
+
+    `bucket`: elements of a bucket of DDP's where there are several; Megatron-Core's own are larger than these models.
+    """
+    tree, groups = start(config)
+    ddp = replace(training_model.ddp_config(tree), bucket_size=bucket)
+    with mock.patch.object(training_model, "ddp_config", return_value=ddp):
+        model = build_model(tree, vocab_size(tree), groups)
+    optimizer = build_optimizer(model, tree)
+    training = tree.training
+    parameters = [p for chunk in model for p in chunk.parameters()]
+    weights = storages(parameters)
+    gradients = storages(p.main_grad for p in parameters if p.requires_grad)
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            yield torch.randint(vocab_size(tree), (training.micro_batch, training.sequence_length + 1))
+
+    def forward(data: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
+        rows = next(data)
+        losses = chunk(rows[:, :-1], Layout(rows.shape[0], rows.shape[1] - 1), labels=rows[:, 1:])
+        return losses, lambda x: (x.sum(), torch.tensor(x.numel(), dtype=torch.int), x.sum().detach())
+
+    kept = Kept(set(weights))
+    with saved_tensors_hooks(kept.pack, kept.unpack), kernels_of(model[0]):
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[batches() for _ in model] if len(model) > 1 else batches(),
+            model=model,
+            num_microbatches=training.global_batch // training.micro_batch // groups.data_size,
+            seq_length=training.sequence_length,
+            micro_batch_size=training.micro_batch,
+            forward_only=False,
+        )
+    assert kept.now == 0, "something keeps what backward passes have used"
+    optimizer.step()
+    state: list[Tensor] = []
+    for part in optimizer_parts(optimizer):
+        state += [p for group in part.optimizer.param_groups for p in group["params"]]
+        state += [t for s in part.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+    return {
+        "stage": groups.stage,
+        "place": (groups.data_rank, ps.get_expert_data_parallel_rank()),
+        "weights": sum(weights.values()),
+        "gradients": sum(gradients.values()),
+        "optimizer": sum(size for address, size in storages(state).items() if address not in weights),
+        "activations": kept.peak,
+    }

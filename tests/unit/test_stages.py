@@ -1,0 +1,97 @@
+"""How layers are dealt to pipeline stages."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+
+from linear_moe.config.load import from_dict
+from linear_moe.config.schema import Config
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.model import LanguageModel
+from linear_moe.plan import make_plan, micro_batches_in_flight
+from linear_moe.stages import balanced, crossing, default_split, layer_costs, stage_chunks
+
+
+def config(parallel: dict[str, Any], **model: Any) -> Config:
+    base = {"num_layers": 8, "pattern": "LLLN * 2", "hidden_size": 32, "ffn_size": 64, "vocab_size": 512}
+    training = {"sequence_length": 64, "micro_batch": 1, "global_batch": 8}
+    data = {"corpus": "synthetic"}
+    return from_dict(Config, {"model": base | model, "parallel": parallel, "training": training, "data": data})
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5, 8])
+def test_balanced_is_the_best_of_all_splits(chunks: int) -> None:
+    draw = random.Random(chunks)
+    for _ in range(20):
+        costs, head = [float(draw.randint(1, 9)) for _ in range(8)], float(draw.randint(0, 20))
+        largest = []
+        for cuts in combinations(range(1, 8), chunks - 1):
+            sums = [sum(costs[a:b]) for a, b in pairwise((0, *cuts, 8))]
+            largest.append(max(*sums[:-1], sums[-1] + head, 0.0))
+        sizes = balanced(costs, head, chunks)
+        assert sum(sizes) == 8 and len(sizes) == chunks and min(sizes) >= 1
+        ends = [sum(sizes[:i]) for i in range(chunks + 1)]
+        sums = [sum(costs[a:b]) for a, b in pairwise(ends)]
+        assert max(*sums[:-1], sums[-1] + head, 0.0) == min(largest)
+
+
+def test_equal_layers_are_shared_out_evenly() -> None:
+    assert balanced([1.0] * 8, 0.0, 4) == [2, 2, 2, 2]
+    assert sorted(balanced([1.0] * 10, 0.0, 4)) == [2, 2, 3, 3]
+    assert balanced([1.0] * 8, 2.0, 2) == [5, 3]
+    assert balanced([1.0] * 200, 1.5, 64)[-1] < 3
+
+
+def test_the_head_and_expensive_layers_count() -> None:
+    assert default_split(config({"pipeline": 2}, vocab_size=128, ffn="dense")) == [4, 4]
+    assert default_split(config({"pipeline": 2}, vocab_size=2**20, ffn="dense")) == [7, 1]
+    wide = {"M": {"mixer": {"type": "gla"}, "ffn": "moe"}}
+    moe = {"num_experts": 4, "top_k": 4, "expert_ffn_size": 4096}
+    experts_first = config({"pipeline": 2}, pattern="MLLLLLLL", ffn="dense", symbols=wide, moe=moe)
+    assert default_split(experts_first) == [1, 7]
+
+
+def test_layers_cost_what_the_whole_model_does() -> None:
+    from linear_moe.plan import flops_per_token
+
+    tree = config({}, ffn="moe")
+    head = 2.0 * 512 * 32
+    assert 3 * (sum(layer_costs(tree)) + head) == pytest.approx(flops_per_token(tree))
+
+
+def test_chunks_are_dealt_in_turn() -> None:
+    tree = config({"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [1, 2, 3, 2]})
+    chunks = [stage_chunks(tree, stage) for stage in range(2)]
+    assert [[[*chunk.layers] for chunk in stage] for stage in chunks] == [[[0], [3, 4, 5]], [[1, 2], [6, 7]]]
+    assert [[(chunk.first, chunk.last) for chunk in stage] for stage in chunks] == [
+        [(True, False), (False, False)],
+        [(False, False), (False, True)],
+    ]
+
+
+def test_crossing_begins_after_the_first_layer_that_leaves_something() -> None:
+    tree = config({}, pattern="NLNLLLLL", mixer={"type": "rwkv7", "expand_v": 2.0})
+    assert [crossing(tree.model, end) for end in (0, 1, 2, None)] == [{}, {}, {"v_first": 64}, {"v_first": 64}]
+
+
+def test_tied_embeddings_are_on_both_ends_once_in_one_process() -> None:
+    model = config({}, tie_embeddings=True).model
+    parts = [
+        LanguageModel(model, 512, Host(device="meta"), range(a, b), a == 0, b == 8) for a, b in ((0, 3), (3, 6), (6, 8))
+    ]
+    assert ["embedding.weight" in dict(part.named_parameters()) for part in parts] == [True, False, True]
+    assert not any(name.startswith("head") for part in parts for name, _ in part.named_parameters())
+
+
+def test_plan_counts_what_is_in_flight() -> None:
+    """Megatron-Core's: stage s of S starts 2 (S - s - 1) + (V - 1) S passes and one more before the first backward."""
+    assert [micro_batches_in_flight(config({"pipeline": 4}), 8, stage) for stage in range(4)] == [[4], [3], [2], [1]]
+    tree = config({"pipeline": 2, "virtual_pipeline": 2})
+    # 0 0 1 1 0 (chunks, two micro-batches at a time) on stage 0; 0 0 1 on stage 1
+    assert [micro_batches_in_flight(tree, 8, stage) for stage in range(2)] == [[3, 2], [2, 1]]
+    plain, interleaved = (make_plan(config({"pipeline": 2, "virtual_pipeline": v})).memory for v in (1, 2))
+    assert interleaved["activations"] > plain["activations"]

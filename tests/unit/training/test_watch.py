@@ -1,0 +1,145 @@
+"""Whom a rank accuses, from what all of them say; the processes themselves are in tests/distributed/test_faults.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from linear_moe.training import watch
+from linear_moe.training.watch import Watch
+
+TRAINING = "forward and backward"
+
+
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Watch]:
+    """Rank 0 of three, which looks at nobody by itself."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(watch, "_connect", lambda rank, timeout: dist.PrefixStore("test", store))
+    monkeypatch.setattr(watch, "OBSERVED", 0.0)
+    monkeypatch.setattr(Watch, "_run", lambda self: None)
+    found = Watch(0, 3, 0.001, tmp_path)
+    yield found
+    found.end()
+
+
+def status(rank: int, **said: Any) -> dict[str, Any]:
+    """Of a rank that waits in step 5, on another machine."""
+    usual = {
+        "host": f"host{rank}",
+        "machine": "another",
+        "pid": 1,
+        "created": 0.0,
+        "error": "",
+        "where": "",
+        "frame": 1,
+    }
+    usual |= {"beats": 10, "marks": 50, "step": 5, "phase": TRAINING, "state": "running", "waits": True}
+    return usual | {"rank": rank} | said
+
+
+def suspect(watching: Watch, monkeypatch: pytest.MonkeyPatch, before: list[Any], after: list[Any]) -> Any:
+    looks = iter([before, after])
+    monkeypatch.setattr(watching, "_everyone", lambda: next(looks))
+    beats = watching.beats
+    found = watching._suspect()
+    if found is None or found[1].split()[0] not in ("failed", "died"):  # which need no second look
+        assert watching.beats > beats, "a rank that looks at the others must not seem silent to them"
+    return found and (found[0] and found[0]["rank"], found[1].split()[0])
+
+
+CASES: dict[str, tuple[dict[int, dict[str, Any]], Any]] = {
+    "does not wait": ({2: {"waits": False, "phase": "reading data"}}, (2, "hangs:")),
+    "ahead, but stuck": ({1: {"waits": False, "step": 6, "marks": 60}}, (1, "hangs:")),
+    "nobody waits": ({0: {"waits": False}, 1: {"waits": False}, 2: {"waits": False}}, None),
+    "behind by a step": ({1: {"step": 4, "marks": 40}}, (1, "is")),
+    "all at one place": ({}, (0, "waits,")),
+    "failed": ({2: {"state": "failed", "error": "ValueError: x"}}, (2, "failed")),
+    "done": ({2: {"state": "done", "waits": False}}, (0, "waits,")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_suspect(name: str, watching: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, expected = CASES[name]
+    before = [status(rank, **said.get(rank, {})) for rank in range(3)]
+    after = [entry | {"beats": 11} for entry in before]
+    assert suspect(watching, monkeypatch, before, after) == expected
+
+
+def test_silent_ones_first(watching: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [status(0), status(1), status(2)]
+    after = [status(0, beats=11), status(1, beats=11), status(2)]
+    assert suspect(watching, monkeypatch, before, after) == (2, "gives")
+    assert suspect(watching, monkeypatch, [status(0), None, status(2)], [after[0], None, after[2]]) == (None, "never")
+    moved = [entry | {"beats": 11, "marks": 50 + rank} for rank, entry in enumerate(before)]
+    assert suspect(watching, monkeypatch, before, moved) is None, "somebody went on"
+
+
+def test_lost_connection_accuses_only_who_is_gone(watching: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    watching._broken.set()
+    before, after = ([status(rank, beats=beats) for rank in range(3)] for beats in (10, 11))
+    assert suspect(watching, monkeypatch, before, after) is None
+    after[1]["beats"] = 10
+    assert suspect(watching, monkeypatch, before, after) == (1, "gives")
+
+
+def test_dead_processes(watching: Watch) -> None:
+    """Only of this machine, and not another process that got the same number."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    machine = watching.identity["machine"]
+    said = status(1, machine=machine, pid=child.pid, created=psutil.Process(child.pid).create_time())
+    assert not watching._is_dead(said)
+    assert watching._is_dead(said | {"created": said["created"] - 60})
+    child.kill()
+    assert watching._is_dead(said) or psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE
+    child.wait()
+    assert watching._is_dead(said)
+    assert not watching._is_dead(said | {"machine": "another"}) and not watching._is_dead(said | {"machine": None})
+
+
+def test_what_the_thread_sees(watching: Watch) -> None:
+    """The main thread's place in the package, and whether it waits."""
+    watching.mark("saving the checkpoint", 7)
+    said = watching._status("running")
+    assert (said["step"], said["phase"], said["marks"]) == (7, "saving the checkpoint", 1)
+    assert "watch.py" in said["where"] and not said["waits"]
+    other = Watch.__new__(Watch)
+    other.main = None
+    assert other._stack() == ("", 0, False)
+
+
+PEER = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:34117"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(PEER), True),
+        (RuntimeError("[../third_party/gloo/.../unbound_buffer.cc:81] Timed out waiting 9000ms for recv"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (dist.DistNetworkError("The client socket has failed to connect"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_what_is_another_ranks_fault(error: BaseException, expected: bool) -> None:
+    assert watch._is_communication(error) is expected
+
+
+def test_failure_is_said(watching: Watch) -> None:
+    watching.mark(TRAINING, 3)
+    watching._thread.join()
+    watching.raised(ValueError("bad\n  document"))
+    said = json.loads(watching.store.get("0"))
+    assert (said["state"], said["error"], said["step"]) == ("failed", "ValueError: bad document", 3)

@@ -34,7 +34,7 @@ def layer_dims(config: ModelConfig, layer: int) -> Dims:
 class Embedding(nn.Module):
     """Token embedding, vocabulary split over the tensor ranks: `[N]` -> this rank's tokens `[n, D]`.
 
-    Without tokens, its weight `[V/tensor, D]`, as a tied head's: a call, for which Megatron's DDP waits for new weights.
+    Without tokens, its weight `[V/tensor, D]`, as a tied head's: in calls, Megatron's DDP waits for new weights.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, std: float, host: Host):

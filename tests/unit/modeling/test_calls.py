@@ -1,4 +1,4 @@
-"""Every module with parameters is called in a forward pass: Megatron's DDP waits for new weights in the calls' hooks."""
+"""Every module with parameters is called in a forward pass: in calls, Megatron's DDP waits for new weights."""
 
 from __future__ import annotations
 

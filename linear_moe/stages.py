@@ -7,7 +7,7 @@ in turn: with two stages of two chunks, stage 0 has chunks 0 and 2, stage 1 has 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, permutations
 
 from linear_moe.config.schema import Config, ModelConfig
 from linear_moe.config.vocabulary import vocab_size
@@ -42,13 +42,42 @@ def stage_chunks(config: Config, stage: int) -> list[Chunk]:
 
 
 def default_split(config: Config) -> list[int]:
-    """Layers of each chunk so that the costliest has the fewest FLOPs: those of its layers, and of the head."""
-    parallel, costs = config.parallel, layer_costs(config)
+    """Layers of each chunk so that the costliest stage has the fewest FLOPs: those of its layers, and of the head."""
     head = 2.0 * vocab_size(config) * config.model.hidden_size
-    return balanced(costs, head, parallel.pipeline * parallel.virtual_pipeline)
+    return balanced(layer_costs(config), head, config.parallel.pipeline, config.parallel.virtual_pipeline)
 
 
-def balanced(costs: list[float], head: float, chunks: int) -> list[int]:
+def balanced(costs: list[float], head: float, stages: int, virtual: int = 1) -> list[int]:
+    """Sizes of `stages * virtual` runs of `costs`, each >= 1, with the cheapest costliest stage; then chunks alike.
+
+    A stage costs what its chunks do, and `head` is added to the last. With one chunk a stage it is the best of all
+    splits; with more, one that no layer moved from any chunk to any other makes better.
+    """
+    sizes = _runs(costs, head, stages * virtual)
+    total = [0.0, *accumulate(costs)]
+
+    def rank(sizes: list[int]) -> tuple[float, ...]:
+        chunks = [total[b] - total[a] for a, b in pairwise([0, *accumulate(sizes)])]
+        chunks[-1] += head
+        sums = [sum(chunks[stage::stages]) for stage in range(stages)]
+        # The pipeline waits for the costliest stage with each micro-batch, with a few of them for the costliest chunk.
+        return max(sums) + max(chunks) / 4, sum(x * x for x in sums), sum(x * x for x in chunks)
+
+    best = rank(sizes)
+    while virtual > 1:
+        moved = [
+            [n - (i == source) + (i == target) for i, n in enumerate(sizes)]
+            for source, target in permutations(range(len(sizes)), 2)
+            if sizes[source] > 1
+        ]
+        found, option = min(((rank(option), option) for option in moved), default=(best, sizes))
+        if found >= best:
+            break
+        best, sizes = found, option
+    return sizes
+
+
+def _runs(costs: list[float], head: float, chunks: int) -> list[int]:
     """Sizes of `chunks` runs of `costs`, each >= 1, whose largest sum is the least; then the most even ones.
 
     `head` is added to the last.

@@ -134,7 +134,7 @@ class ParallelConfig:
     pipeline_layers: list[int] | None = opt(
         None,
         "layers of each of the pipeline * virtual_pipeline chunks, in the model's order; null: so that the costliest "
-        "has the fewest FLOPs (of its layers, and of the head)",
+        "stage has the fewest FLOPs (of its layers, and of the head)",
     )
     expert: int = opt(1, "ranks that share out the routed experts", ge=1, le=2**16)
     expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1, le=2**16)

@@ -32,15 +32,18 @@ def layer_dims(config: ModelConfig, layer: int) -> Dims:
 
 
 class Embedding(nn.Module):
-    """Token embedding, vocabulary split over the tensor ranks: `[N]` -> this rank's tokens `[n, D]`."""
+    """Token embedding, vocabulary split over the tensor ranks: `[N]` -> this rank's tokens `[n, D]`.
+
+    Without tokens, its weight `[V/tensor, D]`, as a tied head's: in calls, Megatron's DDP waits for new weights.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, std: float, host: Host):
         super().__init__()
         self.host = host
         self.weight = host.parameter(vocab_size, hidden_size, init=normal(std), axes={0: "tensor"})
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.host.embed(self.weight, tokens)
+    def forward(self, tokens: Tensor | None = None) -> Tensor:
+        return self.weight if tokens is None else self.host.embed(self.weight, tokens)
 
 
 class Head(Linear):
@@ -103,15 +106,15 @@ class LanguageModel(nn.Module):
         self.config, self.host, self.vocab_size, self.first = config, host, vocab_size, first
         pattern = resolve_layers(config)
         stage = range(config.num_layers) if layers is None else layers
-        self.embedding = None
-        if first or (last and config.tie_embeddings):
-            self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host)
+        self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host) if first else None
         # Keyed by the global index, so that a parameter has one name in every pipeline stage and in the export.
         self.layers = nn.ModuleDict({str(i): Layer(pattern[i], config, layer_dims(config, i), host) for i in stage})
         self.norm = RMSNorm(host, config.hidden_size, config.norm_eps) if last else None
         self.head = None
         if last and not config.tie_embeddings:
             self.head = Head(vocab_size, config.hidden_size, config.init_std, host)
+        elif last and not first:  # after the layers: parameters are gathered in their order
+            self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host)
 
     def forward(
         self,
@@ -158,7 +161,7 @@ class LanguageModel(nn.Module):
     def tied_weight(self) -> Tensor:
         """The embedding `[V/tensor, D]` as the head's weight."""
         assert self.embedding is not None
-        return self.embedding.weight
+        return self.embedding()
 
     def init_caches(self, batch: int, max_length: int) -> list[Cache]:
         """Empty decoding state for `batch` rows of at most `max_length` tokens, one per layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -87,13 +87,17 @@ class AdamW(torch.optim.Optimizer):
             fused_adamw(group, *(list(t) for t in zip(*kind, strict=True)))
 
     def _update_rounded(self, group: dict[str, Any], name: str, *tensors: Tensor) -> None:
-        parameter, gradient, *moments = (t.view(-1) for t in tensors)
-        for begin in range(0, len(parameter), CHUNK):
-            p, g, *low = (t[begin : begin + CHUNK] for t in (parameter, gradient, *moments))
+        for begin, (p, g, *low) in pieces(*tensors):
             high = [moment.to(p.dtype) for moment in low]
             fused_adamw(group, [p], [g], *([moment] for moment in high))
             for target, moment, kind in zip(low, high, ("exp_avg", "exp_avg_sq"), strict=True):
                 round_stochastically(target, moment, f"{name}/{kind}/{begin}/{group['step']}")
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+    """Contiguous tensors of one size, flat, CHUNK elements at a time, and where these begin."""
+    for begin in range(0, tensors[0].numel(), CHUNK):
+        yield begin, [t.view(-1)[begin : begin + CHUNK] for t in tensors]
 
 
 def fused_adamw(

@@ -65,6 +65,7 @@ class MegatronHost(Host):
             "expert": ps.get_expert_model_parallel_rank(),
             "expert_tensor": ps.get_expert_tensor_parallel_rank(),
         }
+        self.counted: Tensor | float = 1.0  # share of the optimizer step's tokens whose own loss counts
         self.routing = RoutingStatistics(device, config.num_layers)
         self._auxiliary: dict[str, Tensor] = {}  # by name: the sum of what is reported, and how many were added
 
@@ -169,9 +170,10 @@ class MegatronHost(Host):
     ) -> Tensor:
         """Attach one micro-batch's losses to `weights`: that of balance, in up to three scopes, and the z-loss.
 
-        Each tensor rank adds its tokens' part. Gradients are later divided by the global number of tokens, so the mean
-        losses are multiplied by the micro-batch's (Megatron's own router multiplies by this *rank's* tokens, which
-        makes its losses' weight depend on the tensor-parallel size).
+        Each tensor rank adds its tokens' part. These are means over all tokens, which load experts whether their own
+        loss counts or not; gradients are later divided by the number of those whose does. So a micro-batch's means are
+        multiplied by its tokens and by the step's share of counted ones (Megatron's own router multiplies by this
+        *rank's* tokens: its losses' weight depends on the tensor-parallel size and on the loss mask).
         """
         if not torch.is_grad_enabled():
             return weights
@@ -201,7 +203,7 @@ class MegatronHost(Host):
         for name, (_, value) in terms.items():
             self._report(name, value, 1.0 / ranks)
         weighted = [coefficient * value for coefficient, value in terms.values() if coefficient]
-        return MoEAuxLossAutoScaler.apply(weights, sum(weighted) * tokens) if weighted else weights
+        return MoEAuxLossAutoScaler.apply(weights, sum(weighted) * tokens * self.counted) if weighted else weights
 
     def _sum_over_tokens(self, counts: Tensor) -> Tensor:
         """Counts of this rank's tokens -> of all tokens of the micro-batch."""
@@ -212,12 +214,12 @@ class MegatronHost(Host):
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
         """See Host. Every tensor rank adds an equal part, since the region's gradients are summed over them.
 
-        Scaled by the tokens for the same reason as in `router_losses`.
+        Scaled for the same reason as in `router_losses`.
         """
         if not torch.is_grad_enabled():
             return carrier
         self._report(name, value, 1.0)
-        return MoEAuxLossAutoScaler.apply(carrier, value * (coefficient * tokens / self.size("tensor")))
+        return MoEAuxLossAutoScaler.apply(carrier, value * (coefficient * tokens / self.size("tensor")) * self.counted)
 
     def _report(self, name: str, value: Tensor, count: float) -> None:
         if self.activations.again:

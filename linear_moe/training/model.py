@@ -53,7 +53,8 @@ class MegatronModel(LanguageModel):
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """For Megatron, which asks where embeddings are shared between stages."""
-        return self.tied_weight()
+        assert self.embedding is not None
+        return self.embedding.weight
 
     def set_input_tensor(self, tensor: list[Tensor | None]) -> None:
         """The schedule hands over what the previous stage sent, `[T / tensor, B, D]`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linear_moe.config.schema import MuonConfig
 from linear_moe.modeling.host import ParameterSpec
-from linear_moe.training.adamw import AdamW, round_stochastically
+from linear_moe.training.adamw import AdamW, pieces, round_stochastically
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 CHUNK = 2**26
@@ -208,8 +208,9 @@ class Muon(AdamW):
         for p, group in groups.items():
             if momenta[p].dtype != p.dtype:
                 assert p.grad is not None
-                sums = momenta[p].to(p.dtype).mul_(self.muon.momentum).add_(p.grad)
-                round_stochastically(momenta[p], sums, f"{self.names.get(p, '')}/momentum/{group['step']}")
+                for begin, (low, gradient) in pieces(momenta[p], p.grad):
+                    sums = low.to(p.dtype).mul_(self.muon.momentum).add_(gradient)
+                    round_stochastically(low, sums, f"{self.names.get(p, '')}/momentum/{begin}/{group['step']}")
 
     def _direction(self, parameter: Tensor, piece: Piece) -> Tensor:
         """Part of what is to be orthogonalised."""

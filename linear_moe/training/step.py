@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import tee
+from itertools import islice
 from typing import Any
 
 import torch
@@ -82,26 +82,37 @@ class Stepper:
 
     def forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Megatron's forward_step_func: one micro-batch through this stage."""
-        mark("reading data")
-        batch = to_device(next(batches), self.device)
         mark("forward and backward")
+        batch = to_device(next(batches), self.device)
         layout = layout_of(batch)
         shape = (layout.batch, layout.length)
         losses = model(batch["tokens"].reshape(shape), layout, labels=batch["labels"].reshape(shape))
         return losses, partial(masked_loss, batch["loss_mask"])
 
-    def _run(self, batches: Iterator[Batch], micro_batches: int, forward_only: bool) -> list[dict[str, Tensor]]:
+    def _run(self, batches: Iterator[Batch], forward_only: bool) -> list[dict[str, Tensor]]:
+        """A global batch through the schedule."""
         training = self.config.training
+        mark("reading data")
+        share = list(islice(batches, self.micro_batches))
+        if not forward_only:
+            self.host.counted = self._counted(share)
         return get_forward_backward_func()(
             forward_step_func=self.forward,
             # All chunks of a stage go through the same micro-batches.
-            data_iterator=batches if len(self.model) == 1 else list(tee(batches, len(self.model))),
+            data_iterator=[iter(share) for _ in self.model],
             model=self.model,
-            num_microbatches=micro_batches,
+            num_microbatches=self.micro_batches,
             seq_length=training.sequence_length,
             micro_batch_size=training.micro_batch,
             forward_only=forward_only,
         )
+
+    def _counted(self, share: list[Batch]) -> Tensor:
+        """Share of the global batch's tokens whose loss counts, of this replica's micro-batches and the others'."""
+        counts = [sum(int(batch["loss_mask"].sum()) for batch in share), sum(b["loss_mask"].numel() for b in share)]
+        totals = torch.tensor(counts, dtype=torch.float32).to(self.device, non_blocking=True)
+        dist.all_reduce(totals, group=ps.get_data_parallel_group())
+        return totals[0] / totals[1]
 
     def _totals(self, results: list[dict[str, Tensor]]) -> tuple[float, int, bool]:
         """Loss sum and tokens over the data-parallel ranks' last stages, known to every rank afterwards."""
@@ -121,7 +132,7 @@ class Stepper:
         self.optimizer.zero_grad()
         for chunk in self.model:
             chunk.train()
-        results = self._run(batches, self.micro_batches, forward_only=False)
+        results = self._run(batches, forward_only=False)
         mark("optimizer step")
         _, gradient_norm, _ = self.optimizer.step()
         mark("summing up the step")
@@ -136,7 +147,7 @@ class Stepper:
             chunk.eval()
         loss, tokens = 0.0, 0
         for _ in range(global_batches):
-            part, count, _ = self._totals(self._run(batches, self.micro_batches, forward_only=True))
+            part, count, _ = self._totals(self._run(batches, forward_only=True))
             loss, tokens = loss + part, tokens + count
         return StepResult(loss / max(tokens, 1), tokens)
 

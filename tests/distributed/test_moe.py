@@ -143,19 +143,19 @@ def test_recomputed_over_ranks(results: dict[str, list[Any]], name: str) -> None
 
 
 def test_global_loss_sees_all_replicas(results: dict[str, list[Any]]) -> None:
-    """With the load of all replicas, two halves of a batch give the loss, and gradients, of the whole batch."""
-    ranks, (whole,) = results["mixtral-global"], results["mixtral-4"]
+    """With the load of all replicas, two halves of a batch are trained on as the whole batch at once is: to rounding,
+    so only what has been routed before differs between layouts that compute other micro-batches together."""
+    ranks, whole = results["mixtral-global"], results["mixtral-4"]
     name = "global_balancing_loss"
     for rank in ranks:
-        assert rank["router"][0][name] == pytest.approx(whole["router"][0][name], rel=FP32)
-    assert whole["router"][0][name] == pytest.approx(whole["router"][0]["load_balancing_loss"], rel=FP32)
+        for step, expected in zip(rank["router"], whole[0]["router"], strict=True):
+            assert step[name] == pytest.approx(expected[name], rel=FP32)
+            assert expected[name] == pytest.approx(expected["load_balancing_loss"], rel=FP32)
+        assert rank["routing"] == whole[0]["routing"]
     local = results["mixtral"][0]["router"][0]  # of two micro-batches, the first knows itself only
     assert local[name] != pytest.approx(local["load_balancing_loss"], rel=FP32)
-    actual, expected = gradients(ranks), gradients([whole])
-    routers = [key for key in expected if "router" in key]
-    assert len(routers) == 2
-    for key in routers:
-        assert_close(actual[key], expected[key], FP32, f"gradient of {key}")
+    assert_gradients_close(gradients(ranks), gradients(whole), FP32, FP32_GRADIENT_FLOOR)
+    assert_close(losses(ranks), losses(whole), FP32, "losses")
 
 
 def test_biases_follow_the_load(results: dict[str, list[Any]]) -> None:

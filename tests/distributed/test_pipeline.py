@@ -72,6 +72,8 @@ FOUR: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "moe-tied-pp4": ("moe-tied", DEEP, {}),
     "late-crossing-pp4": ("late-crossing", DEEP, {}),
     "dense-tied-interleaved-dp2-overlap": ("dense-tied", INTERLEAVED, OVERLAP),
+    # Stages of different sizes, in which replicas would share out the embedding differently, and gather it at its use.
+    "dense-tied-uneven-dp2-overlap": ("dense-tied", UNEVEN, OVERLAP),
     "dense-tied-tp2-interleaved": ("dense-tied", INTERLEAVED | {"tensor": 2}, {}),
     "hybrid-interleaved-ep2": ("hybrid", INTERLEAVED | {"expert": 2}, OVERLAP),
     "crossing-tp2-interleaved": ("crossing", INTERLEAVED | {"tensor": 2}, {}),

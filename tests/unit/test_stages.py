@@ -39,6 +39,33 @@ def test_balanced_is_the_best_of_all_splits(chunks: int) -> None:
         assert max(*sums[:-1], sums[-1] + head, 0.0) == min(largest)
 
 
+def stage_costs(costs: list[float], head: float, sizes: list[int], stages: int) -> list[float]:
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    chunks = [sum(costs[a:b]) for a, b in pairwise(ends)]
+    chunks[-1] += head
+    return [sum(chunks[stage::stages]) for stage in range(stages)]
+
+
+@pytest.mark.parametrize(("stages", "virtual", "layers"), [(2, 2, 10), (2, 3, 10), (3, 2, 11), (4, 2, 11)])
+def test_interleaved_chunks_balance_stages(stages: int, virtual: int, layers: int) -> None:
+    """What a stage computes is the sum of its chunks; the head is on the last."""
+    for head in (0.0, 1.5, 3.0, 5.0):
+        costs = [1.0] * layers
+        cheapest = min(
+            max(stage_costs(costs, head, [b - a for a, b in pairwise((0, *cuts, layers))], stages))
+            for cuts in combinations(range(1, layers), stages * virtual - 1)
+        )
+        sizes = balanced(costs, head, stages, virtual)
+        assert sum(sizes) == layers and len(sizes) == stages * virtual and min(sizes) >= 1
+        assert max(stage_costs(costs, head, sizes, stages)) == cheapest
+
+
+def test_interleaved_chunks_are_alike() -> None:
+    """The pipeline fills and drains by the costliest of them."""
+    assert balanced([1.0] * 12, 0.0, 2, 2) == [3, 3, 3, 3]
+    assert balanced([55.2, 55.2, 55.2, 56.8] * 3, 311.0, 2, 2) == [3, 2, 6, 1]
+
+
 def test_equal_layers_are_shared_out_evenly() -> None:
     assert balanced([1.0] * 8, 0.0, 4) == [2, 2, 2, 2]
     assert sorted(balanced([1.0] * 10, 0.0, 4)) == [2, 2, 3, 3]

@@ -18,6 +18,7 @@ from linear_moe.modeling.host import Host, Matrices, ParameterSpec, constant, in
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan import make_plan
+from linear_moe.training import adamw
 from linear_moe.training.muon import Muon, Piece, Share, _missing, newton_schulz, orthogonalized
 from tests.tolerances import BF16_SAME, FP64, assert_close
 from tests.unit.mixers.common import variants
@@ -104,6 +105,24 @@ def test_equals_torch() -> None:
         reference.step()
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b.data, BF16_SAME)
+
+
+def test_bf16_momentum_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large parameters are widened to fp32 in parts; the momentum is right on average, each element to a rounding."""
+    monkeypatch.setattr(adamw, "CHUNK", 50)
+    weight = torch.zeros(40, 30)
+    muon = Muon([weight], muon=MuonConfig(), dtype=torch.float32, moments=torch.bfloat16)
+    spec = ParameterSpec((40, 30), constant(0.0), matrices=Matrices())
+    muon.orthogonalize({weight: Share("w", spec, (40, 30), 0, weight.numel())}, None)
+    generator, momentum = torch.Generator().manual_seed(4), torch.zeros(40, 30)
+    for _ in range(3):
+        weight.grad = torch.rand(40, 30, generator=generator)
+        muon.step()
+        momentum = 0.95 * momentum + weight.grad
+    rounded = muon.state[weight]["momentum"]
+    assert rounded.dtype is torch.bfloat16
+    assert ((rounded - momentum) / momentum).abs().max() <= 3 * 2**-7
+    assert_close(rounded.double().mean(), momentum.double().mean(), BF16_SAME)
 
 
 def test_newton_schulz() -> None:

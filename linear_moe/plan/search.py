@@ -62,8 +62,8 @@ class Candidate:
     def overrides(self) -> dict[str, Any]:
         """By dotted path, what makes any config of this model this layout."""
         paths = {
-            "parallel": ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"),
-            "training": ("micro_batch", "recompute", "recompute_modules"),
+            "parallel": ("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "expert", "expert_tensor"),
+            "training": ("micro_batch", "recompute", "recompute_modules", "recompute_layers"),
             "optimizer": ("distributed", "overlap"),
         }
         return {f"{part}.{name}": getattr(getattr(self.config, part), name) for part in paths for name in paths[part]}

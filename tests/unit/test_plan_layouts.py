@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout, validate
 from linear_moe.gpus import GPU, GPUS
-from linear_moe.plan import flops_per_token, make_plan
+from linear_moe.plan import flops_per_token, make_plan, show
 from linear_moe.plan.cost import EFFICIENCY, LATENCY, LAYER_SECONDS, Cluster, Group, dispatch
 from linear_moe.plan.search import Candidate, Proposals, propose
 
@@ -143,6 +144,31 @@ def test_bubble_and_overlap() -> None:
         micro_batch = sum(candidate.seconds[kind] for kind in kinds) / number
         assert candidate.seconds["bubble"] == pytest.approx(share * micro_batch)
     assert found["DP only"].seconds["data"] == 0  # type: ignore[index]
+
+
+def test_the_fastest_is_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the configuration says of a layout that is not the fastest one."""
+    sections = tree(recompute="selective", recompute_modules=["norm"], recompute_layers=2)
+    sections["parallel"] = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [1, 2, 2, 1]}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(sections | {"run": str(tmp_path / "run")}))
+    assert main(["plan", str(config), "--world", "2", "--memory", "8"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The fastest: ")]
+    words = shlex.split(line.removeprefix("The fastest: "))
+    assert "parallel.pipeline_layers=null" in words and "training.recompute_layers=null" in words
+    assert main(["check", *words, "--world", "2"]) == 0
+
+
+def test_long_lists_are_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing that fits, no empty table; what is smallest comes first."""
+    monkeypatch.setattr(show, "ROWS", 1)
+    words = ["plan", str(MODELS / "tiny.yaml"), "training.global_batch=8", "--world", "2", "--memory", "0.001"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "0 layouts fit" in out and "tokens/s/GPU" not in out and "The fastest" not in out
+    assert main([*words, "--json"]) == 0
+    big = [entry["reason"] for entry in json.loads(capsys.readouterr().out)["rejected"] if "needs" in entry["reason"]]
+    assert out.count("needs") == 1 and big[0] in out and f"and {len(set(big)) - 1} more" in out
 
 
 @pytest.mark.parametrize("words", [["--gpu", "h200"], ["--memory", "100"]])

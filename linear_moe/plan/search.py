@@ -138,6 +138,7 @@ class _Search:
         self.config, self.world, self.cluster, self.limit = config, world, cluster, limit
         self.models = RankModels(config, vocab_size(config))
         self.flops = forward_flops(config)
+        self.splits: dict[int, list[int]] = {}  # chunks of a pipeline -> layers of each
 
     def shapes(self) -> Iterator[ParallelConfig]:
         """Parallel sizes that the world's size allows, tensor ranks within a node."""
@@ -187,7 +188,9 @@ class _Search:
             except ConfigError as error:
                 refused = refused or Candidate(configs[0], reason=str(error))
                 continue
-            rank = rank or _Rank(configs[0], self.world, self.models(parallel))
+            rank = rank or self.rank(configs[0])
+            if smallest is not None and rank.state > self.limit:
+                break  # the smallest micro-batch has been tried
             for config in configs:
                 memory = rank.memory(config)
                 candidate = Candidate(config, rank.layout, memory)
@@ -207,15 +210,23 @@ class _Search:
         assert found is not None
         return found
 
+    def rank(self, config: Config) -> _Rank:
+        parallel = config.parallel
+        chunks = parallel.pipeline * parallel.virtual_pipeline
+        if chunks not in self.splits:
+            self.splits[chunks] = default_split(config)
+        split = replace(config, parallel=replace(parallel, pipeline_layers=self.splits[chunks]))
+        return _Rank(split, self.world, self.models(parallel))
+
 
 class _Rank:
     """The ranks of one choice of parallel sizes; what does not depend on the other settings is computed once."""
 
     def __init__(self, config: Config, world: int, model: LanguageModel):
         self.layout = parallel_layout(config, world)
-        split = replace(config, parallel=replace(config.parallel, pipeline_layers=default_split(config)))
-        self.stages = [rank_chunks(split, model, stage) for stage in range(self.layout.pipeline)]
+        self.stages = [rank_chunks(config, model, stage) for stage in range(self.layout.pipeline)]
         self.states = [state_bytes(config, self.layout, chunks, i) for i, chunks in enumerate(self.stages)]
+        self.state = max(sum(kinds.values()) for kinds in self.states)  # of the fullest, without activations
 
     def memory(self, config: Config) -> dict[str, int]:
         """Of the fullest rank."""

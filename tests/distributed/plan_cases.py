@@ -75,10 +75,13 @@ def kernels_of(model: nn.Module) -> ExitStack:
     """Stand-ins that keep what the GPU's kernels keep, as in the mixers' own test, and `balanced` routers."""
     stack = ExitStack()
     for mixer in {type(m): m for m in model.modules() if isinstance(m, Mixer)}.values():
-        module = sys.modules[type(mixer).__module__]
-        for op, stand_in in ({mixer.family: recurrence} | OPS).items():
-            if hasattr(module, op):
-                stack.enter_context(mock.patch.object(module, op, stand_in))
+        cls, stand_ins = type(mixer), {mixer.family: recurrence} | OPS
+        for op, stand_in in stand_ins.items():
+            if hasattr(sys.modules[cls.__module__], op):
+                stack.enter_context(mock.patch.object(sys.modules[cls.__module__], op, stand_in))
+        if (declared := getattr(cls, "op", None)) is not None:
+            name = getattr(declared, "func", declared).__name__
+            stack.enter_context(mock.patch.object(cls, "op", staticmethod(stand_ins[name])))
     stack.enter_context(mock.patch.object(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None)))
     stack.enter_context(mock.patch.object(router, "choose", balanced))
     norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731

@@ -8,7 +8,7 @@ from typing import Any
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.config.validate import MAX_WORLD, ParallelLayout, parallel_layout, validate
+from linear_moe.config.validate import MAX_WORLD, ParallelLayout, parallel_layout, validate_fields
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.checks import check
 from linear_moe.modeling.model import LanguageModel
@@ -184,7 +184,7 @@ class _Search:
         rank: _Rank | None = None
         for configs in self.settings(parallel):
             try:
-                validate(configs[0], self.world, files=False)
+                validate_fields(configs[0], self.world)
             except ConfigError as error:
                 refused = refused or Candidate(configs[0], reason=str(error))
                 continue

@@ -13,7 +13,7 @@ from linear_moe.cli import main
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import parallel_layout, validate
+from linear_moe.config.validate import parallel_layout, validate_fields
 from linear_moe.gpus import GPU, GPUS
 from linear_moe.plan import flops_per_token, make_plan, show
 from linear_moe.plan.cost import EFFICIENCY, LATENCY, LAYER_SECONDS, Cluster, Group, dispatch
@@ -77,7 +77,7 @@ def test_the_others_say_why(proposals: Proposals) -> None:
         assert all(part in candidate.reason for part in ("needs", "gradients", "optimizer", "activations", "logits"))
     for candidate in proposals.illegal:
         with pytest.raises(ConfigError) as error:
-            validate(with_overrides(candidate), 12, files=False)
+            validate_fields(with_overrides(candidate), 12)
         assert str(error.value) == candidate.reason
     shapes = [c.name for c in (*proposals.fit, *proposals.big, *proposals.illegal)]
     assert len(shapes) == len(set(shapes))

@@ -142,9 +142,9 @@ class _Search:
 
     def shapes(self) -> Iterator[ParallelConfig]:
         """Parallel sizes that the world's size allows, tensor ranks within a node."""
-        model, parallel, world = self.config.model, self.config.parallel, self.world
+        model, parallel, world, node = self.config.model, self.config.parallel, self.world, self.cluster.node
         experts = model.moe.num_experts if any(layer.ffn == "moe" for layer in resolve_layers(model)) else 1
-        for tensor in divisors(world, self.cluster.node):
+        for tensor in (n for n in divisors(world, node) if world <= node or node % n == 0):
             for pipeline in divisors(world // tensor, model.num_layers):
                 for expert_tensor in divisors(tensor, tensor if experts > 1 else 1):
                     for expert in divisors(world // pipeline // expert_tensor, experts):

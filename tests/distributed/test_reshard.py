@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -165,6 +167,23 @@ def test_damage_is_one_line(
         assert printed.out == "" and printed.err.count("\n") == 1, printed.err
         assert part in printed.err or place != copied, printed.err
     assert not list(out.rglob("step_*"))
+
+
+def test_a_full_disk_leaves_nothing_that_counts(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever cannot be written: one line, no checkpoint, and the same command works when there is room."""
+    from linear_moe.training.checkpoint import reshard  # Megatron-Core: the command has made it ready
+
+    out = tmp_path / "out"
+    for function in ("save_config", "save_pieces"):
+        with monkeypatch.context() as full:
+            full.setattr(reshard, function, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+            assert main(["checkpoint", "reshard", str(copied), str(out)]) == 2
+        assert "No space left" in capsys.readouterr().err
+        assert not list(out.rglob("step_*"))
+    assert main(["checkpoint", "reshard", str(copied), str(out)]) == 0
+    assert {path.name for path in out.iterdir()} >= {"config.yaml", "checkpoints"}
 
 
 def test_what_is_refused(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

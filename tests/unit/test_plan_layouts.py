@@ -81,6 +81,7 @@ def test_the_others_say_why(proposals: Proposals) -> None:
         assert str(error.value) == candidate.reason
     shapes = [c.name for c in (*proposals.fit, *proposals.big, *proposals.illegal)]
     assert len(shapes) == len(set(shapes))
+    assert not any("TP4" in name.split() for name in shapes), "four of six GPUs: some groups are on two nodes"
     assert {"DP only", "TP2 PP2 EP2", "TP6", "PP3x2", "TP2 EP3"} <= set(shapes)
     assert any("num_experts" in c.reason for c in proposals.illegal if "EP3" in c.name)
 

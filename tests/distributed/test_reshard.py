@@ -7,13 +7,13 @@ import errno
 import io
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, filesystem
 
 from linear_moe.cli import main
 from linear_moe.inference.checkpoint_reader import INFO
@@ -175,13 +175,26 @@ def test_a_full_disk_leaves_nothing_that_counts(
     """Whatever cannot be written: one line, no checkpoint, and the same command works when there is room."""
     from linear_moe.training.checkpoint import reshard  # Megatron-Core: the command has made it ready
 
-    out = tmp_path / "out"
-    for function in ("save_config", "save_pieces"):
-        with monkeypatch.context() as full:
-            full.setattr(reshard, function, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, write = tmp_path / "out", filesystem._write_item
+
+    def full_later(*args: Any) -> Any:
+        """In another thread than that which waits for all."""
+        return write(*args) if threading.current_thread() is threading.main_thread() else full()
+
+    for where, name, broken in (
+        (reshard, "save_config", full),
+        (reshard, "save_pieces", full),
+        (filesystem, "_write_item", full_later),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, broken)
             assert main(["checkpoint", "reshard", str(copied), str(out)]) == 2
-        assert "No space left" in capsys.readouterr().err
-        assert not list(out.rglob("step_*"))
+        printed = capsys.readouterr()
+        assert "No space left" in printed.err and printed.err.count("\n") == 1
+        assert not list(out.rglob("*step_*"))
     assert main(["checkpoint", "reshard", str(copied), str(out)]) == 0
     assert {path.name for path in out.iterdir()} >= {"config.yaml", "checkpoints"}
 

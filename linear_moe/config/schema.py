@@ -240,7 +240,7 @@ class TrainingConfig:
     eval_every: int = opt(100, "steps between validations; 0: only at the end", ge=0)
     eval_batches: int = opt(8, "global batches per validation", ge=1)
     timeout_minutes: float = opt(
-        10.0, "a rank that others wait for longer ends the job, with a line that names it", gt=0
+        10.0, "a rank that others wait for longer ends the job, with a line that names it", gt=0, le=60 * 24 * 7
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
 from linear_moe.stages import default_split
 
 MAX_WORLD = 2**20  # its groups are listed
+TRIES = 200  # layouts that `nearest_layout` tries: of a large model a second or two
+# What is said of these is what to do about them: another layout is no help.
+OWN_FIX = ("training.global_batch", "parallel.tensor_sequence", "parallel.pipeline_layers")
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,6 @@ class ParallelLayout:
 
     Attributes:
         data, expert_data: ranks that hold the same weights outside, and inside, the routed experts.
-        groups: axis -> its groups, each a list of ranks. Axes: tensor, data, pipeline, and for the routed experts
-            expert_tensor, expert, expert_data.
     """
 
     world: int
@@ -44,7 +46,16 @@ class ParallelLayout:
     expert_tensor: int
     data: int
     expert_data: int
-    groups: dict[str, list[list[int]]]
+
+    @cached_property
+    def groups(self) -> dict[str, list[list[int]]]:
+        """Axis -> its groups, each a list of ranks. Axes: tensor, data, pipeline, and for the routed experts
+        expert_tensor, expert, expert_data."""
+        dense = {"tensor": self.tensor, "data": self.data, "pipeline": self.pipeline}
+        experts = {"expert_tensor": self.expert_tensor, "expert": self.expert, "expert_data": self.expert_data}
+        experts["pipeline"] = self.pipeline
+        found = {axis: list(_groups(dense, axis)) for axis in dense}
+        return found | {axis: list(_groups(experts, axis)) for axis in experts if axis != "pipeline"}
 
 
 def tensor_sequence(parallel: ParallelConfig) -> bool:
@@ -58,7 +69,7 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 
 def parallel_layout(config: Config, world: int) -> ParallelLayout:
-    """Sizes and rank groups for `world` ranks; raises ConfigError when the parallel sizes do not divide it."""
+    """Sizes for `world` ranks; raises ConfigError when the parallel sizes do not divide it."""
     p = config.parallel
     _check_most("world size", world, "the largest planned for", MAX_WORLD)
     for names in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
@@ -68,11 +79,7 @@ def parallel_layout(config: Config, world: int) -> ParallelLayout:
             fix = nearest(world, step=smallest_world(p))
             raise ConfigError("world size", world, f"must be a positive multiple of {terms} = {size}", fix=fix)
     data, expert_data = world // (p.tensor * p.pipeline), world // (p.expert * p.expert_tensor * p.pipeline)
-    dense = {"tensor": p.tensor, "data": data, "pipeline": p.pipeline}
-    experts = {"expert_tensor": p.expert_tensor, "expert": p.expert, "expert_data": expert_data, "pipeline": p.pipeline}
-    groups = {axis: list(_groups(dense, axis)) for axis in dense}
-    groups |= {axis: list(_groups(experts, axis)) for axis in experts if axis != "pipeline"}
-    return ParallelLayout(world, p.tensor, p.pipeline, p.expert, p.expert_tensor, data, expert_data, groups)
+    return ParallelLayout(world, p.tensor, p.pipeline, p.expert, p.expert_tensor, data, expert_data)
 
 
 def _groups(sizes: dict[str, int], axis: str) -> Iterator[list[int]]:
@@ -87,13 +94,27 @@ def _groups(sizes: dict[str, int], axis: str) -> Iterator[list[int]]:
 
 
 def validate(config: Config, world: int | None = None, *, files: bool = True) -> None:
-    """Raises ConfigError at the first thing that cannot work.
+    """Raises ConfigError at the first thing that cannot work; where the parallel sizes are at fault, with some that do.
 
     Args:
         config: a tree from `load_config`.
         world: number of ranks; None leaves out what depends on it.
         files: also check that the run folder and the data cache can be written.
     """
+    try:
+        validate_fields(config, world)
+    except ConfigError as error:
+        if world is not None and error.path not in OWN_FIX and (near := nearest_layout(config, world)):
+            error.args = (f"{error}; nearest layout that works at world size {world}: {near}",)
+        raise
+    if files:
+        _check_writable("run", config.run)
+        if config.data.corpus != "synthetic":
+            _check_writable("data.cache", config.data.cache)
+
+
+def validate_fields(config: Config, world: int | None = None) -> None:
+    """`validate` without files, and without a search for what would work."""
     for path, folder in (("run", config.run), ("data.corpus", config.data.corpus), ("data.cache", config.data.cache)):
         if not folder.strip():
             raise ConfigError(path, folder, "must not be empty")
@@ -108,10 +129,46 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
     _check_recompute(config)
     if world is not None:
         _check_batch(config, parallel_layout(config, world))
-    if files:
-        _check_writable("run", config.run)
-        if config.data.corpus != "synthetic":
-            _check_writable("data.cache", config.data.cache)
+
+
+def nearest_layout(config: Config, world: int) -> str:
+    """The parallel sizes for `world` ranks that change the fewest of the config's, and those least, as overrides.
+
+    "" where there are none: the sizes are not what is wrong.
+    """
+    axes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
+    given = {axis: getattr(config.parallel, axis) for axis in axes}
+
+    def works(sizes: dict[str, int], world: int | None) -> bool:
+        split = config.parallel.pipeline_layers
+        same = split is not None and len(split) == sizes["pipeline"] * sizes["virtual_pipeline"]
+        parallel = replace(config.parallel, pipeline_layers=split if same else None, **sizes)  # type: ignore[arg-type]
+        try:
+            validate_fields(replace(config, parallel=parallel), world)
+        except ConfigError:
+            return False
+        return True
+
+    if not 1 <= world <= MAX_WORLD or not works(dict.fromkeys(axes, 1), None):
+        return ""
+    parts = [n for n in range(1, min(world, 2**16) + 1) if world % n == 0]
+
+    def far(axis: str, size: int) -> float:
+        return abs(math.log(size / given[axis]))
+
+    choices = [{1, *sorted(parts, key=partial(far, axis))[:6]} for axis in axes]
+    choices[axes.index("virtual_pipeline")] = {given["virtual_pipeline"], 2, 1}
+    found: list[tuple[int, float, dict[str, int]]] = []
+    for values in product(*choices):
+        sizes = dict(zip(axes, values, strict=True))
+        tensor, pipeline, virtual, expert, inside = values
+        if world % (tensor * pipeline) or world % (expert * inside * pipeline) or (virtual > 1 and pipeline == 1):
+            continue
+        changed = [axis for axis in axes if sizes[axis] != given[axis]]
+        found.append((len(changed), sum(far(axis, sizes[axis]) for axis in changed), sizes))
+    found.sort(key=lambda entry: entry[:2])
+    near = next((sizes for _, _, sizes in found[:TRIES] if works(sizes, world)), None)
+    return "" if near is None else " ".join(f"parallel.{a}={near[a]}" for a in axes if near[a] != given[a])
 
 
 def mixer_path(model: ModelConfig, symbol: str) -> str:
@@ -154,10 +211,10 @@ def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
     _check_router(moe)
     _check_divisible("model.moe.num_experts", moe.num_experts, "parallel.expert", parallel.expert)
     expert_tensor = parallel.expert_tensor
-    _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", expert_tensor)
-    _check_divisible("model.moe.shared_ffn_size", moe.shared_ffn_size, "parallel.tensor", parallel.tensor)
     if moe.experts != "sequential":
         check_grouped_gemm(config.model, config.training.dtype, expert_tensor)
+    _check_divisible("model.moe.expert_ffn_size", moe.expert_ffn_size, "parallel.expert_tensor", expert_tensor)
+    _check_divisible("model.moe.shared_ffn_size", moe.shared_ffn_size, "parallel.tensor", parallel.tensor)
     if parallel.tensor > 1 and not tensor_sequence(parallel):
         constraint = "experts with parallel.tensor > 1 need activations sharded by tokens"
         raise ConfigError("parallel.tensor_sequence", False, constraint, fix="set it to true or null")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import mul
 from typing import Any
 
 from torch import nn
@@ -62,14 +63,26 @@ def layer_elements(
     return kept, max(again)
 
 
-def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> list[int]:
-    """Forward passes of each chunk of a stage that wait for their backward pass when the first of those begins."""
+def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> list[tuple[int, ...]]:
+    """How many forward passes of each of a stage's chunks wait for their backward pass, whenever most of them do.
+
+    As in Megatron-Core's schedules (Narayanan et al. 2021, arXiv 2104.04473): after the warm-up, forward and backward
+    passes take turns; chunks go in groups of as many micro-batches as stages, backward from the last chunk. So which
+    chunks' passes wait changes, but not their number.
+    """
     stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
     if chunks == 1:
-        return [min(stages - stage, micro_batches)]
-    started = min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, micro_batches * chunks)
-    order = [i // stages % chunks for i in range(started)]  # groups of as many micro-batches as stages, chunk by chunk
-    return [order.count(chunk) for chunk in range(chunks)]
+        return [(min(stages - stage, micro_batches),)]
+    total = micro_batches * chunks
+    warm_up = min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, total)
+    waiting, found = [0] * chunks, dict[tuple[int, ...], None]()
+    for i in range(min(total, warm_up + stages * chunks)):  # then all that repeats
+        if i >= warm_up:
+            waiting[-1 - (i - warm_up) // stages % chunks] -= 1
+        waiting[i // stages % chunks] += 1
+        if i >= warm_up - 1:
+            found[tuple(waiting)] = None
+    return list(found)
 
 
 def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int) -> dict[str, int]:
@@ -80,18 +93,22 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankCh
     stream = hidden / (parallel.tensor if tensor_sequence(parallel) else 1)
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
     modules, concerned = recomputed(config)
-    kept = again = logits = 0.0
-    counts = micro_batches_in_flight(config, micro_batches, stage)
-    for chunk, count in zip(chunks, counts, strict=True):
+    each: list[float] = []  # of one micro-batch in each chunk
+    again = once = logits = 0.0
+    for chunk in chunks:
+        kept = stream if len(chunks) > 1 and not chunk.logits else 0.0  # what it sent, which plain 1F1B frees
         for number, layer in chunk.layers.items():
-            recompute = modules if number in concerned else frozenset()
-            elements, most = layer_elements(config, layer, stream, recompute)
-            kept, again = kept + count * elements, max(again, most)
-        if len(chunks) > 1 and not chunk.logits:
-            kept += count * stream  # what was sent to the next stage, which plain 1F1B frees
+            key = number, modules if number in concerned else frozenset[str]()
+            if key not in chunk.elements:
+                chunk.elements[key] = layer_elements(config, layer, stream, key[1])
+            elements, most = chunk.elements[key]
+            kept, again = kept + elements, max(again, most)
         if chunk.logits:
-            kept += stream + hidden  # inputs of the norm and of the head
+            once = stream + hidden  # inputs of the norm and of the head
             logits = logit_bytes(config, chunk.logits / parallel.tensor, tokens)
+        each.append(kept)
+    in_flight = micro_batches_in_flight(config, micro_batches, stage)
+    kept = once + max(sum(map(mul, counts, each)) for counts in in_flight)
     more = max(0.0, tokens * size * again - logits)  # the logits are gone when layers go backward
     return {"activations": math.ceil(tokens * size * kept + more), "logits": math.ceil(logits)}
 

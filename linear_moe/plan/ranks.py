@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -59,6 +59,7 @@ class RankChunk:
         after: the final norm and the head, where they are.
         logits: columns of the logits, full; 0 where there are none.
         shares_embedding: with another stage.
+        elements: of `layer_elements`, once computed, by layer and what of it is computed again.
     """
 
     layers: dict[int, nn.Module]
@@ -66,6 +67,7 @@ class RankChunk:
     after: list[nn.Module]
     logits: int
     shares_embedding: bool
+    elements: dict[tuple[int, frozenset[str]], tuple[float, float]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:

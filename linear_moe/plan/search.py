@@ -8,7 +8,7 @@ from typing import Any
 
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.config.validate import MAX_WORLD, ParallelLayout, parallel_layout, validate
+from linear_moe.config.validate import MAX_WORLD, ParallelLayout, parallel_layout, validate_fields
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.checks import check
 from linear_moe.modeling.model import LanguageModel
@@ -62,8 +62,8 @@ class Candidate:
     def overrides(self) -> dict[str, Any]:
         """By dotted path, what makes any config of this model this layout."""
         paths = {
-            "parallel": ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"),
-            "training": ("micro_batch", "recompute", "recompute_modules"),
+            "parallel": ("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "expert", "expert_tensor"),
+            "training": ("micro_batch", "recompute", "recompute_modules", "recompute_layers"),
             "optimizer": ("distributed", "overlap"),
         }
         return {f"{part}.{name}": getattr(getattr(self.config, part), name) for part in paths for name in paths[part]}
@@ -138,12 +138,13 @@ class _Search:
         self.config, self.world, self.cluster, self.limit = config, world, cluster, limit
         self.models = RankModels(config, vocab_size(config))
         self.flops = forward_flops(config)
+        self.splits: dict[int, list[int]] = {}  # chunks of a pipeline -> layers of each
 
     def shapes(self) -> Iterator[ParallelConfig]:
         """Parallel sizes that the world's size allows, tensor ranks within a node."""
-        model, parallel, world = self.config.model, self.config.parallel, self.world
+        model, parallel, world, node = self.config.model, self.config.parallel, self.world, self.cluster.node
         experts = model.moe.num_experts if any(layer.ffn == "moe" for layer in resolve_layers(model)) else 1
-        for tensor in divisors(world, self.cluster.node):
+        for tensor in (n for n in divisors(world, node) if world <= node or node % n == 0):
             for pipeline in divisors(world // tensor, model.num_layers):
                 for expert_tensor in divisors(tensor, tensor if experts > 1 else 1):
                     for expert in divisors(world // pipeline // expert_tensor, experts):
@@ -183,11 +184,13 @@ class _Search:
         rank: _Rank | None = None
         for configs in self.settings(parallel):
             try:
-                validate(configs[0], self.world, files=False)
+                validate_fields(configs[0], self.world)
             except ConfigError as error:
                 refused = refused or Candidate(configs[0], reason=str(error))
                 continue
-            rank = rank or _Rank(configs[0], self.world, self.models(parallel))
+            rank = rank or self.rank(configs[0])
+            if smallest is not None and rank.state > self.limit:
+                break  # the smallest micro-batch has been tried
             for config in configs:
                 memory = rank.memory(config)
                 candidate = Candidate(config, rank.layout, memory)
@@ -207,15 +210,23 @@ class _Search:
         assert found is not None
         return found
 
+    def rank(self, config: Config) -> _Rank:
+        parallel = config.parallel
+        chunks = parallel.pipeline * parallel.virtual_pipeline
+        if chunks not in self.splits:
+            self.splits[chunks] = default_split(config)
+        split = replace(config, parallel=replace(parallel, pipeline_layers=self.splits[chunks]))
+        return _Rank(split, self.world, self.models(parallel))
+
 
 class _Rank:
     """The ranks of one choice of parallel sizes; what does not depend on the other settings is computed once."""
 
     def __init__(self, config: Config, world: int, model: LanguageModel):
         self.layout = parallel_layout(config, world)
-        split = replace(config, parallel=replace(config.parallel, pipeline_layers=default_split(config)))
-        self.stages = [rank_chunks(split, model, stage) for stage in range(self.layout.pipeline)]
+        self.stages = [rank_chunks(config, model, stage) for stage in range(self.layout.pipeline)]
         self.states = [state_bytes(config, self.layout, chunks, i) for i, chunks in enumerate(self.stages)]
+        self.state = max(sum(kinds.values()) for kinds in self.states)  # of the fullest, without activations
 
     def memory(self, config: Config) -> dict[str, int]:
         """Of the fullest rank."""

@@ -17,7 +17,7 @@ from linear_moe.plan.memory import KINDS
 from linear_moe.plan.model import Plan, make_plan
 from linear_moe.plan.search import Candidate, Proposals, propose
 
-ROWS = 12  # of a table of layouts; --json has all
+ROWS = 12  # of a table or list of layouts; --json has all
 
 
 def main(args: argparse.Namespace) -> int:
@@ -92,17 +92,18 @@ def show(plan: Plan, config: Config, title: str) -> None:
     show_table(f"Process groups, world size {plan.layout.world}", ("axis", "size", "groups", "first group"), groups)
 
     memory = [(kind, human(plan.memory[kind], "B", 1024)) for kind in KINDS]
-    show_table("Memory of the fullest rank; activations are an estimate", ("", ""), memory)
+    show_table("Memory of the fullest rank, as PyTorch's allocator counts it", ("", ""), memory)
+    print("Activations are an estimate. The driver, NCCL and fragmentation come on top; --gpu leaves room for them.")
 
 
 def word(value: object) -> str:
     """As an override on the command line."""
-    text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else str(value)
+    text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool | None) else str(value)
     return f"'{text}'" if isinstance(value, list) else text
 
 
-def show_layouts(proposals: Proposals, config: Config, title: str) -> None:
-    """The layouts that fit as a table, and a line for each other one."""
+def show_layouts(proposals: Proposals, config: Config, path: str) -> None:
+    """The layouts that fit as a table, and a line for each other one; the first of many. `path`: of the config."""
     world, gpu = proposals.world, proposals.cluster.gpu
     limit = proposals.limit / 2**30
 
@@ -124,30 +125,24 @@ def show_layouts(proposals: Proposals, config: Config, title: str) -> None:
             f"{100 * speed['mfu']:.0f} %",
         )
 
-    columns = (
-        "layout",
-        "DP",
-        "micro",
-        "recompute",
-        "GiB",
-        "s/step",
-        "overhead",
-        "tokens/s/GPU",
-        "MFU",
-    )
+    columns = ("layout", "DP", "micro", "recompute", "GiB", "s/step", "overhead", "tokens/s/GPU", "MFU")
     memory = f"{limit:.1f} of {gpu.memory_gib:g} GiB a GPU to use"
-    shown = proposals.fit[:ROWS]
-    count = f"{len(proposals.fit)} layouts fit" + (f", the first {ROWS} of them" if len(proposals.fit) > ROWS else "")
-    show_table(f"{title} on {world} GPUs, {memory}: {count}", columns, map(row, shown))
+    count = f"{len(proposals.fit)} layouts fit"
+    title = f"{path} on {world} GPUs, {memory}: {count}"
     if proposals.fit:
+        more = f", the first {ROWS} of them" if len(proposals.fit) > ROWS else ""
+        show_table(title + more, columns, map(row, proposals.fit[:ROWS]))
         given = Candidate(config).overrides()
-        changes = {path: value for path, value in proposals.fit[0].overrides().items() if value != given[path]}
-        print(" ".join(["The fastest:", title, *(f"{path}={word(value)}" for path, value in changes.items())]))
+        changes = {name: value for name, value in proposals.fit[0].overrides().items() if value != given[name]}
+        print(" ".join(["The fastest:", path, *(f"{name}={word(value)}" for name, value in changes.items())]))
+    else:
+        print(f"{title}. What helps: more GPUs, a shorter training.sequence_length, optimizer.moments=bf16")
     for title, candidates in (("Too big, at their smallest", proposals.big), ("Not legal", proposals.illegal)):
-        if candidates:
-            print(f"\n{title}:")
         by_reason: dict[str, list[str]] = {}
         for candidate in candidates:
             by_reason.setdefault(candidate.reason, []).append(candidate.name)
-        for reason, names in by_reason.items():
-            print(f"  {', '.join(names)}: {reason}")
+        lines = [f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        if len(lines) > ROWS:
+            lines[ROWS:] = [f"  and {len(lines) - ROWS} more: --json has all"]
+        if lines:
+            print(f"\n{title}:", *lines, sep="\n")

@@ -83,6 +83,7 @@ class Watch:
         self._stop, self._broken = threading.Event(), threading.Event()
         self.store = _connect(rank, timeout)
         self._own = self.store.clone()  # type: ignore[attr-defined]  # missing in the stubs
+        self._publish()  # at once: of a rank that dies in its first second the others know who it was
         self._thread = threading.Thread(target=self._run, name="linear-moe watch", daemon=True)
         self._thread.start()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, filesystem
 
 from linear_moe.cli import main
 from linear_moe.inference.checkpoint_reader import INFO
@@ -165,6 +167,36 @@ def test_damage_is_one_line(
         assert printed.out == "" and printed.err.count("\n") == 1, printed.err
         assert part in printed.err or place != copied, printed.err
     assert not list(out.rglob("step_*"))
+
+
+def test_a_full_disk_leaves_nothing_that_counts(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever cannot be written: one line, no checkpoint, and the same command works when there is room."""
+    from linear_moe.training.checkpoint import reshard  # Megatron-Core: the command has made it ready
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, write = tmp_path / "out", filesystem._write_item
+
+    def full_later(*args: Any) -> Any:
+        """In another thread than that which waits for all."""
+        return write(*args) if threading.current_thread() is threading.main_thread() else full()
+
+    for where, name, broken in (
+        (reshard, "save_config", full),
+        (reshard, "save_pieces", full),
+        (filesystem, "_write_item", full_later),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, broken)
+            assert main(["checkpoint", "reshard", str(copied), str(out)]) == 2
+        printed = capsys.readouterr()
+        assert "No space left" in printed.err and printed.err.count("\n") == 1
+        assert not list(out.rglob("*step_*"))
+    assert main(["checkpoint", "reshard", str(copied), str(out)]) == 0
+    assert {path.name for path in out.iterdir()} >= {"config.yaml", "checkpoints"}
 
 
 def test_what_is_refused(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

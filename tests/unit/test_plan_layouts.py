@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from linear_moe.cli import main
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import parallel_layout, validate
+from linear_moe.config.validate import parallel_layout, validate_fields
 from linear_moe.gpus import GPU, GPUS
-from linear_moe.plan import flops_per_token, make_plan
-from linear_moe.plan.cost import EFFICIENCY, LATENCY, LAYER_SECONDS, Cluster, Group, dispatch
+from linear_moe.plan import flops_per_token, make_plan, show
+from linear_moe.plan.cost import EFFICIENCY, LATENCY, LAYER_SECONDS, Cluster, Group, dispatch, stage_cost
+from linear_moe.plan.model import forward_flops
+from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.search import Candidate, Proposals, propose
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -76,10 +79,11 @@ def test_the_others_say_why(proposals: Proposals) -> None:
         assert all(part in candidate.reason for part in ("needs", "gradients", "optimizer", "activations", "logits"))
     for candidate in proposals.illegal:
         with pytest.raises(ConfigError) as error:
-            validate(with_overrides(candidate), 12, files=False)
+            validate_fields(with_overrides(candidate), 12)
         assert str(error.value) == candidate.reason
     shapes = [c.name for c in (*proposals.fit, *proposals.big, *proposals.illegal)]
     assert len(shapes) == len(set(shapes))
+    assert not any("TP4" in name.split() for name in shapes), "four of six GPUs: some groups are on two nodes"
     assert {"DP only", "TP2 PP2 EP2", "TP6", "PP3x2", "TP2 EP3"} <= set(shapes)
     assert any("num_experts" in c.reason for c in proposals.illegal if "EP3" in c.name)
 
@@ -131,6 +135,30 @@ def test_dispatch_by_hand() -> None:
     assert dispatch(config, groups, 1e9) == pytest.approx(LATENCY + 3e9 / 100e9)
 
 
+def test_a_stage_by_hand() -> None:
+    """Two tensor and two expert ranks in one node, six MoE layers, bf16: every term but compute from byte counts."""
+    config = from_dict(Config, tree() | {"parallel": {"tensor": 2, "expert": 2}, "optimizer": {"overlap": False}})
+    layout, cluster = parallel_layout(config, 4), Cluster(ROUND, 4)
+    chunks = rank_chunks(config, RankModels(config, 1536)(config.parallel), 0)
+    cost = stage_cost(config, layout, chunks, forward_flops(config), cluster)
+    experts = 6 * 4 * 3 * 96 * 96  # half of the experts' gate, up and down
+    (chunk,) = chunks
+    rest = sum(p.numel() for p in chunk.parameters) - experts
+    stream = 2 * 2 * 384 * 96  # bytes of a micro-batch
+
+    def ring(size: float) -> float:
+        return LATENCY + size / 2 / ROUND.link
+
+    seconds = cost.micro_batch
+    read, gradients = 2 * 2, 2 * 2 + 8  # weights in both directions; in bf16 written and read, in fp32 read and written
+    assert seconds["weights"] == pytest.approx((rest + experts) * (read + gradients) / ROUND.memory_bandwidth)
+    assert seconds["tensor"] == pytest.approx(6 * 4 * ring(stream) + 2 * ring(stream))  # mixers, then the head
+    assert seconds["expert"] == pytest.approx(6 * 4 * ring(2 * stream / 2))  # to two experts a token and back, twice
+    assert cost.data == pytest.approx(sum(ring(4 * n) + ring(2 * n) for n in (rest, experts)))
+    state = 2 * 12 + 4  # moments and fp32 weights read and written, gradients read, by half the replicas each
+    assert cost.optimizer == pytest.approx((rest + experts) / 2 * state / ROUND.memory_bandwidth)
+
+
 def test_bubble_and_overlap() -> None:
     config = from_dict(Config, tree(global_batch=48))
     cluster = Cluster(GPU(100.0, 100.0, 1e12, 100e9, 10e9), 8)
@@ -143,6 +171,31 @@ def test_bubble_and_overlap() -> None:
         micro_batch = sum(candidate.seconds[kind] for kind in kinds) / number
         assert candidate.seconds["bubble"] == pytest.approx(share * micro_batch)
     assert found["DP only"].seconds["data"] == 0  # type: ignore[index]
+
+
+def test_the_fastest_is_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the configuration says of a layout that is not the fastest one."""
+    sections = tree(recompute="selective", recompute_modules=["norm"], recompute_layers=2)
+    sections["parallel"] = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [1, 2, 2, 1]}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(sections | {"run": str(tmp_path / "run")}))
+    assert main(["plan", str(config), "--world", "2", "--memory", "8"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The fastest: ")]
+    words = shlex.split(line.removeprefix("The fastest: "))
+    assert "parallel.pipeline_layers=null" in words and "training.recompute_layers=null" in words
+    assert main(["check", *words, "--world", "2"]) == 0
+
+
+def test_long_lists_are_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing that fits, no empty table; what is smallest comes first."""
+    monkeypatch.setattr(show, "ROWS", 1)
+    words = ["plan", str(MODELS / "tiny.yaml"), "training.global_batch=8", "--world", "2", "--memory", "0.001"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "0 layouts fit" in out and "tokens/s/GPU" not in out and "The fastest" not in out
+    assert main([*words, "--json"]) == 0
+    big = [entry["reason"] for entry in json.loads(capsys.readouterr().out)["rejected"] if "needs" in entry["reason"]]
+    assert out.count("needs") == 1 and big[0] in out and f"and {len(set(big)) - 1} more" in out
 
 
 @pytest.mark.parametrize("words", [["--gpu", "h200"], ["--memory", "100"]])

@@ -90,12 +90,12 @@ def reshard(
     info |= {"resharded": {"source": str(folder), "layout": layout, "optimizer": optimizer}}
     info |= {} if optimizer else {"optimizer_step": 0}
     config.run = str(out)
-    with lock_run(out):
-        save_pieces(checkpoints / folder.name, pieces, objects, info, min(files, len(pieces)))
+    with lock_run(out):  # the checkpoint last: a run that has one is whole
         tokenizer = folder.parent.parent / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
         save_config(config, out / "config.yaml")
+        save_pieces(checkpoints / folder.name, pieces, objects, info, min(files, len(pieces)))
     final = checkpoints / folder.name
     written = read_info(final)["files"]
     return {

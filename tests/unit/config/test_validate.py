@@ -83,7 +83,7 @@ BAD: list[tuple[str, int | None, list[str]]] = [
     ("model.moe.first_dense_layers=4", None, ["model.moe.first_dense_layers = 4", "model.num_layers - 1 = 3"]),
     ("parallel.expert=3", None, ["model.moe.num_experts = 8", "parallel.expert = 3", "6 or 9, or parallel.expert=2"]),
     ("parallel.expert=16", None, ["model.moe.num_experts = 8", "nearest valid: 16, or parallel.expert=8"]),
-    ("parallel.expert_tensor=3", None, ["model.moe.expert_ffn_size = 256", "parallel.expert_tensor = 3"]),
+    ("parallel.expert_tensor=3", None, ["model.moe.expert_ffn_size = 256", "parallel.expert_tensor 3"]),
     ("model.moe.shared_ffn_size=7 parallel.tensor=2", None, ["model.moe.shared_ffn_size = 7", "parallel.tensor = 2"]),
     ("model.ffn=dense model.ffn_size=7 parallel.tensor=2", None, ["model.ffn_size = 7", "6 or 8"]),
     ("model.ffn=dense parallel.expert=2", None, ["parallel.expert = 2", "no layer has experts"]),
@@ -212,6 +212,35 @@ def test_groups_are_megatrons(world: int, sizes: dict[str, int]) -> None:
     want: dict[str, Any] = {"tensor": (dense, "tp"), "data": (dense, "dp"), "pipeline": (dense, "pp")}
     want |= {"expert_tensor": (experts, "tp"), "expert": (experts, "ep"), "expert_data": (experts, "dp")}
     assert layout.groups == {axis: generator.get_ranks(token) for axis, (generator, token) in want.items()}
+
+
+NEAREST = {
+    ("parallel.tensor=3", 2): "parallel.tensor=2",
+    ("parallel.tensor=8 training.global_batch=16", 8): "parallel.tensor=4",
+    ("parallel.pipeline=3", 4): "parallel.pipeline=4",
+    ("parallel.pipeline=2 parallel.virtual_pipeline=3", 2): "parallel.virtual_pipeline=2",
+    ("parallel.pipeline=8 training.global_batch=8", 8): "parallel.pipeline=4",
+    ("parallel.expert=3", 6): "parallel.pipeline=3 parallel.expert=2",
+    ("parallel.expert=4", 2): "parallel.expert=2",
+    ("parallel.expert=2 model.ffn=dense", 2): "parallel.expert=1",
+    ("parallel.tensor=2 parallel.expert=4 parallel.expert_tensor=2", 4): "parallel.expert=2",
+    ("parallel.expert_tensor=2 model.moe.expert_ffn_size=24", 2): "parallel.expert_tensor=1",
+    ("parallel.pipeline=7", 720720): None,  # no batch is so large; and the search is short
+    ("model.moe.top_k=9 parallel.tensor=3", 2): None,  # no layout makes that work
+    ("training.global_batch=12", 2): None,  # a batch is what to change
+}
+
+
+@pytest.mark.parametrize(("words", "world"), NEAREST)
+def test_an_impossible_layout_comes_with_one_that_works(words: str, world: int) -> None:
+    model = ("model.num_layers=4", "model.num_heads=4", "model.moe.num_experts=8", "data.corpus=synthetic")
+    changes = (*model, "model.moe.expert_ffn_size=128", *words.split())
+    with pytest.raises(ConfigError) as error:
+        validate(config(*changes), world, files=False)
+    before, found, after = str(error.value).partition(f"; nearest layout that works at world size {world}: ")
+    assert before and (after if found else None) == NEAREST[words, world]
+    if found:
+        validate(config(*changes, *after.split()), world, files=False)
 
 
 def test_smallest_world_is_valid_and_smallest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,12 @@ PEER = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection cl
 )
 def test_what_is_another_ranks_fault(error: BaseException, expected: bool) -> None:
     assert watch._is_communication(error) is expected
+
+
+def test_known_from_the_first_moment(watching: Watch) -> None:
+    """Before its thread has looked once: a rank that dies within a second must not be one that never arrived."""
+    said = json.loads(watching.store.get("0"))
+    assert (said["state"], said["pid"], said["phase"]) == ("running", os.getpid(), "starting")
 
 
 def test_failure_is_said(watching: Watch) -> None:

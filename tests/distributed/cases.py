@@ -49,7 +49,7 @@ def shard(model: Any, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...],
     offset = [0] * len(spec.shape)
     for dim, axis in spec.axes.items():
         offset[dim] = model.host.rank(axis) * parameter.shape[dim]
-    return spec.shape, tuple(offset), parameter.main_grad.clone()
+    return spec.shape, tuple(offset), parameter.main_grad.clone().cpu()
 
 
 def gradients(model: Any) -> dict[str, Any]:

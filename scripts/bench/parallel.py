@@ -10,6 +10,7 @@
     ep2              half of the experts on each rank, the rest data parallel, distributed optimizer, overlapped
     dp2_plain        data parallel, every rank with the whole optimizer
     dp2              data parallel, distributed optimizer, reduction and gather overlapped
+NAME@N is that layout with a global batch of N sequences instead of --global-batch.
 
 A step is the trainer's: forward, backward, reduction, clipping, optimizer, all on random tokens. Every layout sees the
 same weights and the same global batch, so losses and gradient norms of all steps must agree (`*_difference`: the
@@ -96,7 +97,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.preset}-{self.layout}-{self.micro_batch}"
+        return f"{self.preset}-{self.layout}-{self.micro_batch}-{self.global_batch}"
 
     def config(self) -> Config:
         """Validated for its ranks; ConfigError where it cannot run."""
@@ -246,7 +247,7 @@ class Group:
         (self.folder / "jobs.json").write_text(json.dumps([asdict(job) for job in self.left]))
         ranks = self.left[0].ranks
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), __file__, "--worker", str(self.folder)]
+        command = [sys.executable, *torchrun, __file__, "--worker", str(self.folder)]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if self.devices is not None:
@@ -374,10 +375,14 @@ def row_of(job: Job, found: Any) -> dict[str, Any]:
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Add what each layout is of one GPU's run with the same micro-batch."""
-    singles = {(r["preset"], r["micro_batch"]): r for r in rows if r["layout"] == "single" and "ms" in r}
+    """Add what each layout is of one GPU's run with the same batches."""
+
+    def batches(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["preset"], row["micro_batch"], row["global_batch"]
+
+    singles = {batches(row): row for row in rows if row["layout"] == "single" and "ms" in row}
     for row in rows:
-        single = singles.get((row["preset"], row["micro_batch"]))
+        single = singles.get(batches(row))
         if "ms" in row and single is not None:
             row["speed_up"] = single["ms"] / row["ms"]
             for name, key in (("loss", "losses"), ("norm", "gradient_norms")):
@@ -387,6 +392,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 COLUMNS = {
     "micro_batch": ("micro batch", "d"),
+    "global_batch": ("global batch", "d"),
     "ms": ("ms", ".1f"),
     "speed_up": ("x single", ".2f"),
     "tokens_per_second_per_gpu": ("tokens/s/GPU", ",.0f"),
@@ -414,7 +420,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def write(path: Path, groups: list[Group], revision: str, cuda: bool) -> None:
     rows = [row_of(job, found) for group in groups for job, found in group.found.items()]
     order = list(LAYOUTS)
-    rows.sort(key=lambda row: (row["preset"], order.index(row["layout"])))
+    rows.sort(key=lambda row: (row["preset"], row["global_batch"], order.index(row["layout"])))
     compare(rows)
     result = {
         "name": path.stem,
@@ -445,7 +451,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="a.b=c, of all presets and layouts")
     parser.add_argument("--presets", default="a0.3b_2b:4,a1b_7b:2", help="files of configs/models and micro-batches")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma separated, in the order that they run in")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="in the order that they run in, NAME or NAME@N")
     parser.add_argument("--global-batch", type=int, default=16, help="sequences per step over all ranks")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
     parser.add_argument("--iterations", type=int, default=7, help="steps that count")
@@ -458,7 +464,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
-    if unknown := set(args.layouts.split(",")) - set(LAYOUTS):
+    if unknown := {layout.partition("@")[0] for layout in args.layouts.split(",")} - set(LAYOUTS):
         parser.error(f"no such layouts: {', '.join(sorted(unknown))}; there are {', '.join(LAYOUTS)}")
     return args
 
@@ -467,10 +473,13 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """Layout by layout, so that what comes last is what can be done without."""
     overrides = (*(TINY if args.tiny else ()), *args.overrides)
     presets = [(name, int(size or 1)) for name, _, size in (p.partition(":") for p in args.presets.split(","))]
+    layouts = [
+        (name, int(size or args.global_batch)) for name, _, size in (x.partition("@") for x in args.layouts.split(","))
+    ]
     jobs = [
-        Job(preset, layout, size, args.global_batch, args.warmup, args.iterations, overrides)
-        for layout in args.layouts.split(",")
-        for preset, size in presets
+        Job(preset, layout, micro_batch, global_batch, args.warmup, args.iterations, overrides)
+        for layout, global_batch in layouts
+        for preset, micro_batch in presets
     ]
     for job in jobs:
         job.config()  # a ConfigError is better now
@@ -487,8 +496,10 @@ def main() -> None:
     if not cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     end = STARTED + args.seconds
-    singles = [job for job in jobs if job.ranks == 1]
-    alone = [Group([job], str(i % 2) if cuda else None, args.timeout) for i, job in enumerate(singles)]
+    by_preset: dict[str, list[Job]] = {}
+    for job in (job for job in jobs if job.ranks == 1):
+        by_preset.setdefault(job.preset, []).append(job)
+    alone = [Group(singles, str(i % 2) if cuda else None, args.timeout) for i, singles in enumerate(by_preset.values())]
     together = Group([job for job in jobs if job.ranks > 1], None, args.timeout)
     for i in range(0, len(alone), 2):  # each with a GPU of its own
         run(alone[i : i + 2], end - time.monotonic())

@@ -171,6 +171,9 @@ def strided_gradients(config: dict[str, Any], weight: Tensor, factors: list[Tens
     (host.shared(weight).T * factor).sum().backward()
     x = torch.zeros(weight.shape, requires_grad=True)
     (host.enter(x).sum() * factor.sum()).backward()
+    left, kept = factor.clone(), factor.clone()
+    host.leave(left)
+    assert torch.equal(left, kept), "a region's output is summed in place, and autograd may have kept it"
     return {"transposed": weight.grad, "expanded": x.grad, "left": host.leave(factor.T)}
 
 

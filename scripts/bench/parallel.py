@@ -344,7 +344,7 @@ def row_of(job: Job, found: Any) -> dict[str, Any]:
     row |= {"sequence_length": training.sequence_length, "micro_batch": training.micro_batch}
     row |= {"global_batch": training.global_batch, "overrides": [*job.overrides, *LAYOUTS[job.layout]]}
     if isinstance(found, dict):
-        return row | found
+        return row | {"failed": found["failed"]}
     if "skipped" in found[0]:
         return row | found[0]
     seconds = median(job, found[0])

@@ -471,7 +471,8 @@ def arguments() -> argparse.Namespace:
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     """Layout by layout, so that what comes last is what can be done without."""
-    overrides = (*(TINY if args.tiny else ()), *args.overrides)
+    named = f"training.timeout_minutes={0.8 * args.timeout / 60:g}"  # the rank that hangs, before the launcher ends all
+    overrides = (*(TINY if args.tiny else ()), named, *args.overrides)
     presets = [(name, int(size or 1)) for name, _, size in (p.partition(":") for p in args.presets.split(","))]
     layouts = [
         (name, int(size or args.global_batch)) for name, _, size in (x.partition("@") for x in args.layouts.split(","))

@@ -41,7 +41,7 @@ def shard(model: Any, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...],
     offset = [0] * len(spec.shape)
     for dim, axis in spec.axes.items():
         offset[dim] = model.host.rank(axis) * parameter.shape[dim]
-    return spec.shape, tuple(offset), parameter.main_grad.clone()
+    return spec.shape, tuple(offset), parameter.main_grad.clone().cpu()
 
 
 def gradients(model: Any) -> dict[str, Any]:
@@ -125,6 +125,9 @@ def strided_gradients(config: dict[str, Any], weight: Tensor, factors: list[Tens
     (host.shared(weight).T * factor).sum().backward()
     x = torch.zeros(weight.shape, requires_grad=True)
     (host.enter(x).sum() * factor.sum()).backward()
+    left, kept = factor.clone(), factor.clone()
+    host.leave(left)
+    assert torch.equal(left, kept), "a region's output is summed in place, and autograd may have kept it"
     return {"transposed": weight.grad, "expanded": x.grad, "left": host.leave(factor.T)}
 
 

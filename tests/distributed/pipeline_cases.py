@@ -79,7 +79,7 @@ def pipeline(
 def assert_tied(chunks: list[Any]) -> None:
     """All ranks' copies of the embedding's shares are equal, bit for bit."""
     mine = {
-        inner.host.rank("tensor"): inner.shared_embedding_or_output_weight().detach()
+        inner.host.rank("tensor"): inner.shared_embedding_or_output_weight().detach().cpu()
         for inner in chunks
         if inner.share_embeddings_and_output_weights and inner.embedding is not None
     }

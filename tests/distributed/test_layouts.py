@@ -385,7 +385,10 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
         adam.zero_grad()
         total, counted = torch.zeros(()), 0
         loads = {layer: torch.zeros(4) for layer in biases}
-        for first in range(step * t.global_batch, (step + 1) * t.global_batch, t.micro_batch):
+        numbers = range(step * t.global_batch, (step + 1) * t.global_batch)
+        masks = sum(masked_sample(dataset, number)["loss_mask"].sum() for number in numbers)
+        share = masks / (t.global_batch * t.sequence_length)  # the routers' losses are means over all tokens
+        for first in numbers[:: t.micro_batch]:
             host.routed.clear()
             objective = torch.zeros(())
             for number in range(first, first + t.micro_batch):
@@ -398,7 +401,7 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
                     objective = objective + (losses * mask).sum()
                     counted += int(mask.sum())
             total += objective.detach()
-            (objective + sum(routers_loss(host.routed[i], moe, loads[i]) for i in biases)).backward()
+            (objective + share * sum(routers_loss(host.routed[i], moe, loads[i]) for i in biases)).backward()
         parameters = [*trained[True], *trained[False]]
         for p in parameters:
             p.grad /= counted

@@ -15,6 +15,8 @@ from linear_moe.training.adamw import AdamW, round_stochastically
 from linear_moe.training.muon import Muon, Share, newton_schulz
 from tests.tolerances import BF16, FP32, assert_close
 
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
 SHAPES = [(256, 128), (4, 2, 64, 96), (33,)]
 
 

@@ -8,20 +8,17 @@ import torch
 
 
 def install() -> None:
-    """Apply the repairs that the installed release needs."""
-    import megatron.core
-    from packaging.version import Version
-
-    version = Version(megatron.core.__version__)
-    if version < Version("0.19"):
-        repair_all_reduce()
+    """Apply the repairs that the releases we run on need."""
+    repair_all_reduce()
 
 
 def repair_all_reduce() -> None:
-    """Defect, 0.16.1 (right in 0.19.2): `_reduce`, the all-reduce inside `copy_to_...` and `reduce_from_tensor_model_
-    parallel_region`, returns a non-contiguous tensor unreduced (it reduces a contiguous copy and drops it): gradients
-    that arrive transposed or expanded are silently those of one rank. A contiguous one it reduces in place, which also
-    changes a gradient that autograd has handed to another branch.
+    """Defects of `_reduce`, the all-reduce inside `copy_to_...` and `reduce_from_tensor_model_parallel_region`.
+
+    0.16.1 (right in 0.19.2) returns a non-contiguous tensor unreduced: it reduces a contiguous copy and drops it, so
+    that gradients that arrive transposed or expanded are silently those of one rank. 0.16.1 and 0.19.2 reduce a
+    contiguous one in place, which changes what autograd keeps of a region's output, and a gradient that it has handed
+    to another branch.
     """
     from megatron.core.tensor_parallel import mappings
 

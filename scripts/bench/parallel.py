@@ -1,0 +1,514 @@
+#!/usr/bin/env python3
+"""Training steps of presets in several parallel layouts on this machine's GPUs, and `plan`'s memory beside theirs.
+
+    single           one GPU
+    tp2              tensor parallel, experts too, activations between the regions split by tokens
+    tp2_ep2          the same with whole experts, half of them on each rank
+    pp2              two pipeline stages, cut as `plan` cuts them, and
+    pp2_even         with as many layers in each,
+    pp2_interleaved  with two chunks of layers on each
+    ep2              half of the experts on each rank, the rest data parallel, distributed optimizer, overlapped
+    dp2_plain        data parallel, every rank with the whole optimizer
+    dp2              data parallel, distributed optimizer, reduction and gather overlapped
+NAME@N is that layout with a global batch of N sequences instead of --global-batch.
+
+A step is the trainer's: forward, backward, reduction, clipping, optimizer, all on random tokens. Every layout sees the
+same weights and the same global batch, so losses and gradient norms of all steps must agree (`*_difference`: the
+largest relative one of any step against `single`). `ms` is the median step after --warmup; `peak_gib` the most that
+PyTorch's allocator had handed out in those steps, by rank; `build_gib` before the first step; `device_gib` what the
+device lacks at the end, with NCCL's buffers, the context, and what the allocator keeps. `plan_gib` is `plan`'s total
+for each rank.
+
+One GPU's runs of all presets go side by side, each on a GPU of its own; all other layouts one after the other in one
+torchrun, which is started again without a layout that fails (out of memory: with half the micro-batch) or takes longer
+than --timeout. A layout that by `plan`'s word does not fit is left out, with that word.
+
+    python scripts/bench/parallel.py
+    python scripts/bench/parallel.py --device cpu --tiny --folder /tmp
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import os
+import platform as machine
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import torch.distributed as dist
+from pretrain import commit, versions
+
+from linear_moe.config.load import load_config
+from linear_moe.config.schema import Config
+from linear_moe.config.validate import parallel_layout, validate
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.plan.memory import STATE, rank_bytes
+from linear_moe.plan.model import flops_per_token
+from linear_moe.plan.ranks import RankModels
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "single": (),
+    "tp2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
+    "pp2": ("parallel.pipeline=2",),
+    "ep2": ("parallel.expert=2", "optimizer.overlap=true"),
+    "dp2": ("optimizer.overlap=true",),
+    "dp2_plain": ("optimizer.distributed=false",),
+    "tp2_ep2": ("parallel.tensor=2", "parallel.expert=2"),
+    "pp2_even": ("parallel.pipeline=2", "parallel.pipeline_layers=[{half},{half}]"),
+    "pp2_interleaved": ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+}
+TINY = ("model.hidden_size=64", "model.num_heads=4", "model.num_layers=4", "model.pattern=LLLN", "model.vocab_size=512",
+        "model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_ffn_size=32", "training.dtype=fp32",
+        "training.sequence_length=64")  # fmt: skip
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layout of one preset."""
+
+    preset: str
+    layout: str
+    micro_batch: int
+    global_batch: int
+    warmup: int
+    iterations: int
+    overrides: tuple[str, ...]
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.layout == "single" else 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}-{self.layout}-{self.micro_batch}-{self.global_batch}"
+
+    def config(self) -> Config:
+        """Validated for its ranks; ConfigError where it cannot run."""
+        path = ROOT / "configs" / "models" / f"{self.preset}.yaml"
+        common = ["data.corpus=synthetic", "run=unused", "schedule.type=constant", "schedule.warmup_steps=0",
+                  "optimizer.lr=1e-4", f"training.micro_batch={self.micro_batch}", *self.overrides,
+                  f"training.global_batch={self.global_batch}",
+                  f"training.steps={self.warmup + self.iterations}"]  # fmt: skip
+        half = load_config(path, common).model.num_layers // 2
+        config = load_config(path, [*common, *(text.format(half=half) for text in LAYOUTS[self.layout])])
+        validate(config, self.ranks, files=False)
+        return config
+
+
+# -- a rank ------------------------------------------------------------------------------------------------------------
+def used_gib() -> dict[str, float]:
+    """Of this rank's device, now; on a CPU the process's resident set."""
+    if not torch.cuda.is_available():
+        from linear_moe.training.metrics import memory_gib
+
+        return dict.fromkeys(("allocated", "peak", "device"), memory_gib())
+    free, total = torch.cuda.mem_get_info()
+    allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    return {"allocated": allocated / GIB, "peak": peak / GIB, "device": (total - free) / GIB}
+
+
+def start_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def planned_gib(config: Config, ranks: int, stage: int) -> dict[str, float]:
+    """By kind, of the ranks of a pipeline stage."""
+    model = RankModels(config, vocab_size(config))(config.parallel)
+    return {k: v / GIB for k, v in rank_bytes(config, parallel_layout(config, ranks), model, stage).items()}
+
+
+def too_big(config: Config, job: Job) -> str | None:
+    """Why this device cannot hold a rank, by `plan`'s word."""
+    if not torch.cuda.is_available():
+        return None
+    capacity = torch.cuda.get_device_properties(0).total_memory / GIB
+    totals = [planned_gib(config, job.ranks, stage)["total"] for stage in range(config.parallel.pipeline)]
+    return f"needs {max(totals):.1f} of {capacity:.1f} GiB by plan" if max(totals) > capacity else None
+
+
+def steps_of(config: Config, job: Job, groups: Any) -> dict[str, Any]:
+    """Build this rank's part, train, and say what was seen."""
+    from linear_moe.training.data import TrainLoader, prepare_data
+    from linear_moe.training.faults import StopSignal
+    from linear_moe.training.model import build_model
+    from linear_moe.training.optimizer import build_optimizer
+    from linear_moe.training.schedule import learning_rate, set_learning_rate
+    from linear_moe.training.step import Stepper
+    from linear_moe.training.watch import mark
+
+    model = build_model(config, vocab_size(config), groups)
+    optimizer = build_optimizer(model, config)
+    build = used_gib()
+    stepper = Stepper(config, model, optimizer, groups.device, StopSignal())
+    batches = TrainLoader(prepare_data(config), config, groups.data_rank, groups.data_size)
+    seconds, losses, norms = [], [], []
+    for step in range(1, config.training.steps + 1):
+        mark(job.name, step)
+        if step == job.warmup + 1:
+            start_peak()
+        set_learning_rate(optimizer, learning_rate(step, config))
+        begin = time.perf_counter()
+        result = stepper.train(batches)  # ends with every rank's sum of losses on the host
+        seconds.append(time.perf_counter() - begin)
+        losses.append(result.loss)
+        norms.append(result.gradient_norm)
+    used = used_gib()
+    plan = planned_gib(config, job.ranks, groups.stage)
+    return {
+        "stage": groups.stage,
+        "chunks": [list(chunk.module.layers) for chunk in model],
+        "seconds": seconds,
+        "losses": losses,
+        "gradient_norms": norms,
+        "build_gib": build["allocated"],
+        "build_peak_gib": build["peak"],
+        "peak_gib": used["peak"],
+        "device_gib": used["device"],
+        "plan": plan,
+    }
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """One layout on this rank; collective. What it made is gone afterwards, but for the default process group."""
+    from linear_moe.training import parallel
+
+    began = time.perf_counter()
+    config = job.config()
+    if (reason := too_big(config, job)) is not None:
+        return {"skipped": reason}
+    start_peak()
+    found = steps_of(config, job, parallel.initialize(config))
+    trained = time.perf_counter()
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):  # Megatron-Core only forgets them
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    found["left_gib"] = used_gib()["allocated"]
+    found["total_seconds"], found["end_seconds"] = trained - began, time.perf_counter() - trained
+    return found
+
+
+def work(folder: Path) -> None:
+    """All jobs of `folder`/jobs.json, one after the other; each rank leaves FOLDER/NAME.RANK.json."""
+    from linear_moe.training import platform, watch
+
+    platform.install()
+    rank = int(os.environ.get("RANK", 0))
+    jobs = [
+        Job(**{**job, "overrides": tuple(job["overrides"])}) for job in json.loads((folder / "jobs.json").read_text())
+    ]
+    with watch.watching(replace(jobs[0].config(), run=str(folder / "run"))):
+        for job in jobs:
+            found = measure(job)
+            part = folder / f"{job.name}.{rank}.part"
+            part.write_text(json.dumps(found))
+            part.rename(folder / f"{job.name}.{rank}.json")
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+# -- the launcher ------------------------------------------------------------------------------------------------------
+class Group:
+    """Jobs with the same number of ranks, in processes that are started again when one fails."""
+
+    def __init__(self, jobs: list[Job], devices: str | None, timeout: float):
+        self.left, self.devices, self.timeout = jobs, devices, timeout
+        self.folder = Path(tempfile.mkdtemp())
+        self.found: dict[Job, Any] = {}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.progress = 0.0
+
+    def start(self) -> None:
+        (self.folder / "jobs.json").write_text(json.dumps([asdict(job) for job in self.left]))
+        ranks = self.left[0].ranks
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *torchrun, __file__, "--worker", str(self.folder)]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if self.devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = self.devices
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.progress = time.monotonic()
+
+    def poll(self) -> bool:
+        """Take what has been finished; whether anything is left."""
+        if self.process is None and self.left:
+            self.start()
+        assert self.process is not None or not self.left
+        ended = self.process is not None and self.process.poll() is not None
+        while self.left and self._finished(self.left[0]):
+            self.progress = time.monotonic()
+            job = self.left.pop(0)
+            self.found[job] = [json.loads(path.read_text()) for path in self._paths(job)]
+            report(job, self.found[job])
+        late = time.monotonic() - self.progress > self.timeout
+        if self.left and (ended or late):
+            self._drop(f"took longer than {self.timeout:g} s" if late and not ended else "failed")
+        return bool(self.left)
+
+    def _paths(self, job: Job) -> list[Path]:
+        return [self.folder / f"{job.name}.{rank}.json" for rank in range(job.ranks)]
+
+    def _finished(self, job: Job) -> bool:
+        return all(path.exists() for path in self._paths(job))
+
+    def _drop(self, why: str) -> None:
+        """Give up the job that was running; with half the micro-batch it may fit."""
+        self.stop()
+        job, log = self.left.pop(0), (self.folder / "log").read_text(errors="replace")
+        memory = "OutOfMemoryError" in log or "out of memory" in log
+        self.found[job] = {"failed": "out of memory" if memory else why, "log": log[-6000:]}
+        report(job, self.found[job])
+        if memory and job.micro_batch > 1:
+            self.left.insert(0, replace(job, micro_batch=job.micro_batch // 2))
+
+    def stop(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+STARTED = time.monotonic()
+
+
+def report(job: Job, found: Any) -> None:
+    """A line of progress."""
+    text = f"{1e3 * median(job, found[0]):.1f} ms" if isinstance(found, list) and "seconds" in found[0] else found
+    if isinstance(found, list) and "seconds" in found[0]:
+        first = found[0]
+        text += f", peak {max(r['peak_gib'] for r in found):.2f} GiB, plan {max(r['plan']['total'] for r in found):.2f}"
+        text += (
+            f", first step {first['seconds'][0]:.1f} s, all {first['total_seconds']:.1f} + {first['end_seconds']:.1f} s"
+        )
+    elif isinstance(found, dict):
+        text = f"{found['failed']}\n{found['log'][-3000:]}"
+    print(f"[{time.monotonic() - STARTED:5.0f} s] {job.name}: {text}", flush=True)
+
+
+def median(job: Job, rank: dict[str, Any]) -> float:
+    return statistics.median(rank["seconds"][job.warmup :])
+
+
+def run(groups: list[Group], seconds: float) -> None:
+    """Side by side, until all is done or time is up."""
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end and sum(group.poll() for group in groups):
+            time.sleep(0.1)
+    finally:
+        for group in groups:
+            for job in group.left:
+                log = group.folder / "log"
+                group.found[job] = {"failed": "no time left", "log": log.read_text()[-6000:] if log.exists() else ""}
+                report(job, group.found[job])
+            group.left = []
+            group.stop()
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+def row_of(job: Job, found: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"preset": job.preset, "layout": job.layout, "gpus": job.ranks}
+    config = job.config()
+    training, model = config.training, config.model
+    row |= {"mixer": model.mixer.type, "pattern": model.pattern, "dtype": training.dtype, "layers": model.num_layers}
+    row |= {"sequence_length": training.sequence_length, "micro_batch": training.micro_batch}
+    row |= {"global_batch": training.global_batch, "overrides": [*job.overrides, *LAYOUTS[job.layout]]}
+    if isinstance(found, dict):
+        return row | {"failed": found["failed"]}
+    if "skipped" in found[0]:
+        return row | found[0]
+    seconds = median(job, found[0])
+    tokens = training.global_batch * training.sequence_length
+    fullest = max(found, key=lambda rank: rank["peak_gib"])
+    state = [sum(rank["plan"][kind] for kind in STATE) for rank in found]
+    return row | {
+        "ms": 1e3 * seconds,
+        "ms_of_steps": [1e3 * s for s in found[0]["seconds"]],
+        "tokens_per_second_per_gpu": tokens / seconds / job.ranks,
+        "tflops_per_gpu": tokens * flops_per_token(config) / seconds / job.ranks / 1e12,
+        "peak_gib": [rank["peak_gib"] for rank in found],
+        "plan_gib": [rank["plan"]["total"] for rank in found],
+        "plan_over_measured": [rank["plan"]["total"] / rank["peak_gib"] for rank in found],
+        "fullest_gib": fullest["peak_gib"],
+        "plan_over_fullest": max(rank["plan"]["total"] for rank in found) / fullest["peak_gib"],
+        "state_gib": [rank["build_gib"] for rank in found],
+        "plan_state_gib": state,
+        "plan_by_kind_gib": [rank["plan"] for rank in found],
+        "build_peak_gib": [rank["build_peak_gib"] for rank in found],
+        "device_gib": [rank["device_gib"] for rank in found],
+        "left_gib": [rank["left_gib"] for rank in found],
+        "layers_of_stages": [rank["chunks"] for rank in found],
+        "losses": found[0]["losses"],
+        "gradient_norms": found[0]["gradient_norms"],
+        "seconds": found[0]["total_seconds"],
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add what each layout is of one GPU's run with the same batches."""
+
+    def batches(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["preset"], row["micro_batch"], row["global_batch"]
+
+    singles = {batches(row): row for row in rows if row["layout"] == "single" and "ms" in row}
+    for row in rows:
+        single = singles.get(batches(row))
+        if "ms" in row and single is not None:
+            row["speed_up"] = single["ms"] / row["ms"]
+            for name, key in (("loss", "losses"), ("norm", "gradient_norms")):
+                pairs = zip(row[key], single[key], strict=True)
+                row[f"{name}_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+COLUMNS = {
+    "micro_batch": ("micro batch", "d"),
+    "global_batch": ("global batch", "d"),
+    "ms": ("ms", ".1f"),
+    "speed_up": ("x single", ".2f"),
+    "tokens_per_second_per_gpu": ("tokens/s/GPU", ",.0f"),
+    "tflops_per_gpu": ("TFLOP/s/GPU", ".0f"),
+    "fullest_gib": ("peak GiB", ".2f"),
+    "plan_over_fullest": ("plan / peak", ".3f"),
+    "loss_difference": ("loss", ".1e"),
+    "norm_difference": ("gradient norm", ".1e"),
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; the fullest rank's memory."""
+    lines = ["| preset | layout | " + " | ".join(title for title, _ in COLUMNS.values()) + " | GiB by rank (plan) |"]
+    lines.append("|---|---|" + "---:|" * len(COLUMNS) + "---|")
+    for row in rows:
+        cells = [format(row[key], form) if key in row else "" for key, (_, form) in COLUMNS.items()]
+        pairs = zip(row.get("peak_gib", []), row.get("plan_gib", []), strict=True)
+        last = ", ".join(f"{peak:.2f} ({plan:.2f})" for peak, plan in pairs)
+        last = row.get("skipped") or row.get("failed") or last
+        lines.append(f"| {row['preset']} | {row['layout']} | {' | '.join(cells)} | {last} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, groups: list[Group], revision: str, cuda: bool) -> None:
+    rows = [row_of(job, found) for group in groups for job, found in group.found.items()]
+    order = list(LAYOUTS)
+    rows.sort(key=lambda row: (row["preset"], row["global_batch"], order.index(row["layout"])))
+    compare(rows)
+    result = {
+        "name": path.stem,
+        "device": gpu_name() if cuda else machine.processor() or "cpu",
+        "gpus": max((row["gpus"] for row in rows), default=0),
+        **versions(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "environment": {
+            k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "PYTORCH_CUDA", "CUDA_DEVICE_MAX"))
+        },
+        "commit": revision,
+        "command": shlex.join(["scripts/bench/parallel.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(rows))
+
+
+def gpu_name() -> str:
+    """Asked without a context on the device, whose memory others need."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="a.b=c, of all presets and layouts")
+    parser.add_argument("--presets", default="a0.3b_2b:4,a1b_7b:2", help="files of configs/models and micro-batches")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="in the order that they run in, NAME or NAME@N")
+    parser.add_argument("--global-batch", type=int, default=16, help="sequences per step over all ranks")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
+    parser.add_argument("--iterations", type=int, default=7, help="steps that count")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for one layout")
+    parser.add_argument("--seconds", type=float, default=1800, help="for everything; what is not done then is left out")
+    parser.add_argument("--name", default="parallel_2gpu", help="FOLDER/NAME.json and .md")
+    parser.add_argument("--folder", default="docs/results")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
+    parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    if unknown := {layout.partition("@")[0] for layout in args.layouts.split(",")} - set(LAYOUTS):
+        parser.error(f"no such layouts: {', '.join(sorted(unknown))}; there are {', '.join(LAYOUTS)}")
+    return args
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """Layout by layout, so that what comes last is what can be done without."""
+    named = f"training.timeout_minutes={0.8 * args.timeout / 60:g}"  # the rank that hangs, before the launcher ends all
+    overrides = (*(TINY if args.tiny else ()), named, *args.overrides)
+    presets = [(name, int(size or 1)) for name, _, size in (p.partition(":") for p in args.presets.split(","))]
+    layouts = [
+        (name, int(size or args.global_batch)) for name, _, size in (x.partition("@") for x in args.layouts.split(","))
+    ]
+    jobs = [
+        Job(preset, layout, micro_batch, global_batch, args.warmup, args.iterations, overrides)
+        for layout, global_batch in layouts
+        for preset, micro_batch in presets
+    ]
+    for job in jobs:
+        job.config()  # a ConfigError is better now
+    return jobs
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker is not None:
+        work(args.worker)
+        return
+    jobs, revision, path = jobs_of(args), args.commit or commit(), Path(args.folder) / f"{args.name}.json"
+    cuda = args.device == "cuda"
+    if not cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    end = STARTED + args.seconds
+    by_preset: dict[str, list[Job]] = {}
+    for job in (job for job in jobs if job.ranks == 1):
+        by_preset.setdefault(job.preset, []).append(job)
+    alone = [Group(singles, str(i % 2) if cuda else None, args.timeout) for i, singles in enumerate(by_preset.values())]
+    together = Group([job for job in jobs if job.ranks > 1], None, args.timeout)
+    for i in range(0, len(alone), 2):  # each with a GPU of its own
+        run(alone[i : i + 2], end - time.monotonic())
+    write(path, alone, revision, cuda)
+    run([together], end - time.monotonic())
+    write(path, [*alone, together], revision, cuda)
+    print(path.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()

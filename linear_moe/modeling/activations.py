@@ -114,16 +114,26 @@ class _Region:
 
 
 class _Remade:
-    """A tensor that is made when first asked for and kept as long as someone may ask."""
+    """A tensor that is made when first asked for and kept as long as someone may ask, on whichever stream."""
 
     def __init__(self, function: Callable[..., Tensor], args: tuple[Any, ...]):
         self.function, self.args = function, args
         self.value: Tensor | None = None
+        self.ready: torch.cuda.Event | None = None
 
     def get(self) -> Tensor:
         if self.value is None:
+            args = [a.get() if isinstance(a, _Remade) else a for a in self.args]
             with torch.no_grad():
-                self.value = self.function(*(a.get() if isinstance(a, _Remade) else a for a in self.args))
+                self.value = self.function(*args)
+            if self.value.is_cuda:  # a shared expert on a stream of its own may be the first or the last to ask
+                stream = torch.cuda.current_stream()
+                self.ready = stream.record_event()
+                for tensor in (a for a in args if isinstance(a, Tensor)):
+                    tensor.record_stream(stream)
+        elif self.ready is not None:
+            torch.cuda.current_stream().wait_event(self.ready)
+            self.value.record_stream(torch.cuda.current_stream())
         return self.value
 
 

@@ -113,7 +113,7 @@ def memory(config: dict[str, Any], bucket: int | None = None) -> dict[str, Any]:
         return losses, lambda x: (x.sum(), torch.tensor(x.numel(), dtype=torch.int), x.sum().detach())
 
     kept = Kept(set(weights))
-    with saved_tensors_hooks(kept.pack, kept.unpack), kernels_of(model[0]):
+    with saved_tensors_hooks(kept.pack, kept.unpack), kernels_of(nn.ModuleList(model)):
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[batches() for _ in model] if len(model) > 1 else batches(),

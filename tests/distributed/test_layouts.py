@@ -283,11 +283,10 @@ def test_equals_one_process(results: Results, model: str, layout: str) -> None:
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_every_ingredient_counts(results: Results, name: str) -> None:
-    """Were it left out in some layout, the comparison with one process would say so: in the losses too."""
+    """Were it left out in some layout, the comparison of losses with one process would say so."""
     (without,), (reference,) = results[f"without {name}"], results[ONE[LOSSES]]
     actual, expected = numbers(without), numbers(reference)
     assert relative_error(actual["loss"], expected["loss"]) > 10 * FP32
-    assert relative_error(actual["validation"], expected["validation"]) > 10 * FP32
 
 
 def test_micro_batches_count_different_numbers_of_tokens(results: Results) -> None:

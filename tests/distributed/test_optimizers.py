@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.training.optimizer import _foreach_copy, _foreach_norm, _foreach_scale
+from linear_moe.training import platform
 from tests.distributed.harness import all_tensors, run
 from tests.distributed.test_checkpoint import config as checkpoint_config
-from tests.tolerances import BF16_MOMENTS, BF16_SAME, FP32, assert_close
+from tests.tolerances import BF16_MOMENTS, BF16_SAME, FP32, assert_close, relative_error
 
 STEPS = 4
 MUON: dict[str, Any] = {"type": "muon", "lr": 3e-3, "eps": 1e-4}
@@ -153,14 +153,17 @@ def test_bf16_moments_train_alike(results: Results, kind: str) -> None:
     assert exact.keys() == half.keys()
     for key, value in half.items():
         assert value.dtype is (torch.bfloat16 if key.startswith("optimizer.") else torch.float32), key
-        assert "expert_bias" in key or not torch.equal(value, exact[key]), key
     weights = [torch.cat([v.flatten() for k, v in t.items() if k.startswith("model.")]) for t in (half, exact)]
     assert_close(*weights, BF16_MOMENTS, "weights")
+    assert relative_error(*weights) > 0, "moments were rounded"
     assert_close(losses(runs[1])[:, 0], losses(runs[0])[:, 0], BF16_SAME, "losses")
 
 
 def test_multi_tensor_functions() -> None:
     """What stands in for Apex's kernels, against plain arithmetic."""
+    platform.install()
+    from linear_moe.training.optimizer import _foreach_copy, _foreach_norm, _foreach_scale
+
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(shape, generator=generator) for shape in ((3, 4), (1,), (17,))]
     flat = torch.cat([t.flatten() for t in tensors])

@@ -283,5 +283,7 @@ class MegatronDispatcher(Dispatcher):
         if self._padded is not None and self._limited:
             return self._padded.combine(y, self.config.top_k)
         y = self._dispatcher.combine_preprocess(y)
-        y = self._dispatcher.token_combine(y)
-        return self._dispatcher.combine_postprocess(y)
+        y = self._dispatcher.combine_postprocess(self._dispatcher.token_combine(y))
+        if hasattr(self._dispatcher, "probs"):
+            self._dispatcher.probs = None  # whose graph leads back to here, unseen by the garbage collector
+        return y

@@ -20,8 +20,9 @@ device lacks at the end, with NCCL's buffers, the context, and what the allocato
 for each rank.
 
 One GPU's runs of all presets go side by side, each on a GPU of its own; all other layouts one after the other in one
-torchrun, which is started again without a layout that fails (out of memory: with half the micro-batch) or takes longer
-than --timeout. A layout that by `plan`'s word does not fit is left out, with that word.
+torchrun, which is started again after a layout that leaves memory allocated (`left_gib`), and without one that fails
+(out of memory: with half the micro-batch) or takes longer than --timeout. A layout that by `plan`'s word does not fit
+is left out, with that word.
 
     python scripts/bench/parallel.py
     python scripts/bench/parallel.py --device cpu --tiny --folder /tmp
@@ -77,6 +78,7 @@ TINY = ("model.hidden_size=64", "model.num_heads=4", "model.num_layers=4", "mode
         "model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_ffn_size=32", "training.dtype=fp32",
         "training.sequence_length=64")  # fmt: skip
 GIB = 2**30
+LEFT_GIB = 0.25
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,10 @@ def work(folder: Path) -> None:
             part = folder / f"{job.name}.{rank}.part"
             part.write_text(json.dumps(found))
             part.rename(folder / f"{job.name}.{rank}.json")
+            left: list[Any] = [None] * job.ranks
+            dist.all_gather_object(left, found.get("left_gib", 0.0))
+            if torch.cuda.is_available() and max(left) > LEFT_GIB:
+                break
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -270,7 +276,9 @@ class Group:
             self.found[job] = [json.loads(path.read_text()) for path in self._paths(job)]
             report(job, self.found[job])
         late = time.monotonic() - self.progress > self.timeout
-        if self.left and (ended or late):
+        if self.left and ended and self.process is not None and self.process.returncode == 0:
+            self.stop()  # a layout left memory behind
+        elif self.left and (ended or late):
             self._drop(f"took longer than {self.timeout:g} s" if late and not ended else "failed")
         return bool(self.left)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -89,10 +90,17 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def memory(config: dict[str, Any], bucket: int | None = None) -> dict[str, Any]:
-    """This rank's place, and the bytes that it holds after one optimizer step, and at the step's peak for autograd.
+    """This rank's place, the bytes that it holds after one optimizer step, and at the step's peak for autograd; and how
+    many parameters live on when nobody uses them.
 
     `bucket`: elements of a bucket of DDP's where there are several; Megatron-Core's own are larger than these models.
     """
+    found = _held(config, bucket)
+    gc.collect()
+    return found | {"left": sum(isinstance(x, nn.Parameter) for x in gc.get_objects())}
+
+
+def _held(config: dict[str, Any], bucket: int | None) -> dict[str, Any]:
     tree, groups = start(config)
     ddp = replace(training_model.ddp_config(tree), bucket_size=bucket)
     with mock.patch.object(training_model, "ddp_config", return_value=ddp):

@@ -76,3 +76,7 @@ def test_memory_is_what_ranks_hold(results: dict[str, list[Any]], name: str, mon
         assert planned == {kind: rank[kind] for kind in planned}
         activations = activation_bytes(tree, layout, chunks, rank["stage"])["activations"]
         assert activations == pytest.approx(rank["activations"], rel=0.08)
+
+
+def test_models_are_freed(results: dict[str, list[Any]]) -> None:
+    assert {(name, rank["left"]) for name, ranks in results.items() for rank in ranks if rank["left"]} == set()

@@ -301,6 +301,19 @@ def test_micro_batches_count_different_numbers_of_tokens(results: Results) -> No
             assert len(set(counts.view(parts, -1).sum(1).tolist())) > 1
 
 
+def assert_goes_on(resumed: list[Any], expected: list[Any], exact: bool) -> None:
+    """Steps after a checkpoint are those of the uninterrupted run; `exact`: bit for bit."""
+    assert len(resumed) == len(expected) == AFTER
+    for one, other in zip(resumed, expected, strict=True):
+        loads = [[(layer["load"], layer["bias"]) for layer in step["routing"]] for step in (one, other)]
+        assert loads[0] == loads[1]
+        if exact:
+            assert all(one[key] == other[key] for key in ("loss", "gradient_norm", "tokens", "router"))
+    for key in ("loss", "gradient_norm", "tokens"):
+        sides = [torch.tensor([float(step[key]) for step in side]) for side in (resumed, expected)]
+        assert_close(*sides, FP32, key)
+
+
 @pytest.mark.parametrize("reader", WRITERS)
 def test_resumes_what_any_layout_saved(results: Results, reader: str) -> None:
     ranks = results[f"resume-{reader}"]
@@ -308,16 +321,7 @@ def test_resumes_what_any_layout_saved(results: Results, reader: str) -> None:
         assert rank["wrong"] == {writer: [] for writer in WRITERS}
         for writer in (reader, PARTNER[reader]):
             saved = results[ONE[BASE] if writer == "one" else f"{BASE}-{writer}"][0]
-            went_on, resumed = saved["steps"][BEFORE:], rank["steps"][writer]
-            assert len(went_on) == len(resumed) == AFTER
-            for step, expected in zip(resumed, went_on, strict=True):
-                loads = [[(layer["load"], layer["bias"]) for layer in side["routing"]] for side in (step, expected)]
-                assert loads[0] == loads[1]
-                if writer == reader:
-                    assert all(step[key] == expected[key] for key in ("loss", "gradient_norm", "tokens", "router"))
-            for key in ("loss", "gradient_norm", "tokens"):
-                sides = [torch.tensor([float(step[key]) for step in side]) for side in (resumed, went_on)]
-                assert_close(*sides, FP32, key)
+            assert_goes_on(rank["steps"][writer], saved["steps"][BEFORE:], exact=writer == reader)
 
 
 # -- what one process should do, written out --------------------------------------------------------------------------

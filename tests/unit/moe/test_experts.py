@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from linear_moe.modeling.ffn import MoE, SwiGLU
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.moe.experts import Experts
+from linear_moe.modeling.ops import experts as ops
 from linear_moe.modeling.ops.experts import Assignment, activate, assign, combine, experts
 from tests.tolerances import FP32, assert_close
 
@@ -190,6 +193,64 @@ def test_one_backward_pass_only() -> None:
     out.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_gradients_that_are_not_contiguous(by_slot: bool) -> None:
+    """Those of a sum, and of one that was transposed."""
+    counts = torch.tensor([3, 0, 4, 1])
+    index = torch.arange(4).repeat_interleave(counts).unsqueeze(1)
+    to = assign(index, 4) if by_slot else Assignment.of_rows(counts)
+    (x, weights), layer = draw(index), build(4, "grouped")
+    x.requires_grad_()
+    for grad in (torch.ones(1, 1).expand(x.shape), torch.randn(HIDDEN, len(x)).T):
+        found, expected = (torch.autograd.grad(layer(x, weights, to), x, g) for g in (grad, grad.contiguous()))
+        assert torch.equal(found[0], expected[0])
+
+
+QUACK, TRITON, MM = "experts_quack", "experts_gemm_gpu", "Products"
+BF16_ONLY, BY_8 = "products 'quack' multiplies bf16, not ", "products 'quack' needs D and F divisible by 8, not "
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_quack", "x", "ffn", "expected"),
+    [  # expected: what auto, grouped, triton and quack choose, or quack's refusal
+        ((9, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 16, [QUACK, TRITON, TRITON, QUACK]),
+        ((9, 0), False, torch.empty(3, 24, dtype=torch.bfloat16), 16, [TRITON, TRITON, TRITON, "needs quack-kernels"]),
+        ((9, 0), True, torch.empty(3, 24, dtype=torch.float16), 16, [TRITON, TRITON, TRITON, BF16_ONLY + "float16"]),
+        ((9, 0), True, torch.empty(3, 24), 16, [MM, MM, MM, BF16_ONLY + "float32"]),
+        ((9, 0), True, torch.empty(3, 20, dtype=torch.bfloat16), 16, [MM, MM, MM, BY_8 + "20 and 16"]),
+        ((9, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 20, [MM, MM, MM, BY_8 + "24 and 20"]),
+        ((9, 0), True, torch.empty(0, 24, dtype=torch.bfloat16), 16, [MM, MM, MM, MM]),
+        ((8, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 16, [MM, MM, TRITON, "9.0 or above, not a GPU"]),
+        ((10, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 16, [MM, MM, TRITON, QUACK]),
+    ],
+)
+def test_who_multiplies(
+    capability: tuple[int, int], has_quack: bool, x: Tensor, ffn: int, expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On GPUs of any capability, with and without quack."""
+    for name in (QUACK, TRITON):
+        module = SimpleNamespace(Fused=type(name, (ops.Products,), {}))
+        monkeypatch.setitem(sys.modules, f"linear_moe.modeling.ops.{name}", module)
+    monkeypatch.setattr(ops, "_kernels", lambda x: object())
+    monkeypatch.setattr(ops, "_has_quack", lambda: has_quack)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+
+    class OnGPU:
+        is_cuda, device, dtype, shape = True, torch.device("cuda"), x.dtype, x.shape
+        element_size, __len__ = x.element_size, lambda self: len(x)
+
+    def chosen(products: str) -> str:
+        try:
+            return type(ops._products(products, OnGPU(), ffn)).__name__  # type: ignore[arg-type]
+        except ValueError as error:
+            return str(error)
+
+    *names, quack = map(chosen, ("auto", "grouped", "triton", "quack"))
+    assert names == expected[:3] and expected[3] in quack
 
 
 class Waits(TorchDispatchMode):

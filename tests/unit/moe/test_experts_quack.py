@@ -116,8 +116,9 @@ def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
     before = sys.modules.pop(NAME, None)
     module = importlib.import_module(NAME)
-    tile = module.Tile(columns=32)
-    monkeypatch.setattr(module, "tile", lambda product, device: tile)
+    assert module.HOPPER["up"].columns % 32 == 0
+    small = {product: tile._replace(columns=32) for product, tile in module.HOPPER.items()}
+    monkeypatch.setattr(module, "tile", lambda product, device: small[product])
     monkeypatch.setattr(ops, "_products", lambda name, x, ffn: module.Fused(ops._Definition))
     yield module
     sys.modules.pop(NAME)

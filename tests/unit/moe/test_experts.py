@@ -141,18 +141,49 @@ def test_tokens_already_sorted(kind: str) -> None:
         assert_close(actual, expected.view(actual.shape), FP32)
 
 
-def test_frozen_weights_and_inputs() -> None:
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one with each grouped GEMM."""
+    calls: list[str] = []
+    multiply = ops.grouped_mm
+    monkeypatch.setattr(ops, "grouped_mm", lambda *args, **options: calls.append("") or multiply(*args, **options))
+    return calls
+
+
+def test_frozen_weights_and_inputs(products: list[str]) -> None:
+    """Gradients are the same, and nothing is multiplied for those that nobody asks for."""
     index = CASES["mixed"]
     x, weights = draw(index)
     layer = build(6, "grouped")
     expected = run(layer, x, weights, assign(index, 6))
-    for i in range(4):
+    assert len(products) == 6
+    for i, number in enumerate((4, 3, 4, 4)):  # two forward, one for the activation's gradient, and one's own
         leaves = [x.clone(), weights.clone(), layer.gate_up_proj.detach(), layer.down_proj.detach()]
         leaves[i] = leaves[i].clone().requires_grad_()
+        products.clear()
         out = experts(*leaves, assign(index, 6))
         factor = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
         (gradient,) = torch.autograd.grad(out, leaves[i], factor)
         assert_close(gradient, expected[i + 1], FP32)
+        assert len(products) == number
+
+
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_computed_again(products: list[str], by_slot: bool) -> None:
+    """One product more, no number differs, and a second backward pass finds what it needs."""
+    index = CASES["one expert each"]
+    (x, weights), layer = draw(index), build(4, "grouped")
+    to = assign(index, 4)
+    if not by_slot:
+        to, weights = Assignment.of_rows(to.counts), weights.flatten()
+    expected, number = run(layer, x, weights, to), len(products)
+    layer.host.activations._active = frozenset({"experts"})
+    found = run(layer, x, weights, to)
+    assert len(products) - number == number + 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    out = layer(x.requires_grad_(), weights, to)
+    first, second = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def kept(function: Any, weights: set[int]) -> int:

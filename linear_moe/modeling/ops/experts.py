@@ -29,7 +29,8 @@ grouped_mm; auto: on Hopper quack where it can, else grouped."""
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which rows are whose. Without `slot` and `row` the tokens are themselves the rows: k = 1, sorted by expert.
+    """Which rows are whose. Without `slot` and `row` the tokens are themselves the rows: k = 1, sorted by expert, those
+    without one last; what is computed for these is undefined.
 
     Attributes:
         counts: `[E]` int32, rows of each expert; they may sum to fewer than there are slots, the rest having none.

@@ -186,6 +186,19 @@ def test_computed_again(products: list[str], by_slot: bool) -> None:
     assert torch.equal(first, second)
 
 
+def test_a_loop_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = CASES["dropped"]
+    (x, weights), to, layer = draw(index), assign(index, 6), build(6, "sequential")
+    expected = run(layer, x, weights, to)
+    calls: list[str] = []
+    loop = layer.sequential
+    monkeypatch.setattr(layer, "sequential", lambda *args: calls.append("") or loop(*args))
+    layer.host.activations._active = frozenset({"experts"})
+    found = run(layer, x, weights, to)
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def kept(function: Any, weights: set[int]) -> int:
     """Bytes of the distinct storages that autograd keeps, other than the weights."""
     saved: dict[int, torch.UntypedStorage] = {}

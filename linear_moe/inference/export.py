@@ -60,6 +60,8 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
     if not is_run(run):
         raise ConfigError("run", str(run), "is not a run folder: it has no config.yaml")
     config = load_config(run / "config.yaml")
+    if config.model.moe.experts == "quack":  # as it was trained: the same weights must work where that cannot compute
+        config.model.moe.experts = "auto"
     check_dtype(config.model, dtype)
     checkpoint = find_checkpoint(run, step)
     weights = load_full_weights(checkpoint, fp32=dtype == "fp32")

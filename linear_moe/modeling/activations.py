@@ -62,9 +62,13 @@ class Activations:
                 self._transients.clear()
             self._active, self._transients = frozenset(), None
 
+    def keeps(self, module: str) -> bool:
+        """Whether the backward pass finds what `module` made; else an op has to make it again, as a `region` would."""
+        return module not in self._active
+
     def region(self, module: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """`function(*args)`, of which only tensors among `args` are kept if `module` is to be computed again."""
-        if module not in self._active or not torch.is_grad_enabled():
+        if self.keeps(module) or not torch.is_grad_enabled():
             return function(*args)
         region = _Region(self)
         contexts = lambda: (region.running(False), region.running(True))  # noqa: E731

@@ -71,7 +71,7 @@ class MoE(nn.Module):
         received = self.dispatcher.dispatch(x, weights, index, self.router.limited)
         if branch is not None:
             branch.start()
-        y = self.dispatcher.combine(self.host.activations.region("experts", self.experts, *received))
+        y = self.dispatcher.combine(self.experts(*received))
         if branch is None:
             return y
         shared = self.host.leave(branch.join())

@@ -50,6 +50,9 @@ from linear_moe.config.load import load_config
 from linear_moe.config.schema import MoEConfig
 from linear_moe.modeling.ops.experts import assign, experts, grouped_mm
 
+PACKAGES = ("quack", "sonicmoe")
+"""Contenders that are packages of the same name."""
+
 Function = Callable[..., Tensor]
 Work = Callable[[], list[Tensor]]
 """One forward and backward pass: the output and all gradients."""
@@ -204,7 +207,7 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
             case.grad,
         ),
     }
-    return {name: made[name]() for name in wanted if name not in ("sonicmoe", "quack") or find_spec(name)}
+    return {name: made[name]() for name in wanted if name not in PACKAGES or find_spec(name)}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -323,6 +326,7 @@ def write(path: Path, rows: list[dict[str, Any]], device: str, skew: float, revi
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "gpus": int(cuda),
         **versions(),
+        **{name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES},  # null: did not run
         "commit": revision,
         "command": shlex.join(["scripts/bench/moe.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),

@@ -28,15 +28,16 @@ class Experts(nn.Module):
         weight = partial(host.parameter, axes=axes, matrices=Matrices())
         self.gate_up_proj = weight(num, 2, ffn, hidden_size, init=normal(init_std))
         self.down_proj = weight(num, hidden_size, ffn, init=normal(output_init_std))
-        self.kind = config.experts
+        self.kind, self.host = config.experts, host
 
     def forward(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
         """Tokens `x [n, D]`, the weights `[n, k]` of their experts, and which these are -> `[n, D]`."""
+        activations = self.host.activations
         if self.kind == "sequential":
-            return self.sequential(x, weights, to)
+            return activations.region("experts", self.sequential, x, weights, to)
         if self.kind == "quack":
             check_quack(x.dtype, x.device)  # training does before; a model can be loaded anywhere
-        return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to, self.kind)
+        return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to, self.kind, activations.keeps("experts"))
 
     def sequential(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
         """One expert after the other: the definition."""

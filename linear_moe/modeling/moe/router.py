@@ -62,12 +62,16 @@ def route(
 
 
 class _Logits(torch.autograd.Function):
-    """`x [n, D]`, `weight [E, D]` -> their product in fp32, keeping x as it is: a copy would be the layer's largest."""
+    """`x [n, D]`, `weight [E, D]` -> their product in fp32, keeping x as it is: a copy would be the layer's largest.
+
+    In fp32 within `torch.autocast` too, whose bf16 logits would choose other experts.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float())
 
     @staticmethod
     @once_differentiable

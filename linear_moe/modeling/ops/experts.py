@@ -29,7 +29,8 @@ grouped_mm; auto: on Hopper quack where it can, else grouped."""
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which rows are whose. Without `slot` and `row` the tokens are themselves the rows: k = 1, sorted by expert.
+    """Which rows are whose. Without `slot` and `row` the tokens are themselves the rows: k = 1, sorted by expert, those
+    without one last; what is computed for these is undefined.
 
     Attributes:
         counts: `[E]` int32, rows of each expert; they may sum to fewer than there are slots, the rest having none.
@@ -250,12 +251,13 @@ def experts(
     down_proj: Tensor,
     to: Assignment,
     products: str = "auto",
+    keep: bool = True,
 ) -> Tensor:
     """`y[t] = sum_j weights[t, j] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, e the expert of slot (t, j).
 
-    Differentiable once in `x`, `weights` and both projections. For the backward pass it keeps its inputs and the rows'
-    gate and up projections, which that pass overwrites: neither x nor the experts' outputs are kept by rows, and the
-    gradient of a weight is the product of the activation and the gradient of the weighted activation.
+    Differentiable once in `x`, `weights` and both projections. For the backward pass it keeps its inputs and, with
+    `keep`, the rows' gate and up projections, which that pass overwrites: neither x nor the experts' outputs are kept
+    by rows, and the gradient of a weight is the product of the activation and the gradient of the weighted activation.
 
     Args:
         x: `[n, D]`.
@@ -265,6 +267,7 @@ def experts(
         to: from `assign`, or `Assignment.of_rows`.
         products: one of PRODUCTS. "triton" is grouped_mm where there are no such kernels: on a CPU, and for dtypes
             and sizes that they do not take.
+        keep: else the backward pass computes the gate and up projections again.
 
     Returns:
         `[n, D]` in x's dtype.
@@ -281,7 +284,7 @@ def experts(
     if weights.numel() != len(x) * to.top_k or (to.row is not None and len(to.row) != len(x)):
         raise ValueError(f"{len(x)} tokens with {to.top_k} experts each do not fit weights {[*weights.shape]}")
     indices = (to.counts, to.offsets, to.slot, to.row)
-    return _Experts.apply(_products(products, x, ffn), x, weights, gate_up_proj, down_proj, *indices)
+    return _Experts.apply(_products(products, x, ffn), keep, x, weights, gate_up_proj, down_proj, *indices)
 
 
 class _Experts(torch.autograd.Function):
@@ -289,6 +292,7 @@ class _Experts(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         products: Products,
+        keep: bool,
         x: Tensor,
         weights: Tensor,
         gate_up_proj: Tensor,
@@ -301,16 +305,18 @@ class _Experts(torch.autograd.Function):
             gate_up, h = products.up(x, gate_up_proj, weights, to)
             y = products.down(h, down_proj, to)
             del h
-            ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up, *indices)
+            ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up if keep else None, *indices)
             return products.combine(y, weights, to)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weights, gate_up_proj, down_proj, gate_up, *indices = ctx.saved_tensors
-        to, products, (need_x, _, need_up, need_down) = Assignment(*indices), ctx.products, ctx.needs_input_grad[1:5]
+        to, products, (need_x, _, need_up, need_down) = Assignment(*indices), ctx.products, ctx.needs_input_grad[2:6]
         dx = dup = ddown = None
         dy = products.gather(grad.contiguous(), to)
+        if gate_up is None:
+            gate_up = products.up(x, gate_up_proj, weights, to)[0]
         h, dweights = products.down_backward(dy, down_proj, gate_up, weights, to)
         torch.autograd.graph.increment_version(gate_up)  # autograd refuses to use it a second time
         if need_down:
@@ -320,4 +326,4 @@ class _Experts(torch.autograd.Function):
             dx = products.around.combine(products.up_backward(gate_up, gate_up_proj, to), to)
         if need_up:
             dup = products.up_gradient(gate_up, x, to)
-        return None, dx, dweights, dup, ddown, None, None, None, None
+        return None, None, dx, dweights, dup, ddown, None, None, None, None

@@ -221,23 +221,21 @@ def up(x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor
     return gate_up, h
 
 
-def down_backward(
-    grad: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment
-) -> tuple[Tensor, Tensor]:
+def down_backward(dy: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
     """`collect`, product with `proj [E, D, F]`, `activate_backward` -> h `[M, F]` and the gradient of `weights`.
 
     `gate_up` becomes its own gradient.
     """
-    grad, (rows, _), (_, hidden, size) = _tokens(grad), gate_up.shape, proj.shape
-    h = torch.empty(rows, size, dtype=grad.dtype, device=grad.device)
+    dy, (rows, _), (_, hidden, size) = _tokens(dy), gate_up.shape, proj.shape
+    h = torch.empty(rows, size, dtype=dy.dtype, device=dy.device)
     # Slots without an expert are in no tile. Parts are added in a fixed order.
-    parts = torch.zeros(triton.cdiv(size, DOWN_BACKWARD["COLUMNS"]), rows, dtype=torch.float32, device=grad.device)
+    parts = torch.zeros(triton.cdiv(size, DOWN_BACKWARD["COLUMNS"]), rows, dtype=torch.float32, device=dy.device)
     if rows:
         grid, constants = _launch(rows, size, to, DOWN_BACKWARD)
         matrix = TensorDescriptor.from_tensor(proj.view(-1, size), [DOWN_BACKWARD["INNER"], DOWN_BACKWARD["COLUMNS"]])
         _down_backward[grid](
-            grad, matrix, weights.contiguous(), to.slot, to.ends, gate_up, h, parts, len(to.ends), rows,
-            grad.stride(0), HIDDEN=hidden, SIZE=size, **constants,
+            dy, matrix, weights.contiguous(), to.slot, to.ends, gate_up, h, parts, len(to.ends), rows,
+            dy.stride(0), HIDDEN=hidden, SIZE=size, **constants,
         )  # fmt: skip
     return h, parts.sum(0).view(weights.shape).to(weights.dtype)
 
@@ -265,16 +263,10 @@ def outer(tokens: Tensor, rows: Tensor, to: Assignment, tokens_left: bool) -> Te
 class Fused(Products):
     """See `experts.Products`. Where no rows are gathered and nothing is activated, grouped_mm."""
 
-    def up(self, x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
-        return up(x, proj, weights, to)
+    up, down_backward = staticmethod(up), staticmethod(down_backward)
 
     def gather(self, tokens: Tensor, to: Assignment) -> Tensor:
         return tokens
-
-    def down_backward(
-        self, dy: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment
-    ) -> tuple[Tensor, Tensor]:
-        return down_backward(dy, proj, gate_up, weights, to)
 
     def down_gradient(self, dy: Tensor, h: Tensor, to: Assignment) -> Tensor:
         return outer(dy, h, to, tokens_left=True) if to.slot is not None else super().down_gradient(dy, h, to)

@@ -13,9 +13,10 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from linear_moe.cli import main
+from linear_moe.config.load import load_config, save_config
 from linear_moe.inference.cache import DecodingState, prefill
 from linear_moe.inference.export import export
-from linear_moe.inference.generate import Sampling, TextStream, generate, sample
+from linear_moe.inference.generate import Sampling, TextStream, generate, load_model, sample
 from linear_moe.modeling.mixers.base import Layout
 from tests.tolerances import DECODE, assert_close
 from tests.unit.inference.common import CASES, TOKENS, VOCAB, build, byte_tokenizer, prompt, write_run
@@ -229,6 +230,18 @@ def test_a_damaged_export_is_one_line(run: Path, tmp_path: Path, capsys: pytest.
         assert main(["generate", str(bad), "--prompt", "x"]) == 2, name
         error = capsys.readouterr().err
         assert message in error and str(bad) in error and error.count("\n") == 1, error
+
+
+def test_a_run_trained_with_quack(tmp_path: Path) -> None:
+    """Its model computes, and is exported, for machines without such a GPU; in fp32 too."""
+    write_run(tmp_path / "run", dtype="bf16")
+    config = load_config(tmp_path / "run" / "config.yaml", ["model.moe.experts=quack"])
+    save_config(config, tmp_path / "run" / "config.yaml")
+    for dtype in ("bf16", "fp32"):
+        export(tmp_path / "run", tmp_path / dtype, dtype=dtype)
+    for folder in ("run", "bf16", "fp32"):
+        model, _ = load_model(tmp_path / folder, device="cpu")
+        assert model(torch.tensor([prompt(9)])).logits.isfinite().all()
 
 
 def test_dtype_that_the_experts_cannot_have(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from linear_moe.modeling.ffn import MoE, SwiGLU
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.moe.experts import Experts
+from linear_moe.modeling.ops import experts as ops
 from linear_moe.modeling.ops.experts import Assignment, activate, assign, combine, experts
 from tests.tolerances import FP32, assert_close
 
@@ -138,18 +141,62 @@ def test_tokens_already_sorted(kind: str) -> None:
         assert_close(actual, expected.view(actual.shape), FP32)
 
 
-def test_frozen_weights_and_inputs() -> None:
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one with each grouped GEMM."""
+    calls: list[str] = []
+    multiply = ops.grouped_mm
+    monkeypatch.setattr(ops, "grouped_mm", lambda *args, **options: calls.append("") or multiply(*args, **options))
+    return calls
+
+
+def test_frozen_weights_and_inputs(products: list[str]) -> None:
+    """Gradients are the same, and nothing is multiplied for those that nobody asks for."""
     index = CASES["mixed"]
     x, weights = draw(index)
     layer = build(6, "grouped")
     expected = run(layer, x, weights, assign(index, 6))
-    for i in range(4):
+    assert len(products) == 6
+    for i, number in enumerate((4, 3, 4, 4)):  # two forward, one for the activation's gradient, and one's own
         leaves = [x.clone(), weights.clone(), layer.gate_up_proj.detach(), layer.down_proj.detach()]
         leaves[i] = leaves[i].clone().requires_grad_()
+        products.clear()
         out = experts(*leaves, assign(index, 6))
         factor = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
         (gradient,) = torch.autograd.grad(out, leaves[i], factor)
         assert_close(gradient, expected[i + 1], FP32)
+        assert len(products) == number
+
+
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_computed_again(products: list[str], by_slot: bool) -> None:
+    """One product more, no number differs, and a second backward pass finds what it needs."""
+    index = CASES["one expert each"]
+    (x, weights), layer = draw(index), build(4, "grouped")
+    to = assign(index, 4)
+    if not by_slot:
+        to, weights = Assignment.of_rows(to.counts), weights.flatten()
+    expected, number = run(layer, x, weights, to), len(products)
+    layer.host.activations._active = frozenset({"experts"})
+    found = run(layer, x, weights, to)
+    assert len(products) - number == number + 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    out = layer(x.requires_grad_(), weights, to)
+    first, second = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_loop_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = CASES["dropped"]
+    (x, weights), to, layer = draw(index), assign(index, 6), build(6, "sequential")
+    expected = run(layer, x, weights, to)
+    calls: list[str] = []
+    loop = layer.sequential
+    monkeypatch.setattr(layer, "sequential", lambda *args: calls.append("") or loop(*args))
+    layer.host.activations._active = frozenset({"experts"})
+    found = run(layer, x, weights, to)
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def kept(function: Any, weights: set[int]) -> int:
@@ -190,6 +237,64 @@ def test_one_backward_pass_only() -> None:
     out.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_gradients_that_are_not_contiguous(by_slot: bool) -> None:
+    """Those of a sum, and of one that was transposed."""
+    counts = torch.tensor([3, 0, 4, 1])
+    index = torch.arange(4).repeat_interleave(counts).unsqueeze(1)
+    to = assign(index, 4) if by_slot else Assignment.of_rows(counts)
+    (x, weights), layer = draw(index), build(4, "grouped")
+    x.requires_grad_()
+    for grad in (torch.ones(1, 1).expand(x.shape), torch.randn(HIDDEN, len(x)).T):
+        found, expected = (torch.autograd.grad(layer(x, weights, to), x, g) for g in (grad, grad.contiguous()))
+        assert torch.equal(found[0], expected[0])
+
+
+QUACK, TRITON, MM = "experts_quack", "experts_gemm_gpu", "Products"
+BF16_ONLY, BY_8 = "products 'quack' multiplies bf16, not ", "products 'quack' needs D and F divisible by 8, not "
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_quack", "x", "ffn", "expected"),
+    [  # expected: what auto, grouped, triton and quack choose, or quack's refusal
+        ((9, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 16, [QUACK, TRITON, TRITON, QUACK]),
+        ((9, 0), False, torch.empty(3, 24, dtype=torch.bfloat16), 16, [TRITON, TRITON, TRITON, "needs quack-kernels"]),
+        ((9, 0), True, torch.empty(3, 24, dtype=torch.float16), 16, [TRITON, TRITON, TRITON, BF16_ONLY + "float16"]),
+        ((9, 0), True, torch.empty(3, 24), 16, [MM, MM, MM, BF16_ONLY + "float32"]),
+        ((9, 0), True, torch.empty(3, 20, dtype=torch.bfloat16), 16, [MM, MM, MM, BY_8 + "20 and 16"]),
+        ((9, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 20, [MM, MM, MM, BY_8 + "24 and 20"]),
+        ((9, 0), True, torch.empty(0, 24, dtype=torch.bfloat16), 16, [MM, MM, MM, MM]),
+        ((8, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 16, [MM, MM, TRITON, "9.0 or above, not a GPU"]),
+        ((10, 0), True, torch.empty(3, 24, dtype=torch.bfloat16), 16, [MM, MM, TRITON, QUACK]),
+    ],
+)
+def test_who_multiplies(
+    capability: tuple[int, int], has_quack: bool, x: Tensor, ffn: int, expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On GPUs of any capability, with and without quack."""
+    for name in (QUACK, TRITON):
+        module = SimpleNamespace(Fused=type(name, (ops.Products,), {}))
+        monkeypatch.setitem(sys.modules, f"linear_moe.modeling.ops.{name}", module)
+    monkeypatch.setattr(ops, "_kernels", lambda x: object())
+    monkeypatch.setattr(ops, "_has_quack", lambda: has_quack)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+
+    class OnGPU:
+        is_cuda, device, dtype, shape = True, torch.device("cuda"), x.dtype, x.shape
+        element_size, __len__ = x.element_size, lambda self: len(x)
+
+    def chosen(products: str) -> str:
+        try:
+            return type(ops._products(products, OnGPU(), ffn)).__name__  # type: ignore[arg-type]
+        except ValueError as error:
+            return str(error)
+
+    *names, quack = map(chosen, ("auto", "grouped", "triton", "quack"))
+    assert names == expected[:3] and expected[3] in quack
 
 
 class Waits(TorchDispatchMode):

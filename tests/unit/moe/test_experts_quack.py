@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.check import check
 from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import ModelConfig, MoEConfig
+from linear_moe.config.load import from_dict
+from linear_moe.config.schema import Config, ModelConfig, MoEConfig
 from linear_moe.config.validate import check_grouped_gemm
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.moe.experts import Experts
@@ -113,8 +116,9 @@ def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
     before = sys.modules.pop(NAME, None)
     module = importlib.import_module(NAME)
-    tile = module.Tile(columns=32)
-    monkeypatch.setattr(module, "tile", lambda product, device: tile)
+    assert module.HOPPER["up"].columns % 32 == 0
+    small = {product: tile._replace(columns=32) for product, tile in module.HOPPER.items()}
+    monkeypatch.setattr(module, "tile", lambda product, device: small[product])
     monkeypatch.setattr(ops, "_products", lambda name, x, ffn: module.Fused(ops._Definition))
     yield module
     sys.modules.pop(NAME)
@@ -155,6 +159,18 @@ def test_equals_grouped_mm(
         results.append([y[:used], dx[:used], *others])
     for what, actual, expected in zip(("y", "x", "weights", "gate_up", "down"), *results, strict=True):
         assert_close(actual, expected, FP32, what)
+
+
+def test_training_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By `linear-moe check`, where there is no such GPU or package; not where no layer has experts."""
+    monkeypatch.chdir(tmp_path)
+    config = from_dict(Config, {"run": "run", "data": {"corpus": "synthetic"}, "model": {"vocab_size": 64}})
+    check(config, 1)
+    config.model.moe.experts = "quack"
+    with pytest.raises(ConfigError, match=r"model\.moe\.experts = 'quack': needs .*set it to auto"):
+        check(config, 1)
+    config.model.ffn = "dense"
+    check(config, 1)
 
 
 def test_refused_where_it_cannot_compute() -> None:

@@ -148,6 +148,20 @@ def test_bf16_is_multiplied_in_fp32() -> None:
         assert_close(a, b.bfloat16(), BF16_SAME)  # rounded once
 
 
+def test_arithmetic_is_the_same_within_autocast() -> None:
+    """As trainers of an exported model use it: forward within, backward outside."""
+    module = Router(MoEConfig(12, top_k=4), 64, 0.5, layer=0, host=(host := Host(torch.float32)))
+    initialize(module, host, seed=0)
+    results = []
+    for enabled in (False, True):
+        x = torch.randn(50, 64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            weights, index = module(x)
+        factor = torch.rand(weights.shape, generator=torch.Generator().manual_seed(5))
+        results.append([weights, index, *torch.autograd.grad((weights * factor).sum(), [x, module.weight])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_scores_are_fp32_and_the_bias_is_no_trained_weight() -> None:
     host = Host(torch.bfloat16)
     module = Router(MoEConfig(12, top_k=2, expert_bias=True), 16, 0.5, layer=0, host=host)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import requested
 
 
@@ -31,7 +32,7 @@ def visible(
         mask = mask & (slots > at.unsqueeze(-1) - window)
     if cu_seqlens is not None:
         document = torch.bucketize(slots, cu_seqlens[1:].to(device), right=True)
-        mask = mask & (document[:length, None] == document)
+        mask = mask & (document[at].unsqueeze(-1) == document)
     return mask
 
 
@@ -125,9 +126,9 @@ def softmax_attention(
 
     Args:
         scale: of the scores; None: 1 / sqrt(D).
-        cu_seqlens: `[documents + 1]` offsets of packed documents, B = 1.
+        cu_seqlens: `[documents + 1]` offsets of packed documents, B = 1; with positions, those of the S keys.
         max_document: longest document, a host integer; None: T.
-        positions: `[B, T]` positions of the queries when k, v are a cache whose slot s holds position s; None: S = T.
+        positions: `[B, T]` slots of the queries' own tokens among the S keys (of a cache, their positions); None: S = T.
         window: a query sees itself and the `window - 1` tokens before it; None: all before it.
 
     Raises:
@@ -135,8 +136,10 @@ def softmax_attention(
     """
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or (positions is None and q.shape[1] != k.shape[1]):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
-    if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
-        raise ValueError("packed documents need a batch of 1 and no cache")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"packed documents need a batch of 1, got {q.shape[0]}")
+    if positions is None and (pieces := sequence.current()) is not None:
+        return pieces.attend(softmax_attention, q, k, v, cu_seqlens, scale=scale, window=window)
     visibility: dict[str, Any] = {"cu_seqlens": cu_seqlens, "positions": positions, "window": window}
     if requested("auto") == "reference":
         return softmax_attention_reference(q, k, v, scale=scale, **visibility)

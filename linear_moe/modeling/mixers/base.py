@@ -68,7 +68,7 @@ class Layout:
 @dataclass(frozen=True)
 class Capabilities:
     tensor_parallel: bool = True
-    sequence_parallel: bool = False
+    sequence_parallel: bool = True
     packing: bool = True
     decoding: bool = True
 
@@ -81,6 +81,7 @@ class Mixer(nn.Module):
     formula: ClassVar[str]  # the recurrence in one line of mathematics
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
+    limits: ClassVar[dict[str, str]] = {}  # a capability that does not hold -> why
     unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
     crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it has a `crossing`
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
-
-from functools import partial
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.fused import fused

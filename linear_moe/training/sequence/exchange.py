@@ -121,9 +121,9 @@ def _all_gather(parts: Sequence[Tensor], line: Line) -> list[Tensor]:
         return [part.unsqueeze(0) for part in parts]
     flat = [_real(part).flatten() for part in parts]
     own = torch.cat(flat)
-    everywhere = own.new_empty(line.order.size, own.numel())
+    everywhere = own.new_empty(line.order.size * len(own))
     dist.all_gather_into_tensor(everywhere, own, group=line.group)
-    found = everywhere.split([len(x) for x in flat], 1)
+    found = everywhere.view(line.order.size, -1).split([len(x) for x in flat], 1)
     return [_like(x, (line.order.size, *part.shape), part) for x, part in zip(found, parts, strict=True)]
 
 
@@ -210,5 +210,5 @@ class AllTokens(torch.autograd.Function):
         if line.group is None:
             return by_rank[0], None
         own = torch.empty_like(by_rank[0])
-        dist.reduce_scatter_tensor(own, by_rank, group=line.group)
+        dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1), group=line.group)
         return own, None

@@ -69,7 +69,8 @@ def _summary(k: Tensor, v: Tensor, g: Tensor, theta: Tensor) -> tuple[Tensor, Te
     left, kept = sequence.remaining(g)
     sums = theta.double().flip(1).cumsum(1).flip(1).remainder(2 * math.pi).float()  # angles are not bounded
     after = torch.cat([sums[:, 1:], torch.zeros_like(sums[:, :1])], 1)
-    turned = torch.polar(k.float() * left, after)
+    k = k.float() * left
+    turned = torch.complex(k * after.cos(), k * after.sin())  # not `polar`, whose gradient takes k >= 0 for granted
     state = torch.einsum("nthk,nthv->nhkv", turned, v.to(turned.dtype))
     return torch.polar(kept, sums[:, 0])[..., None], state
 

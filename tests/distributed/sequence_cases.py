@@ -10,10 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.base import Layout
+from linear_moe.training.data import prepare_data
+from linear_moe.training.data.loader import TrainLoader, validation_batches
+from linear_moe.training.faults import StopSignal
+from linear_moe.training.model import build_model
+from linear_moe.training.optimizer import build_optimizer
+from linear_moe.training.schedule import learning_rate, set_learning_rate
 from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.layout import Cut, Order, cut, share
 from linear_moe.training.sequence.pieces import layout_of
+from linear_moe.training.step import Stepper
+from tests.distributed.cases import start
 from tests.unit.mixers.common import build
 
 ROWS, LENGTH, HIDDEN = 2, 48, 32
@@ -74,11 +83,28 @@ def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Ten
     for layout, strategy, packed in settings():
         own = line(layout, strategy)
         pieces, own_tokens = own_layout(own, packed)
-        result = one_pass(
-            mixer, share(stream(packed, 0), pieces), share(stream(packed, 1), pieces), own_tokens
-        )
+        result = one_pass(mixer, share(stream(packed, 0), pieces), share(stream(packed, 1), pieces), own_tokens)
         for key, gradient in result.items():
             if key not in ("output", "tokens"):
                 dist.all_reduce(gradient)
         found[f"{layout}-{strategy}-{packed}"] = result
     return found
+
+
+def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Real batches of the loader through real steps; the losses and gradient norms, then a validation's loss."""
+    tree, groups = start(config)
+    data = prepare_data(tree)
+    model = build_model(tree, vocab_size(tree), groups)
+    optimizer = build_optimizer(model, tree)
+    stepper = Stepper(tree, model, optimizer, groups.device, StopSignal())
+    batches = TrainLoader(data, tree, groups.data_rank, groups.data_size, 0, groups.sequence_rank)
+    results, router = [], []
+    for step in range(1, steps + 1):
+        set_learning_rate(optimizer, learning_rate(step, tree))
+        results.append(stepper.train(batches))
+        router.append(stepper.auxiliary_losses())
+    held_out = validation_batches(data, tree, groups.data_rank, groups.data_size, groups.sequence_rank)
+    scored = stepper.validate(held_out, 1)
+    losses = [(result.loss, result.gradient_norm, result.tokens) for result in [*results, scored]]
+    return {"losses": losses, "router": router}

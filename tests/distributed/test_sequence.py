@@ -11,7 +11,7 @@ from torch import Tensor
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training.sequence.layout import Order, cut, share
 from tests.distributed.harness import run
-from tests.distributed.sequence_cases import LENGTH, OFFSETS, ROWS, one_pass, settings, stream, whole_layout
+from tests.distributed.sequence_cases import LENGTH, ROWS, one_pass, settings, stream, whole_layout
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 from tests.unit.mixers.common import build, case_ids, cases
 
@@ -24,7 +24,9 @@ Results = dict[int, dict[str, list[Any]]]
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Results:
     """Of the tests that were asked for."""
-    chosen = [item.callspec.params["key"] for item in request.session.items if "key" in getattr(item, "fixturenames", ())]  # type: ignore[attr-defined]
+    chosen = [
+        item.callspec.params["key"] for item in request.session.items if "key" in getattr(item, "fixturenames", ())
+    ]  # type: ignore[attr-defined]
     todo = {key: ("sequence_mixer", dict(zip(("name", "fields"), IDS[key], strict=True))) for key in chosen}
     firsts = {key: case for key, case in todo.items() if key.endswith("-0")}
     return {4: run(4, todo), 2: run(2, firsts)}

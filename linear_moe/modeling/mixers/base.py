@@ -81,7 +81,7 @@ class Mixer(nn.Module):
     formula: ClassVar[str]  # the recurrence in one line of mathematics
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
-    limits: ClassVar[dict[str, str]] = {}  # a capability that does not hold -> why
+    limits: ClassVar[dict[str, str]] = {}  # a capability that it does not have -> why
     unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
     crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it has a `crossing`
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,9 @@ class MixtureOfMemories(LinearMixer):
     formula = "S_t^m = Theta_t^m S_{t-1}^m + f(k_t^m, v_t^m) for m chosen by t,  o_t = sum_m w_t^m q_t^m S_t^m"
     paper = "arXiv 2502.13685"
     capabilities = Capabilities(sequence_parallel=False)
-    limits = {"sequence_parallel": "convolutions over a memory's own tokens reach back over any number of others"}
+    limits: ClassVar = {
+        "sequence_parallel": "convolutions over a memory's own tokens reach back over any number of others"
+    }
 
     def __init__(self, config: MoMConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,7 +53,9 @@ class Titans(LinearMixer):
     )
     paper = "arXiv 2501.00663"
     capabilities = Capabilities(sequence_parallel=False)
-    limits = {"sequence_parallel": "chunks of tokens that share a memory are counted from the document's start, across pieces"}
+    limits: ClassVar = {
+        "sequence_parallel": "chunks of tokens that share a memory are counted from the document's start, across pieces"
+    }
 
     def __init__(self, config: TitansConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

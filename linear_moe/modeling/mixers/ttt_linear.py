@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class TTTLinear(LinearMixer):
     )
     paper = "arXiv 2407.04620"
     capabilities = Capabilities(sequence_parallel=False)
-    limits = {"sequence_parallel": "the inner LayerNorm makes a memory no affine function of the one before"}
+    limits: ClassVar = {"sequence_parallel": "the inner LayerNorm makes a memory no affine function of the one before"}
 
     def __init__(self, config: TTTLinearConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

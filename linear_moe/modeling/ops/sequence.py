@@ -32,7 +32,13 @@ class Pieces(Protocol):
         ...
 
     def attend(
-        self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, **options: Any
+        self,
+        attention: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        **options: Any,
     ) -> Tensor:
         """`attention` of the local queries to the keys and values of all pieces before them. Collective."""
         ...
@@ -59,11 +65,15 @@ def current(initial_state: Tensor | None = None) -> Pieces | None:
     """
     pieces = _pieces.get()
     if pieces is not None and initial_state is not None:
-        raise ValueError("pieces of sequences (parallel.sequence > 1) take no initial state: theirs is what comes before")
+        raise ValueError(
+            "pieces of sequences (parallel.sequence > 1) take no initial state: theirs is what comes before"
+        )
     return pieces
 
 
-def affine(op: Callable[..., tuple[Tensor, Tensor]], k: Tensor, v: Tensor, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+def affine(
+    op: Callable[..., tuple[Tensor, Tensor]], k: Tensor, v: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The summary of any op whose state `[N, H, K, V]` is multiplied by a matrix from the left, by running it once.
 
     Values and what becomes of an initial state are columns beside each other: those of the identity become the

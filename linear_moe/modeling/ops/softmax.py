@@ -128,7 +128,7 @@ def softmax_attention(
         scale: of the scores; None: 1 / sqrt(D).
         cu_seqlens: `[documents + 1]` offsets of packed documents, B = 1; with positions, those of the S keys.
         max_document: longest document, a host integer; None: T.
-        positions: `[B, T]` slots of the queries' own tokens among the S keys (of a cache, their positions); None: S = T.
+        positions: `[B, T]` slots of the queries' own tokens among the S keys, of a cache their positions; None: S = T.
         window: a query sees itself and the `window - 1` tokens before it; None: all before it.
 
     Raises:

@@ -127,9 +127,7 @@ def _all_gather(parts: Sequence[Tensor], line: Line) -> list[Tensor]:
     return [_like(x, (line.order.size, *part.shape), part) for x, part in zip(found, parts, strict=True)]
 
 
-def _ring(
-    line: Line, transition: Tensor, state: Tensor, times: Times, reverse: bool
-) -> tuple[Tensor, None]:
+def _ring(line: Line, transition: Tensor, state: Tensor, times: Times, reverse: bool) -> tuple[Tensor, None]:
     """The scan as a walk from piece to piece; see `_gathered`."""
     order, rank = line.order, line.rank
     last, step = (0, -1) if reverse else (order.count - 1, 1)
@@ -164,7 +162,11 @@ def _ring(
 def _blocks(transition: Tensor, width: int, blocks: int, matrix: bool) -> Sequence[Tensor]:
     """The transition of each block of columns."""
     whole = matrix or transition.shape[-1] != width
-    return [transition] * len(transition.new_empty(width, device="meta").chunk(blocks)) if whole else transition.chunk(blocks, -1)
+    return (
+        [transition] * len(transition.new_empty(width, device="meta").chunk(blocks))
+        if whole
+        else transition.chunk(blocks, -1)
+    )
 
 
 def _send(x: Tensor, rank: int, line: Line) -> tuple[Any, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "zigzag")
+from linear_moe.config.schema import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ class Cut:
         return [*found, len(self.starts) * self.length]
 
 
-def padded_length(length: int, order: Order, multiple: int = 1) -> int:
-    """`length` rounded up to equal pieces of which every rank's are a multiple of `multiple` tokens."""
-    step = order.count * multiple
-    return -(-length // step) * step
+def order_of(parallel: ParallelConfig) -> Order:
+    return Order(parallel.sequence, parallel.sequence_layout if parallel.sequence > 1 else "contiguous")
 
 
 def cut(rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | None = None) -> Cut:
@@ -117,13 +115,12 @@ def share(x: Tensor, cut: Cut) -> Tensor:
     return pieces[:, list(cut.order.pieces(cut.rank))].flatten(1, 2)
 
 
-def split(batch: dict[str, Any], order: Order, rank: int, multiple: int = 1) -> dict[str, Any]:
-    """A rank's share of the loader's micro-batch, with its `cut`; rows that do not divide are padded.
+def split(batch: dict[str, Any], order: Order, rank: int, padded: int) -> dict[str, Any]:
+    """A rank's share of the loader's micro-batch, with its `cut`; rows are padded to `padded` tokens.
 
     Padding is not counted in the loss, comes after all that is, and is a document of its own where these are isolated.
     """
     rows, length = batch["tokens"].shape
-    padded = padded_length(length, order, multiple)
     cu_seqlens = batch.get("cu_seqlens")
     if cu_seqlens is not None and padded > length:
         cu_seqlens = _pad_rows(cu_seqlens.tolist(), rows, length, padded)

@@ -53,7 +53,13 @@ class RankPieces:
             yield tuple(None if x is None else x[:, span] for x in inputs)
 
     def attend(
-        self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, **options: Any
+        self,
+        attention: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        **options: Any,
     ) -> Tensor:
         """Keys and values of all pieces are gathered; each segment's queries see those from its first sequence on."""
         cut, shape = self.cut, q.shape

@@ -60,9 +60,7 @@ def delta_product(
     if (pieces := sequence.current(initial_state)) is not None:
 
         def run(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-            return implementation(
-                k[:, :, 0], k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None
-            )
+            return implementation(k[:, :, 0], k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None)
 
         initial_state = pieces.states(partial(sequence.affine, run), k, v, beta, g, matrix=True)
     return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -64,9 +64,7 @@ def dplr(
     if (pieces := sequence.current(initial_state)) is not None:
 
         def run(k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-            return implementation(
-                k, k, v, a, b, g, scale=1.0, initial_state=initial_state, cu_seqlens=None, **options
-            )
+            return implementation(k, k, v, a, b, g, scale=1.0, initial_state=initial_state, cu_seqlens=None, **options)
 
         initial_state = pieces.states(partial(sequence.affine, run), k, v, a, b, g, matrix=True)
     return implementation(q, k, v, a, b, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, **options)

@@ -18,7 +18,7 @@ HYBRID = {
     "pattern": "LLMN",
     "num_layers": 4,
     "mixer": {"type": "gated_deltanet"},
-    "symbols": {"M": {"mixer": {"type": "mamba2", "head_dim": 16}}},
+    "symbols": {"M": {"mixer": {"type": "mamba2", "head_dim": 16, "num_groups": 2}}},
     "attention": {"type": "attention", "num_kv_heads": 2},
 }
 RECOMPUTE = {"recompute": "full"}

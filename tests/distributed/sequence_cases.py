@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from linear_moe.training.faults import StopSignal
 from linear_moe.training.model import build_model
 from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.schedule import learning_rate, set_learning_rate
+from linear_moe.training.sequence import exchange
 from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.layout import Cut, Order, cut, share
 from linear_moe.training.sequence.pieces import layout_of
@@ -89,6 +92,34 @@ def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Ten
                 dist.all_reduce(gradient)
         found[f"{layout}-{strategy}-{packed}"] = result
     return found
+
+
+def sequence_bytes(name: str, fields: dict[str, Any], layout: str, strategy: str, length: int) -> tuple[int, int]:
+    """Bytes that this rank hands to collectives in one layer's forward and backward pass, over rows of `length`."""
+    mixer, own = build(name, fields), line(layout, strategy)
+    pieces = cut(ROWS, length, own.order, own.rank)
+    x = share(torch.randn(ROWS, length, HIDDEN, generator=torch.Generator().manual_seed(0)), pieces)
+    tokens = x.flatten(0, 1).requires_grad_()
+    positions = share(torch.arange(length).expand(ROWS, length), pieces)
+    counted = 0
+
+    def counting(function: Any, place: int) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal counted
+            counted += args[place].numel() * args[place].element_size()
+            return function(*args, **options)
+
+        return call
+
+    # A collective's input: the second argument of both, the first of a send.
+    places = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "isend": 0}
+    with ExitStack() as stack:
+        for function, place in places.items():
+            stack.enter_context(mock.patch.object(exchange.dist, function, counting(getattr(dist, function), place)))
+        y = mixer(tokens, layout_of(pieces, own, torch.device("cpu"), positions, None))
+        forward, counted = counted, 0
+        y.sum().backward()
+    return forward, counted
 
 
 def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def documents(tokens: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(torch.arange(tokens.numel()), document_offsets(tokens, 0)[1:], right=True).view(tokens.shape)
 
 
-@pytest.mark.parametrize(("order", "isolate"), product(ORDERS, (False, True)), ids=str)
+@pytest.mark.parametrize(("order", "isolate"), list(product(ORDERS, (False, True))), ids=str)
 def test_split_batches_hold_every_token_once(order: Order, isolate: bool) -> None:
     rows, length, padded = 3, 29, 32
     random = torch.Generator().manual_seed(1)

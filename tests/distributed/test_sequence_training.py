@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from tests.distributed.harness import run
+from tests.distributed.harness import ROOT, environment, run
 from tests.distributed.test_parallel_training import config as tiny
 from tests.tolerances import FP32, assert_close
 
@@ -80,3 +84,23 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], name: st
             assert mine.keys() == whole.keys()
             for key, value in whole.items():
                 assert mine[key] == pytest.approx(value, rel=10 * FP32), f"{name}: {key} of step {step}"
+
+
+def test_the_command_gives_the_losses_of_one_process(tmp_path: Path) -> None:
+    records = []
+    for ranks in (1, 2):
+        fields = tree("hybrid", {"sequence": ranks}, tmp_path / "data") | {"run": str(tmp_path / str(ranks))}
+        config = tmp_path / f"{ranks}.yaml"
+        config.write_text(yaml.safe_dump(fields))
+        command = ["-m", "linear_moe", "train", str(config), "logging.tensorboard=false"]
+        if ranks > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode()[-4000:]
+        lines = [json.loads(line) for line in (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()]
+        records.append([r for r in lines if r.get("event") in (None, "validation")])
+    one, two = records
+    assert [r["step"] for r in one if "event" not in r] == list(range(1, STEPS + 1))
+    assert any("event" in r for r in one)
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=FP32), a["step"]

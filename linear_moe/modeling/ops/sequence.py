@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,22 @@ Summary = Callable[..., tuple[Tensor, Tensor]]
 """`summary(*inputs) -> (transition, state)` of rows `[N, T, ...]`: after them, a state that was S before is transition
 S + state. The transition has as many dimensions as the state and is multiplied element by element (both may be
 complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values that local sequences see: of each from its beginning, wherever that is, to its last local token.
+
+    Attributes:
+        k, v: `[1, tokens, G, D]`, sequences laid end to end.
+        spans: of each local sequence, how many local tokens (queries) and how many keys it has.
+        offsets: int32 `[sequences + 1]` of the queries, and of the keys.
+    """
+
+    k: Tensor
+    v: Tensor
+    spans: list[tuple[int, int]]
+    offsets: tuple[Tensor, Tensor]
 
 
 class Pieces(Protocol):
@@ -31,16 +48,8 @@ class Pieces(Protocol):
         """
         ...
 
-    def attend(
-        self,
-        attention: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        **options: Any,
-    ) -> Tensor:
-        """`attention` of the local queries to the keys and values of all pieces before them. Collective."""
+    def keys(self, k: Tensor, v: Tensor) -> Keys:
+        """What the local queries see, from keys and values `[B, T, G, D]` of the local tokens. Collective."""
         ...
 
 

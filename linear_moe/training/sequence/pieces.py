@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import Summary
+from linear_moe.modeling.ops.sequence import Keys, Summary
 from linear_moe.training.sequence.exchange import AllTokens, Line, states_before
 from linear_moe.training.sequence.layout import Cut
 
@@ -52,40 +51,31 @@ class RankPieces:
             span = slice(s * self.cut.length + starts[-1], (s + 1) * self.cut.length)
             yield tuple(None if x is None else x[:, span] for x in inputs)
 
-    def attend(
-        self,
-        attention: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        **options: Any,
-    ) -> Tensor:
-        """Keys and values of all pieces are gathered; each segment's queries see those from its first sequence on."""
-        cut, shape = self.cut, q.shape
-        kv = torch.cat([k, v], -1).reshape(cut.rows, cut.order.per_rank, cut.length, *k.shape[2:-1], -1)
-        everything = AllTokens.apply(kv.transpose(0, 1), self.line)  # [pieces, rows, L, G, D + V]
-        k, v = everything.transpose(0, 1).flatten(1, 2).split([k.shape[-1], v.shape[-1]], -1)
-        queries = q.reshape(len(cut.starts), cut.length, *q.shape[2:]).split(1)
-        outputs = []
-        for s, (row, piece) in enumerate(cut.places):
-            seen = slice(cut.begins[s], (piece + 1) * cut.length)
-            positions, documents = self._visible[s]
-            own = (x[row : row + 1, seen] for x in (k, v))
-            outputs.append(attention(queries[s], *own, cu_seqlens=documents, positions=positions, **options))
-        return torch.cat(outputs).reshape(*shape[:-1], -1)
+    def keys(self, k: Tensor, v: Tensor) -> Keys:
+        cut, sizes = self.cut, (k.shape[-1], v.shape[-1])
+        own = torch.cat([k, v], -1).view(cut.rows, cut.order.per_rank, cut.length, k.shape[2], sum(sizes))
+        everything = (
+            AllTokens.apply(own.transpose(0, 1), self.line).transpose(0, 1).flatten(1, 2)
+        )  # [rows, T, G, D + V]
+        reach = zip(cut.places, cut.begins, strict=True)
+        seen = [everything[row, begin : (piece + 1) * cut.length] for (row, piece), begin in reach]
+        k, v = torch.cat(seen).unsqueeze(0).split(sizes, -1)
+        return Keys(k, v, self._spans, self._offsets)
 
     @cached_property
-    def _visible(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Of each segment, the places of its queries among the keys, `[1, L]`, and the documents of the keys."""
-        found: list[tuple[Tensor, Tensor | None]] = []
+    def _spans(self) -> list[tuple[int, int]]:
+        spans = []
         for starts, begin, (_, piece) in zip(self.cut.starts, self.cut.begins, self.cut.places, strict=True):
             before = piece * self.cut.length - begin
-            positions = torch.arange(before, before + self.cut.length).unsqueeze(0)
-            offsets = [0, *(before + start for start in starts[1:]), before + self.cut.length]
-            documents = on_device(torch.tensor(offsets), self.device) if self.cut.packed else None
-            found.append((on_device(positions, self.device), documents))
-        return found
+            for start, end in pairwise((*starts, self.cut.length)):
+                spans.append((end - start, end - start + before))
+                before = 0
+        return spans
+
+    @cached_property
+    def _offsets(self) -> tuple[Tensor, Tensor]:
+        queries, keys = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in zip(*self._spans, strict=True))
+        return on_device(queries, self.device), on_device(keys, self.device)
 
 
 def _as(flags: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,21 +87,29 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], name: st
                 assert mine[key] == pytest.approx(value, rel=10 * FP32), f"{name}: {key} of step {step}"
 
 
-def test_the_command_gives_the_losses_of_one_process(tmp_path: Path) -> None:
-    records = []
-    for ranks in (1, 2):
-        fields = tree("hybrid", {"sequence": ranks}, tmp_path / "data") | {"run": str(tmp_path / str(ranks))}
-        config = tmp_path / f"{ranks}.yaml"
-        config.write_text(yaml.safe_dump(fields))
-        command = ["-m", "linear_moe", "train", str(config), "logging.tensorboard=false"]
-        if ranks > 1:
-            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, timeout=300)
-        assert done.returncode == 0, done.stderr.decode()[-4000:]
-        lines = [json.loads(line) for line in (tmp_path / str(ranks) / "metrics.jsonl").read_text().splitlines()]
-        records.append([r for r in lines if r.get("event") in (None, "validation")])
-    one, two = records
-    assert [r["step"] for r in one if "event" not in r] == list(range(1, STEPS + 1))
-    assert any("event" in r for r in one)
-    for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=FP32), a["step"]
+def losses_of(run_folder: Path, config: dict[str, Any], ranks: int) -> list[tuple[int, float]]:
+    """Steps, validations and their losses that the command, on so many ranks, records."""
+    path = run_folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config | {"run": str(run_folder)}))
+    command = ["-m", "linear_moe", "train", str(path), "logging.tensorboard=false"]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    metrics = run_folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if r.get("event") in (None, "validation")]
+
+
+def test_the_command_and_resuming_on_other_ranks(tmp_path: Path) -> None:
+    """Losses of one process, on two; and then on, from the middle, on one."""
+    configs = [tree("hybrid", {"sequence": ranks}, tmp_path / "data") for ranks in (1, 2)]
+    one, two = (losses_of(tmp_path / f"run{n}", configs[n] | {"checkpoint": {"every": 5}}, n + 1) for n in (0, 1))
+    assert [step for step, _ in one] == [*range(1, STEPS + 1), STEPS]  # and a validation
+    shutil.rmtree(tmp_path / "run1" / "checkpoints" / f"step_{STEPS:08d}")
+    resumed = losses_of(tmp_path / "run1", configs[0] | {"checkpoint": {"every": 5}}, 1)
+    for found in (two, one[:5] + resumed):
+        assert [step for step, _ in found] == [step for step, _ in one]
+        for (step, loss), (_, expected) in zip(found, one, strict=True):
+            assert loss == pytest.approx(expected, rel=FP32), step

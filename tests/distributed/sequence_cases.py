@@ -12,8 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from linear_moe.config.load import from_dict
+from linear_moe.config.schema import ModelConfig
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import Activations
+from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.model import LanguageModel
 from linear_moe.training.data import prepare_data
 from linear_moe.training.data.loader import TrainLoader, validation_batches
 from linear_moe.training.faults import StopSignal
@@ -28,7 +33,7 @@ from linear_moe.training.step import Stepper
 from tests.distributed.cases import start
 from tests.unit.mixers.common import build
 
-ROWS, LENGTH, HIDDEN = 2, 48, 32
+ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 48, 32, 64
 # In pieces of 6, 12 and 24 tokens: a document over several pieces, an empty one, one of a single token, one that ends
 # with a piece, one that begins with one, two within one, and one shorter than a convolution before a boundary.
 OFFSETS = [0, 3, 3, 6, 7, 10, 30, 46, 48, 48]
@@ -139,3 +144,29 @@ def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
     scored = stepper.validate(held_out, 1)
     losses = [(result.loss, result.gradient_norm, result.tokens) for result in [*results, scored]]
     return {"losses": losses, "router": router}
+
+
+def sequence_model(model: dict[str, Any], modules: list[str], packed: bool, layout: str | None) -> dict[str, Tensor]:
+    """Losses of this rank's tokens in a whole model, and the gradients of all its parameters, summed over the ranks.
+
+    Args:
+        modules: computed again in the backward pass.
+        layout: None: all tokens on this rank.
+    """
+    host = Host(activations=Activations(modules))
+    network = LanguageModel(from_dict(ModelConfig, model), VOCABULARY, host)
+    initialize(network, host, seed=3)
+    rows = 1 if packed else ROWS
+    text = torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(5))
+    tokens, labels, where = text[:, :-1], text[:, 1:], whole_layout(packed)
+    if layout is not None:
+        pieces, where = own_layout(line(layout, "all_gather"), packed)
+        tokens, labels = share(tokens, pieces), share(labels, pieces)
+    shape = (where.batch, where.length)
+    losses = network(tokens.reshape(shape), where, labels=labels.reshape(shape))
+    losses.sum().backward()
+    found = {name: p.grad for name, p in network.named_parameters()}
+    if layout is not None:
+        for gradient in found.values():
+            dist.all_reduce(gradient)
+    return {"losses": losses.detach().view(rows, -1, 1)} | found

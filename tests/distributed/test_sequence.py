@@ -19,6 +19,42 @@ WORLDS = (2, 4)
 IDS = dict(zip(case_ids(), cases(), strict=True))
 SPLIT = [key for key, (name, _) in IDS.items() if mixer_class(name).capabilities.sequence_parallel]
 Results = dict[int, dict[str, list[Any]]]
+NAMES = sorted({IDS[key][0] for key in SPLIT})
+# Every mixer once, three to a model, behind them a layer of softmax attention; each in one of these settings.
+SETTINGS = [("zigzag", True, ["layer"]), ("contiguous", False, ["norm", "core", "activation"]), ("zigzag", False, [])]
+MODELS = {"-".join(NAMES[i : i + 3]): SETTINGS[i // 3 % len(SETTINGS)] for i in range(0, len(NAMES), 3)}
+
+
+def model_of(key: str) -> dict[str, Any]:
+    """The config of a model, whose layers have the weights' scale of the mixers' tests."""
+    names = key.split("-")
+    symbols = {
+        letter: {"mixer": {"type": name} | IDS[f"{name}-0"][1]} for letter, name in zip("ABC", names, strict=False)
+    }
+    sizes = {"hidden_size": 32, "num_heads": 4, "ffn_size": 48, "ffn": "dense", "num_layers": len(names) + 1}
+    scale = {"init_std": 0.15, "norm_eps": 1e-2, "scale_output_init": False}
+    return {"pattern": "ABC"[: len(names)] + "N", "symbols": symbols} | sizes | scale
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, list[dict[str, Tensor]]]:
+    """What every rank of a sequence has, and (`one-` before the name) what one process has."""
+    todo: dict[str, Any] = {}
+    for key, (layout, packed, modules) in MODELS.items():
+        common = {"model": model_of(key), "packed": packed}
+        todo[key] = "sequence_model", common | {"layout": layout, "modules": modules}
+        todo[f"one-{key}"] = "sequence_model", common | {"layout": None, "modules": []}
+    return run(4, todo)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_model_is_that_of_one_process(models: dict[str, list[dict[str, Tensor]]], model: str) -> None:
+    layout, packed, _ = MODELS[model]
+    expected, ranks = dict(models[f"one-{model}"][0]), models[model]
+    losses = joined([rank["losses"] for rank in ranks], Order(4, layout), packed)
+    assert_close(losses, expected.pop("losses"), FP32, model)
+    gradients = {name: x for name, x in ranks[0].items() if name != "losses"}
+    assert_gradients_close(gradients, expected, FP32, FP32_GRADIENT_FLOOR)
 
 
 @pytest.fixture(scope="module")

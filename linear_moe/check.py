@@ -42,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
     check(config, world)
     layout = parallel_layout(config, world)
     print(
-        f"{args.config}: ok on {world} ranks (tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}; "
+        f"{args.config}: ok on {world} ranks (tensor {layout.tensor}, sequence {layout.sequence}, "
+        f"pipeline {layout.pipeline}, data {layout.data}; "
         f"experts: expert {layout.expert}, expert_tensor {layout.expert_tensor}, data {layout.expert_data})"
     )
     return 0

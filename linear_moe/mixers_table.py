@@ -102,7 +102,7 @@ def show(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> No
     console.print("[bold cyan]Recurrences[/]")
     console.print(table)
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("mixer", no_wrap=True)
     table.add_column("family", no_wrap=True)
     table.add_column("backends")

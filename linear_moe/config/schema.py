@@ -121,7 +121,7 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """Data parallelism is what the world size leaves: world / (tensor * pipeline)."""
+    """Data parallelism is what the world size leaves: world / (tensor * sequence * pipeline)."""
 
     tensor: int = opt(1, "tensor-parallel ranks (heads, FFN columns, vocabulary)", ge=1, le=2**16)
     tensor_sequence: bool | None = opt(
@@ -138,6 +138,19 @@ class ParallelConfig:
     )
     expert: int = opt(1, "ranks that share out the routed experts", ge=1, le=2**16)
     expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1, le=2**16)
+    sequence: int = opt(1, "ranks that share out every sequence (Megatron-Core: context parallel)", ge=1, le=2**16)
+    sequence_layout: str = opt(
+        "zigzag",
+        "a rank's tokens of a sequence: one piece (contiguous), or of twice as many pieces the n-th from the start and "
+        "the n-th from the end, which balances causal softmax attention (zigzag)",
+        choices=("contiguous", "zigzag"),
+    )
+    sequence_exchange: str = opt(
+        "all_gather",
+        "how recurrent states travel: all at once, or from piece to piece, in blocks; then what a rank sends and "
+        "receives does not grow with the ranks",
+        choices=("all_gather", "ring"),
+    )
 
 
 @dataclass

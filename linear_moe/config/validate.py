@@ -36,7 +36,9 @@ class ParallelLayout:
     """Process groups of a world, as Megatron-Core's parallel_state makes them (order tp-cp-ep-dp-pp).
 
     Attributes:
-        data, expert_data: ranks that hold the same weights outside, and inside, the routed experts.
+        sequence: ranks that share out sequences.
+        data: ranks that take different sequences.
+        expert_data: ranks that hold the same routed experts.
     """
 
     world: int
@@ -46,15 +48,24 @@ class ParallelLayout:
     expert_tensor: int
     data: int
     expert_data: int
+    sequence: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights outside the routed experts."""
+        return self.data * self.sequence
 
     @cached_property
     def groups(self) -> dict[str, list[list[int]]]:
-        """Axis -> its groups, each a list of ranks. Axes: tensor, data, pipeline, and for the routed experts
-        expert_tensor, expert, expert_data."""
-        dense = {"tensor": self.tensor, "data": self.data, "pipeline": self.pipeline}
+        """Axis -> its groups, each a list of ranks. Axes: tensor, data (all `replicas`), pipeline, sequence if there
+        are such ranks, and for the routed experts expert_tensor, expert, expert_data."""
+        dense = {"tensor": self.tensor, "data": self.replicas, "pipeline": self.pipeline}
         experts = {"expert_tensor": self.expert_tensor, "expert": self.expert, "expert_data": self.expert_data}
         experts["pipeline"] = self.pipeline
         found = {axis: list(_groups(dense, axis)) for axis in dense}
+        if self.sequence > 1:
+            apart = {"tensor": self.tensor, "sequence": self.sequence, "data": self.data, "pipeline": self.pipeline}
+            found["sequence"] = list(_groups(apart, "sequence"))
         return found | {axis: list(_groups(experts, axis)) for axis in experts if axis != "pipeline"}
 
 
@@ -65,21 +76,37 @@ def tensor_sequence(parallel: ParallelConfig) -> bool:
 
 def smallest_world(parallel: ParallelConfig) -> int:
     """The fewest ranks that the parallel sizes allow."""
-    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
+    dense = parallel.tensor * parallel.sequence
+    return parallel.pipeline * math.lcm(dense, parallel.expert * parallel.expert_tensor)
+
+
+def padded_length(config: Config) -> int:
+    """training.sequence_length, up to equal pieces for the ranks of parallel.sequence."""
+    parallel = config.parallel
+    pieces = parallel.sequence * (2 if parallel.sequence > 1 and parallel.sequence_layout == "zigzag" else 1)
+    step = pieces * (parallel.tensor if parallel.sequence > 1 and tensor_sequence(parallel) else 1)
+    return -(-config.training.sequence_length // step) * step
+
+
+def rank_tokens(config: Config) -> int:
+    """Of a micro-batch, before its tokens are split over tensor ranks."""
+    return config.training.micro_batch * padded_length(config) // config.parallel.sequence
 
 
 def parallel_layout(config: Config, world: int) -> ParallelLayout:
     """Sizes for `world` ranks; raises ConfigError when the parallel sizes do not divide it."""
     p = config.parallel
     _check_most("world size", world, "the largest planned for", MAX_WORLD)
-    for names in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
+    for names in (("tensor", "sequence", "pipeline"), ("expert", "expert_tensor", "pipeline")):
         size = math.prod(getattr(p, name) for name in names)
         if world < 1 or world % size:
-            terms = " * ".join(f"parallel.{name} {getattr(p, name)}" for name in names)
+            shown = [name for name in names if name != "sequence" or p.sequence > 1]
+            terms = " * ".join(f"parallel.{name} {getattr(p, name)}" for name in shown)
             fix = nearest(world, step=smallest_world(p))
             raise ConfigError("world size", world, f"must be a positive multiple of {terms} = {size}", fix=fix)
-    data, expert_data = world // (p.tensor * p.pipeline), world // (p.expert * p.expert_tensor * p.pipeline)
-    return ParallelLayout(world, p.tensor, p.pipeline, p.expert, p.expert_tensor, data, expert_data)
+    data = world // (p.tensor * p.sequence * p.pipeline)
+    expert_data = world // (p.expert * p.expert_tensor * p.pipeline)
+    return ParallelLayout(world, p.tensor, p.pipeline, p.expert, p.expert_tensor, data, expert_data, p.sequence)
 
 
 def _groups(sizes: dict[str, int], axis: str) -> Iterator[list[int]]:
@@ -136,7 +163,7 @@ def nearest_layout(config: Config, world: int) -> str:
 
     "" where there are none: the sizes are not what is wrong.
     """
-    axes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
+    axes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "sequence")
     given = {axis: getattr(config.parallel, axis) for axis in axes}
 
     def works(sizes: dict[str, int], world: int | None) -> bool:
@@ -158,11 +185,16 @@ def nearest_layout(config: Config, world: int) -> str:
 
     choices = [{1, *sorted(parts, key=partial(far, axis))[:6]} for axis in axes]
     choices[axes.index("virtual_pipeline")] = {given["virtual_pipeline"], 2, 1}
+    choices[axes.index("sequence")] = {given["sequence"], 1}
     found: list[tuple[int, float, dict[str, int]]] = []
     for values in product(*choices):
         sizes = dict(zip(axes, values, strict=True))
-        tensor, pipeline, virtual, expert, inside = values
-        if world % (tensor * pipeline) or world % (expert * inside * pipeline) or (virtual > 1 and pipeline == 1):
+        tensor, pipeline, virtual, expert, inside, sequence = values
+        if (
+            world % (tensor * sequence * pipeline)
+            or world % (expert * inside * pipeline)
+            or (virtual > 1 and pipeline == 1)
+        ):
             continue
         changed = [axis for axis in axes if sizes[axis] != given[axis]]
         found.append((len(changed), sum(far(axis, sizes[axis]) for axis in changed), sizes))
@@ -192,9 +224,11 @@ def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
         for needed, capability, option in (
             (config.parallel.tensor > 1, "tensor_parallel", "parallel.tensor > 1"),
             (config.data.isolate_documents, "packing", "data.isolate_documents"),
+            (config.parallel.sequence > 1, "sequence_parallel", "parallel.sequence > 1"),
         ):
             if needed and not getattr(cls.capabilities, capability):
-                raise ConfigError(f"{path}.type", layer.mixer.type, f"does not support {option}")
+                why = f": {cls.limits[capability]}" if capability in cls.limits else ""
+                raise ConfigError(f"{path}.type", layer.mixer.type, f"does not support {option}{why}")
 
 
 def _check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
@@ -280,9 +314,31 @@ def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -
 def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
     parallel = config.parallel
     _check_pipeline(config, len(layers))
-    if tensor_sequence(parallel):
+    _check_sequence(config, layers)
+    if tensor_sequence(parallel) and parallel.sequence == 1:
         length = config.training.sequence_length
         _check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
+
+
+def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
+    """What goes with parallel.sequence > 1; mixers are checked elsewhere."""
+    parallel, moe = config.parallel, config.model.moe
+    if parallel.sequence == 1:
+        unused("parallel", parallel, "sequence_layout", "sequence_exchange", needs="set parallel.sequence")
+        return
+    if not any(layer.ffn == "moe" for layer in layers):
+        return
+    split = f"with parallel.sequence = {parallel.sequence}"
+    if moe.sequence_aux_loss:
+        constraint = f"is not computed over the ranks of a sequence, {split}"
+        raise ConfigError("model.moe.sequence_aux_loss", moe.sequence_aux_loss, constraint, fix="set it to 0")
+    if moe.capacity_factor is not None:
+        constraint = f"counts tokens within a rank, {split}"
+        raise ConfigError("model.moe.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
+    length, padded = config.training.sequence_length, padded_length(config)
+    if padded != length:
+        constraint = f"would be padded to {padded}, and padding be routed to experts, {split}"
+        raise ConfigError("training.sequence_length", length, constraint, fix=f"nearest valid: {padded}")
 
 
 def _check_pipeline(config: Config, num_layers: int) -> None:

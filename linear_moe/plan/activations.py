@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import ParallelLayout, recomputed, tensor_sequence
+from linear_moe.config.validate import ParallelLayout, rank_tokens, recomputed, tensor_sequence
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.ops.linear_cross_entropy import BLOCK_ELEMENTS
 from linear_moe.plan.ranks import RankChunk
@@ -89,7 +89,7 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankCh
     """What backward passes hold at the peak, and what the logits of one micro-batch need."""
     training, parallel, hidden = config.training, config.parallel, config.model.hidden_size
     size = DTYPES[training.dtype].itemsize
-    tokens = training.micro_batch * training.sequence_length
+    tokens = rank_tokens(config)
     stream = hidden / (parallel.tensor if tensor_sequence(parallel) else 1)
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
     modules, concerned = recomputed(config)

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import ParallelLayout, recomputed
+from linear_moe.config.validate import ParallelLayout, rank_tokens, recomputed
 from linear_moe.flops import Flops
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import DTYPES
@@ -94,7 +94,7 @@ def stage_cost(
     """
     training, gpu = config.training, cluster.gpu
     size, hidden = DTYPES[training.dtype].itemsize, config.model.hidden_size
-    tokens = training.micro_batch * training.sequence_length
+    tokens = rank_tokens(config)
     modules, concerned = recomputed(config)
     groups = {axis: Group.of(ranks[0], cluster) for axis, ranks in layout.groups.items()}
 

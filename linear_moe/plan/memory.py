@@ -82,7 +82,7 @@ def state_bytes(
         place: rank among the replicas, outside and inside the routed experts; None: the most of any.
     """
     optimizer, totals = config.optimizer, dict.fromkeys(STATE, 0)
-    for expert, replicas in ((False, layout.data), (True, layout.expert_data)):  # each kind has its own replicas
+    for expert, replicas in ((False, layout.replicas), (True, layout.expert_data)):  # each kind has its own replicas
         state = [0] * replicas
         for number, chunk in enumerate(chunks):
             buffers: dict[torch.dtype, list[nn.Parameter]] = {}  # each dtype has its own

@@ -59,11 +59,13 @@ class MegatronHost(Host):
             "tensor": ps.get_tensor_model_parallel_world_size(),
             "expert": ps.get_expert_model_parallel_world_size(),
             "expert_tensor": ps.get_expert_tensor_parallel_world_size(),
+            "sequence": ps.get_context_parallel_world_size(),
         }
         self._ranks = {
             "tensor": ps.get_tensor_model_parallel_rank(),
             "expert": ps.get_expert_model_parallel_rank(),
             "expert_tensor": ps.get_expert_tensor_parallel_rank(),
+            "sequence": ps.get_context_parallel_rank(),
         }
         self.counted: Tensor | float = 1.0  # share of the optimizer step's tokens whose own loss counts
         self.routing = RoutingStatistics(device, config.num_layers)
@@ -170,14 +172,16 @@ class MegatronHost(Host):
     ) -> Tensor:
         """Attach one micro-batch's losses to `weights`: that of balance, in up to three scopes, and the z-loss.
 
-        Each tensor rank adds its tokens' part. These are means over all tokens, which load experts whether their own
+        Each tensor or sequence rank adds its tokens' part. These are means over all tokens, which load experts whether
+        their own
         loss counts or not; gradients are later divided by the number of those whose does. So a micro-batch's means are
         multiplied by its tokens and by the step's share of counted ones (Megatron's own router multiplies by this
         *rank's* tokens: its losses' weight depends on the tensor-parallel size and on the loss mask).
         """
         if not torch.is_grad_enabled():
             return weights
-        ranks = self.size("tensor") if self.tensor_sequence else 1
+        parts = self.size("tensor") if self.tensor_sequence else 1  # of a micro-batch's share of tokens
+        ranks = parts * self.size("sequence")
         tokens = logits.shape[0] * ranks
         shares = scores(logits, config)
         shares = shares / shares.sum(-1, keepdim=True)
@@ -189,7 +193,7 @@ class MegatronHost(Host):
             "router_z_loss": (config.z_loss, z_loss(logits) / tokens),
         }
         if config.sequence_aux_loss:
-            place = self.rank("tensor") * logits.shape[0] if ranks > 1 else 0
+            place = self.rank("tensor") * logits.shape[0] if parts > 1 else 0
             sequence, number = sequence_of_tokens(layout, place, logits.shape[0], logits.device)
             chosen = sequence.unsqueeze(1) * config.num_experts + index
             by_sequence = self._sum_over_tokens(_counts(chosen, number * config.num_experts).unflatten(0, (number, -1)))
@@ -208,7 +212,12 @@ class MegatronHost(Host):
     def _sum_over_tokens(self, counts: Tensor) -> Tensor:
         """Counts of this rank's tokens -> of all tokens of the micro-batch."""
         if self.tensor_sequence:
-            dist.all_reduce(counts := counts.clone(), group=ps.get_tensor_model_parallel_group())
+            group = ps.get_tensor_and_context_parallel_group()
+        elif self.size("sequence") > 1:
+            group = ps.get_context_parallel_group()
+        else:
+            return counts
+        dist.all_reduce(counts := counts.clone(), group=group)
         return counts
 
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:

@@ -52,7 +52,9 @@ def train(config: Config, data: PreparedData) -> int:
     begun = f"starting with the weights of {origin} at" if origin else "resumed at" if step else "starting at"
     log.message(f"{begun} step {step} of {training.steps}: {run}")
 
-    batches = TrainLoader(data, config, groups.data_rank, groups.data_size, step * training.global_batch)
+    batches = TrainLoader(
+        data, config, groups.data_rank, groups.data_size, step * training.global_batch, groups.sequence_rank
+    )
     stepper = Stepper(config, model, optimizer, groups.device, stop)
     speed = Throughput(
         tokens_per_step=training.global_batch * training.sequence_length,
@@ -110,6 +112,6 @@ def validate(
     """Score the held-out sequences, where there are any; collective."""
     mark("validation")
     if data.has_validation:
-        batches = validation_batches(data, config, groups.data_rank, groups.data_size)
+        batches = validation_batches(data, config, groups.data_rank, groups.data_size, groups.sequence_rank)
         result = stepper.validate(batches, config.training.eval_batches)
         log.validation(step, result.loss, result.tokens)

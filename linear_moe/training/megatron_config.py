@@ -62,6 +62,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=tensor_sequence(parallel),
+        context_parallel_size=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

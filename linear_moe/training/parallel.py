@@ -17,7 +17,8 @@ from linear_moe.training import watch
 
 @dataclass(frozen=True)
 class Groups:
-    """This process's place among all. A stage is a pipeline stage; `data_*` counts the replicas of the model."""
+    """This process's place among all. A stage is a pipeline stage; `data_*` counts those that take different
+    sequences, `sequence_*` those that share them out."""
 
     rank: int
     world: int
@@ -28,6 +29,8 @@ class Groups:
     stage: int
     stages: int
     device: torch.device
+    sequence_rank: int = 0
+    sequence_size: int = 1
 
     @property
     def first_stage(self) -> bool:
@@ -65,6 +68,7 @@ def initialize(config: Config) -> Groups:
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+        context_parallel_size=sizes.sequence,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
@@ -85,6 +89,8 @@ def initialize(config: Config) -> Groups:
         stage=ps.get_pipeline_model_parallel_rank(),
         stages=ps.get_pipeline_model_parallel_world_size(),
         device=device,
+        sequence_rank=ps.get_context_parallel_rank(),
+        sequence_size=ps.get_context_parallel_world_size(),
     )
 
 

@@ -99,7 +99,7 @@ class RoutingStatistics:
     def add_global(self, counts: Tensor, layer: int) -> Tensor:
         """Choices `[E]` of all replicas in the step's micro-batches so far, these `counts` of a rank's tokens added."""
         counts = counts.clone()
-        dist.all_reduce(counts, group=ps.get_tensor_and_data_parallel_group())
+        dist.all_reduce(counts, group=ps.get_tensor_and_data_parallel_group(with_context_parallel=True))
         self._step_load[layer] = self._step_load[layer] + counts if layer in self._step_load else counts
         return self._step_load[layer]
 
@@ -113,7 +113,7 @@ class RoutingStatistics:
             return
         layers = sorted(self._step)
         counts = torch.stack([self._step[layer] for layer in layers])
-        dist.all_reduce(counts, group=ps.get_tensor_and_data_parallel_group())
+        dist.all_reduce(counts, group=ps.get_tensor_and_data_parallel_group(with_context_parallel=True))
         self._step.clear()
         self._step_load.clear()
         by_layer = dict(zip(layers, counts, strict=True))
@@ -137,7 +137,7 @@ class RoutingStatistics:
         dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
         experts = int(sizes)
         table = torch.zeros(self.num_layers, 3 * experts + 2, dtype=torch.float64, device=self.device)
-        if ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank() == 0:
+        if ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank(with_context_parallel=True) == 0:
             for layer, router in mine.items():
                 bias = self._idle[layer].new_zeros(experts) if router.expert_bias is None else router.expert_bias
                 known = torch.ones(1, device=self.device)  # whether there is anything in this row, and a bias

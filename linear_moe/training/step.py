@@ -15,23 +15,41 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from linear_moe.config.schema import Config
+from linear_moe.config.validate import padded_length
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training.faults import StopSignal
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.routing import LayerRouting, routers_of
+from linear_moe.training.sequence import pieces
+from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.layout import order_of
 from linear_moe.training.watch import mark
 
 Batch = dict[str, Any]
 
 
-def layout_of(batch: Batch) -> Layout:
-    """The layout of a micro-batch from the loader: rows, or packed documents as one row."""
+def layout_of(batch: Batch, line: Line | None = None) -> Layout:
+    """The layout of a micro-batch from the loader: rows, or packed documents as one row.
+
+    Args:
+        line: the ranks that share out its sequences, if there are several.
+    """
     rows, length = batch["tokens"].shape
     cu_seqlens = batch.get("cu_seqlens")
     positions = batch["positions"]
+    if line is not None:
+        return pieces.layout_of(batch["cut"], line, positions.device, positions, cu_seqlens)
     if cu_seqlens is None:
         return Layout(rows, length, positions=positions)
     return Layout(1, rows * length, cu_seqlens, batch["max_document"], positions.reshape(1, -1))
+
+
+def sequence_line(config: Config) -> Line | None:
+    """This rank among those that share out its sequences; None: it is alone."""
+    if config.parallel.sequence == 1:
+        return None
+    group, rank = ps.get_context_parallel_group(), ps.get_context_parallel_rank()
+    return Line(order_of(config.parallel), rank, group, config.parallel.sequence_exchange)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -77,6 +95,7 @@ class Stepper:
         self.config, self.model, self.optimizer, self.device, self.stop = config, model, optimizer, device, stop
         self.host: MegatronHost = model[0].module.host  # type: ignore[union-attr,assignment]
         self.routers = routers_of(model)
+        self.line = sequence_line(config)
         training = config.training
         self.micro_batches = training.global_batch // (training.micro_batch * ps.get_data_parallel_world_size())
 
@@ -84,7 +103,7 @@ class Stepper:
         """Megatron's forward_step_func: one micro-batch through this stage."""
         mark("forward and backward")
         batch = to_device(next(batches), self.device)
-        layout = layout_of(batch)
+        layout = layout_of(batch, self.line)
         shape = (layout.batch, layout.length)
         losses = model(batch["tokens"].reshape(shape), layout, labels=batch["labels"].reshape(shape))
         return losses, partial(masked_loss, batch["loss_mask"])
@@ -102,7 +121,7 @@ class Stepper:
             data_iterator=[iter(share) for _ in self.model],
             model=self.model,
             num_microbatches=self.micro_batches,
-            seq_length=training.sequence_length,
+            seq_length=padded_length(self.config),
             micro_batch_size=training.micro_batch,
             forward_only=forward_only,
         )
@@ -111,7 +130,7 @@ class Stepper:
         """Share of the global batch's tokens whose loss counts, of this replica's micro-batches and the others'."""
         counts = [sum(int(batch["loss_mask"].sum()) for batch in share), sum(b["loss_mask"].numel() for b in share)]
         totals = torch.tensor(counts, dtype=torch.float32).to(self.device, non_blocking=True)
-        dist.all_reduce(totals, group=ps.get_data_parallel_group())
+        dist.all_reduce(totals, group=ps.get_data_parallel_group(with_context_parallel=True))
         return totals[0] / totals[1]
 
     def _totals(self, results: list[dict[str, Tensor]]) -> tuple[float, int, bool]:

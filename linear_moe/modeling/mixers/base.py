@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host
+from linear_moe.modeling.ops.sequence import Pieces, pieces_of
 
 Cache = dict[str, Tensor]
 """One layer's decoding state, by the names of `Mixer.state_shapes`; mixers update it in place."""
@@ -51,6 +52,8 @@ class Layout:
             decoding with a cache: then also the slot of each token in a key-value cache.
         shared: what a layer leaves for later layers of the same forward pass, by name: `[B * T, channels]`, this
             rank's heads. A mixer that uses it says so in `crossing`.
+        pieces: where the rows, or the packed documents, are pieces of longer sequences on several ranks: what ops ask
+            for the rest. Positions then count in the whole documents.
     """
 
     batch: int
@@ -59,12 +62,13 @@ class Layout:
     max_document: int | None = None
     positions: Tensor | None = None
     shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    pieces: Pieces | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Capabilities:
     tensor_parallel: bool = True
-    sequence_parallel: bool = False
+    sequence_parallel: bool = True
     packing: bool = True
     decoding: bool = True
 
@@ -77,6 +81,7 @@ class Mixer(nn.Module):
     formula: ClassVar[str]  # the recurrence in one line of mathematics
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
+    limits: ClassVar[dict[str, str]] = {}  # a capability that it does not have -> why
     unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
     crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it has a `crossing`
 
@@ -128,8 +133,13 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """`x [tokens, hidden]` (this rank's share) -> the same shape."""
         activations = self.host.activations
-        inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
-        mix = lambda *values: self.mix(dict(zip(inputs, values, strict=True)), layout, cache)  # noqa: E731
+        with pieces_of(layout.pieces):
+            inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
+
+        def mix(*values: Any) -> Tensor:
+            with pieces_of(layout.pieces):  # here, where it may be called again, from another thread
+                return self.mix(dict(zip(inputs, values, strict=True)), layout, cache)
+
         return self.output(activations.region("core", mix, *inputs.values()), gate)
 
     def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from linear_moe.modeling import conv
 from linear_moe.modeling.host import Host, Matrices, constant, normal
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, check_head_dims, unused
 from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
@@ -87,6 +87,10 @@ class MixtureOfMemories(LinearMixer):
     family = "delta"
     formula = "S_t^m = Theta_t^m S_{t-1}^m + f(k_t^m, v_t^m) for m chosen by t,  o_t = sum_m w_t^m q_t^m S_t^m"
     paper = "arXiv 2502.13685"
+    capabilities = Capabilities(sequence_parallel=False)
+    limits: ClassVar = {
+        "sequence_parallel": "convolutions over a memory's own tokens reach back over any number of others"
+    }
 
     def __init__(self, config: MoMConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

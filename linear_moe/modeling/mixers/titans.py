@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.ops.fast_weights import titans
@@ -52,6 +52,10 @@ class Titans(LinearMixer):
         "M_c: M before t's chunk"
     )
     paper = "arXiv 2501.00663"
+    capabilities = Capabilities(sequence_parallel=False)
+    limits: ClassVar = {
+        "sequence_parallel": "chunks of tokens that share a memory are counted from the document's start, across pieces"
+    }
 
     def __init__(self, config: TitansConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.norm import LayerNorm
 from linear_moe.modeling.ops.fast_weights import ttt
@@ -49,6 +49,8 @@ class TTTLinear(LinearMixer):
         "W = W - A_t/C, A = 0 after C tokens"
     )
     paper = "arXiv 2407.04620"
+    capabilities = Capabilities(sequence_parallel=False)
+    limits: ClassVar = {"sequence_parallel": "the inner LayerNorm makes a memory no affine function of the one before"}
 
     def __init__(self, config: TTTLinearConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)

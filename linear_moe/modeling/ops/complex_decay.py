@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 from linear_moe.modeling.ops.packing import Chunks, by_token, separately
@@ -56,7 +57,22 @@ def complex_decay(
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         return step(q, k, v, g, theta, state=state)
     implementation = choose(backend, IMPLEMENTATIONS, v, None)
-    return implementation(q, k, v, g, theta, initial_state=state, cu_seqlens=cu_seqlens)
+    if (pieces := sequence.current(initial_state)) is not None:
+        before = pieces.states(_summary, k, v, g, theta)
+        state = torch.cat([before.real, before.imag], dim=2)
+    with sequence.pieces_of(None):  # segments of its own are whole
+        return implementation(q, k, v, g, theta, initial_state=state, cu_seqlens=cu_seqlens)
+
+
+def _summary(k: Tensor, v: Tensor, g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Transition `[N, H, K, 1]` and state `[N, H, K, V]`, complex: see `ops.sequence.Summary`."""
+    left, kept = sequence.remaining(g)
+    sums = theta.double().flip(1).cumsum(1).flip(1).remainder(2 * math.pi).float()  # angles are not bounded
+    after = torch.cat([sums[:, 1:], torch.zeros_like(sums[:, :1])], 1)
+    k = k.float() * left
+    turned = torch.complex(k * after.cos(), k * after.sin())  # not `polar`, whose gradient takes k >= 0 for granted
+    state = torch.einsum("nthk,nthv->nhkv", turned, v.to(turned.dtype))
+    return torch.polar(kept, sums[:, 0])[..., None], state
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, fla, pad_keys, requested, tiled
@@ -52,7 +53,8 @@ def gsa(
     check_inputs(q, k, s, {"g": (g, (tuple(s.shape),))}, keys, cu_seqlens)
     check_inputs(s, s, v, {}, values, cu_seqlens)
     scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
-    if backend == "auto" and decodes(q.shape[1], keys, cu_seqlens):
+    apart = sequence.current(keys) is not None  # the second pass waits for the first one's states
+    if apart or (backend == "auto" and decodes(q.shape[1], keys, cu_seqlens)):
         return _two_passes(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded, backend)
     implementations: dict[str, Any] = {
         name: partial(_two_passes, backend=name) for name in ("reference", "chunk", "gpu")

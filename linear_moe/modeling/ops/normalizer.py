@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import pad_keys, requested
 from linear_moe.modeling.ops.fused import has_triton, on_kernels
 
@@ -43,7 +44,7 @@ def normalized(
     """
     size = q.shape[-1]
     starts = [None if (s := states.get(name)) is None else pad_keys(s, 2, size) for name in NAMES]
-    kernels = not states and _has_kernels(q, k, v)
+    kernels = not states and sequence.current() is None and _has_kernels(q, k, v)
     if kernels:
         from linear_moe.modeling.ops.normalizer_gpu import totals
 

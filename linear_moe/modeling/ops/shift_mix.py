@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.fused import fused
 from linear_moe.modeling.ops.packing import first_tokens
+from linear_moe.modeling.ops.short_conv import last_tokens
 
 MOST = 6  # interpolations that the kernels make at once
 
@@ -28,8 +32,8 @@ def shift_mix(
         x: `[B, T, C]`.
         share: `[n, C]`, n up to 6.
         more: `[n, B, T, C]`.
-        state: `[B, C]`, the token before each row.
-        cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1, no state; documents may be empty.
+        state: `[N, C]`, the token before each row, or before each packed document.
+        cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
 
     Returns:
         n tensors `[B, T, C]` in x's dtype.
@@ -42,23 +46,36 @@ def shift_mix(
         raise ValueError(f"share must be [at most {MOST}, {x.shape[-1]}], got {tuple(share.shape)}")
     if more is not None and tuple(more.shape) != (count, *x.shape):
         raise ValueError(f"more must be {(count, *x.shape)}, got {tuple(more.shape)}")
-    if state is not None and (cu_seqlens is not None or tuple(state.shape) != (x.shape[0], width)):
-        raise ValueError(f"state must be {(x.shape[0], width)}, without cu_seqlens, got {tuple(state.shape)}")
+    if (pieces := sequence.current(state)) is not None:
+        state = pieces.states(partial(last_tokens, count=1), x, matrix=True).squeeze(1)
+    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if state is not None and tuple(state.shape) != (sequences, width):
+        raise ValueError(f"state must be {(sequences, width)}, got {tuple(state.shape)}")
     first = None if cu_seqlens is None else first_tokens(cu_seqlens, x.shape[1])
     if state is not None:
-        return definition(x, share, more, state, first)
+        before = None if cu_seqlens is None else _before_tokens(state, cu_seqlens, x.shape[1])
+        return definition(x, share, more, state if before is None else before, first)
     return fused(definition, "shift_mix_gpu", x, share, more, None, first)
 
 
 def definition(
     x: Tensor, share: Tensor, more: Tensor | None, state: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """See `shift_mix`; `first [T]`: the first token of each token's document."""
-    start = torch.zeros_like(x[:, :1]) if state is None else state.to(x.dtype).unsqueeze(1)
-    before = torch.cat([start, x[:, :-1]], dim=1)
+    """See `shift_mix`; `first [T]`: the first token of each token's document, whose own state is `state [T, C]`."""
     if first is not None:
-        before = before.masked_fill((first == torch.arange(len(first), device=x.device))[:, None], 0.0)
+        begins = (first == torch.arange(len(first), device=x.device))[:, None]
+        states = x.new_zeros(()) if state is None else state.to(x.dtype)
+        before = torch.where(begins, states, x.roll(1, dims=1))
+    else:
+        start = torch.zeros_like(x[:, :1]) if state is None else state.to(x.dtype).unsqueeze(1)
+        before = torch.cat([start, x[:, :-1]], dim=1)
     change, weights = before - x, share.to(x.dtype)[:, None, None]
     if more is not None:
         weights = weights + more.to(x.dtype)
     return tuple(x + change * w for w in weights)
+
+
+def _before_tokens(state: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """The state `[documents, C]` of every token's document, `[T, C]`."""
+    tokens = torch.arange(length, device=state.device)
+    return state.index_select(0, torch.searchsorted(cu_seqlens, tokens, right=True) - 1)

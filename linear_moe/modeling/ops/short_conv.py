@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
 from linear_moe.modeling.ops.fused import has_triton, on_kernels
 from linear_moe.modeling.ops.norms import l2_norm
@@ -58,6 +60,8 @@ def short_conv(
     if norm_size is not None and x.shape[2] % norm_size:
         raise ValueError(f"norm_size must divide C = {x.shape[2]}, got {norm_size}")
     width = weight.shape[1]
+    if state is None and width > 1 and (pieces := sequence.current()) is not None:
+        state = pieces.states(partial(last_tokens, count=width - 1), x, matrix=True).mT.to(x.dtype)
     on_kernel = x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton()
     if norm_size is not None and not (on_kernel and norm_size <= KERNEL_NORM):
         options: Any = {"state": state, "cu_seqlens": cu_seqlens, "output_state": output_state}
@@ -85,6 +89,14 @@ def short_conv(
     else:
         y, final = _packed(x.float(), weight.float(), before, cu_seqlens)
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
+
+
+def last_tokens(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The summary of a window, a state `[N, count, C]` of the last tokens of `x [N, T, C]`, which shifts by T."""
+    missing = max(count - x.shape[1], 0)
+    state = F.pad(x[:, -count:], (0, 0, missing, 0)).float()
+    shift = torch.eye(missing, device=x.device)
+    return F.pad(shift, (count - missing, 0, 0, count - missing)).expand(len(x), -1, -1), state
 
 
 def _last(x: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import requested
 
 
@@ -68,10 +69,21 @@ def _suits_flash(q: Tensor) -> bool:
 
 
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, cu_seqlens: Tensor | None, longest: int, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    offsets: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    window: int | None,
 ) -> Tensor | None:
-    """FlashAttention over packed documents, or over rows; None where this PyTorch, device or dtype cannot."""
-    if not _suits_flash(q) or (found := _varlen()) is None:
+    """FlashAttention over packed documents, or over rows; None where this PyTorch cannot.
+
+    Args:
+        offsets, longest: int32 `[documents + 1]` and the most tokens of one, of queries and of keys. A document's
+            queries are its last tokens.
+    """
+    if (found := _varlen()) is None:
         return None
     varlen_attn, parameters = found
     extra: dict[str, Any] = {}
@@ -91,10 +103,40 @@ def _packed(
         else:
             k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
     batch, length = q.shape[:2]
-    ends = torch.arange(batch + 1, device=q.device) * length if cu_seqlens is None else cu_seqlens
-    offsets = ends.to(torch.int32)
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest, **extra).unflatten(0, (batch, length))
+    return varlen_attn(q, k, v, *offsets, *longest, **extra).unflatten(0, (batch, length))
+
+
+def _one_size(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, multiple: int
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """Heads padded to one size, a multiple of `multiple`, as FlashAttention takes them; and the scale of the scores."""
+    size, width = q.shape[-1], max(q.shape[-1], v.shape[-1])
+    width = -(-width // multiple) * multiple
+    if size < width and scale is None:
+        scale = size**-0.5
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
+    return q, k, v, scale
+
+
+def _of_pieces(q: Tensor, seen: sequence.Keys, scale: float | None, window: int | None) -> Tensor:
+    """`softmax_attention` of queries in pieces `[B, T, H, D]` to all keys before them."""
+    k, v, shape = seen.k, seen.v, (*q.shape[:3], seen.v.shape[-1])
+    q = q.flatten(0, 1).unsqueeze(0)
+    if requested("auto") != "reference" and _suits_flash(q):
+        wide_q, wide_k, wide_v, wide_scale = _one_size(q, k, v, scale, 8)
+        longest = max(n for n, _ in seen.spans), max(n for _, n in seen.spans)
+        inputs = _aligned(wide_q), _aligned(wide_k), _aligned(wide_v)
+        o = _packed(*inputs, wide_scale, seen.offsets, longest, window)
+        if o is not None:
+            return o[..., : shape[-1]].reshape(shape)
+    outputs = []
+    queries, keys = zip(*seen.spans, strict=True)
+    parts = (q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))
+    for own, k, v in zip(*parts, strict=True):
+        last = torch.arange(k.shape[1] - own.shape[1], k.shape[1], device=q.device).unsqueeze(0)
+        outputs.append(softmax_attention(own, k, v, scale=scale, positions=last, window=window))
+    return torch.cat(outputs, 1).view(shape)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -137,21 +179,21 @@ def softmax_attention(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
     if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
         raise ValueError("packed documents need a batch of 1 and no cache")
+    if positions is None and (pieces := sequence.current()) is not None:
+        return _of_pieces(q, pieces.keys(k, v), scale, window)
     visibility: dict[str, Any] = {"cu_seqlens": cu_seqlens, "positions": positions, "window": window}
     if requested("auto") == "reference":
         return softmax_attention_reference(q, k, v, scale=scale, **visibility)
     value_dim = v.shape[-1]
     plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
-    if positions is None:  # FlashAttention takes one size for all; over packed documents, a multiple of 8
-        size, width = q.shape[-1], max(q.shape[-1], value_dim)
-        width = width if plain else -(-width // 8) * 8
-        if size < width and scale is None:
-            scale = size**-0.5
-        q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
+    if positions is None:
+        q, k, v, scale = _one_size(q, k, v, scale, 1 if plain else 8)
     if q.is_cuda:
         q, k, v = (_aligned(t) for t in (q, k, v))
-    if positions is None and not plain:
-        packed = _packed(q, k, v, scale, cu_seqlens, max_document or q.shape[1], window)
+    if positions is None and not plain and _suits_flash(q):
+        ends = torch.arange(q.shape[0] + 1, device=q.device) * q.shape[1] if cu_seqlens is None else cu_seqlens
+        offsets, longest = ends.to(torch.int32), max_document or q.shape[1]
+        packed = _packed(q, k, v, scale, (offsets, offsets), (longest, longest), window)
         if packed is not None:
             return packed[..., :value_dim]
     mask = None if plain else visible(q.shape[1], k.shape[1], q.device, **visibility)

@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from linear_moe.config.schema import Config
+from linear_moe.config.validate import padded_length
 from linear_moe.training.data.dataset import PADDING, Sample, open_dataset, samples_per_epoch
 from linear_moe.training.data.prepare import PreparedData
+from linear_moe.training.sequence.layout import order_of, split
 
 Batch = dict[str, Any]
 """A micro-batch of b rows: tokens, labels, positions `[b, T]` int64, loss_mask `[b, T]` fp32; with isolated documents
-also cu_seqlens `[documents + 1]` int64 and max_document (int) of the rows laid end to end, `[1, b * T]`."""
+also cu_seqlens `[documents + 1]` int64 and max_document (int) of the rows laid end to end, `[1, b * T]`. With
+parallel.sequence > 1 a rank's share of that, and `cut`, what the share is of."""
 
 
 def rank_samples(start: int, rank: int, ranks: int, global_batch: int, micro_batch: int) -> Iterator[list[int]]:
@@ -52,10 +55,16 @@ class Collate:
 
     Documents end after the end-of-document token, and with their row. Where they are isolated, positions count within
     them, and a position that would predict across their end is not counted (by the datasets' loss_mask).
+
+    Args:
+        eod_id: the end-of-document token.
+        config: the configuration.
+        sequence_rank: among parallel.sequence ranks, of which each gets its share of the tokens.
     """
 
-    def __init__(self, eod_id: int, isolate: bool):
-        self.eod_id, self.isolate = eod_id, isolate
+    def __init__(self, eod_id: int, config: Config, sequence_rank: int):
+        self.eod_id, self.isolate = eod_id, config.data.isolate_documents
+        self.order, self.rank, self.padded = order_of(config.parallel), sequence_rank, padded_length(config)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         batch: Batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
@@ -67,7 +76,8 @@ class Collate:
             starts = cu_seqlens[:-1].repeat_interleave(lengths)
             positions = (torch.arange(tokens.numel()) - starts).view_as(tokens)
             batch |= {"cu_seqlens": cu_seqlens, "max_document": int(lengths.max())}
-        return batch | {"positions": positions.contiguous()}
+        batch["positions"] = positions.contiguous()
+        return batch if self.order.size == 1 else split(batch, self.order, self.rank, self.padded)
 
 
 def document_offsets(tokens: Tensor, eod_id: int) -> Tensor:
@@ -88,6 +98,7 @@ class TrainLoader:
         config: the configuration.
         data_parallel_rank, data_parallel_size: this rank's share of every global batch.
         consumed_samples: samples of earlier steps, over all ranks.
+        sequence_rank: this rank's share of every sequence.
     """
 
     def __init__(
@@ -97,13 +108,14 @@ class TrainLoader:
         data_parallel_rank: int,
         data_parallel_size: int,
         consumed_samples: int = 0,
+        sequence_rank: int = 0,
     ):
         check_batch(config, data_parallel_size)
         loader = DataLoader(
             open_dataset(prepared, config, "train"),
             batch_sampler=_Batches(config, data_parallel_rank, data_parallel_size, consumed_samples),  # type: ignore[arg-type]
             num_workers=config.data.workers,
-            collate_fn=Collate(prepared.eod_id, config.data.isolate_documents),
+            collate_fn=Collate(prepared.eod_id, config, sequence_rank),
             pin_memory=torch.cuda.is_available(),
             # Or it would draw a seed from the global generator, and a resumed run would differ.
             generator=torch.Generator(),
@@ -128,7 +140,7 @@ def validation_sequences(prepared: PreparedData, config: Config) -> int:
 
 
 def validation_batches(
-    prepared: PreparedData, config: Config, data_parallel_rank: int, data_parallel_size: int
+    prepared: PreparedData, config: Config, data_parallel_rank: int, data_parallel_size: int, sequence_rank: int = 0
 ) -> Iterator[Batch]:
     """A rank's micro-batches of one validation: `eval_batches` global batches of the same sequences every time.
 
@@ -138,7 +150,7 @@ def validation_batches(
     training = config.training
     count = validation_sequences(prepared, config)
     dataset = open_dataset(prepared, config, "validation")
-    collate = Collate(prepared.eod_id, config.data.isolate_documents)
+    collate = Collate(prepared.eod_id, config, sequence_rank)
     for start in range(0, training.eval_batches * training.global_batch, training.global_batch):
         for numbers in rank_samples(
             start, data_parallel_rank, data_parallel_size, training.global_batch, training.micro_batch

@@ -6,8 +6,10 @@ from functools import partial
 
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.decay import chunk, gpu, reference
 from linear_moe.modeling.ops.decay.decode import step
+from linear_moe.modeling.ops.decay.summary import summary
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 
 __all__ = ["IMPLEMENTATIONS", "decay", "step"]
@@ -57,6 +59,9 @@ def decay(
     gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape), (q.shape[2],))), "gv": (gv, (tuple(v.shape),))}
     gates["bonus"] = (bonus, ((q.shape[2], q.shape[3]),))
     check_inputs(q, k, v, gates, initial_state, cu_seqlens)
+    if (pieces := sequence.current(initial_state)) is not None:
+        constant = g is not None and g.ndim == 1
+        initial_state = pieces.states(summary, k, v, g.expand(q.shape[:3]) if constant else g, gv)  # type: ignore[union-attr]
     scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.delta import chunk, gpu, reference
 from linear_moe.modeling.ops.delta.decode import step
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
@@ -63,4 +64,10 @@ def delta(
         return step(q, k, v, beta, g, state=initial_state, scale=scale)
     implementations = IMPLEMENTATIONS | {"gpu": partial(gpu.delta, bounded=bounded)}
     implementation = choose(backend, implementations, v, gpu.unsupported(q, v))
+    if (pieces := sequence.current(initial_state)) is not None:
+
+        def run(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+            return implementation(k, k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None)
+
+        initial_state = pieces.states(partial(sequence.affine, run), k, v, beta, g, matrix=True)
     return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

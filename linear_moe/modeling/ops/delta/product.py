@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import chunk, gpu
 from linear_moe.modeling.ops.delta.decode import step as delta_step
@@ -56,6 +57,12 @@ def delta_product(
         return step(q, k, v, beta, g, state=initial_state, scale=scale)
     implementations = IMPLEMENTATIONS | {"gpu": partial(_gpu, bounded=bounded)}
     implementation = choose(backend, implementations, v, gpu.unsupported(q, v))
+    if (pieces := sequence.current(initial_state)) is not None:
+
+        def run(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+            return implementation(k[:, :, 0], k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None)
+
+        initial_state = pieces.states(partial(sequence.affine, run), k, v, beta, g, matrix=True)
     return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 from linear_moe.modeling.ops.dplr import chunk, gpu, reference
 from linear_moe.modeling.ops.dplr.decode import step
@@ -58,4 +61,10 @@ def dplr(
         return step(q, k, v, a, b, g, state=initial_state, scale=scale)
     implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v, min_gate))
     options = {"min_gate": min_gate} if implementation is gpu.dplr else {}
+    if (pieces := sequence.current(initial_state)) is not None:
+
+        def run(k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+            return implementation(k, k, v, a, b, g, scale=1.0, initial_state=initial_state, cu_seqlens=None, **options)
+
+        initial_state = pieces.states(partial(sequence.affine, run), k, v, a, b, g, matrix=True)
     return implementation(q, k, v, a, b, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, **options)

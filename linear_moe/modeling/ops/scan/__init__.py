@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, choose, decodes, requested
 from linear_moe.modeling.ops.scan import chunk, gpu, reference
 from linear_moe.modeling.ops.scan.decode import diagonal_step, linear_step, selective_step
@@ -56,7 +57,15 @@ def linear_scan(
     if backend == "auto" and decodes(x.shape[1], initial_state, cu_seqlens):
         return linear_step(x, g, state=state)
     implementations = {name: module.linear_scan for name, module in IMPLEMENTATIONS.items()}
-    return choose(backend, implementations, x, None)(x, g, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    implementation = choose(backend, implementations, x, None)
+    if (pieces := sequence.current(initial_state)) is not None:
+
+        def summary(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+            _, final = implementation(x, g, initial_state=torch.zeros_like(x[:, 0]).float(), cu_seqlens=None)
+            return g.float().sum(1).exp(), final
+
+        initial_state = pieces.states(summary, x, g)
+    return implementation(x, g, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
 def selective_scan(
@@ -95,6 +104,14 @@ def selective_scan(
         return selective_step(u, dt, A, B, C, state=state)
     implementations = {name: module.selective_scan for name, module in IMPLEMENTATIONS.items()}
     implementation = choose(backend, implementations, u, None)
+    if (pieces := sequence.current(initial_state)) is not None:
+
+        def summary(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+            start = A.new_zeros(len(u), *A.shape)
+            _, final = implementation(u, dt, A, B, C, initial_state=start, cu_seqlens=None)
+            return (dt.float().sum(1)[..., None] * A).exp(), final
+
+        state = pieces.states(summary, u, dt, B, C)
     return implementation(u, dt, A, B, C, initial_state=state, cu_seqlens=cu_seqlens)
 
 
@@ -128,7 +145,18 @@ def diagonal_scan(
     if backend == "auto" and decodes(u.shape[1], initial_state, cu_seqlens):
         return diagonal_step(u, log_a, c, state=state)
     implementations = {name: module.diagonal_scan for name, module in IMPLEMENTATIONS.items()}
-    return choose(backend, implementations, u, None)(u, log_a, c, initial_state=state, cu_seqlens=cu_seqlens)
+    implementation = choose(backend, implementations, u, None)
+    if (pieces := sequence.current(initial_state)) is not None:
+
+        def summary(u: Tensor) -> tuple[Tensor, Tensor]:
+            start = log_a.new_zeros(len(u), *log_a.shape)
+            _, final = implementation(u, log_a, c, initial_state=start, cu_seqlens=None)
+            g, theta = (log_a.double() * u.shape[1]).unbind(-1)  # fp64: the angle of many tokens
+            kept = torch.polar(g.exp(), theta).to(torch.complex64).expand(len(u), -1, -1)
+            return kept, torch.view_as_complex(final.contiguous())
+
+        state = torch.view_as_real(pieces.states(summary, u))
+    return implementation(u, log_a, c, initial_state=state, cu_seqlens=cu_seqlens)
 
 
 def _check(

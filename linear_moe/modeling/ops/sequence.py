@@ -1,0 +1,109 @@
+"""What an op does where its tokens are pieces of longer sequences, whose other pieces other processes hold.
+
+Ops that carry something from token to token ask the pieces of the running forward pass for what comes before theirs:
+recurrences for the state, convolutions and token shifts for inputs, softmax attention for keys and values. Mixers know
+nothing of it. Where there are no pieces, which is everywhere but in training with parallel.sequence > 1, nothing asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Summary = Callable[..., tuple[Tensor, Tensor]]
+"""`summary(*inputs) -> (transition, state)` of rows `[N, T, ...]`: after them, a state that was S before is transition
+S + state. The transition has as many dimensions as the state and is multiplied element by element (both may be
+complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values that local sequences see: of each from its beginning, wherever that is, to its last local token.
+
+    Attributes:
+        k, v: `[1, tokens, G, D]`, sequences laid end to end.
+        spans: of each local sequence, how many local tokens (queries) and how many keys it has.
+        offsets: int32 `[sequences + 1]` of the queries, and of the keys.
+    """
+
+    k: Tensor
+    v: Tensor
+    spans: list[tuple[int, int]]
+    offsets: tuple[Tensor, Tensor]
+
+
+class Pieces(Protocol):
+    """What ops know of `training/sequence`. Sequences are the rows of a forward pass, or its packed documents."""
+
+    def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
+        """The initial state of every local sequence `[N, ...]` from `summary` of inputs `[B, T, ...]`, differentiable.
+
+        Collective: every process must call it, in the same order.
+        """
+        ...
+
+    def keys(self, k: Tensor, v: Tensor) -> Keys:
+        """What the local queries see, from keys and values `[B, T, G, D]` of the local tokens. Collective."""
+        ...
+
+
+_pieces: ContextVar[Pieces | None] = ContextVar("pieces", default=None)
+
+
+@contextmanager
+def pieces_of(pieces: Pieces | None) -> Iterator[None]:
+    """Within it, tokens are these pieces; with None, whole sequences."""
+    token = _pieces.set(pieces)
+    try:
+        yield
+    finally:
+        _pieces.reset(token)
+
+
+def current(initial_state: Tensor | None = None) -> Pieces | None:
+    """The pieces that the op which asks must take care of; None: its tokens are whole sequences.
+
+    Raises:
+        ValueError: it was given an initial state, as when decoding: pieces have their own.
+    """
+    pieces = _pieces.get()
+    if pieces is not None and initial_state is not None:
+        raise ValueError(
+            "pieces of sequences (parallel.sequence > 1) take no initial state: theirs is what comes before"
+        )
+    return pieces
+
+
+def affine(
+    op: Callable[..., tuple[Tensor, Tensor]], k: Tensor, v: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The summary of any op whose state `[N, H, K, V]` is multiplied by a matrix from the left, by running it once.
+
+    Values and what becomes of an initial state are columns beside each other: those of the identity become the
+    transition, if nothing is written to them.
+
+    Args:
+        op: `op(k, v, *inputs, initial_state=...) -> (_, final_state)`.
+        k: `[N, T, ..., H, K]`.
+        v: `[N, T, ..., H, V]`.
+    """
+    rows, heads, keys, values = k.shape[0], k.shape[-2], k.shape[-1], v.shape[-1]
+    start = torch.eye(keys, values + keys, device=v.device).roll(values, -1).expand(rows, heads, -1, -1)
+    columns = torch.cat([v, v.new_zeros(*v.shape[:-1], keys)], -1)
+    _, final = op(k, columns, *inputs, initial_state=start.contiguous())
+    state, transition = final.split([values, keys], -1)
+    return transition, state
+
+
+def remaining(g: Tensor) -> tuple[Tensor, Tensor]:
+    """What the log-decays `g [N, T, ...]` leave: of each token's write at the end `[N, T, ...]`, of a state from before
+    `[N, ...]`; fp32. Sums from the end, no differences: exact for any g <= 0, minus infinity too."""
+    sums = g.float().flip(1).cumsum(1).flip(1)
+    after = torch.cat([sums[:, 1:], torch.zeros_like(sums[:, :1])], 1)
+    return after.exp(), sums[:, 0].exp()

@@ -1,0 +1,172 @@
+"""What the ranks of the sequence-parallel tests run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from linear_moe.config.load import from_dict
+from linear_moe.config.schema import ModelConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import Activations
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.model import LanguageModel
+from linear_moe.training.data import prepare_data
+from linear_moe.training.data.loader import TrainLoader, validation_batches
+from linear_moe.training.faults import StopSignal
+from linear_moe.training.model import build_model
+from linear_moe.training.optimizer import build_optimizer
+from linear_moe.training.schedule import learning_rate, set_learning_rate
+from linear_moe.training.sequence import exchange
+from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.layout import Cut, Order, cut, share
+from linear_moe.training.sequence.pieces import layout_of
+from linear_moe.training.step import Stepper
+from tests.distributed.cases import start
+from tests.unit.mixers.common import build
+
+ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 48, 32, 64
+# In pieces of 6, 12 and 24 tokens: a document over several pieces, an empty one, one of a single token, one that ends
+# with a piece, one that begins with one, two within one, and one shorter than a convolution before a boundary.
+OFFSETS = [0, 3, 3, 6, 7, 10, 30, 46, 48, 48]
+
+
+def line(layout: str, strategy: str) -> Line:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Line(Order(size, layout), dist.get_rank(), dist.group.WORLD, strategy)
+
+
+def own_layout(line: Line, packed: bool) -> tuple[Cut, Layout]:
+    """This rank's share of `ROWS` whole rows, or of one row of packed documents."""
+    offsets = torch.tensor(OFFSETS) if packed else None
+    found = cut(1 if packed else ROWS, LENGTH, line.order, line.rank, offsets)
+    positions = share(whole_layout(packed).positions, found)  # type: ignore[arg-type]
+    local = torch.tensor(found.offsets) if packed else None
+    return found, layout_of(found, line, torch.device("cpu"), positions, local)
+
+
+def whole_layout(packed: bool) -> Layout:
+    if not packed:
+        return Layout(ROWS, LENGTH, positions=torch.arange(LENGTH).expand(ROWS, LENGTH))
+    offsets = torch.tensor(OFFSETS)
+    starts = offsets[:-1].repeat_interleave(offsets.diff())
+    return Layout(1, LENGTH, offsets, int(offsets.diff().max()), (torch.arange(LENGTH) - starts).unsqueeze(0))
+
+
+def stream(packed: bool, seed: int) -> Tensor:
+    """`[rows, T, hidden]`."""
+    rows = 1 if packed else ROWS
+    return torch.randn(rows, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The output of tokens `x [rows, T, hidden]`, and the gradients of its weighted sum."""
+    tokens = x.flatten(0, 1).requires_grad_()
+    y = module(tokens, layout)
+    (y * weights.flatten(0, 1)).sum().backward()
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return {"output": y.detach().view_as(x), "tokens": tokens.grad.view_as(x)} | found  # type: ignore[union-attr]
+
+
+def settings() -> Iterator[tuple[str, str, bool]]:
+    """Layout, strategy, packed."""
+    for layout in ("contiguous", "zigzag"):
+        for packed in (False, True):
+            yield layout, "all_gather", packed
+        yield layout, "ring", True
+
+
+def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """`one_pass` of this rank's share of the tokens in every setting; parameters' gradients summed over the ranks."""
+    mixer, found = build(name, fields), {}
+    for layout, strategy, packed in settings():
+        own = line(layout, strategy)
+        pieces, own_tokens = own_layout(own, packed)
+        result = one_pass(mixer, share(stream(packed, 0), pieces), share(stream(packed, 1), pieces), own_tokens)
+        for key, gradient in result.items():
+            if key not in ("output", "tokens"):
+                dist.all_reduce(gradient)
+        found[f"{layout}-{strategy}-{packed}"] = result
+    return found
+
+
+def sequence_bytes(name: str, fields: dict[str, Any], layout: str, strategy: str, length: int) -> tuple[int, int]:
+    """Bytes that this rank hands to collectives in one layer's forward and backward pass, over rows of `length`."""
+    mixer, own = build(name, fields), line(layout, strategy)
+    pieces = cut(ROWS, length, own.order, own.rank)
+    x = share(torch.randn(ROWS, length, HIDDEN, generator=torch.Generator().manual_seed(0)), pieces)
+    tokens = x.flatten(0, 1).requires_grad_()
+    positions = share(torch.arange(length).expand(ROWS, length), pieces)
+    counted = 0
+
+    def counting(function: Any, place: int) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal counted
+            counted += args[place].numel() * args[place].element_size()
+            return function(*args, **options)
+
+        return call
+
+    # A collective's input: the second argument of both, the first of a send.
+    places = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "isend": 0}
+    with ExitStack() as stack:
+        for function, place in places.items():
+            stack.enter_context(mock.patch.object(exchange.dist, function, counting(getattr(dist, function), place)))
+        y = mixer(tokens, layout_of(pieces, own, torch.device("cpu"), positions, None))
+        forward, counted = counted, 0
+        y.sum().backward()
+    return forward, counted
+
+
+def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Real batches of the loader through real steps; the losses and gradient norms, then a validation's loss."""
+    tree, groups = start(config)
+    data = prepare_data(tree)
+    model = build_model(tree, vocab_size(tree), groups)
+    optimizer = build_optimizer(model, tree)
+    stepper = Stepper(tree, model, optimizer, groups.device, StopSignal())
+    batches = TrainLoader(data, tree, groups.data_rank, groups.data_size, 0, groups.sequence_rank)
+    results, router = [], []
+    for step in range(1, steps + 1):
+        set_learning_rate(optimizer, learning_rate(step, tree))
+        results.append(stepper.train(batches))
+        router.append(stepper.auxiliary_losses())
+    held_out = validation_batches(data, tree, groups.data_rank, groups.data_size, groups.sequence_rank)
+    scored = stepper.validate(held_out, 1)
+    losses = [(result.loss, result.gradient_norm, result.tokens) for result in [*results, scored]]
+    return {"losses": losses, "router": router}
+
+
+def sequence_model(model: dict[str, Any], modules: list[str], packed: bool, layout: str | None) -> dict[str, Tensor]:
+    """Losses of this rank's tokens in a whole model, and the gradients of all its parameters, summed over the ranks.
+
+    Args:
+        modules: computed again in the backward pass.
+        layout: None: all tokens on this rank.
+    """
+    host = Host(activations=Activations(modules))
+    network = LanguageModel(from_dict(ModelConfig, model), VOCABULARY, host)
+    initialize(network, host, seed=3)
+    rows = 1 if packed else ROWS
+    text = torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(5))
+    tokens, labels, where = text[:, :-1], text[:, 1:], whole_layout(packed)
+    if layout is not None:
+        pieces, where = own_layout(line(layout, "all_gather"), packed)
+        tokens, labels = share(tokens, pieces), share(labels, pieces)
+    shape = (where.batch, where.length)
+    losses = network(tokens.reshape(shape), where, labels=labels.reshape(shape))
+    losses.sum().backward()
+    found = {name: p.grad for name, p in network.named_parameters()}
+    if layout is not None:
+        for gradient in found.values():
+            dist.all_reduce(gradient)
+    return {"losses": losses.detach().view(rows, -1, 1)} | found

@@ -1,0 +1,97 @@
+"""Sequence parallelism: every mixer that declares it gives the numbers of one process, whoever holds which tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.training.sequence.layout import Order, cut, share
+from tests.distributed.harness import run
+from tests.distributed.sequence_cases import LENGTH, ROWS, one_pass, settings, stream, whole_layout
+from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
+from tests.unit.mixers.common import build, case_ids, cases
+
+WORLDS = (2, 4)
+IDS = dict(zip(case_ids(), cases(), strict=True))
+SPLIT = [key for key, (name, _) in IDS.items() if mixer_class(name).capabilities.sequence_parallel]
+Results = dict[int, dict[str, list[Any]]]
+NAMES = sorted({IDS[key][0] for key in SPLIT})
+# Every mixer once, three to a model, behind them a layer of softmax attention; each in one of these settings.
+SETTINGS = [("zigzag", True, ["layer"]), ("contiguous", False, ["norm", "core", "activation"]), ("zigzag", False, [])]
+MODELS = {"-".join(NAMES[i : i + 3]): SETTINGS[i // 3 % len(SETTINGS)] for i in range(0, len(NAMES), 3)}
+
+
+def model_of(key: str) -> dict[str, Any]:
+    """The config of a model, whose layers have the weights' scale of the mixers' tests."""
+    names = key.split("-")
+    symbols = {
+        letter: {"mixer": {"type": name} | IDS[f"{name}-0"][1]} for letter, name in zip("ABC", names, strict=False)
+    }
+    sizes = {"hidden_size": 32, "num_heads": 4, "ffn_size": 48, "ffn": "dense", "num_layers": len(names) + 1}
+    scale = {"init_std": 0.15, "norm_eps": 1e-2, "scale_output_init": False}
+    return {"pattern": "ABC"[: len(names)] + "N", "symbols": symbols} | sizes | scale
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, list[dict[str, Tensor]]]:
+    """What every rank of a sequence has, and (`one-` before the name) what one process has."""
+    todo: dict[str, Any] = {}
+    for key, (layout, packed, modules) in MODELS.items():
+        common = {"model": model_of(key), "packed": packed}
+        todo[key] = "sequence_model", common | {"layout": layout, "modules": modules}
+        todo[f"one-{key}"] = "sequence_model", common | {"layout": None, "modules": []}
+    return run(4, todo)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_model_is_that_of_one_process(models: dict[str, list[dict[str, Tensor]]], model: str) -> None:
+    layout, packed, _ = MODELS[model]
+    expected, ranks = dict(models[f"one-{model}"][0]), models[model]
+    losses = joined([rank["losses"] for rank in ranks], Order(4, layout), packed)
+    assert_close(losses, expected.pop("losses"), FP32, model)
+    gradients = {name: x for name, x in ranks[0].items() if name != "losses"}
+    assert_gradients_close(gradients, expected, FP32, FP32_GRADIENT_FLOOR)
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Results:
+    """Of the tests that were asked for."""
+    chosen = [
+        item.callspec.params["key"] for item in request.session.items if "key" in getattr(item, "fixturenames", ())
+    ]  # type: ignore[attr-defined]
+    todo = {key: ("sequence_mixer", dict(zip(("name", "fields"), IDS[key], strict=True))) for key in chosen}
+    firsts = {key: case for key, case in todo.items() if key.endswith("-0")}
+    return {4: run(4, todo), 2: run(2, firsts)}
+
+
+def joined(parts: list[Tensor], order: Order, packed: bool) -> Tensor:
+    """Tokens of all ranks -> in order of time."""
+    rows = 1 if packed else ROWS
+    places = [share(torch.arange(rows * LENGTH).view(rows, -1), cut(rows, LENGTH, order, r)) for r in range(len(parts))]
+    whole = torch.empty(rows * LENGTH, parts[0].shape[-1])
+    for part, place in zip(parts, places, strict=True):
+        whole[place.flatten()] = part.flatten(0, 1)
+    return whole.view(rows, LENGTH, -1)
+
+
+@pytest.mark.parametrize("key", SPLIT)
+def test_mixer_is_that_of_one_process(results: Results, key: str) -> None:
+    mixer = build(*IDS[key])
+    for packed in (False, True):
+        expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))
+        for world, found in results.items():
+            for layout, strategy, whether in settings():
+                if key not in found or whether != packed:
+                    continue
+                ranks = [rank[f"{layout}-{strategy}-{packed}"] for rank in found[key]]
+                actual = dict(ranks[0])
+                for name in ("output", "tokens"):
+                    actual[name] = joined([rank[name] for rank in ranks], Order(world, layout), packed)
+                what = f"{key} on {world} ranks, {layout}, {strategy}, packed: {packed}"
+                assert_close(actual.pop("output"), expected["output"], FP32, what)
+                gradients = {name: x for name, x in expected.items() if name != "output"}
+                assert_gradients_close(actual, gradients, FP32, FP32_GRADIENT_FLOOR)

@@ -1,0 +1,115 @@
+"""Training whose sequences are shared out over ranks: the losses of one process, step by step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.distributed.harness import ROOT, environment, run
+from tests.distributed.test_parallel_training import config as tiny
+from tests.tolerances import FP32, assert_close
+
+STEPS = 10
+MOE, DENSE = {}, {"ffn": "dense"}
+HYBRID = {
+    "pattern": "LLMN",
+    "num_layers": 4,
+    "mixer": {"type": "gated_deltanet"},
+    "symbols": {"M": {"mixer": {"type": "mamba2", "head_dim": 16, "num_groups": 2}}},
+    "attention": {"type": "attention", "num_kv_heads": 2},
+}
+RECOMPUTE = {"recompute": "full"}
+PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
+
+# name -> (model, training, isolated documents); 30 tokens do not divide and are padded
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "gla": (MOE, {}, False),
+    "hybrid": (HYBRID, PARTS, True),
+    "padded": (HYBRID | DENSE, RECOMPUTE | {"sequence_length": 30}, True),
+}
+# name -> (model, ranks, parallel sizes)
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "gla-sp2": ("gla", 2, {"sequence": 2, "sequence_exchange": "ring"}),
+    "hybrid-sp2": ("hybrid", 2, {"sequence": 2}),
+    "padded-sp2": ("padded", 2, {"sequence": 2, "sequence_layout": "contiguous"}),
+    "gla-sp2-dp2": ("gla", 4, {"sequence": 2}),
+    "hybrid-sp4": ("hybrid", 4, {"sequence": 4}),
+    "hybrid-sp2-tp2": ("hybrid", 4, {"sequence": 2, "tensor": 2}),
+    "hybrid-sp2-pp2": ("hybrid", 4, {"sequence": 2, "pipeline": 2}),
+    "hybrid-sp2-ep2": ("hybrid", 2, {"sequence": 2, "expert": 2}),
+    "padded-sp4": ("padded", 4, {"sequence": 4, "sequence_exchange": "ring"}),
+}
+
+
+def tree(model: str, parallel: dict[str, Any], cache: Path) -> dict[str, Any]:
+    fields, training, isolate = MODELS[model]
+    data = {"corpus": "synthetic", "tokenizer": {"type": "bytes"}, "isolate_documents": isolate, "cache": str(cache)}
+    training = {"steps": STEPS, "eval_batches": 1} | training
+    schedule = {"warmup_steps": 2}
+    return tiny({"vocab_size": 24} | fields, parallel, data=data, training=training, schedule=schedule)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    cache = tmp_path_factory.mktemp("data")
+
+    def case(model: str, parallel: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return "sequence_training", {"config": tree(model, parallel, cache), "steps": STEPS}
+
+    found = run(1, {model: case(model, {}) for model in MODELS})
+    for world in (2, 4):
+        found |= run(
+            world, {name: case(model, sizes) for name, (model, ranks, sizes) in CASES.items() if ranks == world}
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_one_process(results: dict[str, list[Any]], name: str) -> None:
+    (one,) = results[CASES[name][0]]
+    expected = torch.tensor(one["losses"])
+    assert len(expected) == STEPS + 1 and bool((expected[:, 1][:-1] > 0).all())
+    for rank in results[name]:
+        actual = torch.tensor(rank["losses"])
+        for column, what in enumerate(("losses", "gradient norms", "counted tokens")):
+            assert_close(actual[:, column], expected[:, column], FP32, f"{name}: {what}")
+        for step, (mine, whole) in enumerate(zip(rank["router"], one["router"], strict=True)):
+            assert mine.keys() == whole.keys()
+            for key, value in whole.items():
+                assert mine[key] == pytest.approx(value, rel=10 * FP32), f"{name}: {key} of step {step}"
+
+
+def losses_of(run_folder: Path, config: dict[str, Any], ranks: int) -> list[tuple[int, float]]:
+    """Steps, validations and their losses that the command, on so many ranks, records."""
+    path = run_folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config | {"run": str(run_folder)}))
+    command = ["-m", "linear_moe", "train", str(path), "logging.tensorboard=false"]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    metrics = run_folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if r.get("event") in (None, "validation")]
+
+
+def test_the_command_and_resuming_on_other_ranks(tmp_path: Path) -> None:
+    """Losses of one process, on two; and then on, from the middle, on one."""
+    configs = [tree("hybrid", {"sequence": ranks}, tmp_path / "data") for ranks in (1, 2)]
+    one, two = (losses_of(tmp_path / f"run{n}", configs[n] | {"checkpoint": {"every": 5}}, n + 1) for n in (0, 1))
+    assert [step for step, _ in one] == [*range(1, STEPS + 1), STEPS]  # and a validation
+    shutil.rmtree(tmp_path / "run1" / "checkpoints" / f"step_{STEPS:08d}")
+    resumed = losses_of(tmp_path / "run1", configs[0] | {"checkpoint": {"every": 5}}, 1)
+    for found in (two, one[:5] + resumed):
+        assert [step for step, _ in found] == [step for step, _ in one]
+        for (step, loss), (_, expected) in zip(found, one, strict=True):
+            assert loss == pytest.approx(expected, rel=FP32), step

@@ -1,0 +1,176 @@
+"""Sequence parallelism without processes: how sequences are cut, and what a stretch of tokens does to a state."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from linear_moe.config.errors import ConfigError
+from linear_moe.config.load import from_dict
+from linear_moe.config.schema import Config
+from linear_moe.config.validate import padded_length, parallel_layout, validate_fields
+from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
+from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.decay.summary import summary
+from linear_moe.modeling.ops.sequence import affine, current, pieces_of
+from linear_moe.modeling.ops.short_conv import last_tokens
+from linear_moe.training.data.loader import document_offsets
+from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.layout import Order, cut, split
+from linear_moe.training.sequence.pieces import RankPieces
+from tests.tolerances import FP32, assert_close
+
+ORDERS = [Order(size, layout) for size in (1, 2, 4) for layout in ("contiguous", "zigzag")]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_every_piece_has_one_owner(order: Order) -> None:
+    held = [(piece, (rank, place)) for rank in range(order.size) for place, piece in enumerate(order.pieces(rank))]
+    assert sorted(piece for piece, _ in held) == list(range(order.count))
+    assert all(order.owner(piece) == where for piece, where in held)
+    # A query sees itself and the keys before: zigzag gives every rank as many pairs.
+    pairs = [sum(piece + 1 for piece in order.pieces(rank)) for rank in range(order.size)]
+    assert order.layout == "contiguous" or len(set(pairs)) == 1
+
+
+def documents(tokens: torch.Tensor) -> torch.Tensor:
+    """Of every token, a number for its document."""
+    return torch.bucketize(torch.arange(tokens.numel()), document_offsets(tokens, 0)[1:], right=True).view(tokens.shape)
+
+
+@pytest.mark.parametrize(("order", "isolate"), list(product(ORDERS, (False, True))), ids=str)
+def test_split_batches_hold_every_token_once(order: Order, isolate: bool) -> None:
+    rows, length, padded = 3, 29, 32
+    random = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 6, (rows, length), generator=random)
+    positions = torch.arange(length).expand(rows, length)
+    batch: dict[str, Any] = {"tokens": tokens, "labels": tokens + 1, "loss_mask": (tokens != 0).float()}
+    batch["positions"] = positions.contiguous()
+    if isolate:
+        offsets = document_offsets(tokens, 0)
+        batch["cu_seqlens"] = offsets
+        batch["positions"] = (torch.arange(rows * length) - offsets[:-1].repeat_interleave(offsets.diff())).view(
+            rows, -1
+        )
+    found = [split(batch, order, rank, padded) for rank in range(order.size)]
+    whole = {name: torch.zeros(rows, padded, dtype=x.dtype) for name, x in batch.items() if name != "cu_seqlens"}
+    documents_of = documents(tokens)
+    for part in found:
+        own = part["cut"]
+        for s, (row, piece) in enumerate(own.places):
+            span = slice(piece * own.length, (piece + 1) * own.length)
+            mine = slice(s % order.per_rank * own.length, (s % order.per_rank + 1) * own.length)
+            for name, x in whole.items():
+                x[row, span] = part[name][row, mine]
+            first = piece * own.length
+            if first < length:  # goes on with a document, as the token before says
+                same = first > 0 and (not isolate or documents_of[row, first] == documents_of[row, first - 1])
+                assert own.continued[s] == bool(same), (row, piece)
+                begin = int((documents_of[row] == documents_of[row, first]).nonzero()[0]) if isolate else 0
+                assert own.begins[s] == begin
+        if isolate:
+            local = torch.bucketize(
+                torch.arange(rows * order.per_rank * own.length), part["cu_seqlens"][1:], right=True
+            )
+            assert len(set(local.tolist())) == len(part["cu_seqlens"]) - 1
+            assert part["max_document"] == int(part["cu_seqlens"].diff().max())
+    assert all(torch.equal(x[:, :length], batch[name]) for name, x in whole.items())
+    assert not whole["loss_mask"][:, length:].any()
+
+
+GATES = ["none", "scalar", "key", "value", "both"]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_summary_of_the_decay_family(gate: str) -> None:
+    """In closed form, against the recurrence run on the identity; with a gate that forgets everything."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 21, 3, 8), torch.randn(2, 21, 3, 5)
+    g = {"scalar": torch.rand(2, 21, 3), "key": torch.rand(k.shape), "both": torch.rand(k.shape)}.get(gate)
+    gv = torch.rand(v.shape) if gate in ("value", "both") else None
+    g, gv = (None if x is None else -x for x in (g, gv))
+    if g is not None:
+        g[0, 7, 1] = float("-inf")
+
+    def run(k: torch.Tensor, v: torch.Tensor, g: Any, gv: Any, initial_state: torch.Tensor) -> Any:
+        return decay(k, k, v, g, gv, initial_state=initial_state, backend="reference")
+
+    transition, state = summary(k, v, g, gv)
+    start = torch.randn(2, 3, 8, 5)
+    _, final = run(k, v, g, gv, start)
+    assert_close(transition * start + state, final, FP32, gate)
+    if gv is None:
+        matrix, same = affine(run, k, v, g, gv)
+        assert_close(same, state, FP32, "state")
+        assert_close(transition.expand(2, 3, 8, 1).squeeze(-1).diag_embed(), matrix, FP32, "transition")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_summary_of_a_window(length: int) -> None:
+    before, x = torch.randn(2, 3, 4), torch.randn(2, length, 4)
+    transition, state = last_tokens(x, 3)
+    assert torch.equal(transition @ before + state, torch.cat([before, x], 1)[:, -3:])
+
+
+def test_pieces_take_no_initial_state() -> None:
+    order = Order(1, "zigzag")
+    with pieces_of(RankPieces(cut(1, 8, order, 0), Line(order, 0), torch.device("cpu"))):
+        with pytest.raises(ValueError, match="initial state"):
+            current(torch.zeros(1))
+        with pieces_of(None):
+            assert current() is None
+    assert current() is None
+
+
+def config(**sections: Any) -> Config:
+    moe = {"num_experts": 4, "expert_ffn_size": 16}
+    base: dict[str, Any] = {"model": {"hidden_size": 32, "num_heads": 4, "moe": moe}, "parallel": {"sequence": 2}}
+    for name, section in sections.items():
+        base[name] = base.get(name, {}) | section
+    return from_dict(Config, base)
+
+
+REFUSED = {
+    "parallel.sequence_layout": {"parallel": {"sequence": 1, "sequence_layout": "contiguous"}},
+    "parallel.sequence_exchange": {"parallel": {"sequence": 1, "sequence_exchange": "ring"}},
+    "model.moe.sequence_aux_loss": {"model": {"moe": {"sequence_aux_loss": 0.1, "expert_ffn_size": 16}}},
+    "model.moe.capacity_factor": {"model": {"moe": {"capacity_factor": 1.5, "expert_ffn_size": 16}}},
+    "training.sequence_length": {"training": {"sequence_length": 254}},
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_what_is_not_built_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate_fields(config(**REFUSED[path]), 4)
+    assert error.value.path == path and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_mixers_that_cannot_say_why(name: str) -> None:
+    cls = mixer_class(name)
+    able = cls.capabilities.sequence_parallel
+    assert able == ("sequence_parallel" not in cls.limits)
+    tree = config(model={"mixer": {"type": name}, "hidden_size": 256, "ffn": "dense"})
+    if able:
+        validate_fields(tree, 4)
+        return
+    with pytest.raises(ConfigError) as error:
+        validate_fields(tree, 4)
+    assert error.value.path == "model.mixer.type" and cls.limits["sequence_parallel"] in str(error.value)
+
+
+def test_ranks_and_lengths() -> None:
+    layout = parallel_layout(config(parallel={"sequence": 2, "tensor": 2}), 8)
+    assert (layout.data, layout.sequence, layout.replicas) == (2, 2, 4)
+    assert layout.groups["sequence"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.groups["data"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    with pytest.raises(ConfigError, match=r"parallel\.sequence 2"):
+        parallel_layout(config(), 3)
+    lengths = {"contiguous": 30, "zigzag": 32}
+    for kind, length in lengths.items():
+        tree = config(parallel={"sequence": 2, "sequence_layout": kind}, training={"sequence_length": 29})
+        assert padded_length(tree) == length

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from linear_moe.config.load import from_dict
 from linear_moe.config.schema import ModelConfig
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.training.data import prepare_data
 from linear_moe.training.data.loader import TrainLoader, validation_batches
@@ -27,62 +25,27 @@ from linear_moe.training.optimizer import build_optimizer
 from linear_moe.training.schedule import learning_rate, set_learning_rate
 from linear_moe.training.sequence import exchange
 from linear_moe.training.sequence.exchange import Line
-from linear_moe.training.sequence.layout import Cut, Order, cut, share
+from linear_moe.training.sequence.layout import Order, cut, share
 from linear_moe.training.sequence.pieces import layout_of
 from linear_moe.training.step import Stepper
 from tests.distributed.cases import start
+from tests.distributed.sequences import (
+    HIDDEN,
+    LENGTH,
+    ROWS,
+    VOCABULARY,
+    one_pass,
+    own_layout,
+    settings,
+    stream,
+    whole_layout,
+)
 from tests.unit.mixers.common import build
-
-ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 48, 32, 64
-# In pieces of 6, 12 and 24 tokens: a document over several pieces, an empty one, one of a single token, one that ends
-# with a piece, one that begins with one, two within one, and one shorter than a convolution before a boundary.
-OFFSETS = [0, 3, 3, 6, 7, 10, 30, 46, 48, 48]
 
 
 def line(layout: str, strategy: str) -> Line:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     return Line(Order(size, layout), dist.get_rank(), dist.group.WORLD, strategy)
-
-
-def own_layout(line: Line, packed: bool) -> tuple[Cut, Layout]:
-    """This rank's share of `ROWS` whole rows, or of one row of packed documents."""
-    offsets = torch.tensor(OFFSETS) if packed else None
-    found = cut(1 if packed else ROWS, LENGTH, line.order, line.rank, offsets)
-    positions = share(whole_layout(packed).positions, found)  # type: ignore[arg-type]
-    local = torch.tensor(found.offsets) if packed else None
-    return found, layout_of(found, line, torch.device("cpu"), positions, local)
-
-
-def whole_layout(packed: bool) -> Layout:
-    if not packed:
-        return Layout(ROWS, LENGTH, positions=torch.arange(LENGTH).expand(ROWS, LENGTH))
-    offsets = torch.tensor(OFFSETS)
-    starts = offsets[:-1].repeat_interleave(offsets.diff())
-    return Layout(1, LENGTH, offsets, int(offsets.diff().max()), (torch.arange(LENGTH) - starts).unsqueeze(0))
-
-
-def stream(packed: bool, seed: int) -> Tensor:
-    """`[rows, T, hidden]`."""
-    rows = 1 if packed else ROWS
-    return torch.randn(rows, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """The output of tokens `x [rows, T, hidden]`, and the gradients of its weighted sum."""
-    tokens = x.flatten(0, 1).requires_grad_()
-    y = module(tokens, layout)
-    (y * weights.flatten(0, 1)).sum().backward()
-    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad()
-    return {"output": y.detach().view_as(x), "tokens": tokens.grad.view_as(x)} | found  # type: ignore[union-attr]
-
-
-def settings() -> Iterator[tuple[str, str, bool]]:
-    """Layout, strategy, packed."""
-    for layout in ("contiguous", "zigzag"):
-        for packed in (False, True):
-            yield layout, "all_gather", packed
-        yield layout, "ring", True
 
 
 def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training.sequence.layout import Order, cut, share
 from tests.distributed.harness import run
-from tests.distributed.sequence_cases import LENGTH, ROWS, one_pass, settings, stream, whole_layout
+from tests.distributed.sequences import LENGTH, ROWS, one_pass, settings, stream, whole_layout
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 from tests.unit.mixers.common import build, case_ids, cases
 

@@ -9,7 +9,7 @@ import pytest
 
 from linear_moe.modeling.mixers.base import Mixer
 from tests.distributed.harness import run
-from tests.distributed.sequence_cases import HIDDEN, ROWS
+from tests.distributed.sequences import HIDDEN, ROWS
 from tests.unit.mixers.common import build
 
 LENGTHS = (16, 32, 64, 128)

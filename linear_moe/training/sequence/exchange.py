@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from linear_moe.training.sequence.layout import Order
 
 STRATEGIES = ("all_gather", "ring")
-BLOCKS = 4  # of a state, that a ring passes on one by one
+BLOCKS = 4  # of a state's columns, that a ring passes on one by one
 
 
 @dataclass(frozen=True)
@@ -54,90 +54,86 @@ def states_before(transition: Tensor, state: Tensor, line: Line, matrix: bool) -
     return before.transpose(0, 1).flatten(0, 1)
 
 
+Times = Callable[[Tensor, Tensor], Tensor]
+
+
 class _Before(torch.autograd.Function):
     """By piece of this rank: transition `[P, rows, ...]`, state `[P, rows, ...]` -> the states before."""
 
     @staticmethod
     def forward(ctx: Any, transition: Tensor, state: Tensor, line: Line, matrix: bool) -> Tensor:  # type: ignore[override]
-        scan = _ring if line.strategy == "ring" else _gathered
-        before, kept = scan(line, transition, state, _times(matrix), reverse=False)
-        ctx.save_for_backward(transition, before, kept)
-        ctx.line, ctx.matrix = line, matrix
+        times: Times = torch.matmul if matrix else torch.mul
+        everyones = None
+        if line.strategy == "ring":
+            before = _ring(line, transition, state, times, reverse=False)
+        else:
+            everyones, states = _all_pieces([transition, state], line)
+            before = _scan(line, everyones, states, times, reverse=False)
+        ctx.save_for_backward(transition, before, everyones)
+        ctx.line, ctx.times = line, times
         return before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        transition, before, kept = ctx.saved_tensors
-        adjoint, times = (lambda a: a.mT if ctx.matrix else a.conj()), _times(ctx.matrix)
-        if kept is not None:
-            after, _ = _gathered(ctx.line, None, gradient, times, reverse=True, transitions=adjoint(kept))
+        transition, before, everyones = ctx.saved_tensors
+        line, times, matrix = ctx.line, ctx.times, ctx.times is torch.matmul
+
+        def adjoint(x: Tensor) -> Tensor:
+            return x.mT if matrix else x.conj()
+
+        if everyones is None:
+            after = _ring(line, adjoint(transition), gradient, times, reverse=True)
         else:
-            after, _ = _ring(ctx.line, adjoint(transition), gradient, times, reverse=True)
-        d_transition = None
-        if ctx.needs_input_grad[0]:
-            outer = after @ before.mT if ctx.matrix else (after * before.conj()).sum_to_size(transition.shape)
-            d_transition = outer
-        return d_transition, after, None, None
+            (gradients,) = _all_pieces([gradient], line)
+            after = _scan(line, adjoint(everyones), gradients, times, reverse=True)
+        if not ctx.needs_input_grad[0]:
+            return None, after, None, None
+        d_transition = times(after, adjoint(before))
+        return d_transition if matrix else d_transition.sum_to_size(transition.shape), after, None, None
 
 
-Times = Callable[[Tensor, Tensor], Tensor]
-
-
-def _times(matrix: bool) -> Times:
-    return torch.matmul if matrix else torch.mul
-
-
-def _gathered(
-    line: Line,
-    transition: Tensor | None,
-    state: Tensor,
-    times: Times,
-    reverse: bool,
-    transitions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The scan of what all ranks have, and all transitions `[pieces, rows, ...]`, known already or gathered too."""
-    order = line.order
-    steps = range(order.count)
-    owners = [order.owner(piece) for piece in steps]
-    if transitions is None:
-        assert transition is not None
-        parts = [transition, state]
-        found, states = (torch.stack([x[r, j] for r, j in owners]) for x in _all_gather(parts, line))
-        transitions = found
-    else:
-        (gathered,) = _all_gather([state], line)
-        states = torch.stack([gathered[r, j] for r, j in owners])
-    carried, before = torch.zeros_like(states[0]), [states[0]] * order.count
+def _scan(line: Line, transitions: Tensor, states: Tensor, times: Times, reverse: bool) -> Tensor:
+    """Of all pieces `[pieces, rows, ...]` -> the states before this rank's (reverse: after) `[P, rows, ...]`."""
+    steps = range(line.order.count)
+    carried, found = torch.zeros_like(states[0]), [states[0]] * line.order.count
     for i in reversed(steps) if reverse else steps:
-        before[i] = carried
+        found[i] = carried
         carried = torch.add(states[i], times(transitions[i], carried))
-    return torch.stack([before[i] for i in order.pieces(line.rank)]), transitions
+    return torch.stack([found[i] for i in line.order.pieces(line.rank)])
 
 
-def _all_gather(parts: Sequence[Tensor], line: Line) -> list[Tensor]:
-    """Tensors of this rank in one message -> of all ranks, `[ranks, ...]` each."""
+def _all_pieces(parts: Sequence[Tensor], line: Line) -> list[Tensor]:
+    """`[P, ...]` of this rank, in one message -> of all ranks `[pieces, ...]`, in order of time."""
+    order = line.order
+    owners = [order.owner(piece) for piece in range(order.count)]
     if line.group is None:
-        return [part.unsqueeze(0) for part in parts]
+        assert order.size == 1
+        return list(parts)
     flat = [_real(part).flatten() for part in parts]
     own = torch.cat(flat)
-    everywhere = own.new_empty(line.order.size * len(own))
+    everywhere = own.new_empty(order.size * len(own))
     dist.all_gather_into_tensor(everywhere, own, group=line.group)
-    found = everywhere.view(line.order.size, -1).split([len(x) for x in flat], 1)
-    return [_like(x, (line.order.size, *part.shape), part) for x, part in zip(found, parts, strict=True)]
+    gathered = everywhere.view(order.size, -1).split([len(x) for x in flat], 1)
+    found = []
+    for x, part in zip(gathered, parts, strict=True):
+        shape = (order.size, *_real(part).shape)
+        by_piece = torch.stack([x.reshape(shape)[owner] for owner in owners])
+        found.append(torch.view_as_complex(by_piece) if part.is_complex() else by_piece)
+    return found
 
 
-def _ring(line: Line, transition: Tensor, state: Tensor, times: Times, reverse: bool) -> tuple[Tensor, None]:
-    """The scan as a walk from piece to piece; see `_gathered`."""
+def _ring(line: Line, transition: Tensor, state: Tensor, times: Times, reverse: bool) -> Tensor:
+    """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`."""
     order, rank = line.order, line.rank
     last, step = (0, -1) if reverse else (order.count - 1, 1)
     mine = list(enumerate(order.pieces(rank)))
-    blocks = min(BLOCKS, state.shape[-1])
     before, inside = torch.empty_like(state), list[Tensor]()
     sent: list[tuple[Any, Tensor]] = []
     for place, piece in reversed(mine) if reverse else mine:
-        own_transitions = _blocks(transition[place], state.shape[-1], blocks, times is torch.matmul)
-        own_states, starts = state[place].chunk(blocks, -1), before[place].chunk(blocks, -1)
+        own_states, starts = state[place].chunk(BLOCKS, -1), before[place].chunk(BLOCKS, -1)
+        by_column = times is torch.mul and transition.shape[-1] == state.shape[-1]
+        own_transitions = transition[place].chunk(BLOCKS, -1) if by_column else [transition[place]] * len(starts)
         first = piece == (order.count - 1 if reverse else 0)
         source = None if first else order.owner(piece - step)[0]
         target = None if piece == last else order.owner(piece + step)[0]
@@ -156,17 +152,7 @@ def _ring(line: Line, transition: Tensor, state: Tensor, times: Times, reverse: 
                 sent.append(_send(carried, target, line))
     for work, _ in sent:
         work.wait()
-    return before, None
-
-
-def _blocks(transition: Tensor, width: int, blocks: int, matrix: bool) -> Sequence[Tensor]:
-    """The transition of each block of columns."""
-    whole = matrix or transition.shape[-1] != width
-    return (
-        [transition] * len(transition.new_empty(width, device="meta").chunk(blocks))
-        if whole
-        else transition.chunk(blocks, -1)
-    )
+    return before
 
 
 def _send(x: Tensor, rank: int, line: Line) -> tuple[Any, Tensor]:
@@ -187,10 +173,6 @@ def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
-def _like(flat: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.view_as_complex(flat.reshape(*shape, 2)) if like.is_complex() else flat.reshape(shape)
-
-
 class AllTokens(torch.autograd.Function):
     """`AllTokens.apply(x, line)`: this rank's pieces `[P, ...]` -> all, `[pieces, ...]`, in order of time. Collective.
 
@@ -200,17 +182,17 @@ class AllTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:  # type: ignore[override]
         ctx.line = line
-        (everywhere,) = _all_gather([x], line)
-        return torch.stack([everywhere[line.order.owner(piece)] for piece in range(line.order.count)])
+        (everything,) = _all_pieces([x], line)
+        return everything
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         line: Line = ctx.line
         order = line.order
-        by_rank = torch.stack([gradient[list(order.pieces(rank))] for rank in range(order.size)])
         if line.group is None:
-            return by_rank[0], None
-        own = torch.empty_like(by_rank[0])
-        dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1), group=line.group)
+            return gradient, None
+        by_rank = torch.stack([gradient[piece] for rank in range(order.size) for piece in order.pieces(rank)])
+        own = torch.empty_like(by_rank[: order.per_rank])
+        dist.reduce_scatter_tensor(own, by_rank, group=line.group)
         return own, None

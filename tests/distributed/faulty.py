@@ -34,10 +34,10 @@ def inject(fault: str) -> None:
             raise ValueError("document 7 is damaged")
         return read(self)
 
-    def computing(batch: Any) -> Any:
+    def computing(*arguments: Any) -> Any:
         if due() and fault == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
-        return layout_of(batch)
+        return layout_of(*arguments)
 
     TrainLoader.__next__, step.layout_of = reading, computing  # type: ignore[method-assign]
 

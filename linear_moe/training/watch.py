@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import linecache
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -223,9 +223,8 @@ class Watch:
         if innermost is None:
             return "", 0, False
         file = innermost.f_code.co_filename
-        line = linecache.getline(file, innermost.f_lineno)
         distributed = "/torch/distributed/" in file and "/checkpoint/" not in file
-        waits = distributed or any(word in line for word in WAITS)
+        waits = distributed or any(word in _line(file, innermost.f_lineno) for word in WAITS)
         return _place(frame or innermost, package), id(innermost), waits
 
     def _is_dead(self, status: Status) -> bool:
@@ -353,6 +352,21 @@ def _is_communication(error: BaseException) -> bool:
         return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Socket Timeout", "Connection reset")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+@cache
+def _lines(file: str) -> list[str]:
+    """Not by linecache, which the main thread may be changing."""
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _line(file: str, number: int | None) -> str:
+    """ "" where there is none: between two lines a frame has no number, generated code has no file."""
+    lines = _lines(file)
+    return lines[number - 1] if number is not None and 0 < number <= len(lines) else ""
 
 
 def _place(frame: FrameType, package: str) -> str:

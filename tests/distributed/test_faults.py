@@ -20,7 +20,7 @@ import pytest
 
 from tests.distributed.harness import ROOT, environment
 
-TIMEOUT = 9.0  # seconds, of those that wait for it
+TIMEOUT = 15.0  # seconds, of those that wait for it
 LATEST = 30.0  # after it, or after a death: the whole job has ended (torchrun gives its processes as much)
 CONFIG: dict[str, Any] = {
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "pattern": "LN", "ffn": "dense", "ffn_size": 64},

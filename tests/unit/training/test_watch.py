@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -117,6 +118,16 @@ def test_what_the_thread_sees(watching: Watch) -> None:
     other = Watch.__new__(Watch)
     other.main = None
     assert other._stack() == ("", 0, False)
+
+
+def test_a_frame_without_a_line(watching: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two lines a frame has no number; generated code has no file."""
+    code = SimpleNamespace(co_filename=watch.__file__, co_name="f")
+    for file, number in ((watch.__file__, None), ("<string>", 3), (watch.__file__, 10**6)):
+        code.co_filename = file
+        frame = SimpleNamespace(f_code=code, f_lineno=number, f_back=None)
+        monkeypatch.setattr(sys, "_current_frames", lambda frame=frame: {watching.main: frame})
+        assert watching._stack()[2] is False
 
 
 PEER = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:34117"

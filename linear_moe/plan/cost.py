@@ -7,37 +7,54 @@ The slowest pipeline stage sets the pace. A micro-batch costs it, forward and ba
 - weights: they are read in both directions, and their gradients written and added up in fp32;
 - tensor: in each pass, every tensor-parallel region gathers its tokens and scatters its sums;
 - expert: in each pass, every MoE layer sends its tokens to experts and back;
+- sequence: what layers of split sequences send in both directions (`exchange`), less what local work hides of it, and
+  the work that there is only for that; that causal attention may cost one rank more than others is in `compute`;
 - pipeline: activations sent to the next stage, gradients back.
 
 A step is as many of those as there are micro-batches, and the pipeline's bubble: (stages - 1) / chunks of them. Then
 data: the replicas sum fp32 gradients and, with the distributed optimizer, gather new weights; with optimizer.overlap as
 much of that is free as fits into the last backward and the first forward pass. Last, optimizer: its state is read and
 written once. A collective of n ranks moves (n - 1) / n of its data through each rank, by the node's links or, between
-nodes, by the network adapters of its members in a node; each takes at least LATENCY.
+nodes, by the network adapters of its members in a node. It takes LATENCY, and as NCCL does it a step from rank to rank
+around a ring: LINK_STEP within a node, NETWORK_STEP to the next one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import ParallelLayout, rank_tokens, recomputed
+from linear_moe.config.validate import ParallelLayout, padded_length, rank_tokens, recomputed
 from linear_moe.flops import Flops
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import DTYPES
+from linear_moe.plan.exchange import Exchange, Split, layer_exchange
 from linear_moe.plan.memory import optimizer_bytes
+from linear_moe.plan.needs import Needs
 from linear_moe.plan.ranks import RankChunk, is_expert
 
 EFFICIENCY = 0.4
 LAYER_SECONDS = 1.5e-3
 LATENCY = 20e-6
+LINK_STEP, NETWORK_STEP = 1.9e-6, 4.0e-6
+"""As NCCL's own model has them for rings over NVLink and over a network (src/graph/tuning.cc, protocol LL128)."""
 
 
 @dataclass(frozen=True)
 class Cluster:
+    """GPUs in nodes.
+
+    Attributes:
+        node: GPUs in one.
+        latency: seconds that any collective or message takes.
+    """
+
     gpu: GPU
-    node: int  # GPUs in one
+    node: int
+    latency: float = LATENCY
 
 
 @dataclass(frozen=True)
@@ -53,26 +70,36 @@ class Group:
         nodes = len({rank // cluster.node for rank in ranks})
         return cls(len(ranks), -(-len(ranks) // nodes), cluster)
 
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.in_node)
+
     def ring(self, size: float) -> float:
         """Seconds of an all-gather to, or reduce-scatter from, `size` bytes."""
         if self.ranks == 1:
             return 0.0
         gpu = self.cluster.gpu
         bandwidth = gpu.link if self.in_node == self.ranks else min(gpu.link, gpu.network * self.in_node)
-        return LATENCY + size * (self.ranks - 1) / self.ranks / bandwidth
+        steps = (self.ranks - self.nodes) * LINK_STEP + (self.nodes - 1) * NETWORK_STEP
+        return self.cluster.latency + steps + size * (self.ranks - 1) / self.ranks / bandwidth
 
     def exchange(self, size: float) -> float:
         """Seconds of an all-to-all of `size` bytes of each rank."""
         if self.ranks == 1:
             return 0.0
         gpu, outside = self.cluster.gpu, self.ranks - self.in_node
-        return LATENCY + size / self.ranks * ((self.in_node - 1) / gpu.link + outside / gpu.network)
+        return self.cluster.latency + size / self.ranks * ((self.in_node - 1) / gpu.link + outside / gpu.network)
 
     def send(self, size: float) -> float:
         """Seconds of `size` bytes to the neighbour."""
         if self.ranks == 1:
             return 0.0
-        return LATENCY + size / (self.cluster.gpu.link if self.in_node > 1 else self.cluster.gpu.network)
+        return self.hop(size, self.in_node == 1)
+
+    def hop(self, size: float, away: bool) -> float:
+        """Seconds of a message of `size` bytes to a member in the same node, or in another (`away`)."""
+        gpu = self.cluster.gpu
+        return self.cluster.latency + size / (gpu.network if away else gpu.link)
 
 
 @dataclass(frozen=True)
@@ -84,30 +111,65 @@ class StageCost:
     optimizer: float
 
 
+def layer_seconds(
+    config: Config, number: int, layer: Any, flops: Flops, needs: Needs | None, group: Group
+) -> tuple[float, Exchange]:
+    """Seconds of one layer's compute for a micro-batch, and what it exchanges.
+
+    Args:
+        layer: as one rank holds it.
+        needs: its; None: sequences are not shared out.
+        group: of the ranks that share out a sequence.
+    """
+    tokens, length, parts = rank_tokens(config), padded_length(config), flops.layers[number]
+    rate = group.cluster.gpu.peak_tflops * 1e12 * EFFICIENCY
+    once, again = parts["mixer"] + parts["ffn"], flops.again(number, recomputed_in(config, number))
+    passes, together = 3 + again / once, rate * config.parallel.tensor  # the backward pass costs two
+    compute = max(passes * tokens * once / together, LAYER_SECONDS * passes / 3)
+    if needs is None:
+        return compute, Exchange()
+    core = layer.mixer.recurrence_flops
+    exchange = layer_exchange(needs, Split.of(config), group, core, length, rate, config.parallel.tensor)
+    waits = passes * tokens * parts["core"] * (exchange.imbalance - 1) / together
+    return compute + waits, exchange
+
+
+def recomputed_in(config: Config, number: int) -> frozenset[str]:
+    """What of a layer the backward pass computes again."""
+    modules, concerned = recomputed(config)
+    return modules if number in concerned else frozenset()
+
+
 def stage_cost(
-    config: Config, layout: ParallelLayout, chunks: list[RankChunk], flops: Flops, cluster: Cluster
+    config: Config,
+    layout: ParallelLayout,
+    chunks: list[RankChunk],
+    flops: Flops,
+    cluster: Cluster,
+    needs: Mapping[int, Needs],
 ) -> StageCost:
     """Of a rank that holds `chunks`.
 
     Args:
         flops: of the model.
+        needs: of its layers, if sequences are shared out.
     """
     training, gpu = config.training, cluster.gpu
     size, hidden = DTYPES[training.dtype].itemsize, config.model.hidden_size
     tokens = rank_tokens(config)
-    modules, concerned = recomputed(config)
     groups = {axis: Group.of(ranks[0], cluster) for axis, ranks in layout.groups.items()}
+    alone = Group.of([0], cluster)
 
-    seconds = dict.fromkeys(("compute", "weights", "tensor", "expert", "pipeline"), 0.0)
+    seconds = dict.fromkeys(("compute", "weights", "tensor", "expert", "sequence", "pipeline"), 0.0)
     rate = gpu.peak_tflops * 1e12 * EFFICIENCY * layout.tensor
     stream = size * tokens * hidden
     for chunk in chunks:
         for number, layer in chunk.layers.items():
-            recompute = modules if number in concerned else frozenset()
-            once = flops.layers[number]["mixer"] + flops.layers[number]["ffn"]
-            again = flops.again(number, recompute)
-            passes = 3 + again / once  # the backward pass costs two
-            seconds["compute"] += max(passes * tokens * once / rate, LAYER_SECONDS * passes / 3)
+            recompute = recomputed_in(config, number)
+            group = groups.get("sequence", alone)
+            compute, exchange = layer_seconds(config, number, layer, flops, needs.get(number), group)
+            seconds["compute"] += compute
+            seconds["sequence"] += exchange.cost(again=bool(recompute & {"layer", "mixer", "core"}))
             moe = hasattr(layer.ffn, "experts")
             halves = {"mixer": 1, "ffn": 1 if not moe or config.model.moe.shared_ffn_size else 0}
             for half, regions in halves.items():
@@ -116,7 +178,8 @@ def stage_cost(
                 if moe and half == "ffn":
                     seconds["expert"] += 2 * travels * dispatch(config, groups, stream / layout.tensor)
         if chunk.logits:
-            seconds["compute"] += (4 if "logits" in modules else 3) * tokens * flops.head / rate
+            again = "logits" in training.recompute_modules
+            seconds["compute"] += (4 if again else 3) * tokens * flops.head / rate
             seconds["tensor"] += 2 * groups["tensor"].ring(stream)
         weights = sum(p.numel() * (4 * p.element_size() + 8) for p in chunk.parameters if p.requires_grad)
         seconds["weights"] += weights / gpu.memory_bandwidth

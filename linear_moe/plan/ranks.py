@@ -11,6 +11,7 @@ from torch import nn
 from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.plan.needs import Needs, layer_needs
 from linear_moe.stages import stage_chunks
 
 
@@ -40,6 +41,7 @@ class RankModels:
     def __init__(self, config: Config, rows: int):
         self.model, self.dtype, self.rows = config.model, DTYPES[config.training.dtype], rows
         self._built: dict[tuple[int, ...], LanguageModel] = {}
+        self._needs: dict[int, dict[int, Needs]] = {}
 
     def __call__(self, parallel: ParallelConfig) -> LanguageModel:
         """All layers, with embedding and head: no rank has all of them where there are pipeline stages."""
@@ -47,6 +49,15 @@ class RankModels:
         if key not in self._built:
             self._built[key] = LanguageModel(self.model, self.rows, RankHost(parallel, self.dtype))
         return self._built[key]
+
+    def needs(self, parallel: ParallelConfig) -> dict[int, Needs]:
+        """By layer, what its mixer asks of the other ranks of its sequences; none where sequences are not shared out."""
+        if parallel.sequence == 1:
+            return {}
+        if parallel.tensor not in self._needs:
+            layers = {int(number): layer for number, layer in self(parallel).layers.items()}
+            self._needs[parallel.tensor] = layer_needs(layers)
+        return self._needs[parallel.tensor]
 
 
 @dataclass(frozen=True)

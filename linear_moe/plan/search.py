@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from linear_moe.config.errors import ConfigError
@@ -14,7 +15,7 @@ from linear_moe.modeling.mixers.checks import check
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.plan.activations import activation_bytes
-from linear_moe.plan.cost import Cluster, stage_cost, step_seconds
+from linear_moe.plan.cost import Cluster, Group, layer_seconds, stage_cost, step_seconds
 from linear_moe.plan.memory import state_bytes, with_total
 from linear_moe.plan.model import forward_flops
 from linear_moe.plan.ranks import RankModels, rank_chunks
@@ -33,6 +34,12 @@ RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """What of training.recompute and .recompute_modules is tried, from the fastest to the smallest."""
 VIRTUAL = (1, 2, 4)
+LEAST_TOKENS = 256  # of a sequence on a rank: fewer keep no GPU busy
+EXCHANGES = {
+    "sequence_layout": ("zigzag", "contiguous"),
+    "sequence_exchange": ("all_gather", "ring"),
+}
+"""Of `parallel`, what is chosen where sequences are shared out; the first ones are the defaults."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,26 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For example TP2 PP4x2 EP8, two chunks on each of four stages; sizes of 1 are left out."""
+        """For example TP2 SP2 PP4x2 EP8, two chunks on each of four stages; sizes of 1 are left out."""
         p = self.config.parallel
-        sizes = {"TP": p.tensor, "PP": p.pipeline, "x": p.virtual_pipeline, "EP": p.expert, "ETP": p.expert_tensor}
+        sizes = {
+            "TP": p.tensor,
+            "SP": p.sequence,
+            "PP": p.pipeline,
+            "x": p.virtual_pipeline,
+            "EP": p.expert,
+            "ETP": p.expert_tensor,
+        }
         words = " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
         return words.replace(" x", "x") or "DP only"
 
     def overrides(self) -> dict[str, Any]:
         """By dotted path, what makes any config of this model this layout."""
         paths = {
-            "parallel": ("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "expert", "expert_tensor"),
+            "parallel": (
+                *("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "expert", "expert_tensor", "sequence"),
+                *EXCHANGES,
+            ),
             "training": ("micro_batch", "recompute", "recompute_modules", "recompute_layers"),
             "optimizer": ("distributed", "overlap"),
         }
@@ -144,15 +161,34 @@ class _Search:
         """Parallel sizes that the world's size allows, tensor ranks within a node."""
         model, parallel, world, node = self.config.model, self.config.parallel, self.world, self.cluster.node
         experts = model.moe.num_experts if any(layer.ffn == "moe" for layer in resolve_layers(model)) else 1
-        for tensor in (n for n in divisors(world, node) if world <= node or node % n == 0):
-            for pipeline in divisors(world // tensor, model.num_layers):
+        tensors = (n for n in divisors(world, node) if world <= node or node % n == 0)
+        for tensor, pipeline in ((t, p) for t in tensors for p in divisors(world // t, model.num_layers)):
+            for sequence in divisors(world // tensor // pipeline, self.config.training.sequence_length // LEAST_TOKENS):
                 for expert_tensor in divisors(tensor, tensor if experts > 1 else 1):
                     for expert in divisors(world // pipeline // expert_tensor, experts):
                         for virtual in VIRTUAL if pipeline > 1 else (1,):
                             if pipeline * virtual <= model.num_layers:
-                                yield ParallelConfig(
-                                    tensor, parallel.tensor_sequence, pipeline, virtual, None, expert, expert_tensor
-                                )
+                                sizes = tensor, parallel.tensor_sequence, pipeline, virtual, None, expert, expert_tensor
+                                yield ParallelConfig(*sizes, sequence)
+
+    def exchanges(self, parallel: ParallelConfig) -> ParallelConfig:
+        """The same sizes with the layout and the exchange of sequences that take the least time."""
+        if parallel.sequence == 1:
+            return parallel
+        configs = (
+            replace(self.config, parallel=replace(parallel, **dict(zip(EXCHANGES, choice, strict=True))))
+            for choice in product(*EXCHANGES.values())
+        )
+        return min(configs, key=self.sequence_seconds).parallel
+
+    def sequence_seconds(self, config: Config) -> float:
+        """What all layers take of a micro-batch, one row, with what they exchange."""
+        config = replace(config, training=replace(config.training, micro_batch=1))
+        layers, needs = self.models(config.parallel).layers, self.models.needs(config.parallel)
+        tensor, sequence = config.parallel.tensor, config.parallel.sequence
+        group = Group.of(list(range(0, tensor * sequence, tensor)), self.cluster)
+        found = (layer_seconds(config, i, layers[str(i)], self.flops, needs[i], group) for i in needs)
+        return sum(compute + exchange.cost() for compute, exchange in found)
 
     def settings(self, parallel: ParallelConfig) -> Iterator[list[Config]]:
         """Those tried for one choice of parallel sizes: for each micro-batch, from the fastest to the smallest.
@@ -164,7 +200,7 @@ class _Search:
         if max(replicas, self.world // (parallel.expert * parallel.expert_tensor * parallel.pipeline)) > 1:
             optimizer = replace(optimizer, distributed=True, overlap=True)
         for micro_batch in sorted({*MICRO_BATCHES, config.training.micro_batch}):
-            if micro_batch == 1 or micro_batch * replicas <= config.training.global_batch:
+            if micro_batch == 1 or micro_batch * replicas <= config.training.global_batch * parallel.sequence:
                 training = replace(config.training, micro_batch=micro_batch, recompute_layers=None)
                 yield [
                     replace(
@@ -182,12 +218,15 @@ class _Search:
         smallest: tuple[int, Candidate] | None = None
         fastest: tuple[float, Candidate] | None = None
         rank: _Rank | None = None
+        chosen: ParallelConfig | None = None
         for configs in self.settings(parallel):
             try:
                 validate_fields(configs[0], self.world)
             except ConfigError as error:
                 refused = refused or Candidate(configs[0], reason=str(error))
                 continue
+            chosen = chosen or self.exchanges(parallel)
+            configs = [replace(config, parallel=chosen) for config in configs]
             rank = rank or self.rank(configs[0])
             if smallest is not None and rank.state > self.limit:
                 break  # the smallest micro-batch has been tried
@@ -199,7 +238,8 @@ class _Search:
                         reason = too_big(memory, self.limit)
                         smallest = memory["total"], replace(candidate, reason=reason)
                     continue
-                stages = [stage_cost(config, rank.layout, c, self.flops, self.cluster) for c in rank.stages]
+                needs = self.models.needs(config.parallel)
+                stages = [stage_cost(config, rank.layout, c, self.flops, self.cluster, needs) for c in rank.stages]
                 seconds = step_seconds(config, rank.layout, stages)
                 if fastest is None or seconds["total"] < fastest[0]:
                     fastest = seconds["total"], replace(candidate, seconds=seconds)

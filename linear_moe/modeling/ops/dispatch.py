@@ -121,7 +121,8 @@ def choose(
         if unsupported is not None:
             raise ValueError(f"backend 'gpu': {unsupported}")
     chosen, device = implementations[backend], v.device.type
-    return _without_autocast(chosen, device) if torch.is_autocast_enabled(device) else chosen
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+    return _without_autocast(chosen, device) if autocast else chosen
 
 
 def _without_autocast(function: Callable[..., Result], device: str) -> Callable[..., Result]:

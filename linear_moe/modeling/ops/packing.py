@@ -26,7 +26,7 @@ def first_tokens(cu_seqlens: Tensor, length: int) -> Tensor:
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """A small tensor from the CPU, without waiting for the device."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def by_token(*inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:

@@ -1,0 +1,244 @@
+"""What layers send where sequences are shared out, and how long that takes: the only home of these formulas.
+
+docs/sequence_parallelism.md has them in words, tests/distributed/test_sequence_bytes.py holds them against the bytes
+counted at the collectives. Beside this framework's ways of exchanging states there is the other one, `heads`: tokens of
+a layer's inputs are exchanged for heads before the recurrence, and back after it, as Megatron-Core does with Mamba-2 and
+Ulysses (arXiv 2309.14509) with attention. What it sends grows with the tokens, and there are only so many heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from linear_moe.config.schema import Config
+from linear_moe.config.validate import rank_tokens
+from linear_moe.plan.needs import Needs, State, TokenKeys
+from linear_moe.training.sequence.exchange import BLOCKS
+from linear_moe.training.sequence.layout import Order, order_of
+
+if TYPE_CHECKING:
+    from linear_moe.plan.cost import Group
+
+NUMBER = 4  # bytes of a state's number, which travels in fp32
+STEP_SECONDS = 10e-6
+"""Of one piece in the scan over all, and of one block that a ring passes on: the host launches two kernels for it."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How sequences are shared out.
+
+    Attributes:
+        rows: of a micro-batch.
+        tokens: of a micro-batch on one rank.
+        exchange: of states, one of STATES.
+        attention: of keys and values, one of KEYS.
+    """
+
+    order: Order
+    rows: int
+    tokens: int
+    exchange: str
+    attention: str
+
+    @classmethod
+    def of(cls, config: Config) -> Split:
+        parallel = config.parallel
+        attention = getattr(parallel, "sequence_attention", "all_gather")
+        order, rows = order_of(parallel), config.training.micro_batch
+        return cls(order, rows, rank_tokens(config), parallel.sequence_exchange, attention)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one exchange sends in one pass.
+
+    Attributes:
+        sent: bytes that a rank hands to collectives, the rank that sends most.
+        seconds: it takes.
+        beside: seconds of local work that goes on meanwhile.
+    """
+
+    sent: float
+    seconds: float
+    beside: float = 0.0
+
+    @property
+    def hidden(self) -> float:
+        return min(self.seconds, self.beside)
+
+    @property
+    def exposed(self) -> float:
+        return self.seconds - self.hidden
+
+
+Messages = tuple[Message, Message]
+"""Of the forward and of the backward pass."""
+
+
+@cache
+def hops(order: Order, forward: bool, rank: int | None = None) -> int:
+    """How many pieces' states `rank` (None: the rank with most) sends to another one, if states go from piece to piece."""
+    if rank is None:
+        return max(hops(order, forward, rank) for rank in range(order.size))
+    step = 1 if forward else -1
+    onwards = (piece + step for piece in order.pieces(rank) if 0 <= piece + step < order.count)
+    return sum(order.owner(piece)[0] != rank for piece in onwards)
+
+
+def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int, int]:
+    """Bytes that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
+    size, pieces = NUMBER * split.rows, split.order.per_rank
+    if split.exchange == "ring":
+        return size * state.numbers * hops(split.order, True, rank), size * state.numbers * hops(split.order, False, rank)
+    return size * pieces * (state.numbers + state.transition), size * pieces * state.numbers
+
+
+def keys_sent(keys: TokenKeys, split: Split) -> tuple[int, int]:
+    """Bytes that a rank hands to collectives, forward and backward.
+
+    A ring passes everyone's keys and values on, in the backward pass once more with their gradients in fp32, which go
+    one step further: home.
+    """
+    own, ranks = split.tokens * keys.size, split.order.size
+    if split.attention == "ring":
+        gradients = split.tokens * keys.numbers * NUMBER
+        return own * (ranks - 1), own * (ranks - 1) + gradients * ranks
+    return own, own * ranks
+
+
+def heads_sent(needs: Needs, split: Split) -> tuple[int, int]:
+    """Bytes that a rank hands to all-to-alls to share out a layer by heads: as many forward as backward."""
+    ranks = split.order.size
+    sizes = (size * max(1, -(-ranks // heads)) for heads, size in needs.inputs)  # of few heads, to all who use them
+    sent = split.tokens * (sum(sizes) + needs.output)
+    return sent, sent
+
+
+def _gather_states(state: State, split: Split, group: Group, core: float) -> Messages:
+    forward, backward = (Message(n, group.ring(split.order.size * n)) for n in state_sent(state, split))
+    return forward, backward
+
+
+def _pass_states(state: State, split: Split, group: Group, core: float) -> Messages:
+    """In blocks: once the last rank has got the first one, the others follow one by one."""
+    block = NUMBER * split.rows * state.numbers / BLOCKS
+    inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
+    turns = split.order.per_rank  # zigzag: there and back
+    away = group.nodes - 1
+    walk = turns * ((split.order.size - 1 - away) * inside + away * between)
+    seconds = walk + (BLOCKS - 1) * (between if away else inside)
+    forward, backward = (Message(n, seconds) for n in state_sent(state, split))
+    return forward, backward
+
+
+def _gather_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
+    own, everyones = keys_sent(keys, split)
+    seconds = group.ring(everyones)
+    return Message(own, seconds), Message(everyones, seconds)
+
+
+def _pass_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
+    """While one block of keys is attended to, the next one comes; the gradients' last step home is not hidden."""
+    ranks = split.order.size
+    forward, backward = keys_sent(keys, split)
+    away = group.nodes > 1
+    there = (ranks - 1) * group.hop(forward / (ranks - 1), away)
+    back = ranks * group.hop(backward / ranks, away)
+    share = (ranks - 1) / ranks
+    return Message(forward, there, share * core), Message(backward, back, share * 2 * core)
+
+
+def _to_heads(needs: Needs, split: Split, group: Group, core: float) -> Messages:
+    """Two all-to-alls a pass."""
+    forward, backward = heads_sent(needs, split)
+    back = needs.output * split.tokens
+    seconds = group.exchange(forward - back) + group.exchange(back)
+    return Message(forward, seconds), Message(backward, seconds)
+
+
+STATES: dict[str, Callable[[State, Split, Group, float], Messages]] = {
+    "all_gather": _gather_states,
+    "ring": _pass_states,
+}
+KEYS: dict[str, Callable[[TokenKeys, Split, Group, float], Messages]] = {
+    "all_gather": _gather_keys,
+    "ring": _pass_keys,
+}
+HEADS = {"exchange": "heads", "attention": "ulysses"}  # of each kind, the name of the way by heads
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Of a layer and micro-batch, forward and backward.
+
+    Attributes:
+        local: seconds of work that there is only because sequences are shared out: summaries and scans.
+        imbalance: the busiest rank's share of the recurrence, or of attention, over the mean.
+    """
+
+    messages: tuple[Messages, ...] = ()
+    local: float = 0.0
+    imbalance: float = 1.0
+
+    def sum(self, of: str) -> tuple[float, float]:
+        """Of all messages' `sent`, `seconds`, `hidden` or `exposed`, forward and backward."""
+        forward, backward = (sum(getattr(messages[i], of) for messages in self.messages) for i in range(2))
+        return forward, backward
+
+    def cost(self, again: bool = False) -> float:
+        """Seconds that nothing hides; `again`: the backward pass does the forward pass's exchange once more."""
+        forward, backward = self.sum("exposed")
+        return self.local + backward + (2 if again else 1) * forward
+
+
+def layer_exchange(
+    needs: Needs,
+    split: Split,
+    group: Group,
+    core: Callable[[int], float],
+    length: int,
+    rate: float,
+    tensor: int = 1,
+) -> Exchange:
+    """Of one layer.
+
+    Args:
+        group: of the ranks that share out a sequence.
+        core: FLOPs of the recurrence, or of attention, per token of sequences so long (`Mixer.recurrence_flops`).
+        length: of the sequences.
+        rate: FLOPs per second of a rank.
+        tensor: ranks that share out its heads.
+    """
+    if split.order.size == 1:
+        return Exchange()
+    seconds = split.tokens * core(length) / rate / tensor
+    by_heads = {kind: getattr(split, kind) == name for kind, name in HEADS.items()}
+    if (needs.keys and by_heads["attention"]) or (not needs.keys and by_heads["exchange"]):
+        return Exchange((_to_heads(needs, split, group, seconds),))
+    messages = [KEYS[split.attention](keys, split, group, seconds) for keys in needs.keys]
+    messages += [STATES[split.exchange](state, split, group, seconds) for state in needs.states]
+    local = sum(local_seconds(state, split, group, rate) for state in needs.states)
+    return Exchange(tuple(messages), local, imbalance(core, length, split.order))
+
+
+def local_seconds(state: State, split: Split, group: Group, rate: float) -> float:
+    """Of the summary, by its FLOPs or by reading its inputs, whichever takes longer, and of the scan; the backward pass
+    costs twice the forward pass."""
+    summary = split.tokens * max(state.flops / rate, state.inputs / group.cluster.gpu.memory_bandwidth)
+    scan = 0.0
+    if split.exchange == "all_gather":  # a ring's is between its messages
+        everyones = NUMBER * split.rows * split.order.count * (state.numbers + state.transition)
+        scan = split.order.count * STEP_SECONDS + everyones / group.cluster.gpu.memory_bandwidth
+    return 3 * summary + 2 * scan
+
+
+def imbalance(core: Callable[[int], float], length: int, order: Order) -> float:
+    """The busiest rank's FLOPs over the mean, if those of a sequence's first n tokens are n * core(n)."""
+    edges = [length * i / order.count for i in range(order.count + 1)]
+    until = [n * core(round(n)) if n else 0.0 for n in edges]
+    shares = (sum(until[i + 1] - until[i] for i in order.pieces(rank)) for rank in range(order.size))
+    return max(shares) * order.size / until[-1] if until[-1] else 1.0

@@ -1,0 +1,136 @@
+"""What a mixer asks of the other ranks of its sequences, found by running it without contents (on the meta device).
+
+No mixer declares this: whatever asks for the pieces of a sequence (`ops.sequence.Pieces`) is seen here with its shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from linear_moe.modeling.mixers.base import Layout, Mixer
+from linear_moe.modeling.ops.sequence import Keys, Summary, pieces_of
+
+TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
+
+
+@dataclass(frozen=True)
+class State:
+    """A state that goes from piece to piece.
+
+    Attributes:
+        numbers: of a row's state, a complex one counted as two.
+        transition: of what a piece does to it, likewise.
+        flops: of a token's part in the summary, matrix products.
+        inputs: bytes of a token that the summary reads.
+    """
+
+    numbers: int
+    transition: int
+    flops: float
+    inputs: float
+
+
+@dataclass(frozen=True)
+class TokenKeys:
+    """Keys and values that all later tokens see: of a token, heads, numbers and bytes."""
+
+    heads: int
+    numbers: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one layer, on one tensor rank.
+
+    Attributes:
+        heads: by which the recurrence, or attention, can be shared out instead of by tokens.
+        inputs: of its inputs, (heads, bytes of a token); fewer heads than `heads` are used by several.
+        output: bytes of a token of its output.
+    """
+
+    states: tuple[State, ...]
+    keys: tuple[TokenKeys, ...]
+    heads: int
+    inputs: tuple[tuple[int, int], ...]
+    output: int
+
+
+class _Recorder:
+    """See `ops.sequence.Pieces`: notes what it is asked for; whole sequences of its own are all that it gives."""
+
+    def __init__(self) -> None:
+        self.states_: list[State] = []
+        self.keys_: list[TokenKeys] = []
+
+    def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
+        with FlopCounterMode(display=False) as counter:
+            transition, state = summary(*inputs)
+        read = sum(_bytes(x) for x in inputs if x is not None) / TOKENS
+        self.states_.append(State(_numbers(state), _numbers(transition), counter.get_total_flops() / TOKENS, read))
+        return state
+
+    def keys(self, k: Tensor, v: Tensor) -> Keys:
+        numbers, size = (sum(of(x) for x in (k, v)) // TOKENS for of in (_numbers, _bytes))
+        self.keys_.append(TokenKeys(k.shape[2], numbers, size))
+        offsets = torch.tensor([0, TOKENS], dtype=torch.int32, device=k.device)
+        return Keys(k, v, [(TOKENS, TOKENS)], (offsets, offsets))
+
+
+def layer_needs(layers: Mapping[int, Any]) -> dict[int, Needs]:
+    """Of `Layer`s on the meta device, by number, in the model's order; layers alike are run once."""
+    shared: dict[str, Tensor] = {}
+    known: dict[tuple[Any, ...], Needs] = {}
+    found = {}
+    for number, layer in layers.items():
+        mixer = layer.mixer
+        key = repr(mixer.config), tuple(p.shape for p in mixer.parameters()), *sorted(shared)
+        if key not in known:
+            known[key] = mixer_needs(mixer, shared)
+        found[number] = known[key]
+    return found
+
+
+def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None) -> Needs:
+    """Of one mixer on the meta device.
+
+    Args:
+        shared: what layers before have left (`Layout.shared`); it leaves its own there.
+    """
+    recorder, dtype = _Recorder(), mixer.host.dtype
+    positions = torch.empty(1, TOKENS, dtype=torch.int64, device="meta")
+    layout = Layout(1, TOKENS, positions=positions, shared={} if shared is None else shared, pieces=recorder)
+    tokens = torch.empty(TOKENS, mixer.dims.hidden_size, dtype=dtype, device="meta")
+    with torch.no_grad(), pieces_of(recorder):
+        inputs, _ = mixer.project(tokens, layout, None)
+        output = mixer.mix(inputs, layout, None)
+    heads = output.shape[2]
+    by_token = [x for x in _tensors(inputs.values()) if x.ndim > 2 and x.shape[1] == TOKENS]
+    shares = [(_heads(x, heads), _bytes(x) // TOKENS) for x in by_token]
+    if recorder.keys_:  # what attention makes of keys and values before it asks for all of them
+        shares = [(heads, _bytes(inputs["q"]) // TOKENS), *((keys.heads, keys.size) for keys in recorder.keys_)]
+    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, tuple(shares), _bytes(output) // TOKENS)
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    return (x for x in values if isinstance(x, Tensor))
+
+
+def _heads(x: Tensor, heads: int) -> int:
+    """By which an input `[B, T, ..., H, ...]` or `[B, T, C]` splits; 1: every head uses all of it."""
+    return heads if heads in x.shape[2:] else x.shape[2] if x.ndim > 3 else 1
+
+
+def _numbers(x: Tensor) -> int:
+    return math.prod(x.shape) * (2 if x.is_complex() else 1)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

@@ -112,14 +112,14 @@ class StageCost:
 
 
 def layer_seconds(
-    config: Config, number: int, layer: Any, flops: Flops, needs: Needs | None, group: Group
+    config: Config, number: int, layer: Any, flops: Flops, group: Group, needs: Needs | None, split: Split
 ) -> tuple[float, Exchange]:
     """Seconds of one layer's compute for a micro-batch, and what it exchanges.
 
     Args:
         layer: as one rank holds it.
-        needs: its; None: sequences are not shared out.
         group: of the ranks that share out a sequence.
+        needs: the layer's; None: sequences are not shared out.
     """
     tokens, length, parts = rank_tokens(config), padded_length(config), flops.layers[number]
     rate = group.cluster.gpu.peak_tflops * 1e12 * EFFICIENCY
@@ -129,7 +129,7 @@ def layer_seconds(
     if needs is None:
         return compute, Exchange()
     core = layer.mixer.recurrence_flops
-    exchange = layer_exchange(needs, Split.of(config), group, core, length, rate, config.parallel.tensor)
+    exchange = layer_exchange(needs, split, group, core, length, rate, config.parallel.tensor)
     waits = passes * tokens * parts["core"] * (exchange.imbalance - 1) / together
     return compute + waits, exchange
 
@@ -158,7 +158,7 @@ def stage_cost(
     size, hidden = DTYPES[training.dtype].itemsize, config.model.hidden_size
     tokens = rank_tokens(config)
     groups = {axis: Group.of(ranks[0], cluster) for axis, ranks in layout.groups.items()}
-    alone = Group.of([0], cluster)
+    line, split = groups.get("sequence", Group.of([0], cluster)), Split.of(config)
 
     seconds = dict.fromkeys(("compute", "weights", "tensor", "expert", "sequence", "pipeline"), 0.0)
     rate = gpu.peak_tflops * 1e12 * EFFICIENCY * layout.tensor
@@ -166,8 +166,7 @@ def stage_cost(
     for chunk in chunks:
         for number, layer in chunk.layers.items():
             recompute = recomputed_in(config, number)
-            group = groups.get("sequence", alone)
-            compute, exchange = layer_seconds(config, number, layer, flops, needs.get(number), group)
+            compute, exchange = layer_seconds(config, number, layer, flops, line, needs.get(number), split)
             seconds["compute"] += compute
             seconds["sequence"] += exchange.cost(again=bool(recompute & {"layer", "mixer", "core"}))
             moe = hasattr(layer.ffn, "experts")

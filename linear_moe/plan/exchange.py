@@ -58,11 +58,13 @@ class Message:
 
     Attributes:
         sent: bytes that a rank hands to collectives, the rank that sends most.
+        received: bytes that a rank gets from others.
         seconds: it takes.
         beside: seconds of local work that goes on meanwhile.
     """
 
     sent: float
+    received: float
     seconds: float
     beside: float = 0.0
 
@@ -119,7 +121,8 @@ def heads_sent(needs: Needs, split: Split) -> tuple[int, int]:
 
 
 def _gather_states(state: State, split: Split, group: Group, core: float) -> Messages:
-    forward, backward = (Message(n, group.ring(split.order.size * n)) for n in state_sent(state, split))
+    ranks = split.order.size
+    forward, backward = (Message(n, (ranks - 1) * n, group.ring(ranks * n)) for n in state_sent(state, split))
     return forward, backward
 
 
@@ -131,14 +134,15 @@ def _pass_states(state: State, split: Split, group: Group, core: float) -> Messa
     away = group.nodes - 1
     walk = turns * ((split.order.size - 1 - away) * inside + away * between)
     seconds = walk + (BLOCKS - 1) * (between if away else inside)
-    forward, backward = (Message(n, seconds) for n in state_sent(state, split))
+    forward, backward = (Message(n, n, seconds) for n in state_sent(state, split))
     return forward, backward
 
 
 def _gather_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
     own, everyones = keys_sent(keys, split)
     seconds = group.ring(everyones)
-    return Message(own, seconds), Message(everyones, seconds)
+    others = everyones - own
+    return Message(own, others, seconds), Message(everyones, others, seconds)
 
 
 def _pass_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
@@ -149,15 +153,16 @@ def _pass_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Mess
     there = (ranks - 1) * group.hop(forward / (ranks - 1), away)
     back = ranks * group.hop(backward / ranks, away)
     share = (ranks - 1) / ranks
-    return Message(forward, there, share * core), Message(backward, back, share * 2 * core)
+    return Message(forward, forward, there, share * core), Message(backward, backward, back, share * 2 * core)
 
 
 def _to_heads(needs: Needs, split: Split, group: Group, core: float) -> Messages:
     """Two all-to-alls a pass."""
-    forward, backward = heads_sent(needs, split)
+    sent, _ = heads_sent(needs, split)
     back = needs.output * split.tokens
-    seconds = group.exchange(forward - back) + group.exchange(back)
-    return Message(forward, seconds), Message(backward, seconds)
+    received = sent * (split.order.size - 1) / split.order.size
+    message = Message(sent, received, group.exchange(sent - back) + group.exchange(back))
+    return message, message
 
 
 STATES: dict[str, Callable[[State, Split, Group, float], Messages]] = {
@@ -185,7 +190,7 @@ class Exchange:
     imbalance: float = 1.0
 
     def sum(self, of: str) -> tuple[float, float]:
-        """Of all messages' `sent`, `seconds`, `hidden` or `exposed`, forward and backward."""
+        """Over all messages, of one of their numbers, forward and backward."""
         forward, backward = (sum(getattr(messages[i], of) for messages in self.messages) for i in range(2))
         return forward, backward
 

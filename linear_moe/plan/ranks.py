@@ -51,9 +51,7 @@ class RankModels:
         return self._built[key]
 
     def needs(self, parallel: ParallelConfig) -> dict[int, Needs]:
-        """By layer, what its mixer asks of the other ranks of its sequences; none where sequences are not shared out."""
-        if parallel.sequence == 1:
-            return {}
+        """By layer, what its mixer asks of the other ranks of its sequences."""
         if parallel.tensor not in self._needs:
             layers = {int(number): layer for number, layer in self(parallel).layers.items()}
             self._needs[parallel.tensor] = layer_needs(layers)

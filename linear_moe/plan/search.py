@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -16,6 +16,7 @@ from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.cost import Cluster, Group, layer_seconds, stage_cost, step_seconds
+from linear_moe.plan.exchange import Split
 from linear_moe.plan.memory import state_bytes, with_total
 from linear_moe.plan.model import forward_flops
 from linear_moe.plan.ranks import RankModels, rank_chunks
@@ -36,10 +37,11 @@ RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
 VIRTUAL = (1, 2, 4)
 LEAST_TOKENS = 256  # of a sequence on a rank: fewer keep no GPU busy
 EXCHANGES = {
-    "sequence_layout": ("zigzag", "contiguous"),
-    "sequence_exchange": ("all_gather", "ring"),
+    option.name: option.metadata["choices"]
+    for option in fields(ParallelConfig)
+    if option.name in ("sequence_layout", "sequence_exchange", "sequence_attention")
 }
-"""Of `parallel`, what is chosen where sequences are shared out; the first ones are the defaults."""
+"""Of `parallel`, what is chosen where sequences are shared out."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,14 @@ class _Search:
                                 yield ParallelConfig(*sizes, sequence)
 
     def exchanges(self, parallel: ParallelConfig) -> ParallelConfig:
-        """The same sizes with the layout and the exchange of sequences that take the least time."""
+        """The same sizes with the layout and the exchanges of sequences that take the least time."""
         if parallel.sequence == 1:
             return parallel
-        configs = (
-            replace(self.config, parallel=replace(parallel, **dict(zip(EXCHANGES, choice, strict=True))))
-            for choice in product(*EXCHANGES.values())
-        )
+        configs = []
+        for choice in product(*EXCHANGES.values()):
+            config = replace(self.config, parallel=replace(parallel, **dict(zip(EXCHANGES, choice, strict=True))))
+            if not refused(config):
+                configs.append(config)
         return min(configs, key=self.sequence_seconds).parallel
 
     def sequence_seconds(self, config: Config) -> float:
@@ -187,7 +190,8 @@ class _Search:
         layers, needs = self.models(config.parallel).layers, self.models.needs(config.parallel)
         tensor, sequence = config.parallel.tensor, config.parallel.sequence
         group = Group.of(list(range(0, tensor * sequence, tensor)), self.cluster)
-        found = (layer_seconds(config, i, layers[str(i)], self.flops, needs[i], group) for i in needs)
+        split = Split.of(config)
+        found = (layer_seconds(config, i, layers[str(i)], self.flops, group, needs[i], split) for i in needs)
         return sum(compute + exchange.cost() for compute, exchange in found)
 
     def settings(self, parallel: ParallelConfig) -> Iterator[list[Config]]:
@@ -214,16 +218,14 @@ class _Search:
 
     def best(self, parallel: ParallelConfig) -> Candidate:
         """The fastest settings that fit; if none does, the smallest; if none is legal, the first."""
-        refused: Candidate | None = None
+        illegal: Candidate | None = None
         smallest: tuple[int, Candidate] | None = None
         fastest: tuple[float, Candidate] | None = None
         rank: _Rank | None = None
         chosen: ParallelConfig | None = None
         for configs in self.settings(parallel):
-            try:
-                validate_fields(configs[0], self.world)
-            except ConfigError as error:
-                refused = refused or Candidate(configs[0], reason=str(error))
+            if why := refused(configs[0], self.world):
+                illegal = illegal or Candidate(configs[0], reason=why)
                 continue
             chosen = chosen or self.exchanges(parallel)
             configs = [replace(config, parallel=chosen) for config in configs]
@@ -238,7 +240,7 @@ class _Search:
                         reason = too_big(memory, self.limit)
                         smallest = memory["total"], replace(candidate, reason=reason)
                     continue
-                needs = self.models.needs(config.parallel)
+                needs = self.models.needs(config.parallel) if config.parallel.sequence > 1 else {}
                 stages = [stage_cost(config, rank.layout, c, self.flops, self.cluster, needs) for c in rank.stages]
                 seconds = step_seconds(config, rank.layout, stages)
                 if fastest is None or seconds["total"] < fastest[0]:
@@ -246,7 +248,7 @@ class _Search:
                 break
         if fastest is not None:
             return fastest[1]
-        found = refused if smallest is None else smallest[1]
+        found = illegal if smallest is None else smallest[1]
         assert found is not None
         return found
 
@@ -275,6 +277,15 @@ class _Rank:
             for stage, (state, chunks) in enumerate(zip(self.states, self.stages, strict=True))
         )
         return max(kinds, key=lambda kinds: kinds["total"])
+
+
+def refused(config: Config, world: int | None = None) -> str:
+    """Why the validation refuses it; "" if it does not."""
+    try:
+        validate_fields(config, world)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def divisors(number: int, most: int) -> list[int]:

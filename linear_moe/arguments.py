@@ -35,6 +35,13 @@ def size(text: str) -> str:
     return text
 
 
+def tokens(text: str) -> int:
+    """An argparse type: a number of tokens; K and M are 2**10 and 2**20."""
+    if not re.fullmatch(r"[1-9]\d{0,12}[KM]?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number > 0, for example 32768, 32K or 1M")
+    return int(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1], 1)
+
+
 def with_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file")
     # With a default, or argparse calls them required when the config is missing.
@@ -50,18 +57,33 @@ def with_world(parser: argparse.ArgumentParser) -> None:
 
 def plan(parser: argparse.ArgumentParser) -> None:
     with_world(parser)
+    positive = number(float, "a number > 0", lambda n: 0 < n < math.inf)
     layouts = parser.add_argument_group("layouts", "with --gpu or --memory: how to spread the model over --world GPUs")
     names = f"propose layouts that fit into this GPU: {', '.join(GPUS)}"
     layouts.add_argument("--gpu", choices=GPUS, metavar="NAME", help=names)
-    memory = number(float, "a number > 0", lambda n: 0 < n < math.inf)
     layouts.add_argument(
         "--memory",
-        type=memory,
+        type=positive,
         metavar="GiB",
         help=f"the same for so much memory; without --gpu, at the speed of {DEFAULT_GPU}",
     )
+    sequences = parser.add_argument_group(
+        "sequences",
+        "with one of the first two: bytes and time of a layer if all GPUs share out one sequence, in every way there is, "
+        "on 8, 16, ... up to --world GPUs (default: 4096)",
+    )
+    length = sequences.add_mutually_exclusive_group()
+    length.add_argument("--sequence-length", type=tokens, metavar="N", help="tokens of the sequence: 1M")
+    length.add_argument("--tokens-per-gpu", type=tokens, metavar="N", help="tokens of it for each GPU: 32K")
+    sequences.add_argument("--plot", metavar="FILE.svg", help="draw what is not hidden of the exchange, too")
+    cluster = parser.add_argument_group("cluster", "of both")
     node = number(int, "a whole number from 1 to 1024", lambda n: 1 <= n <= 1024)
-    layouts.add_argument("--node", type=node, default=8, metavar="N", help="GPUs in a node (default: 8)")
+    cluster.add_argument("--node", type=node, default=8, metavar="N", help="GPUs in a node (default: 8)")
+    sheet = "each way and GPU (default: the data sheet's of --gpu)"
+    cluster.add_argument("--intra-node-bandwidth", type=positive, metavar="GB/s", help=f"within a node, {sheet}")
+    cluster.add_argument("--inter-node-bandwidth", type=positive, metavar="GB/s", help=f"between nodes, {sheet}")
+    microseconds = "of any collective or message (default: 20, assumed)"
+    cluster.add_argument("--latency", type=positive, metavar="us", help=microseconds)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

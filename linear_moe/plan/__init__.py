@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from linear_moe.plan.activations import micro_batches_in_flight
+from linear_moe.plan.command import main
 from linear_moe.plan.model import Plan, flops_per_token, make_plan
-from linear_moe.plan.show import human, main
+from linear_moe.plan.show import human
 
 __all__ = ["Plan", "flops_per_token", "human", "main", "make_plan", "micro_batches_in_flight"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import rank_tokens
+from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.needs import Needs, State, TokenKeys
 from linear_moe.training.sequence.exchange import BLOCKS
 from linear_moe.training.sequence.layout import Order, order_of
@@ -22,9 +23,9 @@ from linear_moe.training.sequence.layout import Order, order_of
 if TYPE_CHECKING:
     from linear_moe.plan.cost import Group
 
-NUMBER = 4  # bytes of a state's number, which travels in fp32
+FP32 = 4  # bytes
 STEP_SECONDS = 10e-6
-"""Of one piece in the scan over all, and of one block that a ring passes on: the host launches two kernels for it."""
+"""Of one piece in the scan over all, and of one block that a ring passes on: the host launches its kernels."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Split:
         tokens: of a micro-batch on one rank.
         exchange: of states, one of STATES.
         attention: of keys and values, one of KEYS.
+        number: bytes of a state's number on its way.
     """
 
     order: Order
@@ -43,13 +45,14 @@ class Split:
     tokens: int
     exchange: str
     attention: str
+    number: int = FP32
 
     @classmethod
     def of(cls, config: Config) -> Split:
-        parallel = config.parallel
-        attention = getattr(parallel, "sequence_attention", "all_gather")
-        order, rows = order_of(parallel), config.training.micro_batch
-        return cls(order, rows, rank_tokens(config), parallel.sequence_exchange, attention)
+        parallel, rows = config.parallel, config.training.micro_batch
+        number = DTYPES[getattr(parallel, "sequence_dtype", "fp32")].itemsize
+        ways = parallel.sequence_exchange, parallel.sequence_attention
+        return cls(order_of(parallel), rows, rank_tokens(config), *ways, number)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def hops(order: Order, forward: bool, rank: int | None = None) -> int:
 
 def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int, int]:
     """Bytes that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
-    size, pieces = NUMBER * split.rows, split.order.per_rank
+    size, pieces = split.number * split.rows, split.order.per_rank
     if split.exchange == "ring":
         return size * state.numbers * hops(split.order, True, rank), size * state.numbers * hops(split.order, False, rank)
     return size * pieces * (state.numbers + state.transition), size * pieces * state.numbers
@@ -102,14 +105,12 @@ def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int
 def keys_sent(keys: TokenKeys, split: Split) -> tuple[int, int]:
     """Bytes that a rank hands to collectives, forward and backward.
 
-    A ring passes everyone's keys and values on, in the backward pass once more with their gradients in fp32, which go
-    one step further: home.
+    The backward pass gathers, or passes on, everything once more. A ring passes gradients on in fp32.
     """
-    own, ranks = split.tokens * keys.size, split.order.size
+    own, others = split.tokens * keys.size, split.order.size - 1
     if split.attention == "ring":
-        gradients = split.tokens * keys.numbers * NUMBER
-        return own * (ranks - 1), own * (ranks - 1) + gradients * ranks
-    return own, own * ranks
+        return own * others, (own + split.tokens * keys.numbers * FP32) * others
+    return own, own + own * split.order.size
 
 
 def heads_sent(needs: Needs, split: Split) -> tuple[int, int]:
@@ -128,7 +129,7 @@ def _gather_states(state: State, split: Split, group: Group, core: float) -> Mes
 
 def _pass_states(state: State, split: Split, group: Group, core: float) -> Messages:
     """In blocks: once the last rank has got the first one, the others follow one by one."""
-    block = NUMBER * split.rows * state.numbers / BLOCKS
+    block = split.number * split.rows * state.numbers / BLOCKS
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
     turns = split.order.per_rank  # zigzag: there and back
     away = group.nodes - 1
@@ -139,20 +140,18 @@ def _pass_states(state: State, split: Split, group: Group, core: float) -> Messa
 
 
 def _gather_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
-    own, everyones = keys_sent(keys, split)
-    seconds = group.ring(everyones)
-    others = everyones - own
-    return Message(own, others, seconds), Message(everyones, others, seconds)
+    own, backward = keys_sent(keys, split)
+    others, seconds = own * (split.order.size - 1), group.ring(own * split.order.size)
+    return Message(own, others, seconds), Message(backward, 2 * others, 2 * seconds)
 
 
 def _pass_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
-    """While one block of keys is attended to, the next one comes; the gradients' last step home is not hidden."""
+    """While a rank's keys are attended to, the next one's come, and the gradients of those before leave."""
     ranks = split.order.size
+    steps, away, share = ranks - 1, group.nodes > 1, (ranks - 1) / ranks
     forward, backward = keys_sent(keys, split)
-    away = group.nodes > 1
-    there = (ranks - 1) * group.hop(forward / (ranks - 1), away)
-    back = ranks * group.hop(backward / ranks, away)
-    share = (ranks - 1) / ranks
+    there = steps * group.hop(forward / steps, away)
+    back = there + steps * group.hop((backward - forward) / steps, away)
     return Message(forward, forward, there, share * core), Message(backward, backward, back, share * 2 * core)
 
 
@@ -236,7 +235,7 @@ def local_seconds(state: State, split: Split, group: Group, rate: float) -> floa
     summary = split.tokens * max(state.flops / rate, state.inputs / group.cluster.gpu.memory_bandwidth)
     scan = 0.0
     if split.exchange == "all_gather":  # a ring's is between its messages
-        everyones = NUMBER * split.rows * split.order.count * (state.numbers + state.transition)
+        everyones = FP32 * split.rows * split.order.count * (state.numbers + state.transition)
         scan = split.order.count * STEP_SECONDS + everyones / group.cluster.gpu.memory_bandwidth
     return 3 * summary + 2 * scan
 

@@ -6,7 +6,7 @@ No mixer declares this: whatever asks for the pieces of a sequence (`ops.sequenc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from linear_moe.modeling.mixers.base import Layout, Mixer
-from linear_moe.modeling.ops.sequence import Keys, Summary, pieces_of
+from linear_moe.modeling.ops.sequence import Expand, Summary, pieces_of
 
 TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
 
@@ -39,9 +39,8 @@ class State:
 
 @dataclass(frozen=True)
 class TokenKeys:
-    """Keys and values that all later tokens see: of a token, heads, numbers and bytes."""
+    """Of a token, what softmax attention makes keys and values of, for all later tokens to see: numbers and bytes."""
 
-    heads: int
     numbers: int
     size: int
 
@@ -52,7 +51,7 @@ class Needs:
 
     Attributes:
         heads: by which the recurrence, or attention, can be shared out instead of by tokens.
-        inputs: of its inputs, (heads, bytes of a token); fewer heads than `heads` are used by several.
+        inputs: of what it is computed from, (heads, bytes of a token); each of fewer heads is used by several.
         output: bytes of a token of its output.
     """
 
@@ -69,6 +68,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.states_: list[State] = []
         self.keys_: list[TokenKeys] = []
+        self.attended: list[Tensor] = []  # queries, keys and values
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         with FlopCounterMode(display=False) as counter:
@@ -77,11 +77,20 @@ class _Recorder:
         self.states_.append(State(_numbers(state), _numbers(transition), counter.get_total_flops() / TOKENS, read))
         return state
 
-    def keys(self, k: Tensor, v: Tensor) -> Keys:
-        numbers, size = (sum(of(x) for x in (k, v)) // TOKENS for of in (_numbers, _bytes))
-        self.keys_.append(TokenKeys(k.shape[2], numbers, size))
-        offsets = torch.tensor([0, TOKENS], dtype=torch.int32, device=k.device)
-        return Keys(k, v, [(TOKENS, TOKENS)], (offsets, offsets))
+    def attention(
+        self,
+        q: Tensor,
+        shared: tuple[Tensor, ...],
+        expand: Expand,
+        parameters: Sequence[Tensor],
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        k, v = expand(*shared)
+        self.attended += [q, k, v]
+        numbers, size = (sum(of(x) for x in shared) // TOKENS for of in (_numbers, _bytes))
+        self.keys_.append(TokenKeys(numbers, size))
+        return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 def layer_needs(layers: Mapping[int, Any]) -> dict[int, Needs]:
@@ -112,15 +121,10 @@ def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None) -> Needs:
         inputs, _ = mixer.project(tokens, layout, None)
         output = mixer.mix(inputs, layout, None)
     heads = output.shape[2]
-    by_token = [x for x in _tensors(inputs.values()) if x.ndim > 2 and x.shape[1] == TOKENS]
-    shares = [(_heads(x, heads), _bytes(x) // TOKENS) for x in by_token]
-    if recorder.keys_:  # what attention makes of keys and values before it asks for all of them
-        shares = [(heads, _bytes(inputs["q"]) // TOKENS), *((keys.heads, keys.size) for keys in recorder.keys_)]
-    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, tuple(shares), _bytes(output) // TOKENS)
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    return (x for x in values if isinstance(x, Tensor))
+    tensors = recorder.attended or [x for x in inputs.values() if isinstance(x, Tensor)]
+    by_token = (x for x in tensors if x.ndim > 2 and x.shape[1] == TOKENS)
+    shares = tuple((_heads(x, heads), _bytes(x) // TOKENS) for x in by_token)
+    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, shares, _bytes(output) // TOKENS)
 
 
 def _heads(x: Tensor, heads: int) -> int:

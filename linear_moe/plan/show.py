@@ -1,44 +1,17 @@
-"""`linear-moe plan` on the terminal."""
+"""What `linear-moe plan` found, on the terminal."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
-from linear_moe.config.errors import ConfigError
-from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
-from linear_moe.gpus import DEFAULT_GPU, GPUS
-from linear_moe.plan.cost import Cluster
 from linear_moe.plan.memory import KINDS
-from linear_moe.plan.model import Plan, make_plan
-from linear_moe.plan.search import Candidate, Proposals, propose
+from linear_moe.plan.model import Plan
+from linear_moe.plan.search import Candidate, Proposals
 
 ROWS = 12  # of a table or list of layouts; --json has all
-
-
-def main(args: argparse.Namespace) -> int:
-    config = load_config(args.config, args.overrides)
-    if args.gpu is None and args.memory is None:
-        plan = make_plan(config, args.world)
-        if args.json:
-            print(json.dumps(plan.to_json(), indent=2))
-        else:
-            show(plan, config, args.config)
-        return 0
-    if args.world is None:
-        raise ConfigError("--world", ..., "--gpu and --memory propose layouts of a number of GPUs", fix="set --world N")
-    gpu = GPUS[args.gpu or DEFAULT_GPU]
-    gpu = gpu if args.memory is None else replace(gpu, memory_gib=args.memory)
-    proposals = propose(config, args.world, Cluster(gpu, args.node))
-    if args.json:
-        print(json.dumps(proposals.to_json(), indent=2))
-    else:
-        show_layouts(proposals, config, args.config)
-    return 0
 
 
 def human(number: float, unit: str = "", base: int = 1000) -> str:
@@ -141,7 +114,10 @@ def show_layouts(proposals: Proposals, config: Config, path: str) -> None:
         by_reason: dict[str, list[str]] = {}
         for candidate in candidates:
             by_reason.setdefault(candidate.reason, []).append(candidate.name)
-        lines = [f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        lines = []
+        for reason, names in by_reason.items():
+            more = [f"{len(names) - ROWS} more"] if len(names) > ROWS else []
+            lines.append(f"  {', '.join([*names[:ROWS], *more])}: {reason}")
         if len(lines) > ROWS:
             lines[ROWS:] = [f"  and {len(lines) - ROWS} more: --json has all"]
         if lines:

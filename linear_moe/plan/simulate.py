@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import Config
+from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.config.validate import MAX_WORLD, padded_length, rank_tokens, validate_fields
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host
@@ -181,9 +181,11 @@ def at(config: Config, world: int, length: int) -> Config:
     tensor = config.parallel.tensor
     if world % tensor or not 1 <= world <= MAX_WORLD:
         raise ConfigError("--world", world, f"must be a multiple of parallel.tensor = {tensor}, at most {MAX_WORLD}")
-    parallel = replace(config.parallel, sequence=world // tensor, pipeline=1, virtual_pipeline=1, pipeline_layers=None)
-    if world == tensor:
-        parallel = replace(parallel, sequence_layout="zigzag", sequence_exchange="all_gather")
+    given = config.parallel
+    parallel = ParallelConfig(tensor=tensor, tensor_sequence=given.tensor_sequence, sequence=world // tensor)
+    for name in ("sequence_layout", "sequence_dtype"):
+        if parallel.sequence > 1 and hasattr(given, name):
+            setattr(parallel, name, getattr(given, name))
     training = replace(config.training, sequence_length=length, micro_batch=1)
     found = replace(config, parallel=parallel, training=training)
     validate_fields(found)

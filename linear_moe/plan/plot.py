@@ -1,0 +1,80 @@
+"""What sharing out sequences costs, as a drawing."""
+
+from __future__ import annotations
+
+import math
+from xml.sax.saxutils import escape
+
+from linear_moe.plan.simulate import WAYS, Kind, Row, Simulation
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480, 320, 60, 40, 50  # of one kind of layer
+
+
+def svg(simulation: Simulation, title: str) -> str:
+    """For each kind of layer, by GPUs: what a layer costs for sharing out sequences, by every way, and its compute."""
+    kinds = simulation.kinds
+    size = f'width="{WIDTH * len(kinds)}" height="{HEIGHT}"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="font: 12px sans-serif">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for i, kind in enumerate(kinds):
+        parts += [f'<g transform="translate({WIDTH * i})">', *panel(simulation, kind, title), "</g>"]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def panel(simulation: Simulation, kind: Kind, title: str) -> list[str]:
+    """Both axes logarithmic; a way ends where it cannot be."""
+    curves = {way: possible(simulation.of(kind, way)) for way in WAYS[kind.by]}
+    lines = {way: [(row.world, 1e3 * row.exchange.cost()) for row in rows] for way, rows in curves.items()}
+    lines = {way: [(world, y) for world, y in points if y > 0] for way, points in lines.items()}
+    compute = [(world, 1e3 * min(row.compute for row in rows)) for world, rows in by_world(curves).items()]
+    values = [y for points in (*lines.values(), compute) for _, y in points]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+    worlds = list(simulation.lengths)
+    first, last = math.log2(worlds[0]), math.log2(worlds[-1])
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        across = (math.log2(point[0]) - first) / max(last - first, 1)
+        up = (math.log10(point[1]) - low) / max(high - low, 1)
+        return LEFT + across * (WIDTH - LEFT - 15), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    def text(x: float, y: float, what: str, anchor: str = "middle", colour: str = "black") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(what)}</text>'
+
+    def line(points: list[tuple[float, float]], style: str) -> str:
+        where = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))
+        return f'<polyline fill="none" {style} points="{where}"/>'
+
+    floor = 10.0**low
+    parts = [
+        text(WIDTH / 2, 16, title),
+        text(WIDTH / 2, 32, f"a layer of {kind.mixer}: ms that its exchange adds, and its compute (dashed)"),
+        text(WIDTH / 2, HEIGHT - 10, "GPUs that share out one sequence"),
+        line([(worlds[0], 10.0**high), (worlds[0], floor), (worlds[-1], floor)], 'stroke="black"'),
+        line(compute, 'stroke="gray" stroke-dasharray="4"'),
+    ]
+    for power in range(low, high + 1):
+        x, y = place((worlds[0], 10.0**power))
+        parts.append(text(x - 6, y + 4, f"{10.0**power:g}", "end"))
+    for world in worlds:
+        x, y = place((world, floor))
+        parts.append(text(x, y + 16, str(world)))
+    for colour, (way, points) in zip(COLOURS, lines.items(), strict=True):
+        if points:
+            x, y = place(points[-1])
+            parts += [line(points, f'stroke="{colour}"'), f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>']
+            parts.append(text(min(x, WIDTH - 20), y - 7, way, "end" if x > WIDTH / 2 else "start", colour))
+    return parts
+
+
+def possible(rows: dict[int, Row]) -> list[Row]:
+    return [row for row in rows.values() if not row.reason]
+
+
+def by_world(curves: dict[str, list[Row]]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in (row for rows in curves.values() for row in rows):
+        found.setdefault(row.world, []).append(row)
+    return found

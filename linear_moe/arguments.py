@@ -69,8 +69,8 @@ def plan(parser: argparse.ArgumentParser) -> None:
     )
     sequences = parser.add_argument_group(
         "sequences",
-        "with one of the first two: bytes and time of a layer if all GPUs share out one sequence, in every way there is, "
-        "on 8, 16, ... up to --world GPUs (default: 4096)",
+        "with one of the first two: bytes and time of a layer if all GPUs share out one sequence, in every way that "
+        "there is, on 8, 16, ... up to --world GPUs (default: 4096)",
     )
     length = sequences.add_mutually_exclusive_group()
     length.add_argument("--sequence-length", type=tokens, metavar="N", help="tokens of the sequence: 1M")

@@ -55,7 +55,7 @@ COMMANDS = {
         "sequences; needs no GPU",
         "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64\n"
         "  linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100\n"
-        "  linear-moe plan configs/models/a0.3b_2b.yaml --tokens-per-gpu 32K --world 1024 --gpu h200 --plot sequence.svg",
+        "  linear-moe plan configs/models/a0.3b_2b.yaml --tokens-per-gpu 32K --gpu h200 --plot sequence.svg",
     ),
     "check": Command(
         "linear_moe.check",

@@ -1,9 +1,10 @@
 """What layers send where sequences are shared out, and how long that takes: the only home of these formulas.
 
 docs/sequence_parallelism.md has them in words, tests/distributed/test_sequence_bytes.py holds them against the bytes
-counted at the collectives. Beside this framework's ways of exchanging states there is the other one, `heads`: tokens of
-a layer's inputs are exchanged for heads before the recurrence, and back after it, as Megatron-Core does with Mamba-2 and
-Ulysses (arXiv 2309.14509) with attention. What it sends grows with the tokens, and there are only so many heads.
+counted at the collectives. Beside this framework's ways of exchanging states there is another one to compare with,
+`heads`: tokens of a layer's inputs are exchanged for heads before the recurrence, and back after it, as Megatron-Core
+does with Mamba-2 and Ulysses (arXiv 2309.14509) with attention. What it sends grows with the tokens, and there are only
+so many heads.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ Messages = tuple[Message, Message]
 
 @cache
 def hops(order: Order, forward: bool, rank: int | None = None) -> int:
-    """How many pieces' states `rank` (None: the rank with most) sends to another one, if states go from piece to piece."""
+    """From how many pieces `rank` (None: the one with most) sends the state to another rank, with states in a ring."""
     if rank is None:
         return max(hops(order, forward, rank) for rank in range(order.size))
     step = 1 if forward else -1
@@ -98,7 +99,9 @@ def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int
     """Bytes that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
     size, pieces = split.number * split.rows, split.order.per_rank
     if split.exchange == "ring":
-        return size * state.numbers * hops(split.order, True, rank), size * state.numbers * hops(split.order, False, rank)
+        return size * state.numbers * hops(split.order, True, rank), size * state.numbers * hops(
+            split.order, False, rank
+        )
     return size * pieces * (state.numbers + state.transition), size * pieces * state.numbers
 
 

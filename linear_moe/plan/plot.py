@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
 from linear_moe.plan.simulate import WAYS, Kind, Row, Simulation
@@ -43,7 +44,7 @@ def panel(simulation: Simulation, kind: Kind, title: str) -> list[str]:
     def text(x: float, y: float, what: str, anchor: str = "middle", colour: str = "black") -> str:
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(what)}</text>'
 
-    def line(points: list[tuple[float, float]], style: str) -> str:
+    def line(points: Sequence[tuple[float, float]], style: str) -> str:
         where = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))
         return f'<polyline fill="none" {style} points="{where}"/>'
 

@@ -116,8 +116,8 @@ def show_layouts(proposals: Proposals, config: Config, path: str) -> None:
             by_reason.setdefault(candidate.reason, []).append(candidate.name)
         lines = []
         for reason, names in by_reason.items():
-            more = [f"{len(names) - ROWS} more"] if len(names) > ROWS else []
-            lines.append(f"  {', '.join([*names[:ROWS], *more])}: {reason}")
+            others = [f"{len(names) - ROWS} more"] if len(names) > ROWS else []
+            lines.append(f"  {', '.join([*names[:ROWS], *others])}: {reason}")
         if len(lines) > ROWS:
             lines[ROWS:] = [f"  and {len(lines) - ROWS} more: --json has all"]
         if lines:

@@ -1,6 +1,6 @@
 """What sharing out sequences costs a layer on any number of GPUs, by every way of doing it: on paper, from bandwidths.
 
-One sequence at a time is shared out over all GPUs, `parallel.tensor` of them taking a part of its heads each. Compute is
+One sequence at a time is shared out over all GPUs, `parallel.tensor` of which share out its heads besides. Compute is
 `cost`'s, what is sent `exchange`'s.
 """
 
@@ -208,7 +208,8 @@ class _Model:
     def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[Row]:
         """Of one layer of each kind, in every way; `config`: this model's on `world` GPUs."""
         parallel, length = config.parallel, padded_length(config)
-        layers, flops = self.ranks(parallel).layers, forward_flops(config, self.plain)
+        layers: Any = self.ranks(parallel).layers
+        flops = forward_flops(config, self.plain)
         group = Group.of(list(range(0, world, parallel.tensor)), cluster)
         alike: dict[tuple[Any, ...], list[int]] = {}
         for number, needs in self.ranks.needs(parallel).items():
@@ -217,7 +218,8 @@ class _Model:
         for (mixer, needs, _), (number, *others) in alike.items():
             kind = Kind(mixer, number, 1 + len(others), "attention" if needs.keys else "exchange", needs)
             for way in WAYS[kind.by]:
-                split = replace(Split.of(config), **{kind.by: way})
+                chosen: Any = {kind.by: way}
+                split = replace(Split.of(config), **chosen)
                 compute, exchange = layer_seconds(config, number, layers[str(number)], flops, group, needs, split)
                 reason = ""
                 if way == HEADS[kind.by] and needs.heads % parallel.sequence:

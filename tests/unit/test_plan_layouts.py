@@ -16,7 +16,17 @@ from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout, validate_fields
 from linear_moe.gpus import GPU, GPUS
 from linear_moe.plan import flops_per_token, make_plan, show
-from linear_moe.plan.cost import EFFICIENCY, LATENCY, LAYER_SECONDS, Cluster, Group, dispatch, stage_cost
+from linear_moe.plan.cost import (
+    EFFICIENCY,
+    LATENCY,
+    LAYER_SECONDS,
+    LINK_STEP,
+    NETWORK_STEP,
+    Cluster,
+    Group,
+    dispatch,
+    stage_cost,
+)
 from linear_moe.plan.model import forward_flops
 from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.search import Candidate, Proposals, propose
@@ -117,8 +127,9 @@ def test_groups_by_hand() -> None:
     cluster = Cluster(ROUND, 4)
     node, across = Group.of([0, 1, 2, 3], cluster), Group.of([0, 2, 4, 6], cluster)
     assert Group.of([5], cluster).ring(1e9) == Group.of([5], cluster).exchange(1e9) == 0
-    assert node.ring(1e9) == pytest.approx(LATENCY + 0.75e9 / 100e9)
-    assert across.ring(1e9) == pytest.approx(LATENCY + 0.75e9 / 20e9)  # two adapters a node
+    assert node.ring(1e9) == pytest.approx(LATENCY + 3 * LINK_STEP + 0.75e9 / 100e9)
+    steps = 2 * LINK_STEP + NETWORK_STEP
+    assert across.ring(1e9) == pytest.approx(LATENCY + steps + 0.75e9 / 20e9)  # two adapters a node
     assert node.exchange(1e9) == pytest.approx(LATENCY + 0.75e9 / 100e9)
     assert across.exchange(1e9) == pytest.approx(LATENCY + 0.25e9 / 100e9 + 0.5e9 / 10e9)
     assert node.send(1e9) == pytest.approx(LATENCY + 0.01)
@@ -132,7 +143,7 @@ def test_dispatch_by_hand() -> None:
     groups = {"expert": Group.of([0, 1, 2, 3], cluster), "expert_tensor": Group.of([0], cluster)}
     assert dispatch(config, groups, 1e9) == pytest.approx(LATENCY + 2 * 0.75e9 / 100e9)
     config.model.moe.dispatcher = "allgather"
-    assert dispatch(config, groups, 1e9) == pytest.approx(LATENCY + 3e9 / 100e9)
+    assert dispatch(config, groups, 1e9) == pytest.approx(LATENCY + 3 * LINK_STEP + 3e9 / 100e9)
 
 
 def test_a_stage_by_hand() -> None:
@@ -140,20 +151,21 @@ def test_a_stage_by_hand() -> None:
     config = from_dict(Config, tree() | {"parallel": {"tensor": 2, "expert": 2}, "optimizer": {"overlap": False}})
     layout, cluster = parallel_layout(config, 4), Cluster(ROUND, 4)
     chunks = rank_chunks(config, RankModels(config, 1536)(config.parallel), 0)
-    cost = stage_cost(config, layout, chunks, forward_flops(config), cluster)
+    cost = stage_cost(config, layout, chunks, forward_flops(config), cluster, {})
     experts = 6 * 4 * 3 * 96 * 96  # half of the experts' gate, up and down
     (chunk,) = chunks
     rest = sum(p.numel() for p in chunk.parameters) - experts
     stream = 2 * 2 * 384 * 96  # bytes of a micro-batch
 
     def ring(size: float) -> float:
-        return LATENCY + size / 2 / ROUND.link
+        return LATENCY + LINK_STEP + size / 2 / ROUND.link
 
     seconds = cost.micro_batch
     read, gradients = 2 * 2, 2 * 2 + 8  # weights in both directions; in bf16 written and read, in fp32 read and written
     assert seconds["weights"] == pytest.approx((rest + experts) * (read + gradients) / ROUND.memory_bandwidth)
     assert seconds["tensor"] == pytest.approx(6 * 4 * ring(stream) + 2 * ring(stream))  # mixers, then the head
-    assert seconds["expert"] == pytest.approx(6 * 4 * ring(2 * stream / 2))  # to two experts a token and back, twice
+    sent = LATENCY + 2 * stream / 2 / 2 / ROUND.link  # half of it leaves the rank
+    assert seconds["expert"] == pytest.approx(6 * 4 * sent)  # to two experts a token and back, twice
     assert cost.data == pytest.approx(sum(ring(4 * n) + ring(2 * n) for n in (rest, experts)))
     state = 2 * 12 + 4  # moments and fp32 weights read and written, gradients read, by half the replicas each
     assert cost.optimizer == pytest.approx((rest + experts) / 2 * state / ROUND.memory_bandwidth)

@@ -79,7 +79,7 @@ def sequence_bytes(
     def counting(function: Any, place: int | None) -> Any:
         def call(*args: Any, **options: Any) -> Any:
             nonlocal counted
-            given = [op.tensor for op in args[0] if op.op is dist.isend] if place is None else [args[place]]
+            given = [op.tensor for op in args[0] if op.op is not dist.irecv] if place is None else [args[place]]
             counted += sum(x.numel() * x.element_size() for x in given)
             return function(*args, **options)
 

@@ -162,7 +162,8 @@ def _limits(block: Block) -> dict[str, Any]:
 
 
 def _tiles(block: Block) -> Iterator[tuple[Span, Span, int]]:
-    """Queries, keys that some of them see, as `take` lays them, and how far ahead of the first query the first key is."""
+    """Queries, keys that some of them see (of those laid end to end), and how far the first key is ahead of the first
+    query."""
     for (a, b), (c, d) in zip(*(pairwise(sums) for sums in block.sums), strict=True):
         shift = (d - c) - (b - a)
         for i in range(a, b, TILE):

@@ -11,6 +11,7 @@ one latent for all heads.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,9 +99,11 @@ class Reach:
                     found[0] = found[0]._replace(keys=(pairs.pop().keys[0], found[0].keys[1]))
                 pairs += found
         blocks: dict[Any, list[_Pair]] = {}
-        for n, pair in enumerate(pairs):
-            again = sum(p.queries == pair.queries and p[2:] == pair[2:] for p in pairs[:n])
-            blocks.setdefault((*pair[2:], again), []).append(pair)
+        times = Counter[Any]()
+        for pair in pairs:
+            key = pair.queries, *pair[2:]
+            times[key] += 1
+            blocks.setdefault((*pair[2:], times[key]), []).append(pair)
         return [
             Block(tuple(p.queries for p in found), tuple(p.keys for p in found), *found[0][2:], self.device)
             for found in blocks.values()

@@ -124,13 +124,29 @@ def heads_sent(needs: Needs, split: Split) -> tuple[int, int]:
     return sent, sent
 
 
-def _gather_states(state: State, split: Split, group: Group, core: float) -> Messages:
-    ranks = split.order.size
-    forward, backward = (Message(n, (ranks - 1) * n, group.ring(ranks * n)) for n in state_sent(state, split))
+def layer_sent(needs: Needs, split: Split, rank: int | None = None) -> tuple[int, int]:
+    """Bytes of a layer that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
+    if by_heads(needs, split):
+        return heads_sent(needs, split)
+    messages = [state_sent(state, split, rank) for state in needs.states]
+    messages += [keys_sent(keys, split) for keys in needs.keys]
+    forward, backward = (sum(message[i] for message in messages) for i in range(2))
     return forward, backward
 
 
-def _pass_states(state: State, split: Split, group: Group, core: float) -> Messages:
+def by_heads(needs: Needs, split: Split) -> bool:
+    """Whether the layer is shared out by heads."""
+    kind = "attention" if needs.keys else "exchange"
+    return getattr(split, kind) == HEADS[kind]
+
+
+def _gather_states(state: State, split: Split, group: Group, gap: float) -> Messages:
+    ranks, (forward, backward) = split.order.size, state_sent(state, split)
+    there = Message(forward, (ranks - 1) * forward, group.ring(ranks * forward), gap if state.ahead else 0.0)
+    return there, Message(backward, (ranks - 1) * backward, group.ring(ranks * backward), gap)
+
+
+def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messages:
     """In blocks: once the last rank has got the first one, the others follow one by one."""
     block = split.number * split.rows * state.numbers / BLOCKS
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
@@ -138,8 +154,9 @@ def _pass_states(state: State, split: Split, group: Group, core: float) -> Messa
     away = group.nodes - 1
     walk = turns * ((split.order.size - 1 - away) * inside + away * between)
     seconds = walk + (BLOCKS - 1) * (between if away else inside)
-    forward, backward = (Message(n, n, seconds) for n in state_sent(state, split))
-    return forward, backward
+    forward, backward = state_sent(state, split)
+    there = Message(forward, forward, seconds, gap if state.ahead else 0.0)
+    return there, Message(backward, backward, seconds, gap)
 
 
 def _gather_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
@@ -158,7 +175,7 @@ def _pass_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Mess
     return Message(forward, forward, there, share * core), Message(backward, backward, back, share * 2 * core)
 
 
-def _to_heads(needs: Needs, split: Split, group: Group, core: float) -> Messages:
+def _to_heads(needs: Needs, split: Split, group: Group) -> Messages:
     """Two all-to-alls a pass."""
     sent, _ = heads_sent(needs, split)
     back = needs.output * split.tokens
@@ -222,12 +239,11 @@ def layer_exchange(
     """
     if split.order.size == 1:
         return Exchange()
-    seconds = split.tokens * core(length) / rate / tensor
-    by_heads = {kind: getattr(split, kind) == name for kind, name in HEADS.items()}
-    if (needs.keys and by_heads["attention"]) or (not needs.keys and by_heads["exchange"]):
-        return Exchange((_to_heads(needs, split, group, seconds),))
-    messages = [KEYS[split.attention](keys, split, group, seconds) for keys in needs.keys]
-    messages += [STATES[split.exchange](state, split, group, seconds) for state in needs.states]
+    if by_heads(needs, split):
+        return Exchange((_to_heads(needs, split, group),))
+    attend, gap = split.tokens * core(length) / rate / tensor, split.tokens * needs.gap / rate
+    messages = [KEYS[split.attention](keys, split, group, attend) for keys in needs.keys]
+    messages += [STATES[split.exchange](state, split, group, gap) for state in needs.states]
     local = sum(local_seconds(state, split, group, rate) for state in needs.states)
     return Exchange(tuple(messages), local, imbalance(core, length, split.order))
 

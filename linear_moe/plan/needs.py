@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Layout, Mixer
 from linear_moe.modeling.ops.sequence import Expand, Summary, pieces_of
 
@@ -29,12 +30,14 @@ class State:
         transition: of what a piece does to it, likewise.
         flops: of a token's part in the summary, matrix products.
         inputs: bytes of a token that the summary reads.
+        ahead: asked for before it is needed.
     """
 
     numbers: int
     transition: int
     flops: float
     inputs: float
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Needs:
         heads: by which the recurrence, or attention, can be shared out instead of by tokens.
         inputs: of what it is computed from, (heads, bytes of a token); each of fewer heads is used by several.
         output: bytes of a token of its output.
+        gap: FLOPs of a token in the output projection: the gradient of its weight is computed while the gradients of
+            states travel (`modeling/later.py`).
     """
 
     states: tuple[State, ...]
@@ -60,6 +65,7 @@ class Needs:
     heads: int
     inputs: tuple[tuple[int, int], ...]
     output: int
+    gap: float
 
 
 class _Recorder:
@@ -69,12 +75,17 @@ class _Recorder:
         self.states_: list[State] = []
         self.keys_: list[TokenKeys] = []
         self.attended: list[Tensor] = []  # queries, keys and values
+        self._ahead: list[Tensor] = []
+
+    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
+        self._ahead.append(x)
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         with FlopCounterMode(display=False) as counter:
             transition, state = summary(*inputs)
         read = sum(_bytes(x) for x in inputs if x is not None) / TOKENS
-        self.states_.append(State(_numbers(state), _numbers(transition), counter.get_total_flops() / TOKENS, read))
+        flops, ahead = counter.get_total_flops() / TOKENS, any(x is inputs[0] for x in self._ahead)
+        self.states_.append(State(_numbers(state), _numbers(transition), flops, read, ahead))
         return state
 
     def attention(
@@ -124,7 +135,8 @@ def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None) -> Needs:
     tensors = recorder.attended or [x for x in inputs.values() if isinstance(x, Tensor)]
     by_token = (x for x in tensors if x.ndim > 2 and x.shape[1] == TOKENS)
     shares = tuple((_heads(x, heads), _bytes(x) // TOKENS) for x in by_token)
-    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, shares, _bytes(output) // TOKENS)
+    gap = sum(2.0 * m.weight.numel() for m in mixer.modules() if isinstance(m, Linear) and m.split == "row")
+    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, shares, _bytes(output) // TOKENS, gap)
 
 
 def _heads(x: Tensor, heads: int) -> int:

@@ -1,4 +1,7 @@
-"""What sequence parallelism sends: counted at the collectives, as docs/sequence_parallelism.md says."""
+"""What sequence parallelism sends: counted at the collectives, as docs/sequence_parallelism.md says, and as `plan` does.
+
+Sizes of states are written down here once more, so that the formula's own way to find them is checked too.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,18 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
+from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Mixer
+from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from linear_moe.plan.exchange import Split, layer_sent
+from linear_moe.plan.needs import mixer_needs
 from linear_moe.training.sequence.attention import STRATEGIES
+from linear_moe.training.sequence.layout import Order
 from tests.distributed.harness import run
 from tests.distributed.sequences import HIDDEN, ROWS
-from tests.unit.mixers.common import build
+from tests.unit.mixers.common import build, dims
 
 LENGTHS = (16, 32, 64, 128)
 FP32_BYTES = 4
@@ -53,6 +62,14 @@ def state_sizes(mixer: Mixer) -> list[tuple[int, int]]:
     return sizes
 
 
+def planned(name: str, world: int, layout: str, length: int, rank: int, **ways: str) -> tuple[int, int]:
+    """What `linear-moe plan` counts with."""
+    fields, host = (MIXERS | SOFTMAX)[name], Host(torch.float32, "meta")
+    needs = mixer_needs(mixer_class(name)(mixer_config(name, **fields), dims(), host))
+    ways = {"exchange": "all_gather", "attention": "all_gather"} | ways
+    return layer_sent(needs, Split(Order(world, layout), ROWS, ROWS * length // world, **ways), rank)
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[tuple[Any, ...], list[tuple[int, int]]]:
     found = {}
@@ -74,6 +91,7 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
     last = per_rank * world - 1
     for length in LENGTHS:
         for rank, sent in enumerate(results[world, name, layout, strategy, "all_gather", str(length)]):
+            assert sent == planned(name, world, layout, length, rank, exchange=strategy)
             sizes = state_sizes(mixer)
             states, transitions = (ROWS * FP32_BYTES * sum(column) for column in zip(*sizes, strict=True))
             if strategy == "all_gather":
@@ -106,5 +124,5 @@ def test_bytes_of_softmax_attention(results: Any, world: int, name: str, layout:
             "ring": ((world - 1) * own, 2 * (world - 1) * own),
             "ulysses": (there + back, there + back),
         }[attention]
-        for sent in results[world, name, layout, "all_gather", attention, str(length)]:
-            assert sent == expected
+        for rank, sent in enumerate(results[world, name, layout, "all_gather", attention, str(length)]):
+            assert sent == expected == planned(name, world, layout, length, rank, attention=attention)

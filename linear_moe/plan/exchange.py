@@ -147,13 +147,12 @@ def _gather_states(state: State, split: Split, group: Group, gap: float) -> Mess
 
 
 def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messages:
-    """In blocks: once the last rank has got the first one, the others follow one by one."""
+    """In blocks: once the last rank has got the first one, the others follow one by one; zigzag: there, then back."""
     block = split.number * split.rows * state.numbers / BLOCKS
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
-    turns = split.order.per_rank  # zigzag: there and back
     away = group.nodes - 1
-    walk = turns * ((split.order.size - 1 - away) * inside + away * between)
-    seconds = walk + (BLOCKS - 1) * (between if away else inside)
+    walk = (split.order.size - 1 - away) * inside + away * between
+    seconds = split.order.per_rank * (walk + (BLOCKS - 1) * (between if away else inside))
     forward, backward = state_sent(state, split)
     there = Message(forward, forward, seconds, gap if state.ahead else 0.0)
     return there, Message(backward, backward, seconds, gap)

@@ -1,4 +1,4 @@
-"""What sequence parallelism sends: counted at the collectives, as docs/sequence_parallelism.md says, and as `plan` does.
+"""What sequence parallelism sends: counted at the collectives, as docs/sequence_parallelism.md and `plan` say.
 
 Sizes of states are written down here once more, so that the formula's own way to find them is checked too.
 """

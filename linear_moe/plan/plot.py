@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
+from linear_moe.plan.exchange import HEADS
 from linear_moe.plan.simulate import WAYS, Kind, Row, Simulation
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
@@ -62,12 +63,18 @@ def panel(simulation: Simulation, kind: Kind, title: str) -> list[str]:
     for world in worlds:
         x, y = place((world, floor))
         parts.append(text(x, y + 16, str(world)))
-    for colour, (way, points) in zip(COLOURS, lines.items(), strict=True):
+    for i, (colour, (way, points)) in enumerate(zip(COLOURS, lines.items(), strict=True)):
+        parts.append(text(LEFT + 10, TOP + 16 * (i + 1), legend(way, bool(curves[way]), bool(points)), "start", colour))
         if points:
             x, y = place(points[-1])
             parts += [line(points, f'stroke="{colour}"'), f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>']
-            parts.append(text(min(x, WIDTH - 20), y - 7, way, "end" if x > WIDTH / 2 else "start", colour))
     return parts
+
+
+def legend(way: str, possible: bool, costs: bool) -> str:
+    if way in HEADS.values():
+        return f"{way}: at most as many GPUs as heads"
+    return way if costs or not possible else f"{way}: all hidden"
 
 
 def possible(rows: dict[int, Row]) -> list[Row]:

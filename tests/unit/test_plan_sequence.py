@@ -291,7 +291,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     assert {row["sequence_length"] // row["gpus"] for row in found["rows"]} == {2**15}
     drawing = ElementTree.fromstring(plot.read_text())
     labels = {text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"all_gather", "ring", "heads", "ulysses", "32"} <= labels
+    assert {"all_gather", "ring", "ring: all hidden", "heads: at most as many GPUs as heads", "32"} <= labels
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "8 heads are too few" in out and "tokens/s/GPU" in out and "data sheets" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import mul
 from typing import Any
 
@@ -12,6 +13,8 @@ from linear_moe.config.schema import Config
 from linear_moe.config.validate import ParallelLayout, rank_tokens, recomputed, tensor_sequence
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.ops.linear_cross_entropy import BLOCK_ELEMENTS
+from linear_moe.plan.exchange import Split, kept_bytes
+from linear_moe.plan.needs import Needs
 from linear_moe.plan.ranks import RankChunk
 
 
@@ -85,11 +88,17 @@ def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> l
     return list(found)
 
 
-def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int) -> dict[str, int]:
-    """What backward passes hold at the peak, and what the logits of one micro-batch need."""
+def activation_bytes(
+    config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int, needs: Mapping[int, Needs] | None = None
+) -> dict[str, int]:
+    """What backward passes hold at the peak, and what the logits of one micro-batch need.
+
+    Args:
+        needs: of the layers, if sequences are shared out.
+    """
     training, parallel, hidden = config.training, config.parallel, config.model.hidden_size
     size = DTYPES[training.dtype].itemsize
-    tokens = rank_tokens(config)
+    tokens, split = rank_tokens(config), Split.of(config)
     stream = hidden / (parallel.tensor if tensor_sequence(parallel) else 1)
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
     modules, concerned = recomputed(config)
@@ -102,6 +111,8 @@ def activation_bytes(config: Config, layout: ParallelLayout, chunks: list[RankCh
             if key not in chunk.elements:
                 chunk.elements[key] = layer_elements(config, layer, stream, key[1])
             elements, most = chunk.elements[key]
+            if needs and not key[1] & {"layer", "mixer", "core"}:
+                elements += kept_bytes(needs[number], split) / (tokens * size)
             kept, again = kept + elements, max(again, most)
         if chunk.logits:
             once = stream + hidden  # inputs of the norm and of the head

@@ -258,6 +258,15 @@ def local_seconds(state: State, split: Split, group: Group, rate: float) -> floa
     return 3 * summary + 2 * scan
 
 
+def kept_bytes(needs: Needs, split: Split) -> float:
+    """What the exchanges of a layer keep for the backward pass: the states before a rank's pieces, and transitions, with
+    `all_gather` of all pieces behind its first one."""
+    pieces = split.order.per_rank
+    behind = pieces if split.exchange == "ring" else split.order.count - 1
+    numbers = sum(pieces * state.numbers + behind * state.transition for state in needs.states)
+    return float(FP32 * split.rows * numbers) if split.order.size > 1 else 0.0
+
+
 def imbalance(core: Callable[[int], float], length: int, order: Order) -> float:
     """The busiest rank's FLOPs over the mean, if those of a sequence's first n tokens are n * core(n)."""
     edges = [length * i / order.count for i in range(order.count + 1)]

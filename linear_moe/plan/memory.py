@@ -10,9 +10,8 @@ from torch import nn
 from linear_moe.config.schema import Config, OptimizerConfig
 from linear_moe.config.validate import ParallelLayout
 from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan.activations import activation_bytes
-from linear_moe.plan.ranks import RankChunk, is_expert, rank_chunks
+from linear_moe.plan.ranks import RankChunk, RankModels, is_expert, rank_chunks
 from linear_moe.training.muon import state_names
 
 STATE = ("weights", "gradients", "optimizer")
@@ -107,10 +106,11 @@ def state_bytes(
     return totals
 
 
-def rank_bytes(config: Config, layout: ParallelLayout, model: LanguageModel, stage: int) -> dict[str, int]:
-    """By KINDS, on the fullest rank of a pipeline stage; `model` from RankModels."""
-    chunks = rank_chunks(config, model, stage)
-    return with_total(state_bytes(config, layout, chunks, stage) | activation_bytes(config, layout, chunks, stage))
+def rank_bytes(config: Config, layout: ParallelLayout, models: RankModels, stage: int) -> dict[str, int]:
+    """By KINDS, on the fullest rank of a pipeline stage."""
+    chunks = rank_chunks(config, models(config.parallel), stage)
+    activations = activation_bytes(config, layout, chunks, stage, models.split_needs(config.parallel))
+    return with_total(state_bytes(config, layout, chunks, stage) | activations)
 
 
 def with_total(kinds: dict[str, int]) -> dict[str, int]:

@@ -75,7 +75,7 @@ def make_plan(config: Config, world: int | None = None) -> Plan:
         LayerPlan(layer.mixer.type, layer.ffn, *_count(model.layers[str(i)], config))
         for i, layer in enumerate(resolve_layers(config.model))
     ]
-    rank = RankModels(config, rows)(config.parallel)
+    rank = RankModels(config, rows)
     stages = (rank_bytes(config, layout, rank, stage) for stage in range(layout.pipeline))
     memory = max(stages, key=lambda kinds: kinds["total"])
     flops = forward_flops(config, model).total

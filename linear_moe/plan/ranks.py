@@ -57,6 +57,10 @@ class RankModels:
             self._needs[parallel.tensor] = layer_needs(layers)
         return self._needs[parallel.tensor]
 
+    def split_needs(self, parallel: ParallelConfig) -> dict[int, Needs]:
+        """The same, none where sequences are not shared out."""
+        return self.needs(parallel) if parallel.sequence > 1 else {}
+
 
 @dataclass(frozen=True)
 class RankChunk:

@@ -12,7 +12,6 @@ from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.config.validate import MAX_WORLD, ParallelLayout, parallel_layout, validate_fields
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.checks import check
-from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.cost import Cluster, Group, layer_seconds, stage_cost, step_seconds
@@ -240,7 +239,7 @@ class _Search:
                         reason = too_big(memory, self.limit)
                         smallest = memory["total"], replace(candidate, reason=reason)
                     continue
-                needs = self.models.needs(config.parallel) if config.parallel.sequence > 1 else {}
+                needs = rank.needs
                 stages = [stage_cost(config, rank.layout, c, self.flops, self.cluster, needs) for c in rank.stages]
                 seconds = step_seconds(config, rank.layout, stages)
                 if fastest is None or seconds["total"] < fastest[0]:
@@ -258,14 +257,15 @@ class _Search:
         if chunks not in self.splits:
             self.splits[chunks] = default_split(config)
         split = replace(config, parallel=replace(parallel, pipeline_layers=self.splits[chunks]))
-        return _Rank(split, self.world, self.models(parallel))
+        return _Rank(split, self.world, self.models)
 
 
 class _Rank:
     """The ranks of one choice of parallel sizes; what does not depend on the other settings is computed once."""
 
-    def __init__(self, config: Config, world: int, model: LanguageModel):
-        self.layout = parallel_layout(config, world)
+    def __init__(self, config: Config, world: int, models: RankModels):
+        self.layout, model = parallel_layout(config, world), models(config.parallel)
+        self.needs = models.split_needs(config.parallel)
         self.stages = [rank_chunks(config, model, stage) for stage in range(self.layout.pipeline)]
         self.states = [state_bytes(config, self.layout, chunks, i) for i, chunks in enumerate(self.stages)]
         self.state = max(sum(kinds.values()) for kinds in self.states)  # of the fullest, without activations
@@ -273,7 +273,7 @@ class _Rank:
     def memory(self, config: Config) -> dict[str, int]:
         """Of the fullest rank."""
         kinds = (
-            with_total(state | activation_bytes(config, self.layout, chunks, stage))
+            with_total(state | activation_bytes(config, self.layout, chunks, stage, self.needs))
             for stage, (state, chunks) in enumerate(zip(self.states, self.stages, strict=True))
         )
         return max(kinds, key=lambda kinds: kinds["total"])

@@ -67,7 +67,7 @@ class Block:
 def take(x: Tensor, spans: Sequence[Span]) -> Tensor:
     """The tokens `[n, ...]` of `x [T, ...]` in these spans, one after the other."""
     parts = [x[a:b] for a, b in _joined(spans)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
 
 
 def put(into: Tensor, x: Tensor, spans: Sequence[Span], add: bool = False) -> None:

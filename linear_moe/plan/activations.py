@@ -89,7 +89,11 @@ def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> l
 
 
 def activation_bytes(
-    config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int, needs: Mapping[int, Needs] | None = None
+    config: Config,
+    layout: ParallelLayout,
+    chunks: list[RankChunk],
+    stage: int,
+    needs: Mapping[int, Needs] | None = None,
 ) -> dict[str, int]:
     """What backward passes hold at the peak, and what the logits of one micro-batch need.
 

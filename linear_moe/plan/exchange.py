@@ -98,18 +98,47 @@ def hops(order: Order, forward: bool, rank: int | None = None) -> int:
 def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int, int]:
     """Bytes that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
     size, pieces = split.number * split.rows, split.order.per_rank
-    if split.exchange == "ring":
+    if split.exchange == "ring" or state.serial:
         return size * state.numbers * hops(split.order, True, rank), size * state.numbers * hops(
             split.order, False, rank
         )
     return size * pieces * (state.numbers + state.transition), size * pieces * state.numbers
 
 
-def keys_sent(keys: TokenKeys, split: Split) -> tuple[int, int]:
+@cache
+def in_reach(order: Order, length: int, window: int, rank: int | None = None) -> tuple[int, int]:
+    """Of a row in pieces of `length` tokens: how many tokens of `rank` others see, and how many of theirs it sees.
+
+    None: the most of the first, the middle and the last rank.
+    """
+    if rank is None:
+        found = [in_reach(order, length, window, rank) for rank in (0, order.size // 2, order.size - 1)]
+        return max(given for given, _ in found), max(got for _, got in found)
+    pieces, given, got = order.pieces(rank), 0, 0
+    for piece in pieces:
+        for away in range(1, 1 + -(-(window - 1) // length)):
+            tokens = min(length, window - 1 - (away - 1) * length)
+            given += tokens * (piece + away < order.count and piece + away not in pieces)
+            got += tokens * (piece - away >= 0 and piece - away not in pieces)
+    return given, got
+
+
+def keys_in_reach(keys: TokenKeys, split: Split, rank: int | None = None) -> tuple[int, int]:
+    """`in_reach` in bytes of a micro-batch."""
+    length = split.tokens // split.rows // split.order.per_rank
+    assert keys.window is not None
+    given, got = in_reach(split.order, length, min(keys.window, length * split.order.count), rank)
+    return given * split.rows * keys.size, got * split.rows * keys.size
+
+
+def keys_sent(keys: TokenKeys, split: Split, rank: int | None = None) -> tuple[int, int]:
     """Bytes that a rank hands to collectives, forward and backward.
 
     The backward pass gathers, or passes on, everything once more. A ring passes gradients on in fp32.
     """
+    if split.attention == "all_gather" and keys.window is not None:
+        given, got = keys_in_reach(keys, split, rank)
+        return given, given + got
     own, others = split.tokens * keys.size, split.order.size - 1
     if split.attention == "ring":
         return own * others, (own + split.tokens * keys.numbers * FP32) * others
@@ -129,7 +158,7 @@ def layer_sent(needs: Needs, split: Split, rank: int | None = None) -> tuple[int
     if by_heads(needs, split):
         return heads_sent(needs, split)
     messages = [state_sent(state, split, rank) for state in needs.states]
-    messages += [keys_sent(keys, split) for keys in needs.keys]
+    messages += [keys_sent(keys, split, rank) for keys in needs.keys]
     forward, backward = (sum(message[i] for message in messages) for i in range(2))
     return forward, backward
 
@@ -160,6 +189,10 @@ def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messag
 
 def _gather_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
     own, backward = keys_sent(keys, split)
+    if keys.window is not None:
+        given, got = keys_in_reach(keys, split)
+        seconds = group.hop(max(given, got), group.nodes > 1)
+        return Message(given, got, seconds), Message(given + got, given + got, 2 * seconds)
     others, seconds = own * (split.order.size - 1), group.ring(own * split.order.size)
     return Message(own, others, seconds), Message(backward, 2 * others, 2 * seconds)
 
@@ -242,24 +275,28 @@ def layer_exchange(
         return Exchange((_to_heads(needs, split, group),))
     attend, gap = split.tokens * core(length) / rate / tensor, split.tokens * needs.gap / rate
     messages = [KEYS[split.attention](keys, split, group, attend) for keys in needs.keys]
-    messages += [STATES[split.exchange](state, split, group, gap) for state in needs.states]
+    messages += [STATES["ring" if state.serial else split.exchange](state, split, group, gap) for state in needs.states]
     local = sum(local_seconds(state, split, group, rate) for state in needs.states)
+    if any(state.serial for state in needs.states):
+        local += 3 * attend * (split.order.size - 1)  # all others' turns
     return Exchange(tuple(messages), local, imbalance(core, length, split.order))
 
 
 def local_seconds(state: State, split: Split, group: Group, rate: float) -> float:
-    """Of the summary, by its FLOPs or by reading its inputs, whichever takes longer, and of the scan; the backward pass
-    costs twice the forward pass."""
-    summary = split.tokens * max(state.flops / rate, state.inputs / group.cluster.gpu.memory_bandwidth)
+    """Of the summary, by its FLOPs or by reading its inputs, in the backward pass twice, whichever takes longer; and of
+    the scan."""
+    forward, backward = (flops / rate for flops in state.flops)
+    read = state.inputs / group.cluster.gpu.memory_bandwidth
+    summary = split.tokens * (max(forward, read) + max(backward, 2 * read))
     scan = 0.0
-    if split.exchange == "all_gather":  # a ring's is between its messages
+    if split.exchange == "all_gather" and not state.serial:  # a ring's is between its messages
         everyones = FP32 * split.rows * split.order.count * (state.numbers + state.transition)
         scan = split.order.count * STEP_SECONDS + everyones / group.cluster.gpu.memory_bandwidth
-    return 3 * summary + 2 * scan
+    return summary + 2 * scan
 
 
 def kept_bytes(needs: Needs, split: Split) -> float:
-    """What the exchanges of a layer keep for the backward pass: the states before a rank's pieces, and transitions, with
+    """What a layer's exchanges keep for the backward pass: the states before a rank's pieces, and transitions, with
     `all_gather` of all pieces behind its first one."""
     pieces = split.order.per_rank
     behind = pieces if split.exchange == "ring" else split.order.count - 1

@@ -6,7 +6,7 @@ No mixer declares this: whatever asks for the pieces of a sequence (`ops.sequenc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Layout, Mixer
-from linear_moe.modeling.ops.sequence import Expand, Summary, pieces_of
+from linear_moe.modeling.ops.sequence import Expand, pieces_of
 
 TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
 
@@ -28,24 +28,32 @@ class State:
     Attributes:
         numbers: of a row's state, a complex one counted as two.
         transition: of what a piece does to it, likewise.
-        flops: of a token's part in the summary, matrix products.
+        flops: of a token's part in the summary, matrix products, in the forward pass and in the backward pass.
         inputs: bytes of a token that the summary reads.
         ahead: asked for before it is needed.
+        serial: known only after the piece before has been computed, so that ranks work one after the other.
     """
 
     numbers: int
     transition: int
-    flops: float
+    flops: tuple[float, float]
     inputs: float
     ahead: bool = False
+    serial: bool = False
 
 
 @dataclass(frozen=True)
 class TokenKeys:
-    """Of a token, what softmax attention makes keys and values of, for all later tokens to see: numbers and bytes."""
+    """Of a token, what softmax attention makes keys and values of, for later tokens to see.
+
+    Attributes:
+        numbers, size: so many, in so many bytes.
+        window: tokens that see it, itself included; None: all later ones.
+    """
 
     numbers: int
     size: int
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,22 +79,64 @@ class Needs:
 class _Recorder:
     """See `ops.sequence.Pieces`: notes what it is asked for; whole sequences of its own are all that it gives."""
 
+    length, sequences = TOKENS, 1
+
     def __init__(self) -> None:
         self.states_: list[State] = []
         self.keys_: list[TokenKeys] = []
         self.attended: list[Tensor] = []  # queries, keys and values
         self._ahead: list[Tensor] = []
 
-    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
+    @property
+    def numbers(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64, device="meta")
+
+    def ahead(self, summary: Callable[..., Any], x: Tensor, matrix: bool = False) -> None:
         self._ahead.append(x)
 
-    def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
-        with FlopCounterMode(display=False) as counter:
-            transition, state = summary(*inputs)
-        read = sum(_bytes(x) for x in inputs if x is not None) / TOKENS
-        flops, ahead = counter.get_total_flops() / TOKENS, any(x is inputs[0] for x in self._ahead)
-        self.states_.append(State(_numbers(state), _numbers(transition), flops, read, ahead))
+    def states(self, summary: Callable[..., Any], *inputs: Tensor | None, matrix: bool = False) -> Tensor:
+        (transition, state), flops = counted(summary, *inputs)
+        self._note(transition, state, (flops, 2 * flops), inputs)
         return state
+
+    def through(
+        self,
+        run: Callable[..., Any],
+        summary: Callable[..., Any],
+        gradient: Callable[..., Tensor],
+        *inputs: Tensor | None,
+        matrix: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        (transition, state), flops = counted(summary, *inputs)
+        outputs: tuple[Tensor, Tensor] = run(state)
+        self._note(transition, state, (flops, counted(gradient, *inputs, outputs[0])[1]), inputs)
+        return outputs
+
+    def carry(
+        self,
+        run: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        start: Tensor,
+        shared: Sequence[Tensor],
+        count: int,
+        summary: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        outputs, state = run(inputs, start, None, 0, None, *shared)
+        if summary is None:
+            self._note(None, state, (0.0, 0.0), inputs)
+        else:
+            (transition, _), flops = counted(summary, *inputs, skip=0)
+            self._note(transition, state, (flops, 2 * flops), inputs)
+        found: Tensor = outputs
+        return found
+
+    def _note(
+        self, transition: Tensor | None, state: Tensor, flops: tuple[float, float], inputs: Sequence[Tensor | None]
+    ) -> None:
+        """`transition`: None where a piece does nothing to a state that others could know before."""
+        read, ahead = sum(_bytes(x) for x in inputs if x is not None) / TOKENS, any(x is inputs[0] for x in self._ahead)
+        does = 0 if transition is None else _numbers(transition)
+        self.states_.append(State(_numbers(state), does, flops, read, ahead, transition is None))
 
     def attention(
         self,
@@ -100,8 +150,15 @@ class _Recorder:
         k, v = expand(*shared)
         self.attended += [q, k, v]
         numbers, size = (sum(of(x) for x in shared) // TOKENS for of in (_numbers, _bytes))
-        self.keys_.append(TokenKeys(numbers, size))
+        self.keys_.append(TokenKeys(numbers, size, window))
         return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+def counted(function: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, float]:
+    """What it gives, and FLOPs per token of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        found = function(*inputs, **options)
+    return found, counter.get_total_flops() / TOKENS
 
 
 def layer_needs(layers: Mapping[int, Any]) -> dict[int, Needs]:

@@ -35,9 +35,11 @@ MIXERS: dict[str, dict[str, Any]] = {
 WORLDS = (2, 4)
 SETTINGS = [("zigzag", "all_gather"), ("contiguous", "all_gather"), ("contiguous", "ring"), ("zigzag", "ring")]
 CASES = [(name, *setting) for name in MIXERS for setting in SETTINGS]
-SOFTMAX: dict[str, dict[str, Any]] = {
-    "attention": {"num_kv_heads": 2},
-    "mla": {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+WINDOW = 3
+SOFTMAX: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("attention", {"num_kv_heads": 2}),
+    "window": ("attention", {"num_kv_heads": 2, "window": WINDOW}),
+    "mla": ("mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}),
 }
 LAYOUTS = ("contiguous", "zigzag")
 ATTENTION = [(name, layout, attention) for name in SOFTMAX for layout in LAYOUTS for attention in STRATEGIES]
@@ -64,8 +66,8 @@ def state_sizes(mixer: Mixer) -> list[tuple[int, int]]:
 
 def planned(name: str, world: int, layout: str, length: int, rank: int, **ways: str) -> tuple[int, int]:
     """What `linear-moe plan` counts with."""
-    fields, host = (MIXERS | SOFTMAX)[name], Host(torch.float32, "meta")
-    needs = mixer_needs(mixer_class(name)(mixer_config(name, **fields), dims(), host))
+    mixer, fields = SOFTMAX.get(name) or (name, MIXERS[name])
+    needs = mixer_needs(mixer_class(mixer)(mixer_config(mixer, **fields), dims(), Host(torch.float32, "meta")))
     ways = {"exchange": "all_gather", "attention": "all_gather"} | ways
     return layer_sent(needs, Split(Order(world, layout), ROWS, ROWS * length // world, **ways), rank)
 
@@ -78,7 +80,8 @@ def results() -> dict[tuple[Any, ...], list[tuple[int, int]]]:
     for world in WORLDS:
         todo: dict[str, Any] = {}
         for value, length in product(values, LENGTHS):
-            given = dict(zip(names, value, strict=True)) | {"fields": (MIXERS | SOFTMAX)[value[0]], "length": length}
+            name, fields = SOFTMAX.get(value[0]) or (value[0], MIXERS[value[0]])
+            given = dict(zip(names, value, strict=True)) | {"name": name, "fields": fields, "length": length}
             todo["-".join(map(str, (*value, length)))] = "sequence_bytes", given
         found |= {(world, *key.split("-")): ranks for key, ranks in run(world, todo).items()}
     return found
@@ -107,8 +110,8 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
 @pytest.mark.parametrize("world", WORLDS)
 def test_bytes_of_softmax_attention(results: Any, world: int, name: str, layout: str, attention: str) -> None:
     """Elements a token: of what is shared, G (D + V) or a latent, and in Ulysses of all heads' q, k, v and o."""
-    config: Any = build(name, SOFTMAX[name]).config
-    if name == "attention":
+    config: Any = build(*SOFTMAX[name]).config
+    if name != "mla":
         heads, kv_heads, size, value = 4, config.num_kv_heads, HIDDEN // 4, HIDDEN // 4
         shared = kv_heads * (size + value)
     else:
@@ -125,4 +128,11 @@ def test_bytes_of_softmax_attention(results: Any, world: int, name: str, layout:
             "ulysses": (there + back, there + back),
         }[attention]
         for rank, sent in enumerate(results[world, name, layout, "all_gather", attention, str(length)]):
+            if name == "window" and attention == "all_gather":
+                last = (2 if layout == "zigzag" else 1) * world - 1
+                pieces = {rank, last - rank} if layout == "zigzag" else {rank}
+                onwards = sum(piece != last and piece + 1 not in pieces for piece in pieces)
+                back = sum(piece != 0 and piece - 1 not in pieces for piece in pieces)
+                halo = ROWS * (WINDOW - 1) * shared * FP32_BYTES
+                expected = halo * onwards, halo * (onwards + back)
             assert sent == expected == planned(name, world, layout, length, rank, attention=attention)

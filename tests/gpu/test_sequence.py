@@ -67,13 +67,13 @@ def test_pieces_are_the_whole(name: str, fields: dict[str, Any], way: str, whole
 
 
 SPANS = ((0, 200), (200, 201), (201, 300)), ((0, 260), (260, 300), (290, 400))  # keys 290 to 299 are in two
-MORE = ((0, 200),), ((400, 450),)  # of the first sequence's keys
+MORE = ((0, 200),), ((400, 450),)  # fewer keys than queries, of the first sequence
 
 
 def two_blocks(tensors: list[Tensor], left: int | None, right: int | None) -> dict[str, Tensor]:
     """Attention to two blocks of keys, joined as the ring does, and both blocks' gradients."""
     q, k, v, d_o = tensors
-    scale, blocks = q.shape[-1] ** -0.5, [Block(*SPANS, left, right, q.device), Block(*MORE, None, None, q.device)]
+    scale, blocks = q.shape[-1] ** -0.5, [Block(*SPANS, left, right, q.device), Block(*MORE, 7, None, q.device)]
     (o, lse), other = (attend(q, k, v, block, scale) for block in blocks)
     o, joined = o.float(), slice(*MORE[0][0])
     o[joined], lse[joined] = join(o[joined], lse[joined], *other)

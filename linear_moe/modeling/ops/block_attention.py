@@ -55,16 +55,19 @@ class Block:
 
     @cached_property
     def longest(self) -> tuple[int, int]:
-        """The most queries, and keys, of a sequence; at least two, as FlashAttention lays out the log-sum-exp of single
-        queries with grouped heads in another way."""
+        """What FlashAttention is told of the most queries, and keys, of a sequence.
+
+        At least two: it lays out the log-sum-exp of single queries with grouped heads in another way. Of keys, where
+        only `left` is a limit, at least as many as of queries: it takes this number for the missing one.
+        """
         queries, keys = (max(b - a for a, b in spans) for spans in (self.queries, self.keys))
-        return max(queries, 2), max(keys, 2)
+        return max(queries, 2), max(keys, 2, queries if self.right is None else 0)
 
 
 def take(x: Tensor, spans: Sequence[Span]) -> Tensor:
     """The tokens `[n, ...]` of `x [T, ...]` in these spans, one after the other."""
     parts = [x[a:b] for a, b in _joined(spans)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
 
 
 def put(into: Tensor, x: Tensor, spans: Sequence[Span], add: bool = False) -> None:

@@ -1,9 +1,10 @@
 """Softmax attention over sequences that several ranks hold, in one of three ways.
 
-all_gather: a rank gathers everything and attends to it at once (arXiv 2407.21783, 2502.07563); it keeps its own tokens
-only, and gathers again in the backward pass. ring: keys and values go from rank to rank while those at hand are
-attended to; parts are joined by their log-sum-exp (arXiv 2310.01889); in the backward pass the gradients follow them.
-ulysses: ranks exchange tokens for heads, attend to whole sequences, and exchange back (arXiv 2309.14509).
+all_gather: a rank gathers everything, with a window only what its queries see, and attends to it at once (arXiv
+2407.21783, 2502.07563); it keeps its own tokens only, and gathers again in the backward pass. ring: keys and values go
+from rank to rank while those at hand are attended to; parts are joined by their log-sum-exp (arXiv 2310.01889); in the
+backward pass the gradients follow them. ulysses: ranks exchange tokens for heads, attend to whole sequences, and
+exchange back (arXiv 2309.14509).
 
 The first two send what keys and values are made of, and make them where they are used: with latent attention that is
 one latent for all heads.
@@ -30,6 +31,7 @@ from linear_moe.modeling.ops.sequence import Expand, pieces_of
 from linear_moe.modeling.ops.softmax import softmax_attention
 from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.layout import Cut
+from linear_moe.training.sequence.layout import cut as cut_of
 
 
 class _Pair(NamedTuple):
@@ -60,6 +62,24 @@ class Reach:
         if (rank, window) not in self._known:
             self._known[rank, window] = self._of_rank(rank, window)
         found: list[Block] = self._known[rank, window]
+        return found
+
+    def wanted(self, window: int | None) -> tuple[list[list[Span]], list[list[Span]]]:
+        """Of every other rank, which of its tokens the local queries see; and which local ones its queries see."""
+        if ("others", window) not in self._known:
+            cut, (own, _) = self.cut, self.gathered(window)
+            documents = torch.tensor(cut.documents) if cut.packed else None
+            length, ranks = cut.length * cut.order.count, range(cut.order.size)
+            others = [Reach(cut_of(cut.rows, length, cut.order, rank, documents), self.device) for rank in ranks]
+            pairs = [(own, rank) for rank in ranks], [(x.gathered(window)[0], cut.rank) for x in others]
+            self._known["others", window] = tuple(
+                [
+                    [span for source, span in sources if source == rank and other != cut.rank]
+                    for other, (sources, rank) in enumerate(found)
+                ]
+                for found in pairs
+            )
+        found: tuple[list[list[Span]], list[list[Span]]] = self._known["others", window]
         return found
 
     def _gathered(self, window: int | None) -> tuple[list[tuple[int, Span]], Block]:
@@ -101,7 +121,7 @@ class Reach:
         blocks: dict[Any, list[_Pair]] = {}
         times = Counter[Any]()
         for pair in pairs:
-            key = pair.queries, *pair[2:]
+            key = pair.queries[0], *pair[2:]
             times[key] += 1
             blocks.setdefault((*pair[2:], times[key]), []).append(pair)
         return [
@@ -179,16 +199,11 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         task: Exchange = ctx.task
         q, o, lse, *shared = ctx.saved_tensors
-        sources, block = task.reach.gathered(task.window)
-        seen = _seen(shared, task)
-        made = _Made(seen, task)
+        _, block = task.reach.gathered(task.window)
+        made = _Made(_seen(shared, task), task)
         dq, dk, dv = attend_backward(d_o, q, made.k, made.v, o, lse, block, task.scale)
         d_seen, d_parameters = made.gradients(dk, dv)
-        everyones = [x.new_zeros(task.line.order.size, *like.shape) for x, like in zip(d_seen, shared, strict=True)]
-        for into, x in zip(everyones, d_seen, strict=True):
-            for (rank, (a, b)), part in zip(sources, x.split([b - a for _, (a, b) in sources]), strict=True):
-                into[rank, a:b] += part
-        d_shared = _scatter(everyones, task.line)
+        d_shared = _back(d_seen, shared, task)
         return None, None, dq.to(q.dtype), *d_shared, *d_parameters
 
 
@@ -294,24 +309,68 @@ def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _seen(shared: Sequence[Tensor], task: Exchange) -> list[Tensor]:
-    """Own tokens `[T, ...]` -> all that the local queries see, `[S, ...]`, of everyone's tokens in one message."""
+    """Own tokens `[T, ...]` -> all that the local queries see, `[S, ...]`, in one message."""
     line, own = task.line, _flat(shared)
-    everywhere = own.unsqueeze(0)
-    if line.group is not None:
+    sources, _ = task.reach.gathered(task.window)
+    if line.group is None:
+        return [torch.cat([x[a:b] for _, (a, b) in sources]) for x in shared]
+    if task.window is None:
         everywhere = own.new_empty(line.order.size, len(own))
         dist.all_gather_into_tensor(everywhere.view(-1), own, group=line.group)
-    sources, _ = task.reach.gathered(task.window)
-    return [torch.cat([x[rank, a:b] for rank, (a, b) in sources]) for x in _parts(everywhere, shared)]
+        return [torch.cat([x[rank, a:b] for rank, (a, b) in sources]) for x in _parts(everywhere, shared)]
+    wanted, given = task.reach.wanted(task.window)
+    found = _swap([[take(x, spans) for x in shared] for spans in given], wanted, line)
+    seen = []
+    for i, x in enumerate(shared):
+        parts = [iter(part[i].split(_lengths(spans))) for part, spans in zip(found, wanted, strict=True)]
+        seen.append(torch.cat([x[a:b] if rank == line.rank else next(parts[rank]) for rank, (a, b) in sources]))
+    return seen
 
 
-def _scatter(everyones: Sequence[Tensor], line: Line) -> list[Tensor]:
-    """Gradients of everyone's tokens `[ranks, T, ...]` -> the sum of all ranks', of the own ones `[T, ...]`."""
-    if line.group is None:
-        return [x.squeeze(0) for x in everyones]
-    flat = torch.cat([x.flatten(1) for x in everyones], 1)
-    own = torch.empty_like(flat[0])
-    dist.reduce_scatter_tensor(own, flat.view(-1), group=line.group)
-    return _parts(own, [x[0] for x in everyones])
+def _back(d_seen: Sequence[Tensor], shared: Sequence[Tensor], task: Exchange) -> list[Tensor]:
+    """Gradients of what `_seen` gives -> of the own tokens, the sum of all ranks'."""
+    line, window = task.line, task.window
+    sources, _ = task.reach.gathered(window)
+    parts = [x.split(_lengths([span for _, span in sources])) for x in d_seen]
+    if line.group is None or window is None:
+        everyones = [x.new_zeros(line.order.size, *x.shape) for x in shared]
+        for into, found in zip(everyones, parts, strict=True):
+            for (rank, (a, b)), part in zip(sources, found, strict=True):
+                into[rank, a:b] += part
+        if line.group is None:
+            return [x[0] for x in everyones]
+        flat = torch.cat([x.flatten(1) for x in everyones], 1)
+        total = torch.empty_like(flat[0])
+        dist.reduce_scatter_tensor(total, flat.view(-1), group=line.group)
+        return _parts(total, shared)
+    own, sent = [torch.zeros_like(x) for x in shared], [[[x[:0]] for x in shared] for _ in range(line.order.size)]
+    for i, found in enumerate(parts):
+        for (rank, (a, b)), part in zip(sources, found, strict=True):
+            if rank == line.rank:
+                own[i][a:b] += part
+            else:
+                sent[rank][i].append(part)
+    _, given = task.reach.wanted(window)
+    received = _swap([[torch.cat(x) for x in to] for to in sent], given, line)
+    for arrived, spans in zip(received, given, strict=True):
+        for into, x in zip(own, arrived, strict=True):
+            put(into, x, spans, add=True)
+    return own
+
+
+def _lengths(spans: Sequence[Span]) -> list[int]:
+    return [b - a for a, b in spans]
+
+
+def _swap(sent: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Span]], line: Line) -> list[list[Tensor]]:
+    """To every rank tensors `[m, ...]`, from it others like them, of as many tokens as are wanted of it."""
+    tokens, width = [sum(_lengths(spans)) for spans in wanted], sum(x.shape[1:].numel() for x in sent[0])
+    flat = [_flat(x) for x in sent]
+    received = flat[0].new_empty(sum(tokens) * width)
+    sizes = [n * width for n in tokens], [len(x) for x in flat]
+    dist.all_to_all_single(received, torch.cat(flat), *sizes, group=line.group)
+    like = [[x.new_empty(n, *x.shape[1:]) for x in sent[0]] for n in tokens]
+    return [_parts(x, empty) for x, empty in zip(received.split(sizes[0]), like, strict=True)]
 
 
 def _pass_on(x: Tensor, line: Line) -> Callable[[], Tensor]:

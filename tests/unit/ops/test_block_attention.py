@@ -18,7 +18,7 @@ from linear_moe.training.sequence.attention import STRATEGIES
 from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.layout import Order, cut
 from linear_moe.training.sequence.pieces import RankPieces
-from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
+from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -117,6 +117,8 @@ class Flash:
         assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
         assert len(q) == queries[-1] and len(k) == len(v) == keys[-1]
         assert causal == ((window_size_left, window_size_right) == (-1, 0))
+        if window_size_left >= 0 and window_size_right < 0:
+            window_size_right = longest_key  # so does the kernel
         limits = [None if n < 0 else n for n in (window_size_left, window_size_right)]
         return Block(tuple(pairwise(queries.tolist())), tuple(pairwise(keys.tolist())), *limits, CPU)
 
@@ -124,7 +126,7 @@ class Flash:
         block = self.block(q, k, v, *rest, **limits)
         o, lse = block_attention._tiles_forward(q, k, v, block, scale)
         assert lse.isfinite().all(), "a query that sees no key"
-        return o, lse.mT.contiguous(), None, None, None
+        return o.to(q.dtype), lse.mT.contiguous(), None, None, None
 
     def backward(
         self,
@@ -140,7 +142,8 @@ class Flash:
     ) -> tuple[Tensor, ...]:
         block = self.block(q, k, v, *rest, **limits)
         assert d_o.shape == o.shape == q.shape and lse.shape == (q.shape[1], len(q)) and lse.is_contiguous()
-        return block_attention._tiles_backward(d_o, q, k, v, o, lse.mT, block, scale)
+        gradients = block_attention._tiles_backward(d_o, q, k, v, o, lse.mT, block, scale)
+        return tuple(x.to(q.dtype) for x in gradients)
 
 
 @pytest.fixture
@@ -160,18 +163,32 @@ def passes(q: Tensor, k: Tensor, v: Tensor, run: Any) -> tuple[Tensor, dict[str,
     return o.detach(), dict(zip("qkv", gradients, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "floor"),
+    [(torch.float32, FP32, FP32_GRADIENT_FLOOR), (torch.bfloat16, BF16, BF16_GRADIENT_FLOOR)],
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("window", [None, 1, 5, 20])
-@pytest.mark.parametrize("documents", [None, [0, 3, 17, 17, 32]])
-def test_pieces_on_one_process(strategy: str, window: int | None, documents: list[int] | None, flash: Flash) -> None:
+@pytest.mark.parametrize("window", [None, 1, 5, 9, 20])
+@pytest.mark.parametrize("documents", [None, [0, 3, 17, 17, 32], [0, 14, 32]])
+def test_pieces_on_one_process(
+    strategy: str,
+    window: int | None,
+    documents: list[int] | None,
+    dtype: torch.dtype,
+    tolerance: float,
+    floor: float,
+    flash: Flash,
+) -> None:
     """Zigzag pieces of one rank, with FlashAttention and with the reference, are the whole sequences."""
     rows, order = 1 if documents else 2, Order(1, "zigzag")
     offsets = None if documents is None else torch.tensor(documents)
     found = cut(rows, 32, order, 0, offsets)
     local = None if documents is None else torch.tensor(found.offsets)
     shape = (1, 32) if documents else (4, 16)
-    q, k, v = (x.view(rows, 32, *x.shape[1:]) for x in tensors(32 * rows, 32 * rows))
-    expected = passes(q, k, v, lambda *x: softmax_attention_reference(*x, cu_seqlens=offsets, window=window))
+    q, k, v = (x.view(rows, 32, *x.shape[1:]).to(dtype) for x in tensors(32 * rows, 32 * rows))
+    expected = passes(
+        *(x.float() for x in (q, k, v)), lambda *x: softmax_attention_reference(*x, cu_seqlens=offsets, window=window)
+    )
 
     def of_pieces(*x: Tensor) -> Tensor:
         with pieces_of(RankPieces(found, Line(order, 0, attention=strategy), CPU)):
@@ -182,8 +199,9 @@ def test_pieces_on_one_process(strategy: str, window: int | None, documents: lis
         before = flash.calls
         with use_backend(backend):
             o, gradients = passes(q, k, v, of_pieces)
-        assert_close(o, expected[0], FP32, backend)
-        assert_gradients_close(gradients, expected[1], FP32, FP32_GRADIENT_FLOOR)
+        assert {x.dtype for x in (o, *gradients.values())} == {dtype}
+        assert_close(o, expected[0], tolerance, backend)
+        assert_gradients_close(gradients, expected[1], tolerance, floor)
         calls = flash.calls - before
         assert (calls > 0) == (backend == "auto" and strategy != "ulysses")
         assert strategy != "all_gather" or backend != "auto" or calls == 2, "one call each way"

@@ -11,8 +11,8 @@ from linear_moe.modeling.ops.softmax import visible
 from linear_moe.training.sequence.attention import Reach
 from linear_moe.training.sequence.layout import Order, cut, share
 
-ROWS, LENGTH = 2, 24
-DOCUMENTS = [0, 1, 11, 11, 13, 24, 27, 48]  # a row's end is a document's
+ROWS, LENGTH = 2, 48
+DOCUMENTS = [0, 1, 11, 11, 13, 48, 55, 96]  # a row's end is a document's
 
 
 def count(pairs: Tensor, block: Block) -> None:
@@ -35,7 +35,7 @@ def count(pairs: Tensor, block: Block) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 2, 7, 13])
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 20])
 def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: int | None) -> None:
     order, device = Order(size, layout), torch.device("cpu")
     offsets = torch.tensor(DOCUMENTS if packed else [0, LENGTH, 2 * LENGTH])
@@ -43,8 +43,8 @@ def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: i
     tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
     cuts = [cut(ROWS, LENGTH, order, rank, offsets if packed else None) for rank in range(size)]
     held = [share(tokens, found).flatten() for found in cuts]
-    for rank, found in enumerate(cuts):
-        reach = Reach(found, device)
+    reaches = [Reach(found, device) for found in cuts]
+    for rank, (found, reach) in enumerate(zip(cuts, reaches, strict=True)):
         for source in range(size):
             pairs, blocks = torch.zeros(len(held[rank]), len(held[source])), reach.of_rank(source, window)
             for block in blocks:
@@ -58,3 +58,7 @@ def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: i
         whole = torch.zeros(len(held[rank]), ROWS * LENGTH).index_add_(1, keys, pairs)
         assert torch.equal(whole, mask[held[rank]])
         assert window is None or len(keys) <= len(held[rank]) + len(found.starts) * (window - 1), "keys out of reach"
+        wanted, given = reach.wanted(window)
+        assert not wanted[rank] and not given[rank]
+        assert wanted == [[span for by, span in sources if by == n != rank] for n in range(size)]
+        assert given == [reaches[n].wanted(window)[0][rank] for n in range(size)]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Layout, Mixer
-from linear_moe.modeling.ops.sequence import Expand, pieces_of
+from linear_moe.modeling.ops.sequence import pieces_of
 
 TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
 
@@ -142,7 +142,7 @@ class _Recorder:
         self,
         q: Tensor,
         shared: tuple[Tensor, ...],
-        expand: Expand,
+        expand: Callable[..., tuple[Tensor, Tensor]],
         parameters: Sequence[Tensor],
         scale: float | None,
         window: int | None,

@@ -18,6 +18,7 @@ from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.config.validate import parallel_layout
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import Host
+from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
 from linear_moe.plan.cost import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group, layer_seconds, stage_cost
 from linear_moe.plan.exchange import (
@@ -86,7 +87,7 @@ def test_needs_by_hand() -> None:
     (gateloop,) = needs_of("gateloop").states
     assert (gateloop.numbers, gateloop.transition) == (2 * 4 * 8 * 8, 2 * 4 * 8)  # complex
     *convolutions, delta = needs_of("deltanet").states
-    assert [(state.numbers, state.transition) for state in convolutions] == [(3 * 32, 3 * 3)] * 3
+    assert [state.numbers for state in convolutions] == [3 * 32] * 3  # of four tokens, those before the last
     assert (delta.numbers, delta.transition) == (4 * 8 * 8, 4 * 8 * 8) and delta.flops[0] > 2 * gla.flops[0]
     attention = needs_of("attention", num_kv_heads=2)
     (keys,) = attention.keys
@@ -234,7 +235,7 @@ def test_a_stage_waits_for_its_layers() -> None:
     assert again["sequence"] - cost["sequence"] == pytest.approx(forward) and forward > 0
 
 
-def test_search_shares_sequences_out() -> None:
+def test_search_shares_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences a step on eight GPUs: data parallelism alone is not enough."""
     proposals = propose(tree(training={"sequence_length": 2**17}), 8, CLUSTER)
     names = {candidate.name: candidate for candidate in proposals.fit}
@@ -246,7 +247,8 @@ def test_search_shares_sequences_out() -> None:
         assert parallel.sequence_layout == "zigzag" or parallel.sequence_attention == "ulysses"
     pure = propose(tree(model={"pattern": "L * 4"}), 8, CLUSTER).fit
     assert {c.config.parallel.sequence_layout for c in pure if c.config.parallel.sequence > 1} == {"contiguous"}
-    illegal = propose(tree(model={"mixer": {"type": "titans"}}), 8, CLUSTER).illegal
+    monkeypatch.setattr(mixer_class("gla"), "capabilities", Capabilities(sequence_parallel=False))
+    illegal = propose(tree(), 8, CLUSTER).illegal
     reasons = {candidate.reason for candidate in illegal if candidate.config.parallel.sequence > 1}
     assert any("does not support parallel.sequence > 1" in reason for reason in reasons)
 
@@ -309,7 +311,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
         (["--plot", "x.svg"], "--plot = 'x.svg': does nothing without"),
         (["--latency", "5"], "--latency = 5.0: does nothing without"),
         (["--tokens-per-gpu", "1K", "parallel.tensor=2", "--world", "9"], "--world = 9: must be a multiple of"),
-        (["--tokens-per-gpu", "1K", "model.mixer={type: titans}"], "does not support parallel.sequence > 1"),
+        (["--tokens-per-gpu", "1K", "model.moe.capacity_factor=1.5"], "model.moe.capacity_factor = 1.5"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -300,7 +300,7 @@ def _check_pipeline(config: Config, num_layers: int) -> None:
         raise ConfigError(f"parallel.{name}", getattr(parallel, name), constraint, fix=fix)
     if sizes is None:
         return
-    fix = f"balanced by FLOPs: {default_split(config)}"
+    fix = f"balanced: {default_split(config)}"
     if len(sizes) != chunks:
         terms = f"parallel.pipeline {stages} * parallel.virtual_pipeline {virtual} = {chunks}"
         raise ConfigError(path, sizes, f"must have {terms} numbers, one for each chunk", fix=fix)

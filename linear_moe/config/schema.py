@@ -84,7 +84,12 @@ class MoEConfig:
         "else grouped), or a loop (sequential: the definition)",
         choices=("auto", "grouped", "quack", "sequential"),
     )
-    dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))
+    dispatcher: str = opt(
+        "auto",
+        "how tokens travel to other ranks' experts: each to its experts, or all to all of them; auto: allgather where "
+        "parallel.expert = 1, without waiting for the device",
+        choices=("auto", "alltoall", "allgather"),
+    )
 
 
 @dataclass

@@ -63,6 +63,13 @@ def tensor_sequence(parallel: ParallelConfig) -> bool:
     return parallel.tensor > 1 and parallel.tensor_sequence is not False
 
 
+def expert_dispatcher(moe: MoEConfig, expert: int) -> str:
+    """`model.moe.dispatcher` with `expert` ranks, "alltoall" or "allgather"."""
+    if moe.dispatcher != "auto":
+        return moe.dispatcher
+    return "allgather" if expert == 1 and not moe.capacity_pad else "alltoall"
+
+
 def smallest_world(parallel: ParallelConfig) -> int:
     """The fewest ranks that the parallel sizes allow."""
     return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
@@ -253,7 +260,7 @@ def _check_router(moe: MoEConfig) -> None:
     elif moe.capacity_factor >= (most := moe.num_experts / moe.top_k):
         constraint = f"must be < num_experts / top_k = {most:g}: no expert is chosen by more than all tokens"
         raise ConfigError(f"{path}.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
-    if moe.capacity_pad and moe.dispatcher != "alltoall":
+    if moe.capacity_pad and moe.dispatcher == "allgather":
         constraint = "exchanges tokens all to all"
         raise ConfigError(
             f"{path}.capacity_pad", True, constraint, fix=f"set it to false, or {path}.dispatcher=alltoall"

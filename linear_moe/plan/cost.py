@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import ParallelLayout, recomputed
+from linear_moe.config.validate import ParallelLayout, expert_dispatcher, recomputed
 from linear_moe.flops import Flops
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import DTYPES
@@ -143,7 +143,7 @@ def stage_cost(
 def dispatch(config: Config, groups: dict[str, Group], stream: float) -> float:
     """Seconds of sending this rank's tokens, `stream` bytes, to their experts."""
     expert, inside = groups["expert"], groups["expert_tensor"]
-    if config.model.moe.dispatcher == "allgather":
+    if expert_dispatcher(config.model.moe, expert.ranks) == "allgather":
         return expert.ring(stream * expert.ranks) + inside.ring(stream * expert.ranks * inside.ranks)
     rows = stream * config.model.moe.top_k
     return expert.exchange(rows) + inside.ring(rows * inside.ranks)

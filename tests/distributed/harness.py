@@ -67,7 +67,7 @@ class Ranks:
 
 
 def run(world: int, cases: dict[str, Case], timeout: float = 420.0) -> dict[str, list[Any]]:
-    """Run `cases` (a name to function name and arguments) in `world` new gloo processes.
+    """Run `cases` (a name to function name and arguments) in `world` new processes, of gloo, or NCCL on GPUs.
 
     Args:
         world: number of processes, as of torchrun; 1: a plain Python process.

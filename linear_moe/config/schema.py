@@ -86,8 +86,8 @@ class MoEConfig:
     )
     dispatcher: str = opt(
         "auto",
-        "how tokens travel to other ranks' experts: each to its experts, or all to all of them; auto: allgather where "
-        "parallel.expert = 1, without waiting for the device",
+        "how tokens travel to other ranks' experts: each to its own, or all to all ranks, which needs more memory but "
+        "does not wait for the device; auto: allgather up to parallel.expert = 2",
         choices=("auto", "alltoall", "allgather"),
     )
 

@@ -67,7 +67,7 @@ def expert_dispatcher(moe: MoEConfig, expert: int) -> str:
     """`model.moe.dispatcher` with `expert` ranks, "alltoall" or "allgather"."""
     if moe.dispatcher != "auto":
         return moe.dispatcher
-    return "allgather" if expert == 1 and not moe.capacity_pad else "alltoall"
+    return "allgather" if expert <= 2 and not moe.capacity_pad else "alltoall"
 
 
 def smallest_world(parallel: ParallelConfig) -> int:

@@ -9,7 +9,7 @@
     pp2_flops        with three quarters of them in the first, which is about where FLOPs are equal,
     pp2_interleaved  with two chunks of layers on each
     ep2              half of the experts on each rank, the rest data parallel, distributed optimizer, overlapped
-    ep2_allgather    the same, with all tokens gathered to both
+    ep2_alltoall     the same, with each token sent to its experts
     dp2_plain        data parallel, every rank with the whole optimizer
     dp2              data parallel, distributed optimizer, reduction and gather overlapped
 NAME@N is that layout with a global batch of N sequences instead of the preset's.
@@ -70,7 +70,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "tp2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
     "pp2": ("parallel.pipeline=2",),
     "ep2": ("parallel.expert=2", "optimizer.overlap=true"),
-    "ep2_allgather": ("parallel.expert=2", "optimizer.overlap=true", "model.moe.dispatcher=allgather"),
+    "ep2_alltoall": ("parallel.expert=2", "optimizer.overlap=true", "model.moe.dispatcher=alltoall"),
     "dp2": ("optimizer.overlap=true",),
     "dp2_plain": ("optimizer.distributed=false",),
     "tp2_ep2": ("parallel.tensor=2", "parallel.expert=2"),

@@ -156,6 +156,12 @@ class ParallelConfig:
         "receives does not grow with the ranks",
         choices=("all_gather", "ring"),
     )
+    sequence_attention: str = opt(
+        "all_gather",
+        "how softmax attention sees the other ranks' tokens: all keys at once; keys from rank to rank (ring), while "
+        "those at hand are attended to; or all tokens of a share of the heads (ulysses)",
+        choices=("all_gather", "ring", "ulysses"),
+    )
 
 
 @dataclass

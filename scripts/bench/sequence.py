@@ -44,7 +44,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import parallel as bench
-import sequence_layer
 import torch
 import torch.distributed as dist
 from overlap import profile
@@ -62,6 +61,7 @@ LAYOUTS = {
     "dp2": ("optimizer.overlap=true",),
     "sp2": ("optimizer.overlap=true", "parallel.sequence=2"),
 }
+WAYS = ("alone", "ours", "fla", "fla_padded", "ulysses")  # of a layer
 SPEED = ("linear_attention", "gla", "mamba2", "gated_deltanet", "hybrid")
 CASES = {
     "speed": [f"{name}:sp2/dp2/single@32K/64K/128K/256K/512K" for name in SPEED],
@@ -222,6 +222,8 @@ def measure(trial: Trial | None, job: Job, folder: Path) -> tuple[Trial | None, 
                 return trial, plan | {"skipped": f"needs {plan['plan_gib']:.0f} of {capacity:.0f} GiB by plan"}
     trial = trial or Trial.begin(job, config)
     if job.model == "layer":
+        import sequence_layer  # imports Megatron-Core
+
         found = sequence_layer.measure(config, job.layout, trial.groups.device, job.budget)
     else:
         found = steps_of(trial, job, config, folder)
@@ -381,7 +383,7 @@ def jobs_of(text: str, args: argparse.Namespace, common: tuple[str, ...]) -> lis
     what, at, rest = text.partition("@")
     lengths, *overrides = rest.split("+")
     name, _, given = what.partition(":")
-    allowed = sequence_layer.WAYS if name == "layer" else tuple(LAYOUTS)
+    allowed = WAYS if name == "layer" else tuple(LAYOUTS)
     layouts = given.split("/") if given else [x for x in allowed if x not in ("single", "fla_padded")]
     if not at or name not in (*MIXERS, "hybrid", "softmax", "layer") or (unknown := set(layouts) - set(allowed)):
         known = f"layouts are {', '.join(allowed)}" if at and unknown else "names are mixers, hybrid, softmax, layer"

@@ -34,7 +34,6 @@ from linear_moe.modeling.ops.short_conv import short_conv
 from linear_moe.training.sequence.layout import Order, cut, order_of, share, split
 from linear_moe.training.step import layout_of, sequence_line
 
-WAYS = ("alone", "ours", "fla", "fla_padded", "ulysses")
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-4}
 
 

@@ -305,12 +305,11 @@ class Group:
         memory = "OutOfMemoryError" in log or "out of memory" in log
         self.found[job] = {"failed": "out of memory" if memory else why, "log": log[-6000:]}
         self.report(job, self.found[job])
-        if memory:
-            self.too_much(job)
+        self.after_failure(job, memory)
 
-    def too_much(self, job: Any) -> None:
-        """What to do after a job that ran out of memory: with half the micro-batch it may fit."""
-        if job.micro_batch > 1:
+    def after_failure(self, job: Any, memory: bool) -> None:
+        """`memory`: that was out. With half the micro-batch it may fit."""
+        if memory and job.micro_batch > 1:
             self.left.insert(0, replace(job, micro_batch=job.micro_batch // 2))
 
     def report(self, job: Any, found: Any) -> None:

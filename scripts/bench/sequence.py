@@ -258,25 +258,26 @@ def work(folder: Path) -> None:
 
 # -- the launcher ------------------------------------------------------------------------------------------------------
 class Group(bench.Group):
-    """`saved()` is called when a job has ended."""
+    """`saved()` is called when a job has ended; `rows` is what then is to be saved."""
 
     script = __file__
 
     def __init__(self, jobs: list[Job], devices: str | None, timeout: float, saved: Callable[[], None]):
         super().__init__(jobs, devices, timeout)
-        self.saved = saved
+        self.saved, self.rows = saved, list[dict[str, Any]]()
 
-    def too_much(self, job: Job) -> None:
-        if job.rows > 1:
+    def after_failure(self, job: Job, memory: bool) -> None:
+        if memory and job.rows > 1:
             self.left.insert(0, replace(job, rows=job.rows // 2))
             return
-
-        def same(other: Job) -> bool:
-            return (other.key, other.layout) == (job.key, job.layout) and other.length >= job.length
-
-        for longer in [other for other in self.left if same(other)]:
+        case = (job.key, job.layout)
+        for longer in [
+            other for other in self.left if (other.key, other.layout) == case and other.length >= job.length
+        ]:
             self.left.remove(longer)
-            self.found[longer] = {"failed": "out of memory at a shorter length", "log": ""}
+            why = "out of memory" if memory else self.found[job]["failed"]
+            self.found[longer] = {"failed": f"{why} at a shorter length", "log": ""}
+            self.report(longer, self.found[longer])
 
     def report(self, job: Job, found: Any) -> None:
         row, log = row_of(job, found), ""
@@ -284,6 +285,7 @@ class Group(bench.Group):
             log = "\n" + found["log"][-3000:]
         told = {k: v for k, v in row.items() if k in SAID}
         print(f"[{time.monotonic() - bench.STARTED:5.0f} s] {job.name}: {json.dumps(told)} {log}", flush=True)
+        self.rows.append(row)
         self.saved()
 
 
@@ -448,8 +450,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
     groups: list[Group] = []
 
     def saved() -> None:
-        rows = [row_of(job, found) for group in groups for job, found in group.found.items()]
-        write(path, top | {"rows": rows})
+        write(path, top | {"rows": [row for group in groups for row in group.rows]})
 
     both = Group([job for job in jobs if job.ranks > 1], None, args.timeout, saved)
     alone = [job for job in jobs if job.ranks == 1]

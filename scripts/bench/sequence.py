@@ -11,8 +11,8 @@ ROWS sequences (1) make a micro-batch. NAME `layer` is one Gated DeltaNet layer;
 
 A step is the trainer's: forward, backward, reduction, clipping, optimizer, with random tokens, one micro-batch a step,
 distributed optimizer, overlapped; --recompute's layers are computed again, logits are made in blocks of the vocabulary.
-A model's lengths in one layout follow each other on the same weights. After the warm-up, steps of about --budget
-seconds count, and their median is taken. `peak_gib` is, by rank, the most that PyTorch's allocator had handed out.
+A model's lengths in one layout follow each other on the same weights. After the warm-up, one to five steps, of about
+--budget seconds, count, and their median is taken. `peak_gib`: by rank, the most that PyTorch's allocator handed out.
 --profile traces one more step of sp2: NCCL's kernels by purpose, and how long computation ran beside them.
 
 A layout that runs out of memory is tried with half its ROWS, and with one, no longer length is tried. What needs more
@@ -68,8 +68,8 @@ CASES = {
     "layer": ["layer@32K/64K/128K/256K"],
     "lengths": [f"{name}:single@2Kx256/16Kx32/128Kx4/512K" for name in (*SPEED[:-1], "softmax")],
 }
-WARMUP = 15  # seconds that all steps of the first warm-up may take before one is enough
-STEPS = 16
+LONG = 20  # seconds of a step that is not taken twice to warm up or, at a model's longer lengths, counts at once
+STEPS = 16  # at most, of one job
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,17 @@ def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, 
         losses.append(result.loss)
         return seconds[-1]
 
-    last = step()
-    if agreed(trial.steps == 0 and last < WARMUP):
-        last = step()
-    warmup = trial.steps = len(seconds)
     bench.start_peak()
     last = step()
-    for _ in range(agreed(min(4, max(1, round(job.budget / last) - 1)))):
-        step()
-    found = {"seconds": seconds, "warmup": warmup, "losses": losses, **bench.used_gib(), "stage": groups.stage}
+    if agreed(trial.steps == 0 and last < LONG):
+        last = step()
+    warmup = 0 if agreed(trial.steps > 0 and last > LONG) else len(seconds)
+    if warmup:
+        bench.start_peak()
+        for _ in range(agreed(min(5, max(1, round(job.budget / last))))):
+            step()
+    trial.steps += len(seconds)
+    found = {"seconds": list(seconds), "warmup": warmup, "losses": losses, **bench.used_gib(), "stage": groups.stage}
     if job.profile and stepper.line is not None:
         path = folder / f"trace.{groups.rank}.json"
         found["overlap"] = profile(step, trial.purposes(stepper.line), path)
@@ -332,7 +334,7 @@ def row_of(job: Job, found: Any) -> dict[str, Any]:
         row |= {key: first[key] for key in ("differences", "agrees") if key in first}
         row |= {"peak_gib": [rank["peak_gib"] for rank in found]}
     else:
-        steps = first["seconds"][first["warmup"] :][: -1 if first.get("overlap") else None]
+        steps = first["seconds"][first["warmup"] :]
         row |= {
             "ms": 1e3 * statistics.median(steps),
             "ms_of_steps": [1e3 * s for s in first["seconds"]],
@@ -366,6 +368,7 @@ def header(path: Path, cuda: bool, revision: str) -> dict[str, Any]:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """JSON, and tables of it as Markdown."""
+    result["rows"].sort(key=lambda row: (row["model"], row["overrides"], row["length"], row["layout"]))
     compare(result["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -409,9 +412,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="so many layers instead of the preset's; every row says how many")
     parser.add_argument("--recompute", default="full", choices=("none", "full"), help="layers, in every layout")
     parser.add_argument("--profile", default="", help="lengths at which sp2 is traced: 32K,128K")
-    parser.add_argument(
-        "--budget", type=float, default=5, help="seconds of a case's steps that count; at least 2, at most 5"
-    )
+    parser.add_argument("--budget", type=float, default=5, help="seconds of the steps that count")
     parser.add_argument("--slack", type=float, default=1.1, help="leave out what needs this times the memory by plan")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one case at one length")
     parser.add_argument("--seconds", type=float, default=1800, help="for everything; what is not done then is left out")

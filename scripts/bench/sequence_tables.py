@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+RATIOS = ("of_dp2", "of_single", "of_dp2_same_sequence")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 380, 70, 34, 190, 46
 
@@ -32,13 +33,20 @@ def own(row: Row) -> tuple[Any, ...]:
 
 
 def compare(rows: list[Row]) -> None:
-    """Add to each row what its speed is of other layouts' with the same work: `of_dp2`, `of_single`, `of_alone`."""
+    """Add to each row what its speed is of other layouts' with the same work: `of_dp2`, `of_single`, `of_alone`.
+
+    `of_dp2_same_sequence`: of dp2's with sequences as long as those that sp2 shares out, and so as many attention
+    scores a token in a hybrid, but twice the tokens per GPU.
+    """
     plain = {(shared(row), row["layout"]): row for row in rows if "ms" in row}
     for row in rows:
         for layout in ("dp2", "single", "alone"):
             base = plain.get((shared(row), layout))
             if "ms" in row and base is not None and base is not row:
                 row[f"of_{layout}"] = base["ms"] / row["ms"]
+        same = plain.get((shared(row | {"length": 2 * row["length"]}), "dp2"))
+        if "ms" in row and row["layout"] == "sp2" and same is not None:
+            row["of_dp2_same_sequence"] = row["tokens_per_second_per_gpu"] / same["tokens_per_second_per_gpu"]
 
 
 def merge(results: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -88,12 +96,13 @@ def speed_table(rows: list[Row]) -> str:
             *(by_layout[x].get(shared(row)) for x in ("dp2", "single")),
         )
         speeds = [cell(x, "tokens_per_second_per_gpu", ",.0f") for x in (one, dp, sp)]
-        ratios = ["" if sp is None or key not in sp else f"{sp[key]:.3f}" for key in ("of_dp2", "of_single")]
+        ratios = ["" if sp is None or key not in sp else f"{sp[key]:.3f}" for key in RATIOS]
         peaks = ["" if x is None or "ms" not in x else cell(x, "peak_gib", ".1f") for x in (one, dp, sp)]
         hidden = (sp or {}).get("hidden", {})
         shares = ["" if key not in hidden else f"{hidden[key]:.0%}" for key in ("sequence", "gradients")]
         lines.append([label(row), short(row["length"]), *speeds, *ratios, *peaks, *shares])
     titles = ("case", "tokens per GPU", "single", "dp2", "sp2: tokens/s/GPU", "sp2 / dp2", "sp2 / single",
+              "sp2 / dp2, same sequence",
               "GiB single", "dp2", "sp2", "sequence's hidden", "gradients' hidden")  # fmt: skip
     return markdown(titles, lines)
 

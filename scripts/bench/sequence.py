@@ -12,7 +12,8 @@ ROWS sequences (1) make a micro-batch. NAME `layer` is one Gated DeltaNet layer;
 A step is the trainer's: forward, backward, reduction, clipping, optimizer, with random tokens, one micro-batch a step,
 distributed optimizer, overlapped; --recompute's layers are computed again, logits are made in blocks of the vocabulary.
 A model's lengths in one layout follow each other on the same weights. After the warm-up, one to five steps, of about
---budget seconds, count, and their median is taken. `peak_gib`: by rank, the most that PyTorch's allocator handed out.
+--budget seconds, count, and their median is taken. `peak_gib`: by rank, the most that PyTorch's allocator handed out;
+`state_gib`: what weights, gradients and optimizer take of it; `mib_per_1k_tokens`: the rest.
 --profile traces one more step of sp2: NCCL's kernels by purpose, and how long computation ran beside them.
 
 A layout that runs out of memory is tried with half its ROWS, and with one, no longer length is tried. What needs more
@@ -131,6 +132,7 @@ class Trial:
     model: list[Any] = field(default_factory=list)
     optimizer: Any = None
     groups_named: frozenset[str] = frozenset()
+    state_gib: float = 0.0
     steps: int = 0
 
     @classmethod
@@ -145,6 +147,7 @@ class Trial:
         if job.model != "layer":
             trial.model = build_model(config, vocab_size(config), trial.groups)
             trial.optimizer = build_optimizer(trial.model, config)
+            trial.state_gib = bench.used_gib()["allocated"]
         return trial
 
     def purposes(self, line: Any) -> dict[str, str]:
@@ -204,7 +207,8 @@ def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, 
         for _ in range(agreed(min(5, max(1, round(job.budget / last))))):
             step()
     trial.steps += len(seconds)
-    found = {"seconds": list(seconds), "warmup": warmup, "losses": losses, **bench.used_gib(), "stage": groups.stage}
+    found = {"seconds": list(seconds), "warmup": warmup, "losses": list(losses), "peak_gib": bench.used_gib()["peak"]}
+    found["state_gib"] = trial.state_gib
     if job.profile and stepper.line is not None:
         path = folder / f"trace.{groups.rank}.json"
         found["overlap"] = profile(step, trial.purposes(stepper.line), path)
@@ -340,8 +344,9 @@ def row_of(job: Job, found: Any) -> dict[str, Any]:
             "ms_of_steps": [1e3 * s for s in first["seconds"]],
             "warmup": first["warmup"],
         }
-        row |= {"losses": first["losses"], "peak_gib": [rank["peak"] for rank in found], "plan_gib": first["plan_gib"]}
-        row |= {"gib_per_1k_tokens": max(row["peak_gib"]) * 1024 / (job.rows * job.length)}
+        row |= {key: [rank[key] for rank in found] for key in ("peak_gib", "state_gib", "plan_gib")}
+        beside = max(rank["peak_gib"] - rank["state_gib"] for rank in found)
+        row |= {"losses": first["losses"], "mib_per_1k_tokens": beside * 1024 * 1024 / (job.rows * job.length)}
         if first.get("overlap"):
             row |= {"overlap": [rank["overlap"] for rank in found]}
             row |= {"hidden": {k: round(v["hidden"], 3) for k, v in first["overlap"]["purposes"].items()}}

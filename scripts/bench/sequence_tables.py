@@ -154,9 +154,18 @@ def lengths_table(rows: list[Row]) -> str:
         speeds = [row["tokens_per_second_per_gpu"] for row in group]
         for row, speed in zip(group, speeds, strict=True):
             sizes = [name, short(tokens), short(row["length"]), str(row["rows"])]
-            figures = [f"{speed:,.0f}", f"{speed / max(speeds):.3f}", f"{row['gib_per_1k_tokens']:.4f}"]
+            figures = [f"{speed:,.0f}", f"{speed / max(speeds):.3f}", f"{row['mib_per_1k_tokens']:.1f}"]
             lines.append([*sizes, *figures, cell(row, "peak_gib", ".1f")])
-    titles = ("case", "tokens a step", "length", "rows", "tokens/s", "of the fastest", "GiB / 1K tokens", "GiB")
+    titles = (
+        "case",
+        "tokens a step",
+        "length",
+        "rows",
+        "tokens/s",
+        "of the fastest",
+        "MiB / 1K tokens beside the state",
+        "GiB",
+    )
     return markdown(titles, lines)
 
 

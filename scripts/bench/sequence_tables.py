@@ -10,7 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 RATIOS = ("of_dp2", "of_single", "of_dp2_same_sequence")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 380, 70, 34, 190, 46
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 380, 70, 34, 260, 46
 
 
 def short(tokens: int) -> str:
@@ -224,7 +224,7 @@ def chart(title: str, y_title: str, curves: list[Curve], logarithmic: bool = Fal
     ]
     parts += [text(place(x, high)[0], bottom + 16, short(int(x))) for x in xs]
     for y in ticks(low, high, logarithmic):
-        parts.append(text(LEFT - 6, place(xs[0], y)[1] + 4, f"{y:,g}", "end"))
+        parts.append(text(LEFT - 6, place(xs[0], y)[1] + 4, f"{y / 1e6:g}M" if high >= 1e6 else f"{y:,.0f}", "end"))
         parts.append(line([(LEFT, place(xs[0], y)[1]), (LEFT + width, place(xs[0], y)[1])], 'stroke="#dddddd"'))
     for i, (name, colour, dashed, points) in enumerate(curves):
         style = f'stroke="{colour}" stroke-width="1.5"' + (' stroke-dasharray="5 4"' if dashed else "")
@@ -274,9 +274,11 @@ def plot(result: dict[str, Any], path: Path) -> list[Path]:
         title = f"A sequence of twice the length on two {device}, and one on each"
         found["speed"] = chart(title, speed, curves(two))
     if layer:
-        found["layer"] = chart(f"Gated DeltaNet layer, forward and backward, two {device}", speed, curves(layer), True)
+        found["layer"] = chart(f"Gated DeltaNet layer, forward and backward, two {device}", speed, curves(layer))
     if one:
-        found["lengths"] = chart(f"One {device}, the same tokens in every step", speed, curves(one), True)
+        found["lengths"] = chart(
+            f"One {device}, the same tokens in every step, over the length of sequences", speed, curves(one), True
+        )
     written = []
     for name, text in found.items():
         written.append(path.with_name(f"{path.stem}_{name}.svg"))

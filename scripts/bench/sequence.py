@@ -14,7 +14,8 @@ distributed optimizer, overlapped; --recompute's layers are computed again, logi
 A model's lengths in one layout follow each other on the same weights. After the warm-up, one to five steps, of about
 --budget seconds, count, and their median is taken. `peak_gib`: by rank, the most that PyTorch's allocator handed out;
 `state_gib`: what weights, gradients and optimizer take of it; `mib_per_1k_tokens`: the rest.
---profile traces one more step of sp2: NCCL's kernels by purpose, and how long computation ran beside them.
+--profile traces one more step of sp2: of NCCL's kernels by purpose, the share beside which computation ran (`hidden`),
+and the rest as a share of the step (`exposed`); waiting for the other GPU counts, but not in `transfer_ms`.
 
 A layout that runs out of memory is tried with half its ROWS, and with one, no longer length is tried. What needs more
 than --slack times the memory by `plan` is left out. Results are written again whenever a case's length is done.
@@ -295,7 +296,17 @@ class Group(bench.Group):
         self.saved()
 
 
-SAID = ("ms", "tokens_per_second_per_gpu", "peak_gib", "seconds", "differences", "hidden", "skipped", "failed")
+SAID = (
+    "ms",
+    "tokens_per_second_per_gpu",
+    "peak_gib",
+    "seconds",
+    "differences",
+    "hidden",
+    "exposed",
+    "skipped",
+    "failed",
+)
 
 
 def row_of(job: Job, found: Any) -> dict[str, Any]:
@@ -349,7 +360,9 @@ def row_of(job: Job, found: Any) -> dict[str, Any]:
         row |= {"losses": first["losses"], "mib_per_1k_tokens": beside * 1024 * 1024 / (job.rows * job.length)}
         if first.get("overlap"):
             row |= {"overlap": [rank["overlap"] for rank in found]}
-            row |= {"hidden": {k: round(v["hidden"], 3) for k, v in first["overlap"]["purposes"].items()}}
+            span, purposes = first["overlap"]["span_ms"], first["overlap"]["purposes"].items()
+            row |= {"hidden": {k: round(v["hidden"], 4) for k, v in purposes}}
+            row |= {"exposed": {k: round(v["exposed_ms"] / span, 4) for k, v in purposes}}
     return row | {
         "tokens_per_second_per_gpu": 1e3 * job.rows * job.length / row["ms"],
         "seconds": first["total_seconds"],
@@ -460,9 +473,12 @@ def run(args: argparse.Namespace, path: Path) -> None:
 
     both = Group([job for job in jobs if job.ranks > 1], None, args.timeout, saved)
     alone = [job for job in jobs if job.ranks == 1]
-    keys, gpus = list(dict.fromkeys(job.key for job in alone)), max(1, torch.cuda.device_count())
+    devices = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(
+        ","
+    )
+    keys, gpus = list(dict.fromkeys(job.key for job in alone)), len(devices)
     split = [[job for job in alone if keys.index(job.key) % gpus == i] for i in range(gpus)]
-    groups += [both, *(Group(part, str(i) if cuda else None, args.timeout, saved) for i, part in enumerate(split))]
+    groups += [both, *(Group(part, devices[i] if cuda else None, args.timeout, saved) for i, part in enumerate(split))]
     for together in ([both], groups[1:]):  # one GPU's side by side
         bench.run(together, args.seconds - (time.monotonic() - bench.STARTED))
     saved()

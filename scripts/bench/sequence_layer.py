@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -169,24 +170,27 @@ def differences(
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float, most: int = 20) -> list[float]:
-    """Milliseconds of as many passes as take about `seconds`, after three. Collective."""
+    """Milliseconds of as many passes as take about `seconds`, after three; all queued at once. Collective."""
 
-    def once() -> float:
+    def passes(count: int) -> list[float]:
         if device.type != "cuda":
-            begin = time.perf_counter()
+            times = [time.perf_counter()]
+            for _ in range(count):
+                run()
+                times.append(time.perf_counter())
+            return [1e3 * (end - begin) for begin, end in pairwise(times)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
             run()
-            return 1e3 * (time.perf_counter() - begin)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+            event.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in pairwise(events)]
 
-    first = [once() for _ in range(3)][-1]
+    first = passes(3)[-1]
     count = torch.tensor(max(3, min(most, round(1e3 * seconds / first))), device=device)
     dist.broadcast(count, 0)
-    return [once() for _ in range(int(count))]
+    return passes(int(count))
 
 
 def measure(config: Config, way: str, device: torch.device, seconds: float) -> dict[str, Any]:

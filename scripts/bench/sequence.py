@@ -70,7 +70,7 @@ CASES = {
     "layer": ["layer@32K/64K/128K/256K"],
     "lengths": [f"{name}:single@2Kx256/16Kx32/128Kx4/512K" for name in (*SPEED[:-1], "softmax")],
 }
-LONG = 20  # seconds of a step that is not taken twice to warm up or, at a model's longer lengths, counts at once
+LONG = 20  # seconds of a step that counts at once, without a warm-up, unless it is the model's first
 STEPS = 16  # at most, of one job
 
 
@@ -200,7 +200,7 @@ def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, 
 
     bench.start_peak()
     last = step()
-    if agreed(trial.steps == 0 and last < LONG):
+    if agreed(trial.steps == 0 and last < job.budget):
         last = step()
     warmup = 0 if agreed(trial.steps > 0 and last > LONG) else len(seconds)
     if warmup:

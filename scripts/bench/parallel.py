@@ -204,6 +204,13 @@ def measure(job: Job) -> dict[str, Any]:
     start_peak()
     found = steps_of(config, job, parallel.initialize(config))
     trained = time.perf_counter()
+    found["left_gib"] = end_groups()
+    found["total_seconds"], found["end_seconds"] = trained - began, time.perf_counter() - trained
+    return found
+
+
+def end_groups() -> float:
+    """Undo `parallel.initialize`, but for the default process group. Collective. Returns GiB still allocated."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -214,9 +221,7 @@ def measure(job: Job) -> dict[str, Any]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    found["left_gib"] = used_gib()["allocated"]
-    found["total_seconds"], found["end_seconds"] = trained - began, time.perf_counter() - trained
-    return found
+    return used_gib()["allocated"]
 
 
 def work(folder: Path) -> None:
@@ -245,12 +250,17 @@ def work(folder: Path) -> None:
 
 # -- the launcher ------------------------------------------------------------------------------------------------------
 class Group:
-    """Jobs with the same number of ranks, in processes that are started again when one fails."""
+    """Jobs with the same number of ranks, in processes that are started again when one fails.
 
-    def __init__(self, jobs: list[Job], devices: str | None, timeout: float):
+    Jobs are dataclasses with `ranks` and a `name` for files; `script --worker FOLDER` does them.
+    """
+
+    script = __file__
+
+    def __init__(self, jobs: list[Any], devices: str | None, timeout: float):
         self.left, self.devices, self.timeout = jobs, devices, timeout
         self.folder = Path(tempfile.mkdtemp())
-        self.found: dict[Job, Any] = {}
+        self.found: dict[Any, Any] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.progress = 0.0
 
@@ -258,7 +268,7 @@ class Group:
         (self.folder / "jobs.json").write_text(json.dumps([asdict(job) for job in self.left]))
         ranks = self.left[0].ranks
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *torchrun, __file__, "--worker", str(self.folder)]
+        command = [sys.executable, *torchrun, self.script, "--worker", str(self.folder)]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if self.devices is not None:
@@ -279,7 +289,7 @@ class Group:
             self.progress = time.monotonic()
             job = self.left.pop(0)
             self.found[job] = [json.loads(path.read_text()) for path in self._paths(job)]
-            report(job, self.found[job])
+            self.report(job, self.found[job])
         late = time.monotonic() - self.progress > self.timeout
         if self.left and ended and self.process is not None and self.process.returncode == 0:
             self.stop()  # a layout left memory behind
@@ -287,21 +297,29 @@ class Group:
             self._drop(f"took longer than {self.timeout:g} s" if late and not ended else "failed")
         return bool(self.left)
 
-    def _paths(self, job: Job) -> list[Path]:
+    def _paths(self, job: Any) -> list[Path]:
         return [self.folder / f"{job.name}.{rank}.json" for rank in range(job.ranks)]
 
-    def _finished(self, job: Job) -> bool:
+    def _finished(self, job: Any) -> bool:
         return all(path.exists() for path in self._paths(job))
 
     def _drop(self, why: str) -> None:
-        """Give up the job that was running; with half the micro-batch it may fit."""
+        """Give up the job that was running."""
         self.stop()
         job, log = self.left.pop(0), (self.folder / "log").read_text(errors="replace")
         memory = "OutOfMemoryError" in log or "out of memory" in log
         self.found[job] = {"failed": "out of memory" if memory else why, "log": log[-6000:]}
-        report(job, self.found[job])
+        self.report(job, self.found[job])
+        self.after_failure(job, memory)
+
+    def after_failure(self, job: Any, memory: bool) -> None:
+        """`memory`: that was out. With half the micro-batch it may fit."""
         if memory and job.micro_batch > 1:
             self.left.insert(0, replace(job, micro_batch=job.micro_batch // 2))
+
+    def report(self, job: Any, found: Any) -> None:
+        """A line of progress."""
+        report(job, found)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -343,7 +361,7 @@ def run(groups: list[Group], seconds: float) -> None:
             for job in group.left:
                 log = group.folder / "log"
                 group.found[job] = {"failed": "no time left", "log": log.read_text()[-6000:] if log.exists() else ""}
-                report(job, group.found[job])
+                group.report(job, group.found[job])
             group.left = []
             group.stop()
 

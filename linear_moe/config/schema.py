@@ -84,7 +84,12 @@ class MoEConfig:
         "else grouped), or a loop (sequential: the definition)",
         choices=("auto", "grouped", "quack", "sequential"),
     )
-    dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))
+    dispatcher: str = opt(
+        "auto",
+        "how tokens travel to other ranks' experts: each to its own, or all to all ranks, which needs more memory but "
+        "does not wait for the device; auto: allgather up to parallel.expert = 2",
+        choices=("auto", "alltoall", "allgather"),
+    )
 
 
 @dataclass

@@ -74,6 +74,13 @@ def tensor_sequence(parallel: ParallelConfig) -> bool:
     return parallel.tensor > 1 and parallel.tensor_sequence is not False
 
 
+def expert_dispatcher(moe: MoEConfig, expert: int) -> str:
+    """`model.moe.dispatcher` with `expert` ranks, "alltoall" or "allgather"."""
+    if moe.dispatcher != "auto":
+        return moe.dispatcher
+    return "allgather" if expert <= 2 and not moe.capacity_pad else "alltoall"
+
+
 def smallest_world(parallel: ParallelConfig) -> int:
     """The fewest ranks that the parallel sizes allow."""
     dense = parallel.tensor * parallel.sequence
@@ -287,7 +294,7 @@ def _check_router(moe: MoEConfig) -> None:
     elif moe.capacity_factor >= (most := moe.num_experts / moe.top_k):
         constraint = f"must be < num_experts / top_k = {most:g}: no expert is chosen by more than all tokens"
         raise ConfigError(f"{path}.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
-    if moe.capacity_pad and moe.dispatcher != "alltoall":
+    if moe.capacity_pad and moe.dispatcher == "allgather":
         constraint = "exchanges tokens all to all"
         raise ConfigError(
             f"{path}.capacity_pad", True, constraint, fix=f"set it to false, or {path}.dispatcher=alltoall"
@@ -387,7 +394,7 @@ def _check_pipeline(config: Config, num_layers: int) -> None:
         raise ConfigError(f"parallel.{name}", getattr(parallel, name), constraint, fix=fix)
     if sizes is None:
         return
-    fix = f"balanced by FLOPs: {default_split(config)}"
+    fix = f"balanced: {default_split(config)}"
     if len(sizes) != chunks:
         terms = f"parallel.pipeline {stages} * parallel.virtual_pipeline {virtual} = {chunks}"
         raise ConfigError(path, sizes, f"must have {terms} numbers, one for each chunk", fix=fix)

@@ -23,6 +23,7 @@ from linear_moe.plan.exchange import HEADS, KEYS, STATES, Exchange, Split
 from linear_moe.plan.model import forward_flops
 from linear_moe.plan.needs import Needs
 from linear_moe.plan.ranks import RankModels
+from linear_moe.stages import HEAD_SPEED
 
 SMALLEST, LARGEST = 8, 4096  # worlds
 WAYS = {"exchange": (*STATES, HEADS["exchange"]), "attention": (*KEYS, HEADS["attention"])}
@@ -202,7 +203,7 @@ class _Model:
         self.ranks = RankModels(config, rows)
 
     def head_seconds(self, config: Config, cluster: Cluster) -> float:
-        rate = cluster.gpu.peak_tflops * 1e12 * EFFICIENCY * config.parallel.tensor
+        rate = HEAD_SPEED * cluster.gpu.peak_tflops * 1e12 * EFFICIENCY * config.parallel.tensor
         return 3 * rank_tokens(config) * forward_flops(config, self.plain).head / rate
 
     def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[Row]:

@@ -333,15 +333,14 @@ def _back(d_seen: Sequence[Tensor], shared: Sequence[Tensor], task: Exchange) ->
     sources, _ = task.reach.gathered(window)
     parts = [x.split(_lengths([span for _, span in sources])) for x in d_seen]
     if line.group is None or window is None:
-        everyones = [x.new_zeros(line.order.size, *x.shape) for x in shared]
-        for into, found in zip(everyones, parts, strict=True):
+        everyones = d_seen[0].new_zeros(line.order.size, sum(x.numel() for x in shared))
+        for into, found in zip(_parts(everyones, shared), parts, strict=True):
             for (rank, (a, b)), part in zip(sources, found, strict=True):
                 into[rank, a:b] += part
         if line.group is None:
-            return [x[0] for x in everyones]
-        flat = torch.cat([x.flatten(1) for x in everyones], 1)
-        total = torch.empty_like(flat[0])
-        dist.reduce_scatter_tensor(total, flat.view(-1), group=line.group)
+            return _parts(everyones[0], shared)
+        total = torch.empty_like(everyones[0])
+        dist.reduce_scatter_tensor(total, everyones.view(-1), group=line.group)
         return _parts(total, shared)
     own, sent = [torch.zeros_like(x) for x in shared], [[[x[:0]] for x in shared] for _ in range(line.order.size)]
     for i, found in enumerate(parts):

@@ -34,7 +34,7 @@ RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """What of training.recompute and .recompute_modules is tried, from the fastest to the smallest."""
 VIRTUAL = (1, 2, 4)
-LEAST_TOKENS = 256  # of a sequence on a rank: fewer keep no GPU busy
+LEAST_TOKENS = 1024  # of a sequence on a rank: fewer keep no GPU busy
 EXCHANGES = {
     option.name: option.metadata["choices"]
     for option in fields(ParallelConfig)
@@ -157,14 +157,16 @@ class _Search:
         self.models = RankModels(config, vocab_size(config))
         self.flops = forward_flops(config)
         self.splits: dict[int, list[int]] = {}  # chunks of a pipeline -> layers of each
+        self.ways: dict[tuple[int, int], dict[str, Any]] = {}  # tensor and sequence -> the best of EXCHANGES
 
     def shapes(self) -> Iterator[ParallelConfig]:
         """Parallel sizes that the world's size allows, tensor ranks within a node."""
         model, parallel, world, node = self.config.model, self.config.parallel, self.world, self.cluster.node
         experts = model.moe.num_experts if any(layer.ffn == "moe" for layer in resolve_layers(model)) else 1
+        most = max(1, self.config.training.sequence_length // LEAST_TOKENS)
         tensors = (n for n in divisors(world, node) if world <= node or node % n == 0)
         for tensor, pipeline in ((t, p) for t in tensors for p in divisors(world // t, model.num_layers)):
-            for sequence in divisors(world // tensor // pipeline, self.config.training.sequence_length // LEAST_TOKENS):
+            for sequence in divisors(world // tensor // pipeline, most):
                 for expert_tensor in divisors(tensor, tensor if experts > 1 else 1):
                     for expert in divisors(world // pipeline // expert_tensor, experts):
                         for virtual in VIRTUAL if pipeline > 1 else (1,):
@@ -176,12 +178,13 @@ class _Search:
         """The same sizes with the layout and the exchanges of sequences that take the least time."""
         if parallel.sequence == 1:
             return parallel
-        configs = []
-        for choice in product(*EXCHANGES.values()):
-            config = replace(self.config, parallel=replace(parallel, **dict(zip(EXCHANGES, choice, strict=True))))
-            if not refused(config):
-                configs.append(config)
-        return min(configs, key=self.sequence_seconds).parallel
+        key = parallel.tensor, parallel.sequence  # other sizes do not matter
+        if key not in self.ways:
+            choices = (dict(zip(EXCHANGES, choice, strict=True)) for choice in product(*EXCHANGES.values()))
+            configs = ((way, replace(self.config, parallel=replace(parallel, **way))) for way in choices)
+            legal = ((way, self.sequence_seconds(config)) for way, config in configs if not refused(config))
+            self.ways[key], _ = min(legal, key=lambda found: found[1])
+        return replace(parallel, **self.ways[key])
 
     def sequence_seconds(self, config: Config) -> float:
         """What all layers take of a micro-batch, one row, with what they exchange."""

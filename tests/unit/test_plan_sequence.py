@@ -15,11 +15,12 @@ import torch
 from linear_moe.cli import main
 from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.config.validate import parallel_layout
+from linear_moe.config.validate import parallel_layout, validate_fields
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.cost import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group, layer_seconds, stage_cost
 from linear_moe.plan.exchange import (
     HEADS,
@@ -31,7 +32,7 @@ from linear_moe.plan.exchange import (
     imbalance,
     layer_exchange,
 )
-from linear_moe.plan.model import forward_flops
+from linear_moe.plan.model import forward_flops, make_plan
 from linear_moe.plan.needs import TOKENS, Needs, mixer_needs
 from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.search import propose
@@ -235,6 +236,29 @@ def test_a_stage_waits_for_its_layers() -> None:
     assert again["sequence"] - cost["sequence"] == pytest.approx(forward) and forward > 0
 
 
+def test_exchanges_keep_states_and_transitions() -> None:
+    """Of three layers with 8 heads of 8 x 8 and a vector of decays, in two rows."""
+    split = {"sequence_layout": "zigzag", "sequence_exchange": "all_gather"}
+    config = sequence(tree(training={"micro_batch": 2}, model={"mixer": {"type": "gla", "expand_k": 1.0}}), 4, **split)
+    models, layout = RankModels(config, 512), parallel_layout(config, 4)
+    chunks = rank_chunks(config, models(config.parallel), 0)
+    state, transition = 8 * 8 * 8, 8 * 8
+
+    def kept(config: Config) -> int:
+        with_needs = (
+            activation_bytes(config, layout, chunks, 0, needs) for needs in (models.needs(config.parallel), {})
+        )
+        more, less = (found["activations"] for found in with_needs)
+        return more - less
+
+    assert kept(config) == 3 * 2 * 4 * (2 * state + 7 * transition)
+    assert kept(replace(config, parallel=replace(config.parallel, sequence_exchange="ring"))) == (
+        3 * 2 * 4 * 2 * (state + transition)
+    )
+    recomputed = replace(config.training, recompute="selective", recompute_modules=["core"])
+    assert kept(replace(config, training=recomputed)) == 0
+
+
 def test_search_shares_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences a step on eight GPUs: data parallelism alone is not enough."""
     proposals = propose(tree(training={"sequence_length": 2**17}), 8, CLUSTER)
@@ -245,6 +269,8 @@ def test_search_shares_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (candidate.seconds["sequence"] > 0) == ("SP" in name) or ("SP" in name and "PP" in name)
         parallel = candidate.config.parallel  # zigzag balances the softmax layer, sharing it out by heads does too
         assert parallel.sequence_layout == "zigzag" or parallel.sequence_attention == "ulysses"
+        validate_fields(candidate.config, 8)
+    assert names["SP4"].memory == make_plan(names["SP4"].config, 8).memory
     pure = propose(tree(model={"pattern": "L * 4"}), 8, CLUSTER).fit
     assert {c.config.parallel.sequence_layout for c in pure if c.config.parallel.sequence > 1} == {"contiguous"}
     monkeypatch.setattr(mixer_class("gla"), "capabilities", Capabilities(sequence_parallel=False))

@@ -99,9 +99,8 @@ def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int
     """Bytes that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
     size, pieces = split.number * split.rows, split.order.per_rank
     if split.exchange == "ring" or state.serial:
-        return size * state.numbers * hops(split.order, True, rank), size * state.numbers * hops(
-            split.order, False, rank
-        )
+        forward, backward = (hops(split.order, direction, rank) for direction in (True, False))
+        return size * state.numbers * forward, size * state.numbers * backward
     return size * pieces * (state.numbers + state.transition), size * pieces * state.numbers
 
 
@@ -240,14 +239,14 @@ class Exchange:
     local: float = 0.0
     imbalance: float = 1.0
 
-    def sum(self, of: str) -> tuple[float, float]:
+    def totals(self, of: str) -> tuple[float, float]:
         """Over all messages, of one of their numbers, forward and backward."""
         forward, backward = (sum(getattr(messages[i], of) for messages in self.messages) for i in range(2))
         return forward, backward
 
     def cost(self, again: bool = False) -> float:
         """Seconds that nothing hides; `again`: the backward pass does the forward pass's exchange once more."""
-        forward, backward = self.sum("exposed")
+        forward, backward = self.totals("exposed")
         return self.local + backward + (2 if again else 1) * forward
 
 

@@ -37,7 +37,7 @@ def layer_lines(simulation: Simulation, kind: Kind) -> Iterator[tuple[str, ...]]
             if row.reason:
                 yield (*head, way, *["-"] * (len(COLUMNS) - 4), row.reason)
             else:
-                sent, got, hidden, waited = (sum(row.exchange.sum(of)) for of in NUMBERS)
+                sent, got, hidden, waited = (sum(row.exchange.totals(of)) for of in NUMBERS)
                 seconds = (row.compute, row.exchange.local, waited, hidden, row.seconds)
                 yield (*head, way, human(sent, "B"), human(got, "B"), *map(milliseconds, seconds))
             head = "", ""

@@ -75,7 +75,7 @@ class Row:
         if self.reason:
             return where | {"reason": self.reason}
         names = ("sent", "received", "hidden", "exposed")
-        sent, received, hidden, exposed = (self.exchange.sum(of) for of in names)
+        sent, received, hidden, exposed = (self.exchange.totals(of) for of in names)
         return where | {
             "sent_bytes": {"forward": sent[0], "backward": sent[1]},
             "received_bytes": {"forward": received[0], "backward": received[1]},

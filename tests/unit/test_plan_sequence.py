@@ -189,19 +189,19 @@ def test_times_grow_with_ranks_and_states_not_with_tokens(name: str) -> None:
     for way in (way for way in WAYS[kind] if way not in HEADS.values()):
         found = [exchange_of(needs, ranks, **{kind: way}) for ranks in (2, 4, 8, 16, 64, 512, 4096)]
         for less, more in zip(found, found[1:], strict=False):
-            assert sum(less.sum("seconds")) < sum(more.sum("seconds"))
-            assert sum(less.sum("received")) <= sum(more.sum("received"))
+            assert sum(less.totals("seconds")) < sum(more.totals("seconds"))
+            assert sum(less.totals("received")) <= sum(more.totals("received"))
         for exchange in found:
             for message in (message for messages in exchange.messages for message in messages):
                 assert message.hidden >= 0 and message.exposed >= 0
                 assert message.hidden + message.exposed == pytest.approx(message.seconds, rel=1e-12)
                 assert message.hidden <= message.beside
-            total = sum(exchange.sum("exposed")) + exchange.local
+            total = sum(exchange.totals("exposed")) + exchange.local
             assert exchange.cost() == pytest.approx(total) and exchange.cost(again=True) >= exchange.cost()
-        short, long = (sum(exchange_of(needs, 8, tokens=t, **{kind: way}).sum("sent")) for t in (256, 4096))
+        short, long = (sum(exchange_of(needs, 8, tokens=t, **{kind: way}).totals("sent")) for t in (256, 4096))
         assert short == long if kind == "exchange" else long == 16 * short
         fast, slow = (exchange_of(needs, 16, node=node, **{kind: way}) for node in (16, 8))
-        assert sum(fast.sum("seconds")) < sum(slow.sum("seconds"))
+        assert sum(fast.totals("seconds")) < sum(slow.totals("seconds"))
 
 
 def test_one_rank_is_no_sequence_parallelism() -> None:
@@ -232,7 +232,7 @@ def test_a_stage_waits_for_its_layers() -> None:
     assert cost["sequence"] == pytest.approx(sum(exchange.cost() for exchange in found))
     recomputed = replace(config, training=replace(config.training, recompute="full"))
     again = stage_cost(recomputed, layout, chunks, flops, CLUSTER, needs).micro_batch
-    forward = sum(exchange.sum("exposed")[0] for exchange in found)
+    forward = sum(exchange.totals("exposed")[0] for exchange in found)
     assert again["sequence"] - cost["sequence"] == pytest.approx(forward) and forward > 0
 
 

@@ -151,6 +151,9 @@ class ParallelConfig:
         "receives does not grow with the ranks",
         choices=("all_gather", "ring"),
     )
+    sequence_dtype: str = opt(
+        "fp32", "in which recurrent states and their gradients travel; they are fp32 there", choices=("fp32", "bf16")
+    )
 
 
 @dataclass

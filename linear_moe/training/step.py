@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import padded_length
+from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training.faults import StopSignal
 from linear_moe.training.host import MegatronHost
@@ -49,7 +50,9 @@ def sequence_line(config: Config) -> Line | None:
     if config.parallel.sequence == 1:
         return None
     group, rank = ps.get_context_parallel_group(), ps.get_context_parallel_rank()
-    return Line(order_of(config.parallel), rank, group, config.parallel.sequence_exchange)
+    parallel = config.parallel
+    dtype = DTYPES[parallel.sequence_dtype]
+    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, dtype=dtype)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -27,14 +27,16 @@ class RankPieces:
         self.cut, self.line, self.device = cut, line, device
         counts = torch.tensor([len(starts) for starts in cut.starts])
         continued = torch.tensor(cut.continued)
-        self._continued = on_device(continued, device)
-        self._through = on_device(continued & (counts == 1), device)  # what came before goes on behind
+        self._continued = on_device(continued.float(), device)
+        self._through = on_device((continued & (counts == 1)).float(), device)  # what came before goes on behind
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
         self._sequences = int(counts.sum())
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         parts = [summary(*part) for part in self._last_sequences(inputs)]
         transition, state = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
+        if not self.cut.packed:  # all goes on, and nothing is before the first piece
+            return states_before(transition, state, self.line, matrix)
         transition = transition * _as(self._through, transition)
         before = states_before(transition, state, self.line, matrix)
         before = before * _as(self._continued, before)
@@ -80,7 +82,7 @@ class RankPieces:
 
 def _as(flags: Tensor, x: Tensor) -> Tensor:
     """Flags `[S]` as factors of `x [S, ...]`."""
-    return flags.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return flags.view(-1, *[1] * (x.ndim - 1))
 
 
 def layout_of(cut: Cut, line: Line, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None) -> Layout:

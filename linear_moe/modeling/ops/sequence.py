@@ -48,6 +48,10 @@ class Pieces(Protocol):
         """
         ...
 
+    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
+        """Begin what `states` of this very tensor will wait for: work in between hides the exchange. Collective."""
+        ...
+
     def keys(self, k: Tensor, v: Tensor) -> Keys:
         """What the local queries see, from keys and values `[B, T, G, D]` of the local tokens. Collective."""
         ...

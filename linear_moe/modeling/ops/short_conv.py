@@ -91,6 +91,12 @@ def short_conv(
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
 
 
+def ahead(x: Tensor, width: int) -> None:
+    """Of pieces, ask for the tokens before `x [B, T, C]`: `short_conv` of that very tensor waits for them."""
+    if width > 1 and (pieces := sequence.current()) is not None:
+        pieces.ahead(partial(last_tokens, count=width - 1), x, matrix=True)
+
+
 def last_tokens(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The summary of a window, a state `[N, count, C]` of the last tokens of `x [N, T, C]`, which shifts by T."""
     missing = max(count - x.shape[1], 0)

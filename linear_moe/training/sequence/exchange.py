@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.later import fill_gap
 from linear_moe.training.sequence.layout import Order
 
 STRATEGIES = ("all_gather", "ring")
@@ -83,6 +84,7 @@ class Exchange:
     def arrived(self) -> Tensor:
         assert self.finish is not None, "an exchange is waited for once, after it began"
         finish, self.finish = self.finish, None  # with it go its buffers
+        fill_gap()
         return finish()
 
     def step(self, state: Tensor, transition: Tensor, carried: Tensor) -> Tensor:

@@ -231,24 +231,22 @@ def _from_all(parts: Sequence[Tensor], line: Line, dtype: torch.dtype) -> Callab
 def _ring(exchange: Exchange, transition: Tensor, state: Tensor, reverse: bool) -> Finish:
     """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`.
 
-    On a GPU it is queued on a stream of its own. Messages of any two ranks are in the same order on both, and a rank
-    waits, for block b of piece i, only for blocks up to b of the pieces before and for its own earlier ones: so
-    neither one queue for all messages of a rank nor one for every pair of ranks can lock up.
+    On a GPU it is queued on a stream of its own. The messages of any two ranks are in the same order on both, and no
+    block waits for a later one: so nothing locks up, not even where a rank's messages go strictly one after the other.
     """
     before = torch.empty_like(state, memory_format=torch.contiguous_format)
     if not state.is_cuda:
         _walk(exchange, transition, state, before, reverse)
         return lambda: before
-    stream, device = _stream(state.device), state.device
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream = _stream(state.device)
+    stream.wait_stream(torch.cuda.current_stream(state.device))
     with torch.cuda.stream(stream):
         _walk(exchange, transition, state, before, reverse)
-    inputs = transition, state  # must live until the walk has ended
+    for x in (transition, state, before):  # of another stream, and free before this one is done
+        x.record_stream(stream)
 
     def finish() -> Tensor:
-        nonlocal inputs
-        torch.cuda.current_stream(device).wait_stream(stream)
-        del inputs
+        torch.cuda.current_stream(before.device).wait_stream(stream)
         return before
 
     return finish

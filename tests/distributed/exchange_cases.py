@@ -62,14 +62,20 @@ def own(x: Tensor, line: Line) -> Tensor:
     return x[list(line.order.pieces(line.rank))].transpose(0, 1).flatten(0, 1)
 
 
-def line_of(layout: str, strategy: str, dtype: str = "fp32") -> Line:
-    return Line(Order(dist.get_world_size(), layout), dist.get_rank(), dist.group.WORLD, strategy, dtype=DTYPES[dtype])
+Group = dist.ProcessGroup | None
 
 
-def exchange_states(kind: str, layout: str, strategy: str, dtype: str) -> dict[str, Any]:
+def line_of(group: Group, layout: str, strategy: str, dtype: str = "fp32") -> Line:
+    order, group = Order(dist.get_world_size(), layout), group or dist.group.WORLD
+    return Line(order, dist.get_rank(), group, strategy, dtype=DTYPES[dtype])
+
+
+def exchange_states(
+    kind: str, layout: str, strategy: str, dtype: str, group: Group = None, device: str = "cpu"
+) -> dict[str, Any]:
     """One exchange, there and back: what it gives, bytes sent, and elements kept for the backward pass."""
-    line = line_of(layout, strategy, dtype)
-    transition, state, gradient = (own(x, line) for x in summaries(kind, line.order.count))
+    line = line_of(group, layout, strategy, dtype)
+    transition, state, gradient = (own(x, line).to(device) for x in summaries(kind, line.order.count))
     transition.requires_grad_(), state.requires_grad_()
     sent = [0]
     kept: dict[int, int] = {}
@@ -92,24 +98,29 @@ def exchange_states(kind: str, layout: str, strategy: str, dtype: str) -> dict[s
             before = states_before(transition, state, line, kind == "matrix")
         sent.append(0)
         before.backward(gradient)
-    found = {"before": before.detach(), "transition": transition.grad, "state": state.grad}
+    tensors = {"before": before.detach(), "transition": transition.grad, "state": state.grad}
+    found = {name: x.cpu() for name, x in tensors.items() if x is not None}
     return found | {"sent": tuple(sent), "kept": sum(kept.values())}
 
 
 KINDS = list(TRANSITIONS)
 
 
-def many_exchanges(layout: str, again: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+def many_exchanges(
+    layout: str, again: bool, group: Group = None, device: str = "cpu"
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Exchanges of all kinds and both strategies on their way at once, by ranks that are never there at the same time.
 
     Args:
         again: the forward pass is computed again in the backward pass.
     """
     random = Random(dist.get_rank())
-    lines = [line_of(layout, strategy) for strategy in exchange.STRATEGIES]
+    lines = [line_of(group, layout, strategy) for strategy in exchange.STRATEGIES]
     leaves: list[Tensor] = []
     for seed, kind in enumerate(KINDS):
-        leaves += [own(x, lines[0]).requires_grad_() for x in summaries(kind, lines[0].order.count, seed)[:2]]
+        leaves += [
+            own(x, lines[0]).to(device).requires_grad_() for x in summaries(kind, lines[0].order.count, seed)[:2]
+        ]
     waits = list(range(len(KINDS)))
     Random(0).shuffle(waits)  # in any order, but the same everywhere
 
@@ -127,10 +138,22 @@ def many_exchanges(layout: str, again: bool) -> list[tuple[Tensor, Tensor, Tenso
     befores = checkpoint(forward, *leaves, use_reentrant=False) if again else forward(*leaves)
     losses = []
     for seed, (kind, before) in enumerate(zip(KINDS, befores, strict=True)):
-        gradient = own(summaries(kind, lines[0].order.count, seed)[2], lines[0])
+        gradient = own(summaries(kind, lines[0].order.count, seed)[2], lines[0]).to(device)
         losses.append((before * gradient.conj()).real.sum())
     torch.stack(losses).sum().backward()
-    return [(b.detach(), *(x.grad for x in leaves[2 * n : 2 * n + 2])) for n, b in enumerate(befores)]  # type: ignore[misc]
+    found = [(b.detach(), *(x.grad for x in leaves[2 * n : 2 * n + 2])) for n, b in enumerate(befores)]
+    return [tuple(x.cpu() for x in three) for three in found]  # type: ignore[union-attr,misc]
+
+
+def exchanges_on_gpus(
+    states: dict[str, tuple[str, str, str, str]], many: dict[str, tuple[str, bool]]
+) -> dict[str, Any]:
+    """`exchange_states` and `many_exchanges` of these arguments, one GPU a rank."""
+    device = f"cuda:{dist.get_rank()}"
+    torch.cuda.set_device(device)
+    group = dist.new_group(backend="nccl")
+    found: dict[str, Any] = {name: exchange_states(*case, group, device) for name, case in states.items()}
+    return found | {name: many_exchanges(*case, group, device) for name, case in many.items()}
 
 
 class _Late(torch.autograd.Function):

@@ -33,17 +33,21 @@ def results() -> Results:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("kind", "layout", "strategy", "dtype"), CASES)
 def test_states_and_gradients(results: Results, world: int, kind: str, layout: str, strategy: str, dtype: str) -> None:
+    assert_states(results[world, f"{kind}-{layout}-{strategy}-{dtype}"], kind, layout, dtype)
+
+
+def assert_states(ranks: list[Any], kind: str, layout: str, dtype: str) -> None:
     """Those of one process. In bf16 as far off as one rounding, however many pieces: but not exact."""
-    order = Order(world, layout)
+    order = Order(len(ranks), layout)
     whole = dict(zip(("before", "transition", "state"), expected(kind, order.count), strict=True))
     errors = []
-    for rank, found in enumerate(results[world, f"{kind}-{layout}-{strategy}-{dtype}"]):
+    for rank, found in enumerate(ranks):
         for name, x in whole.items():
-            mine = own(x, Line(order, rank))
+            actual, wanted = real(found[name]), real(own(x, Line(order, rank)))
             rounded = 2 if name == "transition" else 1  # a product of a state and a gradient
             bound = FP32 if dtype == "fp32" else rounded * BF16_ROUNDING
-            assert_close(real(found[name]), real(mine), bound, f"{name} of {rank}")
-            errors.append(relative_error(real(found[name]), real(mine)))
+            assert_close(actual, wanted, bound, f"{name} of {rank}")
+            errors.append(relative_error(actual, wanted))
     assert dtype == "fp32" or max(errors) > BF16_ROUNDING / 8
 
 
@@ -77,11 +81,15 @@ def test_what_the_backward_pass_keeps(results: Results, world: int, kind: str, l
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("layout", "again"), list(product(LAYOUTS, (False, True))))
-def test_many_at_once(results: Results, world: int, layout: str, again: bool) -> None:
-    order = Order(world, layout)
+@pytest.mark.parametrize("name", MANY)
+def test_many_at_once(results: Results, world: int, name: str) -> None:
+    assert_many(results[world, name], MANY[name][0])
+
+
+def assert_many(ranks: list[Any], layout: str) -> None:
+    order = Order(len(ranks), layout)
     for seed, kind in enumerate(KINDS):
         whole = expected(kind, order.count, seed)
-        for rank, found in enumerate(results[world, f"many-{layout}-{again}"]):
+        for rank, found in enumerate(ranks):
             for actual, x, name in zip(found[seed], whole, ("before", "transition", "state"), strict=True):
                 assert_close(real(actual), real(own(x, Line(order, rank))), FP32, f"{name}, {kind}, rank {rank}")

@@ -18,6 +18,7 @@ from tests.tolerances import BF16_ROUNDING, FP32, assert_close, relative_error
 WORLDS = (2, 4)
 LAYOUTS = ("contiguous", "zigzag")
 CASES = list(product(KINDS, LAYOUTS, STRATEGIES, ("fp32", "bf16")))
+MANY = {f"many-{layout}-{again}": (layout, again) for layout, again in product(LAYOUTS, (False, True))}
 Results = dict[tuple[int, str], list[Any]]
 
 
@@ -25,8 +26,8 @@ Results = dict[tuple[int, str], list[Any]]
 def results() -> Results:
     names = ("kind", "layout", "strategy", "dtype")
     todo: dict[str, Any] = {"-".join(case): ("exchange_states", dict(zip(names, case, strict=True))) for case in CASES}
-    for layout, again in product(LAYOUTS, (False, True)):
-        todo[f"many-{layout}-{again}"] = "many_exchanges", {"layout": layout, "again": again}
+    for name, (layout, again) in MANY.items():
+        todo[name] = "many_exchanges", {"layout": layout, "again": again}
     return {(world, name): found for world in WORLDS for name, found in run(world, todo).items()}
 
 

@@ -221,11 +221,17 @@ def _from_all(parts: Sequence[Tensor], line: Line, dtype: torch.dtype) -> Callab
         for x, shape, is_complex in zip(everyones.to(wide).split(sizes, 1), shapes, complex_parts, strict=True):
             x = x.unflatten(1, shape)
             by_rank = (torch.view_as_complex(x) if is_complex else x).unbind()
-            owners = (order.owner(piece) for piece in range(order.count))
-            found.append([by_rank[rank * order.per_rank + place] for rank, place in owners])
+            found.append([by_rank[n] for n in _in_time(order)])
         return found
 
     return finish
+
+
+@cache
+def _in_time(order: Order) -> tuple[int, ...]:
+    """Of each piece, its place among those of all ranks."""
+    owners = (order.owner(piece) for piece in range(order.count))
+    return tuple(rank * order.per_rank + place for rank, place in owners)
 
 
 def _ring(exchange: Exchange, transition: Tensor, state: Tensor, reverse: bool) -> Finish:

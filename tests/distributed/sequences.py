@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from linear_moe.modeling.mixers.base import Layout
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.exchange import STRATEGIES, Line
 from linear_moe.training.sequence.layout import Cut, cut, share
 from linear_moe.training.sequence.pieces import layout_of
 
@@ -53,7 +54,4 @@ def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: Layout) -> d
 
 def settings() -> Iterator[tuple[str, str, bool]]:
     """Layout, strategy, packed."""
-    for layout in ("contiguous", "zigzag"):
-        for packed in (False, True):
-            yield layout, "all_gather", packed
-        yield layout, "ring", True
+    yield from product(("contiguous", "zigzag"), STRATEGIES, (False, True))

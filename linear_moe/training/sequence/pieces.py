@@ -12,7 +12,7 @@ from torch import Tensor
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Keys, Summary
-from linear_moe.training.sequence.exchange import AllTokens, Exchange, Line
+from linear_moe.training.sequence.exchange import AllTokens, StateExchange, Line
 from linear_moe.training.sequence.layout import Cut
 
 
@@ -31,7 +31,7 @@ class RankPieces:
         self._through = on_device((continued & (counts == 1)).float(), device)  # what came before goes on behind
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
         self._sequences = int(counts.sum())
-        self._begun: dict[int, tuple[Tensor, Exchange]] = {}  # by the identity of their inputs
+        self._begun: dict[int, tuple[Tensor, StateExchange]] = {}  # by the identity of their inputs
 
     def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
         self._begun[id(x)] = x, self._begin(summary, (x,), matrix)
@@ -46,12 +46,12 @@ class RankPieces:
             return before
         return before.new_zeros(self._sequences, *before.shape[1:]).index_copy(0, self._firsts, before)
 
-    def _begin(self, summary: Summary, inputs: tuple[Tensor | None, ...], matrix: bool) -> Exchange:
+    def _begin(self, summary: Summary, inputs: tuple[Tensor | None, ...], matrix: bool) -> StateExchange:
         parts = [summary(*part) for part in self._last_sequences(inputs)]
         transition, state = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
         if self.cut.packed:
             transition = transition * _as(self._through, transition)
-        return Exchange(transition, state, self.line, matrix)
+        return StateExchange(transition, state, self.line, matrix)
 
     def _last_sequences(self, inputs: tuple[Tensor | None, ...]) -> Iterator[tuple[Tensor | None, ...]]:
         """Inputs of each segment's last sequence: at once where segments are rows, else one by one."""

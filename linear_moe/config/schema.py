@@ -84,7 +84,12 @@ class MoEConfig:
         "else grouped), or a loop (sequential: the definition)",
         choices=("auto", "grouped", "quack", "sequential"),
     )
-    dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))
+    dispatcher: str = opt(
+        "auto",
+        "how tokens travel to other ranks' experts: each to its own, or all to all ranks, which needs more memory but "
+        "does not wait for the device; auto: allgather up to parallel.expert = 2",
+        choices=("auto", "alltoall", "allgather"),
+    )
 
 
 @dataclass
@@ -153,6 +158,12 @@ class ParallelConfig:
     )
     sequence_dtype: str = opt(
         "fp32", "in which recurrent states and their gradients travel; they are fp32 there", choices=("fp32", "bf16")
+    )
+    sequence_attention: str = opt(
+        "all_gather",
+        "how softmax attention sees the other ranks' tokens: all keys at once; keys from rank to rank (ring), while "
+        "those at hand are attended to; or all tokens of a share of the heads (ulysses)",
+        choices=("all_gather", "ring", "ulysses"),
     )
 
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import StateExchange, Line, states_before
+from linear_moe.training.sequence.exchange import Line, StateExchange, states_before
 from linear_moe.training.sequence.layout import Order
 
 ROWS = 2

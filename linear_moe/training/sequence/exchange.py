@@ -38,6 +38,7 @@ class Line:
     Attributes:
         group: their process group; None: this process alone.
         strategy: of STRATEGIES.
+        attention: of `attention.STRATEGIES`.
         dtype: in which states and transitions travel; they are fp32 before and after.
     """
 
@@ -45,6 +46,7 @@ class Line:
     rank: int
     group: dist.ProcessGroup | None = None
     strategy: str = "all_gather"
+    attention: str = "all_gather"
     dtype: torch.dtype = torch.float32
 
 
@@ -310,28 +312,3 @@ def _receive(like: Tensor, rank: int, line: Line) -> Tensor:
 
 def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-class AllTokens(torch.autograd.Function):
-    """`AllTokens.apply(x, line)`: this rank's pieces `[P, ...]` -> all, `[pieces, ...]`, in order of time. Collective.
-
-    The gradient of a piece is the sum of all ranks'.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:  # type: ignore[override]
-        ctx.line = line
-        (everything,) = _from_all([x], line, x.dtype)()
-        return torch.stack(everything)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        line: Line = ctx.line
-        order = line.order
-        if line.group is None:
-            return gradient, None
-        by_rank = torch.stack([gradient[piece] for rank in range(order.size) for piece in order.pieces(rank)])
-        own = torch.empty_like(by_rank[: order.per_rank])
-        dist.reduce_scatter_tensor(own, by_rank, group=line.group)
-        return own, None

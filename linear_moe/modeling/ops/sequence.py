@@ -49,6 +49,11 @@ class Keys:
 class Pieces(Protocol):
     """What ops know of `training/sequence`. Sequences are the rows of a forward pass, or its packed documents."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of a piece."""
+        ...
+
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         """The initial state of every local sequence `[N, ...]` from `summary` of inputs `[B, T, ...]`, differentiable.
 

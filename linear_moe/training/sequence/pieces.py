@@ -36,6 +36,10 @@ class RankPieces:
         self._lasts = on_device(counts.cumsum(0) - 1, device)  # and each segment's last
         self._sequences = int(counts.sum())
 
+    @property
+    def length(self) -> int:
+        return self.cut.length
+
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         transition, state = self._summaries(summary, inputs)
         return self._at(self._firsts, states_before(transition, state, self.line, matrix) * self._as_continued(state))

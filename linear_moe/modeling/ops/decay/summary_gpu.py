@@ -59,7 +59,9 @@ def _parts(
             if PER_KEY:
                 left, all_k = _decays(base, t, g_t, key, in_k, FLOOR, BACKWARDS, EXCLUSIVE)
             else:
-                left, all_k = _decays(base, t, g_t, tl.zeros((1,), tl.int32), here[:, None], FLOOR, BACKWARDS, EXCLUSIVE)
+                left, all_k = _decays(
+                    base, t, g_t, tl.zeros((1,), tl.int32), here[:, None], FLOOR, BACKWARDS, EXCLUSIVE
+                )
             keys = (keys * tl.exp2(left)).to(values.dtype)
             state *= tl.exp2(all_k)[:, None]
             sums_k += all_k

@@ -321,7 +321,7 @@ def test_elu_plus_one(dtype: torch.dtype) -> None:
         (5, True, 2, 37, 72, None),
         (6, False, 1, 70, 128, [0, 1, 2, 0, 40, 27, 0]),
         (1, False, 3, 1, 20, None),
-        (1, True, 1, 1, 1, None),
+        (1, True, 1, 1, 3, None),
     ],
 )
 def test_shift_mix(

@@ -38,8 +38,8 @@ def _state(state, document, token, tokens, length, channels, channel, follows):
 
 @triton.jit
 def _forward(
-    x, share, more, state, first, document, y, tokens, length, channels, stride, stride_i, stride_more, COUNT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, share, more, state, first, document, y, tokens, length, channels, stride, stride_i, stride_more,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -64,8 +64,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    d0, d1, d2, d3, d4, d5, x, share, more, state, first, document, dx, dshare, dmore, dstate, tokens, length, channels, stride, stride_i,
-    stride_more, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    d0, d1, d2, d3, d4, d5, x, share, more, state, first, document, dx, dshare, dmore, dstate, tokens, length,
+    channels, stride, stride_i, stride_more, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]

@@ -79,8 +79,8 @@ def _earlier(value, lag: tl.constexpr, p, before, here, sequence, channels, chan
 
 @triton.jit
 def _forward(
-    x, weight, bias, before, first, document, y, tokens, length, channels, stride, WIDTH: tl.constexpr, RUN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr,
+    x, weight, bias, before, first, document, y, tokens, length, channels, stride, WIDTH: tl.constexpr,
+    RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     start = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)) * RUN
     channel, inside = _channels(channels, COLUMNS, NORM)
@@ -117,9 +117,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, x, weight, bias, before, first, document, dx, dweight, dbias, dbefore, tokens, length, channels, stride_dy, stride, stride_partial,
-    WIDTH: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
-    NORM: tl.constexpr,
+    dy, x, weight, bias, before, first, document, dx, dweight, dbias, dbefore, tokens, length, channels, stride_dy,
+    stride, stride_partial, WIDTH: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SILU: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     channel, inside = _channels(channels, COLUMNS, NORM)
     w0, w1 = _tap(weight, channel, inside, 0, WIDTH), _tap(weight, channel, inside, 1, WIDTH)

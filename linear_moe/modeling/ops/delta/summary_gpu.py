@@ -2,9 +2,10 @@
 
 In a chunk that starts from state S, tokens write u - w S (see `delta/chunk.py`), so S becomes D S + k^T (u - w S), with
 k decayed to the chunk's end and D the chunk's decay. The gradient of S, G after the chunk, becomes
-D G + q^T do - w^T (dv + k G), q decayed from the chunk's start, dv what the chunk's outputs say of its writes. Either is
-run on columns of zeros, for what the tokens add, and on those of the identity, for the transition: in parts of the
-tokens at once, which a second kernel joins.
+D G + q^T do - w^T (dv + k G), q decayed from the chunk's start, dv what the chunk's outputs say of its writes.
+
+Either is run on columns of zeros, for what the tokens add, and on those of the identity, for the transition: in parts
+of the tokens at once, which a second kernel joins.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def _parts(
     adds = tile < tiles  # else columns of the transition
     key = tl.arange(0, BK)
     column = tl.where(adds, tile, tile - tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    in_key, in_value = key < K, (column < V) & adds
-    state = tl.where((key[:, None] == column[None, :]) & (adds == 0), 1.0, 0.0)
+    in_key, in_value = key < K, column < tl.where(adds, V, 0)
+    state = tl.where(key[:, None] == tl.where(adds, -1, column)[None, :], 1.0, 0.0)
     first = row * T * H + head  # of this row and head: tokens are H apart
     begin, end = piece * tokens, tl.minimum(piece * tokens + tokens, T)
     for i in range(0, tl.cdiv(end - begin, CHUNK)):
@@ -77,7 +78,7 @@ def _parts(
     width = V + K
     place = ((row * tl.num_programs(1) + piece) * H + head) * K * width
     to = tl.where(adds, 0, V) + column
-    there = in_value | ((column < K) & (adds == 0))
+    there = column < tl.where(adds, V, K)
     tl.store(part + place + key[:, None] * width + to[None, :], state, mask=in_key[:, None] & there[None, :])
 
 
@@ -137,13 +138,13 @@ def scan(
     part = torch.empty(rows, parts, heads, keys, values + keys, dtype=torch.float32, device=k.device)
     _parts[(tiles, parts, rows * heads)](
         q, k, w, u, do, g, gk, part, scale, length, heads, keys, values, tokens, BACKWARDS=backwards, CHUNK=CHUNK,
-        BK=block, COLUMNS=COLUMNS, num_warps=4 if block <= 128 else 8, num_stages=2,
+        BK=block, COLUMNS=COLUMNS, num_warps=8 if backwards or block > 128 else 4, num_stages=2,
     )  # fmt: skip
     joined = part[:, 0]
     if parts > 1:
         joined = torch.empty_like(joined, memory_format=torch.contiguous_format)
         _join[(triton.cdiv(values + keys, JOINED), rows * heads)](
-            part, joined, heads, keys, values, parts, BACKWARDS=backwards, BK=block, COLUMNS=JOINED, num_warps=4,
+            part, joined, heads, keys, values, parts, BACKWARDS=backwards, BK=block, COLUMNS=JOINED, num_warps=8,
             num_stages=1,
         )  # fmt: skip
     adds, transition = joined.split([values, keys], -1)

@@ -22,7 +22,7 @@ S + state. The transition has as many dimensions as the state and is multiplied 
 complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left."""
 
 
-Run = Callable[[Tensor], tuple[Tensor, Tensor]]
+FromState = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`run(initial_state) -> (o, final_state)`: an op on local sequences, everything else given."""
 
 Gradient = Callable[..., Tensor]
@@ -62,7 +62,7 @@ class Pieces(Protocol):
         ...
 
     def through(
-        self, run: Run, summary: Summary, gradient: Gradient, *inputs: Tensor | None, matrix: bool = False
+        self, run: FromState, summary: Summary, gradient: Gradient, *inputs: Tensor | None, matrix: bool = False
     ) -> tuple[Tensor, Tensor]:
         """`run` from the initial states that `states` would give, without a gradient through the summary.
 
@@ -125,7 +125,7 @@ def affine(
     return transition, state
 
 
-def start_gradient(run: Run, start: Tensor, d_o: Tensor) -> Tensor:
+def start_gradient(run: FromState, start: Tensor, d_o: Tensor) -> Tensor:
     """The `Gradient` of any op, by running it once from `start`, zeros."""
     with torch.enable_grad():
         start = start.requires_grad_()

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import Gradient, Keys, Run, Summary
+from linear_moe.modeling.ops.sequence import FromState, Gradient, Keys, Summary
 from linear_moe.training.sequence.exchange import AllTokens, Line, states_before
 from linear_moe.training.sequence.layout import Cut
 
@@ -45,7 +45,7 @@ class RankPieces:
         return self._at(self._firsts, states_before(transition, state, self.line, matrix) * self._as_continued(state))
 
     def through(
-        self, run: Run, summary: Summary, gradient: Gradient, *inputs: Tensor | None, matrix: bool = False
+        self, run: FromState, summary: Summary, gradient: Gradient, *inputs: Tensor | None, matrix: bool = False
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             transition, state = self._summaries(summary, inputs)

@@ -33,7 +33,7 @@ LENGTH = 1500
 CASES = [
     pytest.param(name, fields, id=key)
     for key, (name, fields) in zip(case_ids(), cases(), strict=True)
-    if key.endswith("-0") and mixer_class(name).family in ("decay", "delta", "dplr", "scan")
+    if key.endswith("-0") and mixer_class(name).capabilities.sequence_parallel and mixer_class(name).family != "softmax"
 ]
 
 

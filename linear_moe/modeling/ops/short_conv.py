@@ -78,8 +78,8 @@ def short_conv(
         document = None if cu_seqlens is None else documents(cu_seqlens, x.shape[1])
         first = None if cu_seqlens is None else cu_seqlens[document].int()
         document = None if before is None or document is None else document.int()
-        inputs = (x, weight, bias, before, first, document)
-        y = on_kernels("short_conv_gpu", *inputs, activation=activation, norm_size=norm_size)
+        known: Any = (x, weight, bias, before, first, document)
+        y = on_kernels("short_conv_gpu", *known, activation=activation, norm_size=norm_size)
         return y, _last(x, width - 1, cu_seqlens) if output_state else None
     if x.is_cuda and width > 1 and has_fla():
         return _kernel(x, weight, bias, activation, state, cu_seqlens)

@@ -27,13 +27,13 @@ SETTINGS = [("zigzag", "all_gather"), ("contiguous", "all_gather"), ("contiguous
 CASES = [(name, *setting) for name in MIXERS for setting in SETTINGS]
 
 
-def state_sizes(mixer: Mixer) -> list[tuple[int, int]]:
-    """Elements of every state that the mixer carries, and of its transition."""
+def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int]]:
+    """Elements of every state that the mixer carries, and of its transition over a piece of `length` tokens."""
     sizes = []
     for name, (shape, _) in mixer.state_shapes(1, 1).items():
         if name.startswith("conv"):
             _, channels, history = shape
-            sizes.append((channels * history, 1))  # pieces are longer than filters: nothing lasts through one
+            sizes.append((channels * history, history * history if length < history else 1))
             continue
         kept = {
             "lightning": lambda h, k, v: h,
@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
                 own = ROWS * length // world * 2 * 2 * (HIDDEN // 4) * FP32_BYTES
                 assert sent == (own, world * own)
                 continue
-            sizes = state_sizes(mixer)
+            sizes = state_sizes(mixer, length // (last + 1))
             states, transitions = (ROWS * FP32_BYTES * sum(column) for column in zip(*sizes, strict=True))
             if strategy == "all_gather":
                 assert sent == (per_rank * (states + transitions), per_rank * states)

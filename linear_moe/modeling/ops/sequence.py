@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,13 +62,17 @@ class Pieces(Protocol):
         ...
 
     def through(
-        self, run: FromState, summary: Summary, gradient: Gradient, *inputs: Tensor | None, matrix: bool = False
+        self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
     ) -> tuple[Tensor, Tensor]:
         """`run` from the initial states that `states` would give, without a gradient through the summary.
 
         The final state of a piece is that of its last sequence, whatever comes before: so its gradient, which is sent
         back by the pieces behind, is all that they have to say to the op's own backward pass. It is known once
         `gradient` of each piece is. Cheaper than a backward pass of the summary beside the op's. Collective.
+
+        Args:
+            summary: a `Summary`, and its inputs `[B, T, ...]` or None.
+            gradient: a `Gradient`, and its inputs but the last, which are kept for the backward pass.
         """
         ...
 

@@ -45,21 +45,22 @@ class RankPieces:
         return self._at(self._firsts, states_before(transition, state, self.line, matrix) * self._as_continued(state))
 
     def through(
-        self, run: FromState, summary: Summary, gradient: Gradient, *inputs: Tensor | None, matrix: bool = False
+        self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            transition, state = self._summaries(summary, inputs)
+            transition, state = self._summaries(summary[0], summary[1:])
         # a graph of its own, that no recomputation of this layer needs to know of
         with torch.enable_grad(), saved_tensors_hooks(_same, _same):
             before = states_before(transition, state.requires_grad_(), self.line, matrix)
         o, final = run(self._at(self._firsts, before.detach() * self._as_continued(before)))
+        start_gradient: Gradient = gradient[0]
 
         def d_final(inputs: tuple[Tensor | None, ...]) -> Tensor:
-            d_starts = torch.cat([gradient(*part) for part in self._segments(inputs, last=False)])
+            d_starts = torch.cat([start_gradient(*part) for part in self._segments(inputs, last=False)])
             (d_state,) = torch.autograd.grad(before, state, d_starts * self._as_continued(d_starts))
             return self._at(self._lasts, d_state)
 
-        return _Through.apply(o, final, d_final, *inputs), final
+        return _Through.apply(o, final, d_final, *gradient[1:]), final
 
     def _summaries(self, summary: Summary, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
         """Of every segment's last sequence; the transition 0 where the segment before does not go on behind it."""

@@ -98,7 +98,7 @@ def test_summary_of_the_decay_family(gate: str) -> None:
     def run(k: torch.Tensor, v: torch.Tensor, g: Any, gv: Any, initial_state: torch.Tensor) -> Any:
         return decay(k, k, v, g, gv, initial_state=initial_state, backend="reference")
 
-    transition, state = summary(k, k, v, g, gv)
+    transition, state = summary(k, v, g, gv)
     start = torch.randn(2, 3, 8, 5)
     _, final = run(k, v, g, gv, start)
     assert_close(transition * start + state, final, FP32, gate)
@@ -125,7 +125,7 @@ def test_gradient_of_the_initial_state(gate: str, bonus: bool) -> None:
     expected = start_gradient(
         lambda state: decay(q, k, v, g, gv, initial_state=state, **options), torch.zeros(2, 3, 8, 5), d_o
     )
-    assert_close(gradient(0.3, bonus, q, k, v, g, gv, d_o), expected, FP32, gate)
+    assert_close(gradient(0.3, bonus, q, g, gv, d_o), expected, FP32, gate)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])

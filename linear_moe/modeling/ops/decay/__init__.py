@@ -73,4 +73,6 @@ def decay(
     if pieces is None:
         return run(initial_state)
     by_token = g.expand(q.shape[:3]) if g is not None and g.ndim == 1 else g
-    return pieces.through(run, summary, partial(gradient, scale, bonus is not None), q, k, v, by_token, gv)
+    return pieces.through(
+        run, (summary, k, v, by_token, gv), (partial(gradient, scale, bonus is not None), q, by_token, gv)
+    )

@@ -17,7 +17,7 @@ from linear_moe.modeling.ops.fused import has_triton
 from linear_moe.modeling.ops.sequence import remaining
 
 
-def summary(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[Tensor, Tensor]:
+def summary(k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[Tensor, Tensor]:
     """Inputs as of `decay` -> transition `[N, H, K or 1, V or 1]` and state `[N, H, K, V]`, fp32."""
     if on_kernel(v):
         return _kernel(k, v, g, gv, backwards=False, before_gate=False)
@@ -36,8 +36,6 @@ def gradient(
     scale: float,
     before_gate: bool,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
     d_o: Tensor,

@@ -41,19 +41,23 @@ def through(
         expand: `expand(q, k, v, beta, g)` with one write a token, for the kernels; None: there is one.
     """
     q, k, v, beta, g = inputs
-    assert q is not None and k is not None and v is not None
+    assert q is not None and k is not None and v is not None and beta is not None
     keys = q.shape[-1]
+    summary: Callable[..., Any] = partial(_by_running, op)
+    gradient: Callable[..., Any] = partial(_gradient_by_running, op, scale)
     if kernels:
         q, k, g = prepared(q, k, v, g, bounded)
+        if expand is None and (g is None or g.ndim == 3):
+            stages = importlib.import_module("linear_moe.modeling.ops.delta.stages")
+            return stages.through(pieces, q, k, v, beta, g, keys=keys, scale=scale, cu_seqlens=cu_seqlens)  # type: ignore[no-any-return]
         summary, gradient = partial(_on_kernels, keys, expand), partial(_gradient_on_kernels, keys, scale, expand)
-    else:
-        summary, gradient = partial(_by_running, op), partial(_gradient_by_running, op, scale)  # type: ignore[assignment]
 
     def run(initial_state: Tensor) -> tuple[Tensor, Tensor]:
         o, final = op(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
         return o, final[:, :, :keys]
 
-    return pieces.through(run, summary, gradient, q, k, v, beta, g, matrix=True)
+    given = (q, k, v, beta, g)
+    return pieces.through(run, (summary, *given), (gradient, *given), matrix=True)
 
 
 def _by_running(op: Op, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -73,13 +73,13 @@ def dplr(
     if pieces is None:
         return run(q, k, v, a, b, g, initial_state, cu_seqlens=cu_seqlens, scale=scale)
 
-    def summary(q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return sequence.affine(partial(run, torch.zeros_like(q), scale=1.0), *inputs)
+    def summary(k: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return sequence.affine(partial(run, torch.zeros_like(k), scale=1.0), k, *inputs)
 
     def gradient(*inputs: Any) -> Tensor:
         *given, d_o = inputs
         start = q.new_zeros(len(d_o), *q.shape[2:], v.shape[-1], dtype=torch.float32)
-        return sequence.start_gradient(lambda state: run(*given, initial_state=state, scale=scale), start, d_o)
+        return sequence.start_gradient(partial(run, *given, scale=scale), start, d_o)
 
     whole = partial(run, q, k, v, a, b, g, cu_seqlens=cu_seqlens, scale=scale)
-    return pieces.through(whole, summary, gradient, q, k, v, a, b, g, matrix=True)
+    return pieces.through(whole, (summary, k, v, a, b, g), (gradient, q, k, v, a, b, g), matrix=True)

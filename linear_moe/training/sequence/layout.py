@@ -53,6 +53,7 @@ class Cut:
         starts: of each segment, where in it sequences begin: 0, and its packed documents.
         begins: of each segment, the token of its row that its first sequence really begins at.
         packed: False: no boundaries, so that segments are rows; else all lie in one row.
+        documents: if packed, offsets of all documents in the rows laid end to end, whoever holds them.
     """
 
     order: Order
@@ -62,6 +63,7 @@ class Cut:
     starts: tuple[tuple[int, ...], ...]
     begins: tuple[int, ...]
     packed: bool
+    documents: tuple[int, ...] = ()
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -106,7 +108,8 @@ def cut(rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | No
             first, end = piece * size, (piece + 1) * size
             starts.append((0, *sorted(b - first for b in boundaries[row] if first < b < end)))
             begins.append(max(b for b in boundaries[row] if b <= first))
-    return Cut(order, rank, rows, size, tuple(starts), tuple(begins), cu_seqlens is not None)
+    documents = () if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    return Cut(order, rank, rows, size, tuple(starts), tuple(begins), cu_seqlens is not None, documents)
 
 
 def share(x: Tensor, cut: Cut) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import FromState, Gradient, Keys, Summary
-from linear_moe.training.sequence.exchange import AllTokens, Line, states_before
+from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Summary
+from linear_moe.training.sequence.attention import Exchange, Reach, attention
+from linear_moe.training.sequence.exchange import Line, states_before
 from linear_moe.training.sequence.layout import Cut
 
 
@@ -87,31 +88,21 @@ class RankPieces:
     def _as_continued(self, x: Tensor) -> Tensor:
         return _as(self._continued, x)
 
-    def keys(self, k: Tensor, v: Tensor) -> Keys:
-        cut, sizes = self.cut, (k.shape[-1], v.shape[-1])
-        own = torch.cat([k, v], -1).view(cut.rows, cut.order.per_rank, cut.length, k.shape[2], sum(sizes))
-        everything = (
-            AllTokens.apply(own.transpose(0, 1), self.line).transpose(0, 1).flatten(1, 2)
-        )  # [rows, T, G, D + V]
-        reach = zip(cut.places, cut.begins, strict=True)
-        seen = [everything[row, begin : (piece + 1) * cut.length] for (row, piece), begin in reach]
-        k, v = torch.cat(seen).unsqueeze(0).split(sizes, -1)
-        return Keys(k, v, self._spans, self._offsets)
+    def attention(
+        self,
+        q: Tensor,
+        shared: tuple[Tensor, ...],
+        expand: Expand,
+        parameters: Sequence[Tensor],
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return attention(q, shared, Exchange(self._reach, self.line, expand, tuple(parameters), scale, window))
 
     @cached_property
-    def _spans(self) -> list[tuple[int, int]]:
-        spans = []
-        for starts, begin, (_, piece) in zip(self.cut.starts, self.cut.begins, self.cut.places, strict=True):
-            before = piece * self.cut.length - begin
-            for start, end in pairwise((*starts, self.cut.length)):
-                spans.append((end - start, end - start + before))
-                before = 0
-        return spans
-
-    @cached_property
-    def _offsets(self) -> tuple[Tensor, Tensor]:
-        queries, keys = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in zip(*self._spans, strict=True))
-        return on_device(queries, self.device), on_device(keys, self.device)
+    def _reach(self) -> Reach:
+        return Reach(self.cut, self.device)
 
 
 class _Through(torch.autograd.Function):

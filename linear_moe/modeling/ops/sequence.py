@@ -22,6 +22,14 @@ S + state. The transition has as many dimensions as the state and is multiplied 
 complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left."""
 
 
+FromState = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`run(initial_state) -> (o, final_state)`: an op on local sequences, everything else given."""
+
+Gradient = Callable[..., Tensor]
+"""`gradient(*inputs, d_o) -> d_state`: of rows' initial states, from the gradient of their outputs `[N, T, ...]` alone.
+What follows the rows is not in it."""
+
+
 @dataclass(frozen=True)
 class Keys:
     """Keys and values that local sequences see: of each from its beginning, wherever that is, to its last local token.
@@ -41,6 +49,11 @@ class Keys:
 class Pieces(Protocol):
     """What ops know of `training/sequence`. Sequences are the rows of a forward pass, or its packed documents."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of a piece."""
+        ...
+
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         """The initial state of every local sequence `[N, ...]` from `summary` of inputs `[B, T, ...]`, differentiable.
 
@@ -50,6 +63,17 @@ class Pieces(Protocol):
 
     def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
         """Begin what `states` of this very tensor will wait for: work in between hides the exchange. Collective."""
+        ...
+
+    def through(
+        self, run: FromState, summary: Summary, gradient: Gradient, *inputs: Tensor | None, matrix: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`run` from the initial states that `states` would give, without a gradient through the summary.
+
+        The final state of a piece is that of its last sequence, whatever comes before: so its gradient, which is sent
+        back by the pieces behind, is all that they have to say to the op's own backward pass. It is known once
+        `gradient` of each piece is. Cheaper than a backward pass of the summary beside the op's. Collective.
+        """
         ...
 
     def keys(self, k: Tensor, v: Tensor) -> Keys:
@@ -103,6 +127,15 @@ def affine(
     _, final = op(k, columns, *inputs, initial_state=start.contiguous())
     state, transition = final.split([values, keys], -1)
     return transition, state
+
+
+def start_gradient(run: FromState, start: Tensor, d_o: Tensor) -> Tensor:
+    """The `Gradient` of any op, by running it once from `start`, zeros."""
+    with torch.enable_grad():
+        start = start.requires_grad_()
+        o, _ = run(start)
+    (found,) = torch.autograd.grad(o, start, d_o)
+    return found
 
 
 def remaining(g: Tensor) -> tuple[Tensor, Tensor]:

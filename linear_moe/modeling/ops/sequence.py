@@ -47,6 +47,10 @@ class Pieces(Protocol):
         """
         ...
 
+    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
+        """Begin what `states` of this very tensor will wait for: work in between hides the exchange. Collective."""
+        ...
+
     def through(
         self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
     ) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,13 @@ def short_conv(
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
 
 
+def ahead(x: Tensor, width: int) -> None:
+    """Of pieces, ask for the tokens before `x [B, T, C]`: `short_conv` of that very tensor waits for them."""
+    if width > 1 and (pieces := sequence.current()) is not None:
+        inside = pieces.length < width - 1
+        pieces.ahead(partial(last_tokens, count=width - 1, matrix=inside), x, matrix=inside)
+
+
 def tokens_before(pieces: sequence.Pieces, x: Tensor, count: int) -> Tensor:
     """The `count` tokens before every local sequence of `x [B, T, C]`, oldest first: `[N, count, C]` fp32."""
     inside = pieces.length < count  # only then does what was before a piece last until behind it

@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Summary
-from linear_moe.training.sequence.attention import Exchange, Reach, attention
-from linear_moe.training.sequence.exchange import Line, states_before
+from linear_moe.training.sequence import attention as softmax
+from linear_moe.training.sequence.exchange import Exchange, Line, states_before
 from linear_moe.training.sequence.layout import Cut
 
 
@@ -31,19 +31,24 @@ class RankPieces:
         self.cut, self.line, self.device = cut, line, device
         counts = torch.tensor([len(starts) for starts in cut.starts])
         continued = torch.tensor(cut.continued)
-        self._continued = on_device(continued, device)
-        self._through = on_device(continued & (counts == 1), device)  # what came before goes on behind
+        self._continued = on_device(continued.float(), device)
+        self._through = on_device((continued & (counts == 1)).float(), device)  # what came before goes on behind
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
         self._lasts = on_device(counts.cumsum(0) - 1, device)  # and each segment's last
         self._sequences = int(counts.sum())
+        self._begun: dict[int, tuple[Tensor, Exchange]] = {}  # by the identity of their inputs
+
+    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
+        self._begun[id(x)] = x, Exchange(*self._summaries(summary, (x,)), self.line, matrix)
 
     @property
     def length(self) -> int:
         return self.cut.length
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
-        transition, state = self._summaries(summary, inputs)
-        return self._at(self._firsts, states_before(transition, state, self.line, matrix) * self._as_continued(state))
+        _, exchange = self._begun.pop(id(inputs[0]), (None, None)) if len(inputs) == 1 else (None, None)
+        exchange = exchange or Exchange(*self._summaries(summary, inputs), self.line, matrix)
+        return self._at(self._firsts, self._continuing(exchange.wait()))
 
     def through(
         self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
@@ -53,12 +58,12 @@ class RankPieces:
         # a graph of its own, that no recomputation of this layer needs to know of
         with torch.enable_grad(), saved_tensors_hooks(_same, _same):
             before = states_before(transition, state.requires_grad_(), self.line, matrix)
-        o, final = run(self._at(self._firsts, before.detach() * self._as_continued(before)))
+        o, final = run(self._at(self._firsts, self._continuing(before.detach())))
         start_gradient: Gradient = gradient[0]
 
         def d_final(inputs: tuple[Tensor | None, ...]) -> Tensor:
             d_starts = torch.cat([start_gradient(*part) for part in self._segments(inputs, last=False)])
-            (d_state,) = torch.autograd.grad(before, state, d_starts * self._as_continued(d_starts))
+            (d_state,) = torch.autograd.grad(before, state, self._continuing(d_starts))
             return self._at(self._lasts, d_state)
 
         return _Through.apply(o, final, d_final, *gradient[1:]), final
@@ -67,7 +72,7 @@ class RankPieces:
         """Of every segment's last sequence; the transition 0 where the segment before does not go on behind it."""
         parts = [summary(*part) for part in self._segments(inputs, last=True)]
         transition, state = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
-        return transition * _as(self._through, transition), state
+        return transition * _as(self._through, transition) if self.cut.packed else transition, state
 
     def _segments(self, inputs: tuple[Tensor | None, ...], last: bool) -> Iterator[tuple[Tensor | None, ...]]:
         """Inputs of each segment's last (or first) sequence: at once where segments are rows, else one by one."""
@@ -85,8 +90,9 @@ class RankPieces:
             return x
         return x.new_zeros(self._sequences, *x.shape[1:]).index_copy(0, places, x)
 
-    def _as_continued(self, x: Tensor) -> Tensor:
-        return _as(self._continued, x)
+    def _continuing(self, x: Tensor) -> Tensor:
+        """`x [S, ...]`, 0 where a segment begins a sequence: of whole rows only the first, which nothing is before."""
+        return x * _as(self._continued, x) if self.cut.packed else x
 
     def attention(
         self,
@@ -98,11 +104,12 @@ class RankPieces:
         window: int | None,
     ) -> Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return attention(q, shared, Exchange(self._reach, self.line, expand, tuple(parameters), scale, window))
+        seen = softmax.Exchange(self._reach, self.line, expand, tuple(parameters), scale, window)
+        return softmax.attention(q, shared, seen)
 
     @cached_property
-    def _reach(self) -> Reach:
-        return Reach(self.cut, self.device)
+    def _reach(self) -> softmax.Reach:
+        return softmax.Reach(self.cut, self.device)
 
 
 class _Through(torch.autograd.Function):
@@ -129,7 +136,7 @@ def _same(x: Tensor) -> Tensor:
 
 def _as(flags: Tensor, x: Tensor) -> Tensor:
     """Flags `[S]` as factors of `x [S, ...]`."""
-    return flags.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return flags.view(-1, *[1] * (x.ndim - 1))
 
 
 def layout_of(cut: Cut, line: Line, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None) -> Layout:

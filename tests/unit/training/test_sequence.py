@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from linear_moe.modeling.ops.decay.summary import gradient, summary
 from linear_moe.modeling.ops.sequence import affine, current, pieces_of, start_gradient
 from linear_moe.modeling.ops.short_conv import last_tokens
 from linear_moe.training.data.loader import document_offsets
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence import exchange
+from linear_moe.training.sequence.exchange import Line, states_before
 from linear_moe.training.sequence.layout import Order, cut, split
 from linear_moe.training.sequence.pieces import RankPieces
 from tests.tolerances import FP32, assert_close
@@ -148,6 +150,47 @@ def test_pieces_take_no_initial_state() -> None:
     assert current() is None
 
 
+def messages(order: Order, rank: int) -> list[list[tuple[str, int]]]:
+    """What a rank of the ring sends and receives, to and from whom, in order: forward pass, backward pass."""
+    found: list[tuple[str, int]] = []
+
+    def send(x: torch.Tensor, to: int, line: Line) -> tuple[Any, torch.Tensor]:
+        found.append(("send", to))
+        return mock.Mock(), x
+
+    def receive(like: torch.Tensor, source: int, line: Line) -> torch.Tensor:
+        found.append(("receive", source))
+        return torch.zeros_like(like)
+
+    state = torch.ones(order.per_rank, 2, 8, requires_grad=True)
+    with mock.patch.multiple(exchange, _send=send, _receive=receive):
+        before = states_before(torch.ones(order.per_rank, 2, 1), state, Line(order, rank, None, "ring"), False)
+        split = len(found)
+        before.sum().backward()
+    return [found[:split], found[split:]]
+
+
+@pytest.mark.parametrize("order", [Order(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")], ids=str)
+def test_the_ring_cannot_lock_up(order: Order) -> None:
+    """Ranks whose messages go one after the other, each only when the other side has come to it."""
+    for direction in range(2):
+        queues = [messages(order, rank)[direction] for rank in range(order.size)]
+        while any(queues):
+            heads = [(rank, queue[0]) for rank, queue in enumerate(queues) if queue]
+            pairs = [(a, b) for a, (kind, b) in heads if kind == "send" and queues[b][:1] == [("receive", a)]]
+            assert pairs, (direction, queues)
+            for a, b in pairs:
+                del queues[a][0], queues[b][0]
+
+
+def test_the_ring_is_a_pipeline() -> None:
+    """A rank sends a block on before it receives the next."""
+    up = [("receive", 0), ("send", 2)] * exchange.BLOCKS
+    down = [("receive", 2), ("send", 0)] * exchange.BLOCKS
+    assert messages(Order(4), 1) == [up, down]
+    assert messages(Order(4, "zigzag"), 1) == [up + down, up + down]
+
+
 def config(**sections: Any) -> Config:
     moe = {"num_experts": 4, "expert_ffn_size": 16}
     base: dict[str, Any] = {"model": {"hidden_size": 32, "num_heads": 4, "moe": moe}, "parallel": {"sequence": 2}}
@@ -159,6 +202,7 @@ def config(**sections: Any) -> Config:
 REFUSED = {
     "parallel.sequence_layout": {"parallel": {"sequence": 1, "sequence_layout": "contiguous"}},
     "parallel.sequence_exchange": {"parallel": {"sequence": 1, "sequence_exchange": "ring"}},
+    "parallel.sequence_dtype": {"parallel": {"sequence": 1, "sequence_dtype": "bf16"}},
     "model.moe.sequence_aux_loss": {"model": {"moe": {"sequence_aux_loss": 0.1, "expert_ffn_size": 16}}},
     "model.moe.capacity_factor": {"model": {"moe": {"capacity_factor": 1.5, "expert_ffn_size": 16}}},
     "training.sequence_length": {"training": {"sequence_length": 254}},

@@ -156,14 +156,14 @@ class ParallelConfig:
         "receives does not grow with the ranks",
         choices=("all_gather", "ring"),
     )
-    sequence_dtype: str = opt(
-        "fp32", "in which recurrent states and their gradients travel; they are fp32 there", choices=("fp32", "bf16")
-    )
     sequence_attention: str = opt(
         "all_gather",
         "how softmax attention sees the other ranks' tokens: all keys at once; keys from rank to rank (ring), while "
         "those at hand are attended to; or all tokens of a share of the heads (ulysses)",
         choices=("all_gather", "ring", "ulysses"),
+    )
+    sequence_dtype: str = opt(
+        "fp32", "in which recurrent states and their gradients travel; they are fp32 there", choices=("fp32", "bf16")
     )
 
 

@@ -51,8 +51,8 @@ def sequence_line(config: Config) -> Line | None:
         return None
     group, rank = ps.get_context_parallel_group(), ps.get_context_parallel_rank()
     parallel = config.parallel
-    dtype, attention = DTYPES[parallel.sequence_dtype], parallel.sequence_attention
-    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, dtype=dtype, attention=attention)
+    dtype = DTYPES[parallel.sequence_dtype]
+    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, parallel.sequence_attention, dtype)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +54,11 @@ def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: Layout) -> d
 def settings(mixer: Mixer, world: int) -> Iterator[tuple[str, str, str, bool]]:
     """Layout, strategy of states, strategy of softmax attention, packed."""
     heads = mixer.softmax_heads(mixer.config, mixer.dims)
-    for layout, packed in product(("contiguous", "zigzag"), (False, True)):
-        for strategy in STRATEGIES if heads is None else ("all_gather",):
-            yield layout, strategy, "all_gather", packed
-        if heads is not None:
-            yield layout, "all_gather", "ring", packed
-        if heads is not None and heads[0] % world == 0:
-            yield layout, "all_gather", "ulysses", packed
+    for layout in ("contiguous", "zigzag"):
+        for packed in (False, True):
+            for strategy in STRATEGIES:
+                yield layout, strategy, "all_gather", packed
+            if heads is not None:
+                yield layout, "all_gather", "ring", packed
+            if heads is not None and heads[0] % world == 0:
+                yield layout, "all_gather", "ulysses", packed

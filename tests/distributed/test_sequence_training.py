@@ -45,10 +45,10 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "hybrid-sp2-tp2": ("hybrid", 4, {"sequence": 2, "tensor": 2}),
     "hybrid-sp2-pp2": ("hybrid", 4, {"sequence": 2, "pipeline": 2}),
     "hybrid-sp2-ep2": ("hybrid", 2, {"sequence": 2, "expert": 2}),
-    "hybrid-sp2-bf16": ("hybrid", 2, {"sequence": 2, "sequence_dtype": "bf16"}),
     "hybrid-sp2-ring": ("hybrid", 2, {"sequence": 2, "sequence_attention": "ring"}),
     "hybrid-sp2-tp2-ulysses": ("hybrid", 4, {"sequence": 2, "tensor": 2, "sequence_attention": "ulysses"}),
     "padded-sp4": ("padded", 4, {"sequence": 4, "sequence_exchange": "ring", "sequence_attention": "ring"}),
+    "hybrid-sp2-bf16": ("hybrid", 2, {"sequence": 2, "sequence_dtype": "bf16"}),
 }
 
 

@@ -15,8 +15,8 @@ from linear_moe.config.schema import Config
 from linear_moe.config.validate import padded_length, parallel_layout, validate_fields
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.decay import decay
-from linear_moe.modeling.ops.decay.summary import summary
-from linear_moe.modeling.ops.sequence import affine, current, pieces_of
+from linear_moe.modeling.ops.decay.summary import gradient, summary
+from linear_moe.modeling.ops.sequence import affine, current, pieces_of, start_gradient
 from linear_moe.modeling.ops.short_conv import last_tokens
 from linear_moe.training.data.loader import document_offsets
 from linear_moe.training.sequence import exchange
@@ -110,11 +110,34 @@ def test_summary_of_the_decay_family(gate: str) -> None:
         assert_close(transition.expand(2, 3, 8, 1).squeeze(-1).diag_embed(), matrix, FP32, "transition")
 
 
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+def test_gradient_of_the_initial_state(gate: str, bonus: bool) -> None:
+    """In closed form, against automatic differentiation of the recurrence."""
+    torch.manual_seed(0)
+    q, k, v, d_o = (
+        torch.randn(2, 21, 3, 8),
+        torch.randn(2, 21, 3, 8),
+        torch.randn(2, 21, 3, 5),
+        torch.randn(2, 21, 3, 5),
+    )
+    g = {"scalar": -torch.rand(2, 21, 3), "key": -torch.rand(k.shape), "both": -torch.rand(k.shape)}.get(gate)
+    gv = -torch.rand(v.shape) if gate in ("value", "both") else None
+    options: Any = {"bonus": torch.randn(3, 8) if bonus else None, "scale": 0.3, "backend": "reference"}
+    expected = start_gradient(
+        lambda state: decay(q, k, v, g, gv, initial_state=state, **options), torch.zeros(2, 3, 8, 5), d_o
+    )
+    assert_close(gradient(0.3, bonus, q, g, gv, d_o), expected, FP32, gate)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 def test_summary_of_a_window(length: int) -> None:
     before, x = torch.randn(2, 3, 4), torch.randn(2, length, 4)
     transition, state = last_tokens(x, 3)
     assert torch.equal(transition @ before + state, torch.cat([before, x], 1)[:, -3:])
+    if length >= 3:
+        none, same = last_tokens(x, 3, matrix=False)
+        assert torch.equal(same, state) and not none.any() and none.shape == (2, 1, 1)
 
 
 def test_pieces_take_no_initial_state() -> None:

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import Line, StateExchange, states_before
+from linear_moe.training.sequence.exchange import Exchange, Line, states_before
 from linear_moe.training.sequence.layout import Order
 
 ROWS = 2
@@ -128,7 +128,7 @@ def many_exchanges(
         begun = []
         for n, kind in enumerate(KINDS):
             time.sleep(random.random() * 0.02)
-            begun.append(StateExchange(*leaves[2 * n : 2 * n + 2], lines[n % 2], kind == "matrix"))
+            begun.append(Exchange(*leaves[2 * n : 2 * n + 2], lines[n % 2], kind == "matrix"))
         found = {}
         for n in waits:
             time.sleep(random.random() * 0.02)

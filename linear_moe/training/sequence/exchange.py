@@ -51,15 +51,15 @@ class Line:
 
 
 def states_before(transition: Tensor, state: Tensor, line: Line, matrix: bool) -> Tensor:
-    """A `StateExchange` that is waited for at once."""
-    return StateExchange(transition, state, line, matrix).wait()
+    """An `Exchange` that is waited for at once."""
+    return Exchange(transition, state, line, matrix).wait()
 
 
 Finish = Callable[[], Tensor]
 """Waits for an exchange: the states before (after, where it ran from the end) this rank's pieces `[P, rows, ...]`."""
 
 
-class StateExchange:
+class Exchange:
     """One exchange: it begins when it is made, and `wait` gives its result. Collective, as are the gradients."""
 
     def __init__(self, transition: Tensor, state: Tensor, line: Line, matrix: bool):
@@ -115,7 +115,7 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, transition: Tensor, state: Tensor, exchange: StateExchange) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, transition: Tensor, state: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
         ctx.exchange, ctx.shape = exchange, transition.shape
         if exchange.line.strategy == "ring":
             exchange.kept = transition
@@ -127,7 +127,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        exchange: StateExchange = ctx.exchange
+        exchange: Exchange = ctx.exchange
         after, before = exchange.arrived(), exchange.before
         exchange.before = None
         if not ctx.needs_input_grad[0]:
@@ -142,7 +142,7 @@ class _Wait(torch.autograd.Function):
     """See `_Start`: -> the states before `[P, rows, ...]`."""
 
     @staticmethod
-    def forward(ctx: Any, started: Tensor, exchange: StateExchange) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, started: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
         before = exchange.arrived()
         ctx.exchange = exchange
         ctx.save_for_backward(before, exchange.kept)
@@ -152,7 +152,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        exchange: StateExchange = ctx.exchange
+        exchange: Exchange = ctx.exchange
         exchange.before, kept = ctx.saved_tensors
         if exchange.line.strategy == "ring":
             exchange.finish = _ring(exchange, exchange.adjoint(kept), gradient, reverse=True)
@@ -161,7 +161,7 @@ class _Wait(torch.autograd.Function):
         return gradient.new_empty(0), None
 
 
-def _gather(exchange: StateExchange, transition: Tensor, state: Tensor) -> Finish:
+def _gather(exchange: Exchange, transition: Tensor, state: Tensor) -> Finish:
     """All summaries in one message; the scan is this rank's own. Transitions of the pieces behind are kept."""
     line, sent = exchange.line, transition - exchange.one(transition) if exchange.less_one else transition
     arrived = _from_all([state, sent], line)
@@ -175,7 +175,7 @@ def _gather(exchange: StateExchange, transition: Tensor, state: Tensor) -> Finis
     return finish
 
 
-def _gather_gradients(exchange: StateExchange, kept: Tensor, gradient: Tensor) -> Finish:
+def _gather_gradients(exchange: Exchange, kept: Tensor, gradient: Tensor) -> Finish:
     line, arrived = exchange.line, _from_all([gradient], exchange.line)
 
     def finish() -> Tensor:
@@ -187,7 +187,7 @@ def _gather_gradients(exchange: StateExchange, kept: Tensor, gradient: Tensor) -
     return finish
 
 
-def _scan(exchange: StateExchange, transitions: dict[int, Tensor], states: list[Tensor], pieces: range) -> Tensor:
+def _scan(exchange: Exchange, transitions: dict[int, Tensor], states: list[Tensor], pieces: range) -> Tensor:
     """Of all pieces in order `[rows, ...]`, as far as this rank needs -> what comes to its own `[P, rows, ...]`."""
     own = exchange.line.order.pieces(exchange.line.rank)
     found, carried = dict[int, Tensor](), None
@@ -236,7 +236,7 @@ def _in_time(order: Order) -> tuple[int, ...]:
     return tuple(rank * order.per_rank + place for rank, place in owners)
 
 
-def _ring(exchange: StateExchange, transition: Tensor, state: Tensor, reverse: bool) -> Finish:
+def _ring(exchange: Exchange, transition: Tensor, state: Tensor, reverse: bool) -> Finish:
     """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`.
 
     On a GPU it is queued on a stream of its own. The messages of any two ranks are in the same order on both, and no
@@ -265,7 +265,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _walk(exchange: StateExchange, transition: Tensor, state: Tensor, before: Tensor, reverse: bool) -> None:
+def _walk(exchange: Exchange, transition: Tensor, state: Tensor, before: Tensor, reverse: bool) -> None:
     line = exchange.line
     order, rank = line.order, line.rank
     last, step = (0, -1) if reverse else (order.count - 1, 1)

@@ -36,7 +36,7 @@ class RankPieces:
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
         self._lasts = on_device(counts.cumsum(0) - 1, device)  # and each segment's last
         self._sequences = int(counts.sum())
-        self._begun: dict[int, tuple[Tensor, StateExchange]] = {}  # by the identity of their inputs
+        self._begun: dict[int, tuple[Tensor, Exchange]] = {}  # by the identity of their inputs
 
     def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
         self._begun[id(x)] = x, Exchange(*self._summaries(summary, (x,)), self.line, matrix)

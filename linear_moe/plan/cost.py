@@ -2,11 +2,14 @@
 
 The slowest pipeline stage sets the pace. A micro-batch costs it, forward and backward,
 
-- compute: its FLOPs at EFFICIENCY of the GPU's peak, but no layer less than LAYER_SECONDS, in which the host launches
-  its kernels, the head HEAD_SPEED times as many; what is recomputed counts again;
-- weights: they are read in both directions, and their gradients written and added up in fp32;
+- compute: its FLOPs at EFFICIENCY of the GPU's peak, the head's HEAD_SPEED times as fast, but no layer less than
+  LAYER_SECONDS, in which the host launches its kernels; what is recomputed counts again. t tensor ranks are only
+  t**TENSOR_SPEED times as fast, for their products are thinner, and have TENSOR_LAUNCHES times as many launches;
+- weights: they are read in both directions, and their gradients written and added up in fp32, at MEMORY_EFFICIENCY of
+  the memory's bandwidth;
 - tensor: in each pass, every tensor-parallel region gathers its tokens and scatters its sums;
-- expert: in each pass, every MoE layer sends its tokens to experts and back;
+- expert: in each pass, every MoE layer sends its tokens to experts and back; with the dispatcher "alltoall" the device
+  idles for WAIT_SECONDS a layer, because the host has to know how many;
 - sequence: what layers of split sequences send in both directions (`exchange`), less what local work hides of it, and
   the work that there is only for that; that causal attention may cost one rank more than others is in `compute`;
 - pipeline: activations sent to the next stage, gradients back.
@@ -31,14 +34,18 @@ from linear_moe.config.validate import ParallelLayout, expert_dispatcher, padded
 from linear_moe.flops import Flops
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import DTYPES
-from linear_moe.plan.exchange import Exchange, Split, layer_exchange
+from linear_moe.plan.exchange import Exchange, Speed, Split, layer_exchange
 from linear_moe.plan.memory import optimizer_bytes
 from linear_moe.plan.needs import Needs
 from linear_moe.plan.ranks import RankChunk, is_expert
 from linear_moe.stages import HEAD_SPEED
 
-EFFICIENCY = 0.4
-LAYER_SECONDS = 1.5e-3
+EFFICIENCY = 0.35
+MEMORY_EFFICIENCY = 0.5
+LAYER_SECONDS = 7e-3
+TENSOR_SPEED = 0.7
+TENSOR_LAUNCHES = 1.3
+WAIT_SECONDS = 4e-3
 LATENCY = 20e-6
 LINK_STEP, NETWORK_STEP = 1.9e-6, 4.0e-6
 """As NCCL's own model has them for rings over NVLink and over a network (src/graph/tuning.cc, protocol LL128)."""
@@ -112,6 +119,12 @@ class StageCost:
     optimizer: float
 
 
+def speed(gpu: GPU, tensor: int) -> Speed:
+    """Of a GPU, and of `tensor` ranks together."""
+    rate = gpu.peak_tflops * 1e12 * EFFICIENCY
+    return Speed(rate, rate * tensor**TENSOR_SPEED, MEMORY_EFFICIENCY * gpu.memory_bandwidth)
+
+
 def layer_seconds(
     config: Config, number: int, layer: Any, flops: Flops, group: Group, needs: Needs | None, split: Split
 ) -> tuple[float, Exchange]:
@@ -123,16 +136,17 @@ def layer_seconds(
         needs: the layer's; None: sequences are not shared out.
     """
     tokens, length, parts = rank_tokens(config), padded_length(config), flops.layers[number]
-    rate = group.cluster.gpu.peak_tflops * 1e12 * EFFICIENCY
+    tensor = config.parallel.tensor
+    fast, launches = speed(group.cluster.gpu, tensor), LAYER_SECONDS * (TENSOR_LAUNCHES if tensor > 1 else 1)
     once, again = parts["mixer"] + parts["ffn"], flops.again(number, recomputed_in(config, number))
-    passes, together = 3 + again / once, rate * config.parallel.tensor  # the backward pass costs two
-    compute = max(passes * tokens * once / together, LAYER_SECONDS * passes / 3)
+    passes = 3 + again / once  # the backward pass costs two
+    compute = max(passes * tokens * once / fast.together, launches * passes / 3)
     if needs is None:
         return compute, Exchange()
     core = layer.mixer.recurrence_flops
-    exchange = layer_exchange(needs, split, group, core, length, rate, config.parallel.tensor)
-    waits = passes * tokens * parts["core"] * (exchange.imbalance - 1) / together
-    return compute + waits, exchange
+    exchange = layer_exchange(needs, split, group, core, length, fast)
+    behind = passes * tokens * parts["core"] * (exchange.imbalance - 1) / fast.together
+    return compute + behind, exchange
 
 
 def recomputed_in(config: Config, number: int) -> frozenset[str]:
@@ -162,7 +176,6 @@ def stage_cost(
     line, split = groups.get("sequence", Group.of([0], cluster)), Split.of(config)
 
     seconds = dict.fromkeys(("compute", "weights", "tensor", "expert", "sequence", "pipeline"), 0.0)
-    rate = gpu.peak_tflops * 1e12 * EFFICIENCY * layout.tensor
     stream = size * tokens * hidden
     for chunk in chunks:
         for number, layer in chunk.layers.items():
@@ -177,12 +190,13 @@ def stage_cost(
                 seconds["tensor"] += regions * 2 * travels * groups["tensor"].ring(stream)
                 if moe and half == "ffn":
                     seconds["expert"] += 2 * travels * dispatch(config, groups, stream / layout.tensor)
+                    seconds["expert"] += WAIT_SECONDS * waits(config, groups)
         if chunk.logits:
             passes = 4 if "logits" in training.recompute_modules else 3
-            seconds["compute"] += passes * tokens * flops.head / (HEAD_SPEED * rate)
+            seconds["compute"] += passes * tokens * flops.head / (HEAD_SPEED * speed(gpu, layout.tensor).together)
             seconds["tensor"] += 2 * groups["tensor"].ring(stream)
         weights = sum(p.numel() * (4 * p.element_size() + 8) for p in chunk.parameters if p.requires_grad)
-        seconds["weights"] += weights / gpu.memory_bandwidth
+        seconds["weights"] += weights / (MEMORY_EFFICIENCY * gpu.memory_bandwidth)
         seconds["pipeline"] += 2 * groups["pipeline"].send(stream / layout.tensor)
 
     forward = seconds["compute"] / 3
@@ -198,8 +212,15 @@ def stage_cost(
         data += reduce + gather
         replicas = groups[axis].ranks if config.optimizer.distributed else 1
         moved = sum(p.numel() * (2 * optimizer_bytes(p, config.optimizer) + 4) for p in parameters)
-        update += moved / replicas / gpu.memory_bandwidth
+        update += moved / replicas / (MEMORY_EFFICIENCY * gpu.memory_bandwidth)
     return StageCost(seconds, data, update)
+
+
+def waits(config: Config, groups: dict[str, Group]) -> bool:
+    """Whether the host waits for the device before tokens travel."""
+    moe, ranks = config.model.moe, groups["expert"].ranks
+    sent = ranks * groups["expert_tensor"].ranks > 1 and expert_dispatcher(moe, ranks) == "alltoall"
+    return sent and not moe.capacity_pad
 
 
 def dispatch(config: Config, groups: dict[str, Group], stream: float) -> float:

@@ -57,6 +57,15 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """FLOPs per second of a rank, and of those together that share out its heads; bytes per second of its memory."""
+
+    rate: float
+    together: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
 class Message:
     """What one exchange sends in one pass.
 
@@ -256,8 +265,7 @@ def layer_exchange(
     group: Group,
     core: Callable[[int], float],
     length: int,
-    rate: float,
-    tensor: int = 1,
+    speed: Speed,
 ) -> Exchange:
     """Of one layer.
 
@@ -265,32 +273,30 @@ def layer_exchange(
         group: of the ranks that share out a sequence.
         core: FLOPs of the recurrence, or of attention, per token of sequences so long (`Mixer.recurrence_flops`).
         length: of the sequences.
-        rate: FLOPs per second of a rank.
-        tensor: ranks that share out its heads.
     """
     if split.order.size == 1:
         return Exchange()
     if by_heads(needs, split):
         return Exchange((_to_heads(needs, split, group),))
-    attend, gap = split.tokens * core(length) / rate / tensor, split.tokens * needs.gap / rate
+    attend, gap = split.tokens * core(length) / speed.together, split.tokens * needs.gap / speed.rate
     messages = [KEYS[split.attention](keys, split, group, attend) for keys in needs.keys]
     messages += [STATES["ring" if state.serial else split.exchange](state, split, group, gap) for state in needs.states]
-    local = sum(local_seconds(state, split, group, rate) for state in needs.states)
+    local = sum(local_seconds(state, split, speed) for state in needs.states)
     if any(state.serial for state in needs.states):
         local += 3 * attend * (split.order.size - 1)  # all others' turns
     return Exchange(tuple(messages), local, imbalance(core, length, split.order))
 
 
-def local_seconds(state: State, split: Split, group: Group, rate: float) -> float:
+def local_seconds(state: State, split: Split, speed: Speed) -> float:
     """Of the summary, by its FLOPs or by reading its inputs, in the backward pass twice, whichever takes longer; and of
     the scan."""
-    forward, backward = (flops / rate for flops in state.flops)
-    read = state.inputs / group.cluster.gpu.memory_bandwidth
+    forward, backward = (flops / speed.rate for flops in state.flops)
+    read = state.inputs / speed.bandwidth
     summary = split.tokens * (max(forward, read) + max(backward, 2 * read))
     scan = 0.0
     if split.exchange == "all_gather" and not state.serial:  # a ring's is between its messages
         everyones = FP32 * split.rows * split.order.count * (state.numbers + state.transition)
-        scan = split.order.count * STEP_SECONDS + everyones / group.cluster.gpu.memory_bandwidth
+        scan = split.order.count * STEP_SECONDS + everyones / speed.bandwidth
     return summary + 2 * scan
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Layout, Mixer
-from linear_moe.modeling.ops.sequence import pieces_of
+from linear_moe.modeling.ops.sequence import FromState, pieces_of
 
 TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
 
@@ -79,9 +79,10 @@ class Needs:
 class _Recorder:
     """See `ops.sequence.Pieces`: notes what it is asked for; whole sequences of its own are all that it gives."""
 
-    length, sequences = TOKENS, 1
+    sequences = 1
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        self.length = tokens
         self.states_: list[State] = []
         self.keys_: list[TokenKeys] = []
         self.attended: list[Tensor] = []  # queries, keys and values
@@ -95,21 +96,17 @@ class _Recorder:
         self._ahead.append(x)
 
     def states(self, summary: Callable[..., Any], *inputs: Tensor | None, matrix: bool = False) -> Tensor:
-        (transition, state), flops = counted(summary, *inputs)
+        (transition, state), flops = self._counted(summary, *inputs)
         self._note(transition, state, (flops, 2 * flops), inputs)
         return state
 
     def through(
-        self,
-        run: Callable[..., Any],
-        summary: Callable[..., Any],
-        gradient: Callable[..., Tensor],
-        *inputs: Tensor | None,
-        matrix: bool = False,
+        self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
     ) -> tuple[Tensor, Tensor]:
-        (transition, state), flops = counted(summary, *inputs)
-        outputs: tuple[Tensor, Tensor] = run(state)
-        self._note(transition, state, (flops, counted(gradient, *inputs, outputs[0])[1]), inputs)
+        (transition, state), flops = self._counted(*summary)
+        outputs = run(state)
+        _, back = self._counted(*gradient, outputs[0])
+        self._note(transition, state, (flops, back), summary[1:])
         return outputs
 
     def carry(
@@ -125,16 +122,25 @@ class _Recorder:
         if summary is None:
             self._note(None, state, (0.0, 0.0), inputs)
         else:
-            (transition, _), flops = counted(summary, *inputs, skip=0)
+            (transition, _), flops = self._counted(summary, *inputs, skip=0)
             self._note(transition, state, (flops, 2 * flops), inputs)
         found: Tensor = outputs
         return found
+
+    def _counted(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, float]:
+        """What it gives, and FLOPs per token of its matrix products."""
+        with FlopCounterMode(display=False) as counter:
+            found = function(*inputs, **options)
+        return found, counter.get_total_flops() / self.length
 
     def _note(
         self, transition: Tensor | None, state: Tensor, flops: tuple[float, float], inputs: Sequence[Tensor | None]
     ) -> None:
         """`transition`: None where a piece does nothing to a state that others could know before."""
-        read, ahead = sum(_bytes(x) for x in inputs if x is not None) / TOKENS, any(x is inputs[0] for x in self._ahead)
+        read, ahead = (
+            sum(_bytes(x) for x in inputs if x is not None) / self.length,
+            any(x is inputs[0] for x in self._ahead),
+        )
         does = 0 if transition is None else _numbers(transition)
         self.states_.append(State(_numbers(state), does, flops, read, ahead, transition is None))
 
@@ -149,16 +155,9 @@ class _Recorder:
     ) -> Tensor:
         k, v = expand(*shared)
         self.attended += [q, k, v]
-        numbers, size = (sum(of(x) for x in shared) // TOKENS for of in (_numbers, _bytes))
+        numbers, size = (sum(of(x) for x in shared) // self.length for of in (_numbers, _bytes))
         self.keys_.append(TokenKeys(numbers, size, window))
         return q.new_empty(*q.shape[:3], v.shape[-1])
-
-
-def counted(function: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, float]:
-    """What it gives, and FLOPs per token of its matrix products."""
-    with FlopCounterMode(display=False) as counter:
-        found = function(*inputs, **options)
-    return found, counter.get_total_flops() / TOKENS
 
 
 def layer_needs(layers: Mapping[int, Any]) -> dict[int, Needs]:
@@ -175,25 +174,26 @@ def layer_needs(layers: Mapping[int, Any]) -> dict[int, Needs]:
     return found
 
 
-def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None) -> Needs:
+def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None, tokens: int = TOKENS) -> Needs:
     """Of one mixer on the meta device.
 
     Args:
         shared: what layers before have left (`Layout.shared`); it leaves its own there.
+        tokens: of a piece; only of very short ones does it matter.
     """
-    recorder, dtype = _Recorder(), mixer.host.dtype
-    positions = torch.empty(1, TOKENS, dtype=torch.int64, device="meta")
-    layout = Layout(1, TOKENS, positions=positions, shared={} if shared is None else shared, pieces=recorder)
-    tokens = torch.empty(TOKENS, mixer.dims.hidden_size, dtype=dtype, device="meta")
+    recorder, dtype = _Recorder(tokens), mixer.host.dtype
+    positions = torch.empty(1, tokens, dtype=torch.int64, device="meta")
+    layout = Layout(1, tokens, positions=positions, shared={} if shared is None else shared, pieces=recorder)
+    x = torch.empty(tokens, mixer.dims.hidden_size, dtype=dtype, device="meta")
     with torch.no_grad(), pieces_of(recorder):
-        inputs, _ = mixer.project(tokens, layout, None)
+        inputs, _ = mixer.project(x, layout, None)
         output = mixer.mix(inputs, layout, None)
     heads = output.shape[2]
     tensors = recorder.attended or [x for x in inputs.values() if isinstance(x, Tensor)]
-    by_token = (x for x in tensors if x.ndim > 2 and x.shape[1] == TOKENS)
-    shares = tuple((_heads(x, heads), _bytes(x) // TOKENS) for x in by_token)
+    by_token = (x for x in tensors if x.ndim > 2 and x.shape[1] == tokens)
+    shares = tuple((_heads(x, heads), _bytes(x) // tokens) for x in by_token)
     gap = sum(2.0 * m.weight.numel() for m in mixer.modules() if isinstance(m, Linear) and m.split == "row")
-    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, shares, _bytes(output) // TOKENS, gap)
+    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, shares, _bytes(output) // tokens, gap)
 
 
 def _heads(x: Tensor, heads: int) -> int:

@@ -18,7 +18,7 @@ from linear_moe.config.validate import MAX_WORLD, padded_length, rank_tokens, va
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.plan.cost import EFFICIENCY, Cluster, Group, layer_seconds
+from linear_moe.plan.cost import EFFICIENCY, Cluster, Group, layer_seconds, speed
 from linear_moe.plan.exchange import HEADS, KEYS, STATES, Exchange, Split
 from linear_moe.plan.model import forward_flops
 from linear_moe.plan.needs import Needs
@@ -123,8 +123,8 @@ class Simulation:
                 if reason is None:
                     seconds = self.outside[world] + sum(row.kind.layers * row.seconds for row in rows)
                     extra = sum(row.kind.layers * row.exchange.cost() for row in rows)
-                    speed = length / world / seconds
-                    found |= {"seconds": seconds, "overhead": extra / seconds, "tokens_per_second_per_gpu": speed}
+                    tokens = length / world / seconds
+                    found |= {"seconds": seconds, "overhead": extra / seconds, "tokens_per_second_per_gpu": tokens}
                 yield found | {"reason": reason}
 
     def to_json(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class _Model:
         self.ranks = RankModels(config, rows)
 
     def head_seconds(self, config: Config, cluster: Cluster) -> float:
-        rate = HEAD_SPEED * cluster.gpu.peak_tflops * 1e12 * EFFICIENCY * config.parallel.tensor
+        rate = HEAD_SPEED * speed(cluster.gpu, config.parallel.tensor).together
         return 3 * rank_tokens(config) * forward_flops(config, self.plain).head / rate
 
     def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[Row]:

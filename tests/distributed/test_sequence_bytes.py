@@ -45,13 +45,13 @@ LAYOUTS = ("contiguous", "zigzag")
 ATTENTION = [(name, layout, attention) for name in SOFTMAX for layout in LAYOUTS for attention in STRATEGIES]
 
 
-def state_sizes(mixer: Mixer) -> list[tuple[int, int]]:
-    """Elements of every state that the mixer carries, and of its transition."""
+def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int]]:
+    """Elements of every state that the mixer carries, and of its transition over a piece of `length` tokens."""
     sizes = []
     for name, (shape, _) in mixer.state_shapes(1, 1).items():
         if name.startswith("conv"):
             _, channels, history = shape
-            sizes.append((channels * history, history * history))
+            sizes.append((channels * history, history * history if length < history else 1))
             continue
         kept = {
             "lightning": lambda h, k, v: h,
@@ -67,9 +67,13 @@ def state_sizes(mixer: Mixer) -> list[tuple[int, int]]:
 def planned(name: str, world: int, layout: str, length: int, rank: int, **ways: str) -> tuple[int, int]:
     """What `linear-moe plan` counts with."""
     mixer, fields = SOFTMAX.get(name) or (name, MIXERS[name])
-    needs = mixer_needs(mixer_class(mixer)(mixer_config(mixer, **fields), dims(), Host(torch.float32, "meta")))
+    found, order = (
+        mixer_class(mixer)(mixer_config(mixer, **fields), dims(), Host(torch.float32, "meta")),
+        Order(world, layout),
+    )
+    needs = mixer_needs(found, tokens=length // order.count)
     ways = {"exchange": "all_gather", "attention": "all_gather"} | ways
-    return layer_sent(needs, Split(Order(world, layout), ROWS, ROWS * length // world, **ways), rank)
+    return layer_sent(needs, Split(order, ROWS, ROWS * length // world, **ways), rank)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
     for length in LENGTHS:
         for rank, sent in enumerate(results[world, name, layout, strategy, "all_gather", str(length)]):
             assert sent == planned(name, world, layout, length, rank, exchange=strategy)
-            sizes = state_sizes(mixer)
+            sizes = state_sizes(mixer, length // (last + 1))
             states, transitions = (ROWS * FP32_BYTES * sum(column) for column in zip(*sizes, strict=True))
             if strategy == "all_gather":
                 assert sent == (per_rank * (states + transitions), per_rank * states)

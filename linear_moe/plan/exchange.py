@@ -51,7 +51,7 @@ class Split:
     @classmethod
     def of(cls, config: Config) -> Split:
         parallel, rows = config.parallel, config.training.micro_batch
-        number = DTYPES[getattr(parallel, "sequence_dtype", "fp32")].itemsize
+        number = DTYPES[parallel.sequence_dtype].itemsize
         ways = parallel.sequence_exchange, parallel.sequence_attention
         return cls(order_of(parallel), rows, rank_tokens(config), *ways, number)
 

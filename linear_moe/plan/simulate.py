@@ -184,9 +184,8 @@ def at(config: Config, world: int, length: int) -> Config:
         raise ConfigError("--world", world, f"must be a multiple of parallel.tensor = {tensor}, at most {MAX_WORLD}")
     given = config.parallel
     parallel = ParallelConfig(tensor=tensor, tensor_sequence=given.tensor_sequence, sequence=world // tensor)
-    for name in ("sequence_layout", "sequence_dtype"):
-        if parallel.sequence > 1 and hasattr(given, name):
-            setattr(parallel, name, getattr(given, name))
+    if parallel.sequence > 1:
+        parallel.sequence_layout, parallel.sequence_dtype = given.sequence_layout, given.sequence_dtype
     training = replace(config.training, sequence_length=length, micro_batch=1)
     found = replace(config, parallel=parallel, training=training)
     validate_fields(found)

@@ -45,7 +45,7 @@ from tests.unit.mixers.common import cases, dims
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 ROUND = GPU(memory_gib=1.0, peak_tflops=100.0, memory_bandwidth=1e12, link=100e9, network=10e9)
 CLUSTER = Cluster(ROUND, 8)
-SPEED = Speed(1e13, 1e13, 1e12)
+SPLIT = [(n, fields) for n, fields in cases() if mixer_class(n).capabilities.sequence_parallel]
 SPEED = Speed(1e13, 1e13, 1e12)
 
 

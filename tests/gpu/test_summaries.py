@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops import scan, sequence
 from linear_moe.modeling.ops.delta import chunk, delta, product
 from linear_moe.modeling.ops.delta import gpu as delta_gpu
 from linear_moe.modeling.ops.dispatch import has_fla
@@ -24,6 +24,7 @@ from tests.tolerances import BF16, FP32, assert_close
 pytest.importorskip("triton")
 decay_kernels = importlib.import_module("linear_moe.modeling.ops.decay.summary_gpu")
 decay_summary = importlib.import_module("linear_moe.modeling.ops.decay.summary")
+scan_kernels = importlib.import_module("linear_moe.modeling.ops.scan.summary_gpu")
 delta_kernels = importlib.import_module("linear_moe.modeling.ops.delta.summary_gpu")
 delta_summary = importlib.import_module("linear_moe.modeling.ops.delta.summary")
 dplr_summary = importlib.import_module("linear_moe.modeling.ops.dplr.summary")
@@ -197,6 +198,31 @@ def test_delta_from_the_kernels(gate: str, keys: int) -> None:
     found += (delta_summary._gradient_on_kernels(keys, 0.3, expand, *given, d_o),)
     for name, x, y in zip(("transition", "state", "gradient"), found, by_running(inputs, d_o, 0.3), strict=True):
         assert_close(x, y, BF16, f"{gate} {name}")
+
+
+@pytest.mark.parametrize("programs", [1056, 2])
+@pytest.mark.parametrize("shape", [(2, 37, 40, 16), (1, 70, 130, 5), (2, 5, 3, None)])
+def test_sums_of_channels(shape: tuple[Any, ...], programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, tokens, channels, states (None: one, of HGRN); against the scans run from zero."""
+    monkeypatch.setattr(scan_kernels, "PROGRAMS", programs)
+    rows, length, channels, states = shape
+    u, d_y = (draw(rows, length, channels, seed=i) for i in (1, 2))
+    if states is None:
+        g = -draw(rows, length, channels, seed=3).abs()
+        g[0, length // 2] = float("-inf")
+        run = partial(scan.linear_scan, u, g, backend="chunk")
+        found, back = scan_kernels.weighted_sum(u, None, g, None), (d_y, None, g, None)
+        found = tuple(x.squeeze(-1) for x in found)
+    else:
+        dt, A = draw(rows, length, channels, seed=3).abs(), -draw(channels, states, seed=4).abs()
+        B, C = (draw(rows, length, states, seed=i) for i in (5, 6))
+        run = partial(scan.selective_scan, u, dt, A, B, C, backend="chunk")
+        found, back = scan_kernels.weighted_sum(u, B, dt, A, factor=True), (d_y, C, dt, A)
+    start = draw(*found[0].shape, seed=7)
+    assert_close(found[0] * start + found[1], run(initial_state=start)[1], 10 * FP32, "state")
+    _, gradient = scan_kernels.weighted_sum(*back, backwards=True)
+    expected = sequence.start_gradient(lambda state: run(initial_state=state), torch.zeros_like(start), d_y)
+    assert_close(gradient.view_as(expected), expected, 10 * FP32, "gradient")
 
 
 def test_start_gradient() -> None:

@@ -164,7 +164,7 @@ class _Wait(torch.autograd.Function):
 def _gather(exchange: Exchange, transition: Tensor, state: Tensor) -> Finish:
     """All summaries in one message; the scan is this rank's own. Transitions of the pieces behind are kept."""
     line, sent = exchange.line, transition - exchange.one(transition) if exchange.less_one else transition
-    arrived = _from_all([state, sent], line, line.dtype)
+    arrived = _from_all([state, sent], line)
 
     def finish() -> Tensor:
         states, transitions = arrived()
@@ -176,7 +176,7 @@ def _gather(exchange: Exchange, transition: Tensor, state: Tensor) -> Finish:
 
 
 def _gather_gradients(exchange: Exchange, kept: Tensor, gradient: Tensor) -> Finish:
-    line, arrived = exchange.line, _from_all([gradient], exchange.line, exchange.line.dtype)
+    line, arrived = exchange.line, _from_all([gradient], exchange.line)
 
     def finish() -> Tensor:
         (gradients,) = arrived()
@@ -200,27 +200,27 @@ def _scan(exchange: Exchange, transitions: dict[int, Tensor], states: list[Tenso
     return torch.stack([found[piece] for piece in own])
 
 
-def _from_all(parts: Sequence[Tensor], line: Line, dtype: torch.dtype) -> Callable[[], list[list[Tensor]]]:
+def _from_all(parts: Sequence[Tensor], line: Line) -> Callable[[], list[list[Tensor]]]:
     """Send `[P, ...]` of this rank, in one message -> a function that waits for all ranks' pieces, in order of time.
 
-    They travel in `dtype`. What the function gives, in the dtype of the first part, are views of one buffer.
+    What it gives, in fp32 or complex, are views of one buffer.
     """
     order, shapes = line.order, [_real(part).shape[1:] for part in parts]
     sizes = [shape.numel() for shape in shapes]
-    own = torch.empty(order.per_rank, sum(sizes), dtype=dtype, device=parts[0].device)
+    own = torch.empty(order.per_rank, sum(sizes), dtype=line.dtype, device=parts[0].device)
     for place, part, shape in zip(own.split(sizes, 1), parts, shapes, strict=True):
         place.unflatten(1, shape).copy_(_real(part))
     everyones, work = own, None
     if line.group is not None:
         everyones = own.new_empty(order.count, sum(sizes))
         work = dist.all_gather_into_tensor(everyones, own, group=line.group, async_op=True)
-    complex_parts, wide = [part.is_complex() for part in parts], _real(parts[0]).dtype
+    complex_parts = [part.is_complex() for part in parts]
 
     def finish() -> list[list[Tensor]]:
         if work is not None:
             work.wait()
         found = []
-        for x, shape, is_complex in zip(everyones.to(wide).split(sizes, 1), shapes, complex_parts, strict=True):
+        for x, shape, is_complex in zip(everyones.float().split(sizes, 1), shapes, complex_parts, strict=True):
             x = x.unflatten(1, shape)
             by_rank = (torch.view_as_complex(x) if is_complex else x).unbind()
             found.append([by_rank[n] for n in _in_time(order)])

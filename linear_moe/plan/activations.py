@@ -11,7 +11,7 @@ from torch import nn
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import ParallelLayout, expert_dispatcher, rank_tokens, recomputed, tensor_sequence
 from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.ops.linear_cross_entropy import BLOCK_ELEMENTS
+from linear_moe.modeling.ops.linear_cross_entropy import block_rows
 from linear_moe.plan.ranks import RankChunk
 
 
@@ -122,7 +122,7 @@ def logit_bytes(config: Config, columns: float, tokens: int) -> float:
     size, hidden = DTYPES[config.training.dtype].itemsize, config.model.hidden_size
     weight = size * columns * hidden
     if "logits" in config.training.recompute_modules:  # a block; the gradient of the head's input is summed in fp32
-        return weight + size * min(BLOCK_ELEMENTS, tokens * columns) + 4 * tokens * hidden
+        return weight + size * tokens * min(block_rows(tokens), columns) + 4 * tokens * hidden
     # The gradient takes the logits' place; over tensor ranks Megatron's loss takes them to fp32 first.
     copies = size if config.parallel.tensor == 1 or size == 4 else size + 4
     return weight + copies * tokens * columns

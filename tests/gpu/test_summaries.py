@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops import scan, sequence
 from linear_moe.modeling.ops.delta import chunk, delta, product
 from linear_moe.modeling.ops.delta import gpu as delta_gpu
 from linear_moe.modeling.ops.dispatch import has_fla
+from linear_moe.modeling.ops.dplr import dplr
 from linear_moe.modeling.ops.packing import segment_sums
 from tests.gpu.kernels import DEVICE, INTERPRETED, MARKS
 from tests.tolerances import BF16, FP32, assert_close
@@ -23,8 +24,10 @@ from tests.tolerances import BF16, FP32, assert_close
 pytest.importorskip("triton")
 decay_kernels = importlib.import_module("linear_moe.modeling.ops.decay.summary_gpu")
 decay_summary = importlib.import_module("linear_moe.modeling.ops.decay.summary")
+scan_kernels = importlib.import_module("linear_moe.modeling.ops.scan.summary_gpu")
 delta_kernels = importlib.import_module("linear_moe.modeling.ops.delta.summary_gpu")
 delta_summary = importlib.import_module("linear_moe.modeling.ops.delta.summary")
+dplr_summary = importlib.import_module("linear_moe.modeling.ops.dplr.summary")
 
 pytestmark = MARKS
 TF32 = 2e-3  # products of fp32 tensors on a GPU
@@ -111,10 +114,66 @@ def test_scan(shape: tuple[int, ...], gate: str, programs: int, least: int, monk
     made = wy(q, k, v, beta, g, d_o, 0.3)
     given = (made["k"], made["w"])
     transition, state = delta_kernels.scan(*given, made["u"], made["g"], made["gk"])
-    _, start = delta_kernels.scan(*given, made["dv"], made["g"], made["gk"], q=made["q"], do=d_o, scale=0.3)
+    backwards: dict[str, Any] = {"q": made["q"], "do": d_o, "scale": 0.3, "backwards": True}
+    _, start = delta_kernels.scan(*given, made["dv"], made["g"], made["gk"], **backwards)
     expected = by_running((q, k, v, beta, g), d_o, 0.3)
     for name, x, y in zip(("transition", "state", "gradient"), (transition, state, start), expected, strict=True):
         assert_close(x, y, 10 * FP32 if INTERPRETED else 2 * TF32, name)
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_scan_of_dplr(chunk: int) -> None:
+    """Against the recurrence from chunk to chunk, as `delta/summary_gpu.py` has it."""
+    rows, length, heads, keys, values = 2, 150, 2, 24, 20
+    q, k, b, w = (draw(rows, length, heads, keys, seed=i) / 8 for i in range(4))
+    v, u, d_o, dv = (draw(rows, length, heads, values, seed=i) for i in range(4, 8))
+    gk = -draw(rows, length, heads, keys, seed=8).abs() / 8
+    state, after = torch.randn(2, rows, heads, keys, values, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    final, start = state, after
+    last = [x[:, -1] for x in gk.split(chunk, 1)]
+
+    def by_chunk(*tensors: Tensor) -> list[list[Tensor]]:
+        return [[x.transpose(1, 2) for x in parts] for parts in zip(*(x.split(chunk, 1) for x in tensors), strict=True)]
+
+    forth, back = by_chunk(k, b, w, v, u), by_chunk(q, b, w, d_o, dv)
+    for kept, (k_c, b_c, w_c, v_c, u_c) in zip(last, forth, strict=True):
+        final = final * kept.exp2()[..., None] + b_c.mT @ (u_c + w_c @ final) + k_c.mT @ v_c
+    for kept, (q_c, b_c, w_c, d_c, dv_c) in zip(last[::-1], back[::-1], strict=True):
+        start = start * kept.exp2()[..., None] + 0.3 * q_c.mT @ d_c + w_c.mT @ (dv_c + b_c @ start)
+    options: dict[str, Any] = {"gk": gk, "sign": 1, "chunk": chunk}
+    transition, adds = delta_kernels.scan(b, w, u, q=k, do=v, **options)
+    tolerance = 10 * FP32 if INTERPRETED else 2 * TF32
+    assert_close(transition @ state + adds, final, tolerance, "forwards")
+    transition, adds = delta_kernels.scan(b, w, dv, q=q, do=d_o, scale=0.3, backwards=True, **options)
+    assert_close(transition @ after + adds, start, tolerance, "backwards")
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_local_gradients_of_writes(chunk: int) -> None:
+    scores, d_o = draw(2, 150, 3, chunk, seed=1), draw(2, 150, 3, 20, seed=2)
+    expected = torch.zeros_like(d_o)
+    for i in range(0, 150, chunk):
+        part = scores[:, i : i + chunk, :, : 150 - i].transpose(1, 2).tril()
+        expected[:, i : i + chunk] = (part.mT @ d_o[:, i : i + chunk].transpose(1, 2)).transpose(1, 2)
+    assert_close(delta_kernels.local(scores, d_o), expected, TF32)
+
+
+@pytest.mark.skipif(INTERPRETED or not has_fla(), reason="needs flash-linear-attention's kernels")
+@pytest.mark.usefixtures("no_autotuning")
+@pytest.mark.parametrize("min_gate", [-0.61, -5.0])
+def test_dplr_from_the_kernels(min_gate: float) -> None:
+    rows, length, heads, keys, values = 2, 700, 3, 64, 64
+    q, k, a = (F.normalize(draw(rows, length, heads, keys, seed=i), dim=-1).bfloat16() for i in range(3))
+    v, d_o = (draw(rows, length, heads, values, seed=i).bfloat16() for i in (3, 4))
+    b, g = -a * draw(rows, length, heads, keys, seed=5).sigmoid().bfloat16() / 8, -draw(*k.shape, seed=6).abs() / 500
+    inputs = (q, k, v, a, b, g)
+    found = dplr_summary._on_kernels(min_gate, *inputs)
+    found += (dplr_summary._gradient_on_kernels(min_gate, 0.3, *inputs, d_o),)
+    op, wide = partial(dplr, backend="chunk"), [x.float() for x in inputs]
+    expected = dplr_summary._by_running(op, *wide)
+    expected += (dplr_summary._gradient_by_running(op, 0.3, *wide, d_o.float()),)
+    for name, x, y in zip(("transition", "state", "gradient"), found, expected, strict=True):
+        assert_close(x, y, BF16, name)
 
 
 @pytest.mark.skipif(INTERPRETED or not has_fla(), reason="needs flash-linear-attention's kernels")
@@ -139,6 +198,31 @@ def test_delta_from_the_kernels(gate: str, keys: int) -> None:
     found += (delta_summary._gradient_on_kernels(keys, 0.3, expand, *given, d_o),)
     for name, x, y in zip(("transition", "state", "gradient"), found, by_running(inputs, d_o, 0.3), strict=True):
         assert_close(x, y, BF16, f"{gate} {name}")
+
+
+@pytest.mark.parametrize("programs", [1056, 2])
+@pytest.mark.parametrize("shape", [(2, 37, 40, 16), (1, 70, 130, 5), (2, 5, 3, None)])
+def test_sums_of_channels(shape: tuple[Any, ...], programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, tokens, channels, states (None: one, of HGRN); against the scans run from zero."""
+    monkeypatch.setattr(scan_kernels, "PROGRAMS", programs)
+    rows, length, channels, states = shape
+    u, d_y = (draw(rows, length, channels, seed=i) for i in (1, 2))
+    if states is None:
+        g = -draw(rows, length, channels, seed=3).abs()
+        g[0, length // 2] = float("-inf")
+        run = partial(scan.linear_scan, u, g, backend="chunk")
+        found, back = scan_kernels.weighted_sum(u, None, g, None), (d_y, None, g, None)
+        found = tuple(x.squeeze(-1) for x in found)
+    else:
+        dt, A = draw(rows, length, channels, seed=3).abs(), -draw(channels, states, seed=4).abs()
+        B, C = (draw(rows, length, states, seed=i) for i in (5, 6))
+        run = partial(scan.selective_scan, u, dt, A, B, C, backend="chunk")
+        found, back = scan_kernels.weighted_sum(u, B, dt, A, factor=True), (d_y, C, dt, A)
+    start = draw(*found[0].shape, seed=7)
+    assert_close(found[0] * start + found[1], run(initial_state=start)[1], 10 * FP32, "state")
+    _, gradient = scan_kernels.weighted_sum(*back, backwards=True)
+    expected = sequence.start_gradient(lambda state: run(initial_state=state), torch.zeros_like(start), d_y)
+    assert_close(gradient.view_as(expected), expected, 10 * FP32, "gradient")
 
 
 def test_start_gradient() -> None:

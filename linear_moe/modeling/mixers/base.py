@@ -191,8 +191,7 @@ class LinearMixer(Mixer):
         found, children = {}, cast("Iterator[tuple[str, Any]]", self.named_children())
         for child, conv in children:
             if (name := child.removesuffix("_conv1d")) != child:
-                found[name] = self._projection(name, x, layout)
-                ahead(found[name], conv.size)
+                found[name] = ahead(self._projection(name, x, layout), conv.size - 1)
         return found
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:

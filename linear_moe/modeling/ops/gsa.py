@@ -11,6 +11,7 @@ from torch import Tensor
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
+from linear_moe.modeling.ops.decay.summary import differentiable
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, fla, pad_keys, requested, tiled
 
 States = tuple[Tensor, Tensor]
@@ -53,8 +54,8 @@ def gsa(
     check_inputs(q, k, s, {"g": (g, (tuple(s.shape),))}, keys, cu_seqlens)
     check_inputs(s, s, v, {}, values, cu_seqlens)
     scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
-    apart = sequence.current(keys) is not None  # the second pass waits for the first one's states
-    if apart or (backend == "auto" and decodes(q.shape[1], keys, cu_seqlens)):
+    pieces = sequence.current(keys)
+    if pieces is None and backend == "auto" and decodes(q.shape[1], keys, cu_seqlens):
         return _two_passes(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded, backend)
     implementations: dict[str, Any] = {
         name: partial(_two_passes, backend=name) for name in ("reference", "chunk", "gpu")
@@ -63,7 +64,10 @@ def gsa(
     if s.shape[-1] == tiled(s.shape[-1]) and v.shape[-1] % 2 == 0:
         implementations["gpu"] = _kernel
     implementation = choose(backend, implementations, v, None)
-    return implementation(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded)
+    if pieces is not None:  # neither pass writes what the other one reads: both states are known before
+        initial_states = pieces.states(differentiable, k, s, None, g), pieces.states(differentiable, s, v, g, None)
+    with sequence.pieces_of(None):
+        return implementation(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded)
 
 
 def _two_passes(

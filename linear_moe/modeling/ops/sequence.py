@@ -40,6 +40,11 @@ class Pieces(Protocol):
         """Tokens of a piece."""
         ...
 
+    @property
+    def packed(self) -> bool:
+        """Whether pieces may hold several sequences; else they are the rows."""
+        ...
+
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         """The initial state of every local sequence `[N, ...]` from `summary` of inputs `[B, T, ...]`, differentiable.
 
@@ -47,8 +52,13 @@ class Pieces(Protocol):
         """
         ...
 
-    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
-        """Begin what `states` of this very tensor will wait for: work in between hides the exchange. Collective."""
+    def ahead(self, summary: Summary, x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
+        """Begin what `states` of this very `x` will wait for, from `summary` of inputs: work in between hides the
+        exchange. Collective."""
+        ...
+
+    def asked(self, x: Tensor) -> bool:
+        """Whether that has begun."""
         ...
 
     def through(

@@ -45,7 +45,8 @@ def shift_mix(
     if more is not None and tuple(more.shape) != (count, *x.shape):
         raise ValueError(f"more must be {(count, *x.shape)}, got {tuple(more.shape)}")
     if (pieces := sequence.current(state)) is not None:
-        state = tokens_before(pieces, x, 1).squeeze(1)
+        before, x = tokens_before(pieces, x, 1)
+        state = before.squeeze(1)
     sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and tuple(state.shape) != (sequences, width):
         raise ValueError(f"state must be {(sequences, width)}, got {tuple(state.shape)}")

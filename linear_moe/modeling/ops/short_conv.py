@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
@@ -67,7 +68,7 @@ def short_conv(
         return l2_norm(y, size=norm_size), final
     before = None
     if state is None and width > 1 and (pieces := sequence.current()) is not None:
-        before = tokens_before(pieces, x, width - 1)
+        before, x = tokens_before(pieces, x, width - 1)
         state = None if on_kernel else before.mT.to(x.dtype)
     if state is not None and decodes(x.shape[1], state, cu_seqlens):
         window = torch.cat([state, x.mT.to(state.dtype)], dim=-1)  # [B, C, W]
@@ -96,17 +97,42 @@ def short_conv(
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
 
 
-def ahead(x: Tensor, width: int) -> None:
-    """Of pieces, ask for the tokens before `x [B, T, C]`: `short_conv` of that very tensor waits for them."""
-    if width > 1 and (pieces := sequence.current()) is not None:
-        inside = pieces.length < width - 1
-        pieces.ahead(partial(last_tokens, count=width - 1, matrix=inside), x, matrix=inside)
+def ahead(x: Tensor, count: int) -> Tensor:
+    """Of pieces, ask for the `count` tokens before `x [B, T, C]`: `tokens_before` of the result waits for them.
 
-
-def tokens_before(pieces: sequence.Pieces, x: Tensor, count: int) -> Tensor:
-    """The `count` tokens before every local sequence of `x [B, T, C]`, oldest first: `[N, count, C]` fp32."""
+    Returns:
+        x, for whoever asked and nothing else to use.
+    """
+    pieces = sequence.current()
+    if count == 0 or pieces is None or pieces.asked(x):
+        return x
     inside = pieces.length < count  # only then does what was before a piece last until behind it
-    return pieces.states(partial(last_tokens, count=count, matrix=inside), x, matrix=inside)
+    x, tail = (x, x) if pieces.packed else _Tail.apply(x, count)
+    pieces.ahead(partial(last_tokens, count=count, matrix=inside), x, tail, matrix=inside)
+    return x
+
+
+def tokens_before(pieces: sequence.Pieces, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` tokens before every local sequence of `x [B, T, C]`, oldest first: `[N, count, C]` fp32; and x."""
+    x = ahead(x, count)
+    return pieces.states(partial(last_tokens, count=count), x, matrix=True), x
+
+
+class _Tail(torch.autograd.Function):
+    """x, and its last `count` tokens, whose gradient is added to x's in place: not as zeros of the size of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.count = count
+        return x.view_as(x), x[:, -count:].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor, d_tail: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        if not (dx.is_cuda and dx.is_contiguous()):  # a kernel's own output
+            dx = dx.clone(memory_format=torch.contiguous_format)
+        dx[:, -ctx.count :].add_(d_tail)
+        return dx, None
 
 
 def last_tokens(x: Tensor, count: int, matrix: bool = True) -> tuple[Tensor, Tensor]:

@@ -38,12 +38,19 @@ class RankPieces:
         self._sequences = int(counts.sum())
         self._begun: dict[int, tuple[Tensor, Exchange]] = {}  # by the identity of their inputs
 
-    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
-        self._begun[id(x)] = x, Exchange(*self._summaries(summary, (x,)), self.line, matrix)
+    def ahead(self, summary: Summary, x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
+        self._begun[id(x)] = x, Exchange(*self._summaries(summary, inputs), self.line, matrix)
+
+    def asked(self, x: Tensor) -> bool:
+        return id(x) in self._begun
 
     @property
     def length(self) -> int:
         return self.cut.length
+
+    @property
+    def packed(self) -> bool:
+        return self.cut.packed
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         _, exchange = self._begun.pop(id(inputs[0]), (None, None)) if len(inputs) == 1 else (None, None)

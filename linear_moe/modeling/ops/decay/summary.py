@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.fused import has_triton
@@ -21,6 +22,18 @@ def summary(k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[
     """Inputs as of `decay` -> transition `[N, H, K or 1, V or 1]` and state `[N, H, K, V]`, fp32."""
     if on_kernel(v):
         return _kernel(k, v, g, gv, backwards=False, before_gate=False)
+    return _closed_form(k, v, g, gv)
+
+
+def differentiable(k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`summary` with gradients, for `Pieces.states`. It keeps the inputs only: decayed in fp32 they are much larger."""
+    if not torch.is_grad_enabled():
+        return summary(k, v, g, gv)
+    found: tuple[Tensor, Tensor] = checkpoint(_closed_form, k, v, g, gv, use_reentrant=False, preserve_rng_state=False)
+    return found
+
+
+def _closed_form(k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[Tensor, Tensor]:
     k, v = k.float(), v.float()
     transition = k.new_ones(k.shape[0], k.shape[2], 1, 1)
     if g is not None:

@@ -95,7 +95,7 @@ def _start_gradient(
         else:
             w, _ = fla("ops.gated_delta_rule.wy_fast").recompute_w_u_fwd(k=k, v=v, beta=beta, A=inverse, g=sums)
         dv = fla("ops.common.chunk_o").chunk_bwd_dv_local(q=q, k=k, do=d_o, g=sums, scale=scale, chunk_size=CHUNK)
-        _, start = summary_gpu.scan(k, w, dv, sums, q=q, do=d_o, scale=scale)
+        _, start = summary_gpu.scan(k, w, dv, sums, q=q, do=d_o, scale=scale, backwards=True)
     return start[:, :, :keys]
 
 

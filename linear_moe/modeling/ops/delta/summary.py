@@ -91,10 +91,12 @@ def _gradient_on_kernels(keys: int, scale: float, expand: Any, *inputs: Any) -> 
         d_o = F.pad(d_o.unsqueeze(2), (0, 0, 0, 0, every - 1, 0)).flatten(1, 2)
     with torch.cuda.device_of(v):
         found = _wy(q, k, v, beta, g, scale)
-        local = fla("ops.common.chunk_o").chunk_bwd_dv_local
-        dv = local(q=q, k=k, do=d_o.contiguous(), g=found["g"], A=found["scores"], scale=scale, chunk_size=CHUNK)
-        gates = (found["g"], found["gk"])
-        _, start = _kernels().scan(found["k"], found["w"], dv, *gates, q=found["q"], do=d_o, scale=scale)
+        given: dict[str, Any] = {"q": found["q"], "do": d_o.contiguous(), "scale": scale}
+        if found["scores"] is None:
+            dv = fla("ops.common.chunk_o").chunk_bwd_dv_local(k=k, g=found["g"], chunk_size=CHUNK, **given)
+        else:
+            dv = _kernels().local(found["scores"], d_o)
+        _, start = _kernels().scan(found["k"], found["w"], dv, found["g"], found["gk"], backwards=True, **given)
     return start[:, :, :keys]
 
 

@@ -1,8 +1,9 @@
-"""States and transitions of the delta family from chunk to chunk, in Triton kernels, given each chunk's WY form.
+"""States and transitions of the delta rule and DPLR from chunk to chunk, in Triton kernels, given chunks' WY forms.
 
 In a chunk that starts from state S, tokens write u - w S (see `delta/chunk.py`), so S becomes D S + k^T (u - w S), with
 k decayed to the chunk's end and D the chunk's decay. The gradient of S, G after the chunk, becomes
-D G + q^T do - w^T (dv + k G), q decayed from the chunk's start, dv what the chunk's outputs say of its writes.
+D G + q^T do - w^T (dv + k G), q decayed from the chunk's start, dv what the chunk's outputs say of its writes. DPLR has
++ for -, its b for k, and adds its own k^T v.
 
 Either is run on columns of zeros, for what the tokens add, and on those of the identity, for the transition: in parts
 of the tokens at once, which a second kernel joins.
@@ -15,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64  # tokens, those of the WY form
 COLUMNS = 64  # of a tile
 PROGRAMS = 264  # wanted at once: two for each multiprocessor of an H100
 LEAST = 8  # chunks of a part: joining costs as much as a few of them
@@ -30,8 +30,8 @@ def _rows(x, token, stride, column, here, inside):
 
 @triton.jit
 def _parts(
-    q, k, w, u, do, g, gk, part, scale, T, H, K, V, tokens, BACKWARDS: tl.constexpr, CHUNK: tl.constexpr,
-    BK: tl.constexpr, COLUMNS: tl.constexpr,
+    q, k, w, u, do, g, gk, part, scale, T, H, K, V, tokens, SIGN: tl.constexpr, BACKWARDS: tl.constexpr,
+    CHUNK: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`part [N, S, H, K, V + K]` of S parts of the tokens; u is dv if BACKWARDS. All inputs `[N, T, H, ...]`."""
     tile, piece, head = tl.program_id(0), tl.program_id(1), tl.program_id(2) % H
@@ -55,7 +55,7 @@ def _parts(
         if BACKWARDS:
             writes = tl.dot(keys, state.to(keys.dtype))
         else:
-            writes = -tl.dot(reads, state.to(reads.dtype))
+            writes = SIGN * tl.dot(reads, state.to(reads.dtype))
         if g is not None:
             sums, total = tl.load(g + token, mask=here, other=0.0), tl.load(g + last)
             left = tl.where(here, tl.exp2(total - sums), 0.0)
@@ -65,16 +65,17 @@ def _parts(
         own = _rows(u, token, V, column, here, in_value).to(tl.float32)
         if BACKWARDS:
             writes = own + writes * left[:, None]
-            state -= tl.dot(tl.trans(reads), writes.to(reads.dtype))
+            state += SIGN * tl.dot(tl.trans(reads), writes.to(reads.dtype))
+        else:
+            writes = (own + writes) * left[:, None]
+            state = tl.dot(tl.trans(keys), writes.to(keys.dtype), state)
+        if q is not None:  # noqa: SIM102  one is known when compiled, the other is not
             if adds:
                 queries = _rows(q, token, K, key, here, in_key) * scale
                 if g is not None:
                     queries = queries * tl.exp2(sums)[:, None]
                 d = _rows(do, token, V, column, here, in_value)
                 state = tl.dot(tl.trans(queries.to(d.dtype)), d, state)
-        else:
-            writes = (own + writes) * left[:, None]
-            state = tl.dot(tl.trans(keys), writes.to(keys.dtype), state)
     width = V + K
     place = ((row * tl.num_programs(1) + piece) * H + head) * K * width
     to = tl.where(adds, 0, V) + column
@@ -102,6 +103,31 @@ def _join(
     tl.store(to, state, mask=inside)
 
 
+@triton.jit
+def _local(scores, do, dv, T, H, V, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
+    chunk, head, row = tl.program_id(0), tl.program_id(2) % H, (tl.program_id(2) // H).to(tl.int64)
+    column, at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, CHUNK)
+    t = chunk * CHUNK + at
+    here, token = t < T, (row * T + t) * H + head
+    seen = (at[:, None] >= at[None, :]) & here[:, None]
+    weights = tl.load(scores + token[:, None] * CHUNK + at[None, :], mask=seen, other=0.0)
+    d = _rows(do, token, V, column, here, column < V)
+    inside = here[:, None] & (column < V)[None, :]
+    found = tl.dot(tl.trans(weights.to(d.dtype)), d)
+    tl.store(dv + token[:, None] * V + column[None, :], found.to(dv.dtype.element_ty), mask=inside)
+
+
+def local(scores: Tensor, do: Tensor) -> Tensor:
+    """What outputs `do [N, T, H, V]` say of the writes of their own chunk, which they saw by `scores [N, T, H, C]`."""
+    (rows, length, heads, values), chunk = do.shape, scores.shape[3]
+    scores, do = scores.contiguous(), do.contiguous()
+    dv = torch.empty_like(do)
+    _local[(triton.cdiv(length, chunk), triton.cdiv(values, COLUMNS), rows * heads)](
+        scores, do, dv, length, heads, values, CHUNK=chunk, COLUMNS=COLUMNS, num_warps=4
+    )
+    return dv
+
+
 def scan(
     k: Tensor,
     w: Tensor,
@@ -112,33 +138,37 @@ def scan(
     q: Tensor | None = None,
     do: Tensor | None = None,
     scale: float = 1.0,
+    sign: int = -1,
+    chunk: int = 64,
+    backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What rows of tokens do to a state; with `q` and `do`, to a gradient from behind them.
+    """What rows of tokens do to a state; backwards, to a gradient from behind them.
 
     Args:
-        k, w: `[N, T, H, K]`, of the WY form; with `gk`, k is decayed to the end of its chunk of 64 tokens.
-        u: `[N, T, H, V]`, of the WY form; with `do`, the writes' gradients from the outputs of their own chunk.
+        k, w: `[N, T, H, K]`, of the WY form; with `gk`, k is decayed to the end of its chunk.
+        u: `[N, T, H, V]`, of the WY form; backwards, the writes' gradients from the outputs of their own chunk.
         g: `[N, T, H]` fp32, log2-decay since the beginning of the chunk; gk: `[N, T, H, K]`, or that by key.
-        q: `[N, T, H, K]`; with `gk`, decayed from the start of its chunk.
-        do: `[N, T, H, V]`.
+        q: `[N, T, H, K]`, backwards, with `gk` decayed from the start of its chunk; DPLR's own k, decayed to the end.
+        do: `[N, T, H, V]`, what q writes: the outputs' gradients; DPLR's v.
+        sign: -1: the delta rule; 1: DPLR.
+        chunk: tokens of a chunk.
 
     Returns:
         Transition `[N, H, K, K]` and what the tokens add `[N, H, K, V]`, fp32.
     """
-    backwards = do is not None
     rows, length, heads, keys = k.shape
     values = u.shape[3]
     k, w, u = k.contiguous(), w.contiguous(), u.contiguous()
     q, do, g, gk = (None if x is None else x.contiguous() for x in (q, do, g, gk))
     tiles = triton.cdiv(values, COLUMNS) + triton.cdiv(keys, COLUMNS)
-    chunks, block = triton.cdiv(length, CHUNK), max(16, triton.next_power_of_2(keys))
+    chunks, block = triton.cdiv(length, chunk), max(16, triton.next_power_of_2(keys))
     most = max(1, chunks // LEAST) if block <= MAX_JOINED else 1
-    tokens = triton.cdiv(chunks, min(most, max(1, PROGRAMS // (rows * heads * tiles)))) * CHUNK
+    tokens = triton.cdiv(chunks, min(most, max(1, PROGRAMS // (rows * heads * tiles)))) * chunk
     parts = triton.cdiv(length, tokens)
     part = torch.empty(rows, parts, heads, keys, values + keys, dtype=torch.float32, device=k.device)
     _parts[(tiles, parts, rows * heads)](
-        q, k, w, u, do, g, gk, part, scale, length, heads, keys, values, tokens, BACKWARDS=backwards, CHUNK=CHUNK,
-        BK=block, COLUMNS=COLUMNS, num_warps=8 if backwards or block > 128 else 4, num_stages=2,
+        q, k, w, u, do, g, gk, part, scale, length, heads, keys, values, tokens, SIGN=sign, BACKWARDS=backwards,
+        CHUNK=chunk, BK=block, COLUMNS=COLUMNS, num_warps=4 if q is None and block <= 128 else 8, num_stages=2,
     )  # fmt: skip
     joined = part[:, 0]
     if parts > 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, choose, decodes, requested
-from linear_moe.modeling.ops.scan import chunk, gpu, reference
+from linear_moe.modeling.ops.scan import chunk, gpu, reference, summary
 from linear_moe.modeling.ops.scan.decode import diagonal_step, linear_step, selective_step
 
 __all__ = [
@@ -59,12 +59,7 @@ def linear_scan(
     implementations = {name: module.linear_scan for name, module in IMPLEMENTATIONS.items()}
     implementation = choose(backend, implementations, x, None)
     if (pieces := sequence.current(initial_state)) is not None:
-
-        def summary(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-            _, final = implementation(x, g, initial_state=torch.zeros_like(x[:, 0]).float(), cu_seqlens=None)
-            return g.float().sum(1).exp(), final
-
-        initial_state = pieces.states(summary, x, g)
+        return summary.linear(pieces, implementation, x, g, cu_seqlens)
     return implementation(x, g, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
@@ -105,13 +100,7 @@ def selective_scan(
     implementations = {name: module.selective_scan for name, module in IMPLEMENTATIONS.items()}
     implementation = choose(backend, implementations, u, None)
     if (pieces := sequence.current(initial_state)) is not None:
-
-        def summary(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-            start = A.new_zeros(len(u), *A.shape)
-            _, final = implementation(u, dt, A, B, C, initial_state=start, cu_seqlens=None)
-            return (dt.float().sum(1)[..., None] * A).exp(), final
-
-        state = pieces.states(summary, u, dt, B, C)
+        return summary.selective(pieces, implementation, u, dt, A, B, C, cu_seqlens)
     return implementation(u, dt, A, B, C, initial_state=state, cu_seqlens=cu_seqlens)
 
 
@@ -148,14 +137,14 @@ def diagonal_scan(
     implementation = choose(backend, implementations, u, None)
     if (pieces := sequence.current(initial_state)) is not None:
 
-        def summary(u: Tensor) -> tuple[Tensor, Tensor]:
+        def summarised(u: Tensor) -> tuple[Tensor, Tensor]:
             start = log_a.new_zeros(len(u), *log_a.shape)
             _, final = implementation(u, log_a, c, initial_state=start, cu_seqlens=None)
             g, theta = (log_a.double() * u.shape[1]).unbind(-1)  # fp64: the angle of many tokens
             kept = torch.polar(g.exp(), theta).to(torch.complex64).expand(len(u), -1, -1)
             return kept, torch.view_as_complex(final.contiguous())
 
-        state = torch.view_as_real(pieces.states(summary, u))
+        state = torch.view_as_real(pieces.states(summarised, u))
     return implementation(u, log_a, c, initial_state=state, cu_seqlens=cu_seqlens)
 
 

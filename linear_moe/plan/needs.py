@@ -79,7 +79,7 @@ class Needs:
 class _Recorder:
     """See `ops.sequence.Pieces`: notes what it is asked for; whole sequences of its own are all that it gives."""
 
-    sequences = 1
+    sequences, packed = 1, False
 
     def __init__(self, tokens: int) -> None:
         self.length = tokens
@@ -92,8 +92,11 @@ class _Recorder:
     def numbers(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int64, device="meta")
 
-    def ahead(self, summary: Callable[..., Any], x: Tensor, matrix: bool = False) -> None:
+    def ahead(self, summary: Callable[..., Any], x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
         self._ahead.append(x)
+
+    def asked(self, x: Tensor) -> bool:
+        return any(x is other for other in self._ahead)
 
     def states(self, summary: Callable[..., Any], *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         (transition, state), flops = self._counted(summary, *inputs)
@@ -137,10 +140,8 @@ class _Recorder:
         self, transition: Tensor | None, state: Tensor, flops: tuple[float, float], inputs: Sequence[Tensor | None]
     ) -> None:
         """`transition`: None where a piece does nothing to a state that others could know before."""
-        read, ahead = (
-            sum(_bytes(x) for x in inputs if x is not None) / self.length,
-            any(x is inputs[0] for x in self._ahead),
-        )
+        read = sum(_bytes(x) for x in inputs if x is not None) / self.length
+        ahead = inputs[0] is not None and self.asked(inputs[0])
         does = 0 if transition is None else _numbers(transition)
         self.states_.append(State(_numbers(state), does, flops, read, ahead, transition is None))
 

@@ -328,17 +328,9 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
         return
     if not any(layer.ffn == "moe" for layer in layers):
         return
-    split = f"with parallel.sequence = {parallel.sequence}"
-    if moe.sequence_aux_loss:
-        constraint = f"is not computed over the ranks of a sequence, {split}"
-        raise ConfigError("model.moe.sequence_aux_loss", moe.sequence_aux_loss, constraint, fix="set it to 0")
     if moe.capacity_factor is not None:
-        constraint = f"counts tokens within a rank, {split}"
+        constraint = f"is of all tokens of a sequence, which parallel.sequence = {parallel.sequence} ranks do not exchange"
         raise ConfigError("model.moe.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
-    length, padded = config.training.sequence_length, padded_length(config)
-    if padded != length:
-        constraint = f"would be padded to {padded}, and padding be routed to experts, {split}"
-        raise ConfigError("training.sequence_length", length, constraint, fix=f"nearest valid: {padded}")
 
 
 def _check_pipeline(config: Config, num_layers: int) -> None:

@@ -208,12 +208,15 @@ class Host:
     ) -> Tensor:
         """Attach the losses of a router with `logits [n, E]` that chose `index [n, k]` to its `weights [n, k]`.
 
+        An index of E is that of padding, which does not count.
+
         One process without a training loop has none.
         """
         return weights
 
     def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
-        """Hears every layer's choice `index [n, k]`, and which were within capacity (boolean `[n, k]`; None: all).
+        """Hears every layer's choice `index [n, k]` (num_experts: padding, which does not count), and which were within
+        capacity (boolean `[n, k]`; None: all).
 
         A training loop keeps statistics.
         """

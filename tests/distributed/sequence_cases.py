@@ -106,7 +106,7 @@ def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
     held_out = validation_batches(data, tree, groups.data_rank, groups.data_size, groups.sequence_rank)
     scored = stepper.validate(held_out, 1)
     losses = [(result.loss, result.gradient_norm, result.tokens) for result in [*results, scored]]
-    return {"losses": losses, "router": router}
+    return {"losses": losses, "router": router, "routing": stepper.routing()}
 
 
 def sequence_model(model: dict[str, Any], modules: list[str], packed: bool, layout: str | None) -> dict[str, Tensor]:

@@ -26,6 +26,21 @@ HYBRID = {
     "symbols": {"M": {"mixer": {"type": "mamba2", "head_dim": 16, "num_groups": 2}}},
     "attention": {"type": "attention", "num_kv_heads": 2},
 }
+ROUTERS = {  # every loss of a router, and the choice's bias; memories too
+    "pattern": "LMLN",
+    "num_layers": 4,
+    "symbols": {"M": {"mixer": {"type": "mom", "balance_loss": 0.3}}},
+    "moe": {
+        "num_experts": 4,
+        "expert_ffn_size": 32,
+        "aux_loss": 0.3,
+        "z_loss": 0.1,
+        "sequence_aux_loss": 0.2,
+        "global_aux_loss": 0.1,
+        "expert_bias": True,
+        "bias_update_rate": 0.05,
+    },
+}
 RECOMPUTE = {"recompute": "full"}
 PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
 
@@ -34,6 +49,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "gla": (MOE, {}, False),
     "hybrid": (HYBRID, PARTS, True),
     "padded": (HYBRID | DENSE, RECOMPUTE | {"sequence_length": 30}, True),
+    "routers": (ROUTERS, {"sequence_length": 27}, True),
+    "routers-rows": (ROUTERS, RECOMPUTE | {"sequence_length": 27}, False),
 }
 # name -> (model, ranks, parallel sizes)
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -46,6 +63,12 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "hybrid-sp2-pp2": ("hybrid", 4, {"sequence": 2, "pipeline": 2}),
     "hybrid-sp2-ep2": ("hybrid", 2, {"sequence": 2, "expert": 2}),
     "padded-sp4": ("padded", 4, {"sequence": 4, "sequence_exchange": "ring"}),
+    "routers-sp2": ("routers", 2, {"sequence": 2, "expert": 2}),
+    "routers-rows-sp2": ("routers-rows", 2, {"sequence": 2, "sequence_layout": "contiguous"}),
+    "routers-sp4": ("routers", 4, {"sequence": 4, "sequence_layout": "contiguous", "sequence_exchange": "ring"}),
+    "routers-rows-sp4": ("routers-rows", 4, {"sequence": 4, "expert": 4}),
+    "routers-sp2-tp2": ("routers", 4, {"sequence": 2, "tensor": 2, "expert": 2}),
+    "routers-rows-sp2-pp2": ("routers-rows", 4, {"sequence": 2, "pipeline": 2}),
 }
 
 
@@ -85,6 +108,7 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], name: st
             assert mine.keys() == whole.keys()
             for key, value in whole.items():
                 assert mine[key] == pytest.approx(value, rel=10 * FP32), f"{name}: {key} of step {step}"
+        assert rank["routing"] == one["routing"], name
 
 
 def losses_of(run_folder: Path, config: dict[str, Any], ranks: int) -> list[tuple[int, float]]:

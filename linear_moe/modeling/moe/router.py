@@ -109,9 +109,11 @@ class Router(nn.Module):
         once = self.host.activations.once
         weights, index = route(logits, config, self.expert_bias, once)
         kept = once(lambda: self._kept(weights.detach(), index)) if self.limited else None
-        self.host.observe_routing(index, kept, config, self.layer)
-        layout = layout or Layout(1, len(x))
-        weights = self.host.router_losses(weights, logits, index, config, self.layer, layout)
+        layout, counted = layout or Layout(1, len(x)), index
+        if layout.padding is not None:  # experts take it along, a few tokens: without waiting for the device
+            counted = index.masked_fill(self.host.own_tokens(layout.padding.view(-1, 1)), config.num_experts)
+        self.host.observe_routing(counted, kept, config, self.layer)
+        weights = self.host.router_losses(weights, logits, counted, config, self.layer, layout)
         if kept is None:
             return weights, index
         return weights * kept, index.masked_fill(~kept, config.num_experts)

@@ -39,7 +39,17 @@ class Keys:
 
 
 class Pieces(Protocol):
-    """What ops know of `training/sequence`. Sequences are the rows of a forward pass, or its packed documents."""
+    """What ops know of `training/sequence`. Sequences are the rows of a forward pass, or its packed documents.
+
+    Attributes:
+        numbers: int64 `[N]`, which of all processes' sequences each local one is part of.
+        sequences: how many these are.
+    """
+
+    sequences: int
+
+    @property
+    def numbers(self) -> Tensor: ...
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         """The initial state of every local sequence `[N, ...]` from `summary` of inputs `[B, T, ...]`, differentiable.

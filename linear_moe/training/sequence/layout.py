@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,6 +54,9 @@ class Cut:
         starts: of each segment, where in it sequences begin: 0, and its packed documents.
         begins: of each segment, the token of its row that its first sequence really begins at.
         packed: False: no boundaries, so that segments are rows; else all lie in one row.
+        numbers: of each local sequence, segments laid end to end, which of the micro-batch's sequences it is part of.
+        sequences: of the micro-batch.
+        filled: tokens of a row; what is behind them in its pieces is padding.
     """
 
     order: Order
@@ -62,6 +66,9 @@ class Cut:
     starts: tuple[tuple[int, ...], ...]
     begins: tuple[int, ...]
     packed: bool
+    numbers: tuple[int, ...]
+    sequences: int
+    filled: int
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -79,17 +86,26 @@ class Cut:
         found = [s * self.length + start for s, starts in enumerate(self.starts) for start in starts]
         return [*found, len(self.starts) * self.length]
 
+    @property
+    def padding(self) -> list[int]:
+        """Of each segment, how many of its last tokens are padding."""
+        ends = [(piece + 1) * self.length for _, piece in self.places]
+        return [min(max(end - self.filled, 0), self.length) for end in ends]
+
 
 def order_of(parallel: ParallelConfig) -> Order:
     return Order(parallel.sequence, parallel.sequence_layout if parallel.sequence > 1 else "contiguous")
 
 
-def cut(rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | None = None) -> Cut:
+def cut(
+    rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | None = None, filled: int | None = None
+) -> Cut:
     """The cut of `rows` rows of `length` tokens (a multiple of `order.count`).
 
     Args:
         cu_seqlens: `[documents + 1]` offsets, on the CPU, of documents packed into the rows laid end to end; every row
             begins one; documents may be empty.
+        filled: tokens of a row that are no padding; None: all.
     """
     size = length // order.count
     assert size * order.count == length, (length, order)
@@ -100,13 +116,18 @@ def cut(rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | No
         for offset in offsets[:-1]:
             if offset < rows * length:
                 boundaries[offset // length].add(offset % length)
-    starts, begins = [], []
+    starts, begins, numbers, sequences = [], [], [], 0
     for row in range(rows):
+        ordered = sorted(boundaries[row])
         for piece in order.pieces(rank):
             first, end = piece * size, (piece + 1) * size
-            starts.append((0, *sorted(b - first for b in boundaries[row] if first < b < end)))
-            begins.append(max(b for b in boundaries[row] if b <= first))
-    return Cut(order, rank, rows, size, tuple(starts), tuple(begins), cu_seqlens is not None)
+            goes_on, behind = bisect_right(ordered, first) - 1, bisect_left(ordered, end)
+            starts.append((0, *(b - first for b in ordered[goes_on + 1 : behind])))
+            begins.append(ordered[goes_on])
+            numbers.extend(range(sequences + goes_on, sequences + behind))
+        sequences += len(ordered)
+    found = (tuple(starts), tuple(begins), cu_seqlens is not None, tuple(numbers), sequences)
+    return Cut(order, rank, rows, size, *found, length if filled is None else filled)
 
 
 def share(x: Tensor, cut: Cut) -> Tensor:
@@ -118,13 +139,14 @@ def share(x: Tensor, cut: Cut) -> Tensor:
 def split(batch: dict[str, Any], order: Order, rank: int, padded: int) -> dict[str, Any]:
     """A rank's share of the loader's micro-batch, with its `cut`; rows are padded to `padded` tokens.
 
-    Padding is not counted in the loss, comes after all that is, and is a document of its own where these are isolated.
+    Padding counts in no loss and no statistic, comes after all that does, and is a document of its own where these are
+    isolated.
     """
     rows, length = batch["tokens"].shape
     cu_seqlens = batch.get("cu_seqlens")
     if cu_seqlens is not None and padded > length:
         cu_seqlens = _pad_rows(cu_seqlens.tolist(), rows, length, padded)
-    found = cut(rows, padded, order, rank, cu_seqlens)
+    found = cut(rows, padded, order, rank, cu_seqlens, length)
     tokens = {name: batch[name] for name in ("tokens", "labels", "loss_mask", "positions")}
     shares = {name: share(F.pad(x, (0, padded - length)), found).contiguous() for name, x in tokens.items()}
     own: dict[str, Any] = {"cut": found}

@@ -30,7 +30,7 @@ class RankPieces:
         self._continued = on_device(continued, device)
         self._through = on_device(continued & (counts == 1), device)  # what came before goes on behind
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
-        self._sequences = int(counts.sum())
+        self._sequences, self.sequences = int(counts.sum()), cut.sequences
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         parts = [summary(*part) for part in self._last_sequences(inputs)]
@@ -63,6 +63,10 @@ class RankPieces:
         return Keys(k, v, self._spans, self._offsets)
 
     @cached_property
+    def numbers(self) -> Tensor:
+        return on_device(torch.tensor(self.cut.numbers), self.device)
+
+    @cached_property
     def _spans(self) -> list[tuple[int, int]]:
         spans = []
         for starts, begin, (_, piece) in zip(self.cut.starts, self.cut.begins, self.cut.places, strict=True):
@@ -85,8 +89,16 @@ def _as(flags: Tensor, x: Tensor) -> Tensor:
 
 def layout_of(cut: Cut, line: Line, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None) -> Layout:
     """The layout of a rank's share: segments as rows, or as one row of packed documents."""
-    pieces, count = RankPieces(cut, line, device), len(cut.starts)
-    if cu_seqlens is None:
-        return Layout(count, cut.length, positions=positions.reshape(count, -1), pieces=pieces)
-    longest = max(end - start for start, end in pairwise(cut.offsets))
-    return Layout(1, count * cut.length, cu_seqlens, longest, positions.reshape(1, -1), pieces=pieces)
+    pieces, shape, longest = RankPieces(cut, line, device), (len(cut.starts), cut.length), None
+    if cu_seqlens is not None:
+        shape, longest = (1, shape[0] * shape[1]), max(end - start for start, end in pairwise(cut.offsets))
+    padding = _padding(cut, shape, device)
+    return Layout(*shape, cu_seqlens, longest, positions.reshape(shape), pieces=pieces, padding=padding)
+
+
+def _padding(cut: Cut, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """See Layout. None on every rank of a sequence or on none: what is done with it is collective."""
+    if cut.filled == cut.length * cut.order.count:
+        return None
+    behind = torch.arange(cut.length) >= cut.length - torch.tensor(cut.padding)[:, None]
+    return on_device(behind.view(shape), device)

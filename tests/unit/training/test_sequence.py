@@ -136,9 +136,7 @@ def config(**sections: Any) -> Config:
 REFUSED = {
     "parallel.sequence_layout": {"parallel": {"sequence": 1, "sequence_layout": "contiguous"}},
     "parallel.sequence_exchange": {"parallel": {"sequence": 1, "sequence_exchange": "ring"}},
-    "model.moe.sequence_aux_loss": {"model": {"moe": {"sequence_aux_loss": 0.1, "expert_ffn_size": 16}}},
     "model.moe.capacity_factor": {"model": {"moe": {"capacity_factor": 1.5, "expert_ffn_size": 16}}},
-    "training.sequence_length": {"training": {"sequence_length": 254}},
 }
 
 

@@ -7,11 +7,11 @@ nothing of it. Where there are no pieces, which is everywhere but in training wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ Summary = Callable[..., tuple[Tensor, Tensor]]
 """`summary(*inputs) -> (transition, state)` of rows `[N, T, ...]`: after them, a state that was S before is transition
 S + state. The transition has as many dimensions as the state and is multiplied element by element (both may be
 complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left."""
+
+
+Run = Callable[..., tuple[Tensor, Tensor]]
+"""`run(inputs, start, carried, skip, cu_seqlens, *shared) -> (outputs, states)` of a recurrence on `[N, T, ...]`: from
+`start`, or from the state `carried` that `skip` tokens have left, to that after the last token, `[N, H, K, V]`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,28 @@ class Pieces(Protocol):
         """
         ...
 
+    def carry(
+        self,
+        run: Run,
+        inputs: Sequence[Tensor],
+        start: Tensor,
+        shared: Sequence[Tensor],
+        count: int,
+        summary: Summary | None = None,
+    ) -> Tensor:
+        """The outputs of a recurrence that may go on anywhere inside a sequence, differentiable. Collective.
+
+        Args:
+            run: the recurrence.
+            inputs: `[B, T, ...]` of the local tokens.
+            start: `[N, H, K, V]`, what every local sequence starts from if it begins here.
+            shared: other tensors that it depends on, alike in all pieces.
+            count: a state is as large as so many of `start` stacked, `[N, H, count * K, V]`.
+            summary: `summary(*inputs, skip=)`, where the recurrence is affine in its state; None: it is not, and pieces
+                are computed one after the other.
+        """
+        ...
+
     def keys(self, k: Tensor, v: Tensor) -> Keys:
         """What the local queries see, from keys and values `[B, T, G, D]` of the local tokens. Collective."""
         ...
@@ -91,7 +118,7 @@ def current(initial_state: Tensor | None = None) -> Pieces | None:
 
 
 def affine(
-    op: Callable[..., tuple[Tensor, Tensor]], k: Tensor, v: Tensor, *inputs: Tensor | None
+    op: Callable[..., tuple[Tensor, Tensor]], k: Tensor, v: Tensor, *inputs: Any, count: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The summary of any op whose state `[N, H, K, V]` is multiplied by a matrix from the left, by running it once.
 
@@ -102,8 +129,9 @@ def affine(
         op: `op(k, v, *inputs, initial_state=...) -> (_, final_state)`.
         k: `[N, T, ..., H, K]`.
         v: `[N, T, ..., H, V]`.
+        count: matrices of K rows that the state stacks.
     """
-    rows, heads, keys, values = k.shape[0], k.shape[-2], k.shape[-1], v.shape[-1]
+    rows, heads, keys, values = k.shape[0], k.shape[-2], count * k.shape[-1], v.shape[-1]
     start = torch.eye(keys, values + keys, device=v.device).roll(values, -1).expand(rows, heads, -1, -1)
     columns = torch.cat([v, v.new_zeros(*v.shape[:-1], keys)], -1)
     _, final = op(k, columns, *inputs, initial_state=start.contiguous())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import Keys, Summary
+from linear_moe.modeling.ops.sequence import Keys, Run, Summary
+from linear_moe.training.sequence.carry import carry
 from linear_moe.training.sequence.exchange import AllTokens, Line, states_before
 from linear_moe.training.sequence.layout import Cut
 
@@ -50,6 +51,17 @@ class RankPieces:
         for s, starts in enumerate(self.cut.starts):
             span = slice(s * self.cut.length + starts[-1], (s + 1) * self.cut.length)
             yield tuple(None if x is None else x[:, span] for x in inputs)
+
+    def carry(
+        self,
+        run: Run,
+        inputs: Sequence[Tensor],
+        start: Tensor,
+        shared: Sequence[Tensor],
+        count: int,
+        summary: Summary | None = None,
+    ) -> Tensor:
+        return carry(self.cut, self.line, run, inputs, start, shared, count, summary)
 
     def keys(self, k: Tensor, v: Tensor) -> Keys:
         cut, sizes = self.cut, (k.shape[-1], v.shape[-1])

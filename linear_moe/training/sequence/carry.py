@@ -1,0 +1,206 @@
+"""Recurrences that can begin anywhere inside a sequence, with a state that says how to go on there.
+
+Where what a piece does to that state is affine, all pieces get theirs at once, from summaries. Otherwise every piece
+waits for the one before: sequences are shared out, and so is their memory, but ranks work one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linear_moe.modeling.ops.sequence import Run, Summary
+from linear_moe.training.sequence.exchange import Line, states_before
+from linear_moe.training.sequence.layout import Cut
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Segments that are run at once: those of a place in all rows, or a single one with its packed documents.
+
+    Attributes:
+        inputs: `[rows, T, ...]`.
+        start: `[sequences, ...]`, what those that begin here start from.
+        starts: tokens at which sequences begin, the first at 0.
+        passed: tokens of the first sequence that lie before; 0: it begins here.
+    """
+
+    inputs: list[Tensor]
+    start: Tensor
+    starts: tuple[int, ...]
+    passed: int
+
+    def begun(self, run: Run, shared: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Of the sequences that begin here: outputs, and the last one's final state."""
+        first = int(self.passed > 0)
+        if first == len(self.starts):
+            return None
+        begin, end = self.starts[first], self.inputs[0].shape[1]
+        packed = len(self.starts) > first + 1
+        offsets = torch.tensor([n - begin for n in (*self.starts[first:], end)]) if packed else None  # on the host
+        outputs, states = run([x[:, begin:] for x in self.inputs], self.start[first:], None, 0, offsets, *shared)
+        return outputs, states[-1:] if packed else states
+
+    def continued(self) -> list[Tensor]:
+        """Inputs of the sequence that began before."""
+        return [x[:, : self.starts[1]] for x in self.inputs] if len(self.starts) > 1 else self.inputs
+
+
+def stretches(cut: Cut, place: int, inputs: Sequence[Tensor], start: Tensor) -> Iterator[Stretch]:
+    """Those of this rank's piece number `place` of every row."""
+    per_rank, length = cut.order.per_rank, cut.length
+    passed = [piece * length - begin for begin, (_, piece) in zip(cut.begins, cut.places, strict=True)]
+    if not cut.packed:
+        rows = slice(place, None, per_rank)
+        yield Stretch([x[rows] for x in inputs], start[rows], (0,), passed[place])
+        return
+    for s in range(place, len(cut.starts), per_rank):
+        first = sum(len(starts) for starts in cut.starts[:s])
+        own = start[first : first + len(cut.starts[s])]
+        yield Stretch([x[:, s * length : (s + 1) * length] for x in inputs], own, cut.starts[s], passed[s])
+
+
+def _finish(
+    parts: list[Stretch],
+    begun: list[tuple[Tensor, Tensor] | None],
+    run: Run,
+    shared: Sequence[Tensor],
+    carried: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and last states of all rows `[rows, ...]` from the states before `[rows, ...]` (None: all begin here)."""
+    outputs, states = [], []
+    before = [None] * len(parts) if carried is None else carried.split(len(carried) // len(parts))
+    for part, here, state in zip(parts, begun, before, strict=True):
+        own = []
+        if part.passed:
+            assert state is not None
+            o, final = run(part.continued(), part.start[:1], state, part.passed, None, *shared)
+            own.append(o)
+        if here is not None:
+            own.append(here[0])
+            final = here[1]
+        # No tokens, but a gradient, if only zeros: all ranks take part in the exchange's, and in that of parameters.
+        unused = (x for x in (state, part.start) if x is not None)
+        own.extend(x.transpose(1, 2)[: len(own[0]), :0].to(own[0].dtype) for x in unused)
+        outputs.append(torch.cat(own, 1))
+        states.append(final)
+    return torch.cat(outputs), torch.cat(states)
+
+
+def carry(
+    cut: Cut,
+    line: Line,
+    run: Run,
+    inputs: Sequence[Tensor],
+    start: Tensor,
+    shared: Sequence[Tensor],
+    count: int,
+    summary: Summary | None,
+) -> Tensor:
+    """See `ops.sequence.Pieces.carry`. Collective."""
+    places = range(cut.order.per_rank)
+    if summary is None:
+
+        def work(place: int, carried: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            inputs, start, shared = tensors[:given], tensors[given], tensors[given + 1 :]
+            parts = list(stretches(cut, place, inputs, start))
+            return _finish(parts, [part.begun(run, shared) for part in parts], run, shared, carried)
+
+        given, shape = len(inputs), (cut.rows, start.shape[1], count * start.shape[2], start.shape[3])
+        outputs = _HandedOver.apply(work, line, shape, torch.is_grad_enabled(), *inputs, start, *shared)
+    else:
+        parts = [list(stretches(cut, place, inputs, start)) for place in places]
+        begun = [[part.begun(run, shared) for part in own] for own in parts]
+        summaries: list[list[Tensor]] = [[], []]
+        for own, done in zip(parts, begun, strict=True):
+            for x, found in zip(summaries, _summaries(own, done, summary), strict=True):
+                x.append(found)
+        transition, state = (torch.stack(x, 1).flatten(0, 1) for x in summaries)
+        before = states_before(transition, state, line, matrix=True).unflatten(0, (cut.rows, -1)).unbind(1)
+        ends = [_finish(*pair, run, shared, x)[0] for *pair, x in zip(parts, begun, before, strict=True)]
+        outputs = torch.stack(ends)
+    return outputs.transpose(0, 1).reshape(*inputs[0].shape[:2], *outputs.shape[3:])
+
+
+def _summaries(
+    parts: list[Stretch], begun: list[tuple[Tensor, Tensor] | None], summary: Summary
+) -> tuple[Tensor, Tensor]:
+    """Transitions and states of one place, `[rows, ...]`."""
+    found = []
+    for part, here in zip(parts, begun, strict=True):
+        if here is None:
+            found.append(summary(*part.inputs, skip=part.passed))
+        else:
+            size = here[1].shape[2]
+            found.append((here[1].new_zeros(*here[1].shape[:2], size, size), here[1]))
+    transitions, states = zip(*found, strict=True)
+    return torch.cat(transitions), torch.cat(states)
+
+
+Work = Callable[..., tuple[Tensor, Tensor]]
+
+
+class _HandedOver(torch.autograd.Function):
+    """`work(place, state before, *tensors) -> (outputs, state)` of this rank's pieces, in order of time: `[P, ...]`.
+
+    The backward pass goes from piece to piece the other way. Each piece's own graph is kept in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, work: Work, line: Line, shape: tuple[int, ...], graph: bool, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        order, rank = line.order, line.rank
+        leaves = [x.detach().requires_grad_(graph and x.requires_grad) for x in tensors]
+        steps, outputs, inside = [], [], torch.empty(0)
+        for place, piece in enumerate(order.pieces(rank)):
+            state = None
+            if piece > 0:
+                state = _from(piece - 1, line, inside, shape, leaves[0].device).requires_grad_(graph)
+            with torch.set_grad_enabled(graph):
+                output, final = work(place, state, *leaves)
+            inside = final.detach()
+            _to(piece + 1, line, inside)
+            steps.append((state, output, final))
+            outputs.append(output.detach())
+        ctx.line, ctx.leaves, ctx.steps = line, leaves, steps if graph else None
+        return torch.stack(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        line: Line = ctx.line
+        order, inside = line.order, torch.empty(0)
+        mine = list(enumerate(order.pieces(line.rank)))
+        for place, piece in reversed(mine):
+            state, output, final = ctx.steps.pop()
+            d_final = torch.zeros_like(final)
+            if piece < order.count - 1:
+                d_final = _from(piece + 1, line, inside, final.shape, final.device)
+            torch.autograd.backward([output, final], [gradient[place], d_final])
+            if state is not None:
+                inside = torch.zeros_like(state) if state.grad is None else state.grad
+                _to(piece - 1, line, inside)
+        return None, None, None, None, *(x.grad for x in ctx.leaves)
+
+
+def _from(piece: int, line: Line, inside: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """What the owner of `piece` hands over: `inside`, where that is this rank."""
+    source = line.order.owner(piece)[0]
+    if source == line.rank:
+        return inside
+    assert line.group is not None
+    buffer = torch.empty(tuple(shape), device=device)
+    dist.recv(buffer, dist.get_global_rank(line.group, source), group=line.group)
+    return buffer
+
+
+def _to(piece: int, line: Line, x: Tensor) -> None:
+    """Hand over to the owner of `piece`, if there is one, and it is another rank."""
+    if 0 <= piece < line.order.count and (target := line.order.owner(piece)[0]) != line.rank:
+        assert line.group is not None
+        dist.send(x.contiguous(), dist.get_global_rank(line.group, target), group=line.group)

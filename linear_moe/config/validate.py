@@ -329,7 +329,9 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
     if not any(layer.ffn == "moe" for layer in layers):
         return
     if moe.capacity_factor is not None:
-        constraint = f"is of all tokens of a sequence, which parallel.sequence = {parallel.sequence} ranks do not exchange"
+        constraint = (
+            f"is of all tokens of a sequence, which parallel.sequence = {parallel.sequence} ranks do not exchange"
+        )
         raise ConfigError("model.moe.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
 
 

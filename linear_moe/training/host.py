@@ -173,9 +173,10 @@ class MegatronHost(Host):
         """Attach one micro-batch's losses to `weights`: that of balance, in up to three scopes, and the z-loss.
 
         Each tensor or sequence rank adds its tokens' part. These are means over all tokens but padding, which load
-        experts whether their own loss counts or not; gradients are later divided by the number of those whose does. So a micro-batch's means are
-        multiplied by its tokens and by the step's share of counted ones (Megatron's own router multiplies by this
-        *rank's* tokens: its losses' weight depends on the tensor-parallel size and on the loss mask).
+        experts whether their own loss counts or not; gradients are later divided by the number of those whose does. So
+        a micro-batch's means are multiplied by its tokens and by the step's share of counted ones (Megatron's own
+        router multiplies by this *rank's* tokens: its losses' weight depends on the tensor-parallel size and on the
+        loss mask).
         """
         if not torch.is_grad_enabled():
             return weights
@@ -260,7 +261,7 @@ class MegatronHost(Host):
 
 
 def _counts(index: Tensor, number: int) -> Tensor:
-    """How often each of 0 .. number - 1 is in `index` (number: none): `[number]` int64, without waiting for the device."""
+    """How often each of 0 .. number - 1 is in `index` (number: none): `[number]` int64; the host does not wait."""
     index = index.flatten()
     return index.new_zeros(number + 1).scatter_add_(0, index, torch.ones_like(index))[:-1]
 

@@ -80,7 +80,7 @@ def sequence_bytes(name: str, fields: dict[str, Any], layout: str, strategy: str
         return call
 
     # A collective's input: the second argument of both, the first of a send.
-    places = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "isend": 0}
+    places = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "isend": 0, "send": 0}
     with ExitStack() as stack:
         for function, place in places.items():
             stack.enter_context(mock.patch.object(exchange.dist, function, counting(getattr(dist, function), place)))

@@ -41,6 +41,14 @@ ROUTERS = {  # every loss of a router, and the choice's bias; memories too
         "bias_update_rate": 0.05,
     },
 }
+MEMORIES = {
+    "pattern": "ABN",
+    "num_layers": 3,
+    "symbols": {
+        "A": {"mixer": {"type": "ttt_linear", "mini_batch_size": 4}},
+        "B": {"mixer": {"type": "titans", "chunk_size": 4}},
+    },
+}
 RECOMPUTE = {"recompute": "full"}
 PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
 
@@ -50,6 +58,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "hybrid": (HYBRID, PARTS, True),
     "padded": (HYBRID | DENSE, RECOMPUTE | {"sequence_length": 30}, True),
     "routers": (ROUTERS, {"sequence_length": 27}, True),
+    "memories": (MEMORIES, PARTS | {"sequence_length": 30}, True),
+    "memories-rows": (MEMORIES | DENSE, RECOMPUTE, False),
     "routers-rows": (ROUTERS, RECOMPUTE | {"sequence_length": 27}, False),
 }
 # name -> (model, ranks, parallel sizes)
@@ -67,6 +77,10 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "routers-rows-sp2": ("routers-rows", 2, {"sequence": 2, "sequence_layout": "contiguous"}),
     "routers-sp4": ("routers", 4, {"sequence": 4, "sequence_layout": "contiguous", "sequence_exchange": "ring"}),
     "routers-rows-sp4": ("routers-rows", 4, {"sequence": 4, "expert": 4}),
+    "memories-sp2": ("memories", 2, {"sequence": 2}),
+    "memories-rows-sp2-dp2": ("memories-rows", 4, {"sequence": 2, "sequence_layout": "contiguous"}),
+    "memories-sp2-pp2": ("memories", 4, {"sequence": 2, "pipeline": 2}),
+    "memories-rows-sp4": ("memories-rows", 4, {"sequence": 4, "sequence_exchange": "ring"}),
     "routers-sp2-tp2": ("routers", 4, {"sequence": 2, "tensor": 2, "expert": 2}),
     "routers-rows-sp2-pp2": ("routers-rows", 4, {"sequence": 2, "pipeline": 2}),
 }

@@ -54,8 +54,8 @@ class Layout:
             rank's heads. A mixer that uses it says so in `crossing`.
         pieces: where the rows, or the packed documents, are pieces of longer sequences on several ranks: what ops ask
             for the rest. Positions then count in the whole documents.
-        padding: `[B, T]` bool, tokens that only fill up pieces, behind all others of their row: no statistic of a router
-            and no loss counts them; None: there are none.
+        padding: `[B, T]` bool, tokens that only fill up pieces, behind all others of their row: no loss and no
+            statistic of a router counts them; None: there are none.
     """
 
     batch: int

@@ -97,9 +97,7 @@ class Titans(LinearMixer):
         else:
             sequences = layout.batch if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
             state = self.M0.expand(sequences, -1, -1, -1)
-        o, finals = titans(
-            **inputs, chunk_size=size, initial_state=state, cu_seqlens=layout.cu_seqlens, **carried
-        )
+        o, finals = titans(**inputs, chunk_size=size, initial_state=state, cu_seqlens=layout.cu_seqlens, **carried)
         return o, dict(zip(("state", "surprise", "start"), finals, strict=False))
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ waits for the one before: sequences are shared out, and so is their memory, but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,31 +66,50 @@ def stretches(cut: Cut, place: int, inputs: Sequence[Tensor], start: Tensor) -> 
         yield Stretch([x[:, s * length : (s + 1) * length] for x in inputs], own, cut.starts[s], passed[s])
 
 
-def _finish(
-    parts: list[Stretch],
-    begun: list[tuple[Tensor, Tensor] | None],
-    run: Run,
-    shared: Sequence[Tensor],
-    carried: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Outputs and last states of all rows `[rows, ...]` from the states before `[rows, ...]` (None: all begin here)."""
-    outputs, states = [], []
-    before = [None] * len(parts) if carried is None else carried.split(len(carried) // len(parts))
-    for part, here, state in zip(parts, begun, before, strict=True):
-        own = []
-        if part.passed:
-            assert state is not None
-            o, final = run(part.continued(), part.start[:1], state, part.passed, None, *shared)
-            own.append(o)
-        if here is not None:
-            own.append(here[0])
-            final = here[1]
-        # No tokens, but a gradient, if only zeros: all ranks take part in the exchange's, and in that of parameters.
-        unused = (x for x in (state, part.start) if x is not None)
-        own.extend(x.transpose(1, 2)[: len(own[0]), :0].to(own[0].dtype) for x in unused)
-        outputs.append(torch.cat(own, 1))
-        states.append(final)
-    return torch.cat(outputs), torch.cat(states)
+class Place:
+    """One of a rank's pieces, in all rows, up to where a state from before is needed.
+
+    Args:
+        parts: its stretches, in order of rows.
+        run, shared: see `ops.sequence.Pieces.carry`.
+    """
+
+    def __init__(self, parts: Iterable[Stretch], run: Run, shared: Sequence[Tensor]):
+        self.parts, self.run, self.shared = list(parts), run, shared
+        self.begun = [part.begun(run, shared) for part in self.parts]
+
+    def summary(self, summary: Summary) -> tuple[Tensor, Tensor]:
+        """Transitions and states `[rows, ...]`."""
+        found = []
+        for part, here in zip(self.parts, self.begun, strict=True):
+            if here is None:
+                found.append(summary(*part.inputs, skip=part.passed))
+            else:
+                heads, size = here[1].shape[1:3]
+                found.append((here[1].new_zeros(len(here[1]), heads, size, size), here[1]))
+        transitions, states = zip(*found, strict=True)
+        return torch.cat(transitions), torch.cat(states)
+
+    def finish(self, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs and last states of all rows, from the states before (None: there is no piece before)."""
+        outputs, states = [], []
+        parts = [None] * len(self.parts) if before is None else before.split(len(before) // len(self.parts))
+        for part, here, state in zip(self.parts, self.begun, parts, strict=True):
+            own, final = [], None
+            if part.passed:
+                assert state is not None
+                o, final = self.run(part.continued(), part.start[:1], state, part.passed, None, *self.shared)
+                own.append(o)
+            if here is not None:
+                o, final = here
+                own.append(o)
+            assert final is not None
+            # No tokens, but a gradient, if only of zeros: in the exchange's and in parameters' all ranks take part.
+            unused = (x for x in (state, part.start) if x is not None)
+            own.extend(x.transpose(1, 2)[: len(o), :0].to(o.dtype) for x in unused)
+            outputs.append(torch.cat(own, 1))
+            states.append(final)
+        return torch.cat(outputs), torch.cat(states)
 
 
 def carry(
@@ -104,65 +123,44 @@ def carry(
     summary: Summary | None,
 ) -> Tensor:
     """See `ops.sequence.Pieces.carry`. Collective."""
-    places = range(cut.order.per_rank)
+    given = len(inputs)
+
+    def places(*tensors: Tensor) -> list[Place]:
+        inputs, start, shared = tensors[:given], tensors[given], tensors[given + 1 :]
+        return [Place(stretches(cut, n, inputs, start), run, shared) for n in range(cut.order.per_rank)]
+
     if summary is None:
-
-        def work(place: int, carried: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            inputs, start, shared = tensors[:given], tensors[given], tensors[given + 1 :]
-            parts = list(stretches(cut, place, inputs, start))
-            return _finish(parts, [part.begun(run, shared) for part in parts], run, shared, carried)
-
-        given, shape = len(inputs), (cut.rows, start.shape[1], count * start.shape[2], start.shape[3])
-        outputs = _HandedOver.apply(work, line, shape, torch.is_grad_enabled(), *inputs, start, *shared)
+        shape = (cut.rows, start.shape[1], count * start.shape[2], start.shape[3])
+        outputs = _HandedOver.apply(places, line, shape, torch.is_grad_enabled(), *inputs, start, *shared)
     else:
-        parts = [list(stretches(cut, place, inputs, start)) for place in places]
-        begun = [[part.begun(run, shared) for part in own] for own in parts]
-        summaries: list[list[Tensor]] = [[], []]
-        for own, done in zip(parts, begun, strict=True):
-            for x, found in zip(summaries, _summaries(own, done, summary), strict=True):
-                x.append(found)
+        own = places(*inputs, start, *shared)
+        summaries = zip(*(place.summary(summary) for place in own), strict=True)
         transition, state = (torch.stack(x, 1).flatten(0, 1) for x in summaries)
         before = states_before(transition, state, line, matrix=True).unflatten(0, (cut.rows, -1)).unbind(1)
-        ends = [_finish(*pair, run, shared, x)[0] for *pair, x in zip(parts, begun, before, strict=True)]
-        outputs = torch.stack(ends)
+        outputs = torch.stack([place.finish(x)[0] for place, x in zip(own, before, strict=True)])
     return outputs.transpose(0, 1).reshape(*inputs[0].shape[:2], *outputs.shape[3:])
 
 
-def _summaries(
-    parts: list[Stretch], begun: list[tuple[Tensor, Tensor] | None], summary: Summary
-) -> tuple[Tensor, Tensor]:
-    """Transitions and states of one place, `[rows, ...]`."""
-    found = []
-    for part, here in zip(parts, begun, strict=True):
-        if here is None:
-            found.append(summary(*part.inputs, skip=part.passed))
-        else:
-            size = here[1].shape[2]
-            found.append((here[1].new_zeros(*here[1].shape[:2], size, size), here[1]))
-    transitions, states = zip(*found, strict=True)
-    return torch.cat(transitions), torch.cat(states)
-
-
-Work = Callable[..., tuple[Tensor, Tensor]]
-
-
 class _HandedOver(torch.autograd.Function):
-    """`work(place, state before, *tensors) -> (outputs, state)` of this rank's pieces, in order of time: `[P, ...]`.
+    """The outputs `[P, ...]` of this rank's pieces, `places(*tensors)`, each with the state that the one before leaves.
 
     The backward pass goes from piece to piece the other way. Each piece's own graph is kept in between.
     """
 
     @staticmethod
-    def forward(ctx: Any, work: Work, line: Line, shape: tuple[int, ...], graph: bool, *tensors: Tensor) -> Tensor:  # type: ignore[override]
-        order, rank = line.order, line.rank
+    def forward(  # type: ignore[override]
+        ctx: Any, places: Callable[..., list[Place]], line: Line, shape: tuple[int, ...], graph: bool, *tensors: Tensor
+    ) -> Tensor:
         leaves = [x.detach().requires_grad_(graph and x.requires_grad) for x in tensors]
+        with torch.set_grad_enabled(graph):
+            own = places(*leaves)
         steps, outputs, inside = [], [], torch.empty(0)
-        for place, piece in enumerate(order.pieces(rank)):
+        for place, piece in zip(own, line.order.pieces(line.rank), strict=True):
             state = None
             if piece > 0:
                 state = _from(piece - 1, line, inside, shape, leaves[0].device).requires_grad_(graph)
             with torch.set_grad_enabled(graph):
-                output, final = work(place, state, *leaves)
+                output, final = place.finish(state)
             inside = final.detach()
             _to(piece + 1, line, inside)
             steps.append((state, output, final))
@@ -183,7 +181,7 @@ class _HandedOver(torch.autograd.Function):
                 d_final = _from(piece + 1, line, inside, final.shape, final.device)
             torch.autograd.backward([output, final], [gradient[place], d_final])
             if state is not None:
-                inside = torch.zeros_like(state) if state.grad is None else state.grad
+                inside = state.grad
                 _to(piece - 1, line, inside)
         return None, None, None, None, *(x.grad for x in ctx.leaves)
 

@@ -116,7 +116,7 @@ def cut(
         for offset in offsets[:-1]:
             if offset < rows * length:
                 boundaries[offset // length].add(offset % length)
-    starts, begins, numbers, sequences = [], [], [], 0
+    starts, begins, numbers, sequences = [], [], list[int](), 0
     for row in range(rows):
         ordered = sorted(boundaries[row])
         for piece in order.pieces(rank):

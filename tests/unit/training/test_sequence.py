@@ -12,6 +12,7 @@ from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import padded_length, parallel_layout, validate_fields
+from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.summary import summary
@@ -69,6 +70,8 @@ def test_split_batches_hold_every_token_once(order: Order, isolate: bool) -> Non
             if first < length:  # goes on with a document, as the token before says
                 same = first > 0 and (not isolate or documents_of[row, first] == documents_of[row, first - 1])
                 assert own.continued[s] == bool(same), (row, piece)
+                number = row + (int(documents_of[row, first]) if isolate else 0)  # padding of rows before
+                assert own.numbers[sum(map(len, own.starts[:s]))] == number
                 begin = int((documents_of[row] == documents_of[row, first]).nonzero()[0]) if isolate else 0
                 assert own.begins[s] == begin
         if isolate:
@@ -76,9 +79,11 @@ def test_split_batches_hold_every_token_once(order: Order, isolate: bool) -> Non
                 torch.arange(rows * order.per_rank * own.length), part["cu_seqlens"][1:], right=True
             )
             assert len(set(local.tolist())) == len(part["cu_seqlens"]) - 1
+            assert len(own.numbers) == len(set(local.tolist())) and max(own.numbers) < own.sequences
             assert part["max_document"] == int(part["cu_seqlens"].diff().max())
     assert all(torch.equal(x[:, :length], batch[name]) for name, x in whole.items())
     assert not whole["loss_mask"][:, length:].any()
+    assert sum(sum(part["cut"].padding) for part in found) == rows * (padded - length)
 
 
 GATES = ["none", "scalar", "key", "value", "both"]
@@ -148,17 +153,18 @@ def test_what_is_not_built_is_refused(path: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
-def test_mixers_that_cannot_say_why(name: str) -> None:
-    cls = mixer_class(name)
-    able = cls.capabilities.sequence_parallel
-    assert able == ("sequence_parallel" not in cls.limits)
-    tree = config(model={"mixer": {"type": name}, "hidden_size": 256, "ffn": "dense"})
-    if able:
-        validate_fields(tree, 4)
-        return
-    with pytest.raises(ConfigError) as error:
-        validate_fields(tree, 4)
-    assert error.value.path == "model.mixer.type" and cls.limits["sequence_parallel"] in str(error.value)
+def test_every_mixer_can(name: str) -> None:
+    assert mixer_class(name).capabilities.sequence_parallel
+    validate_fields(config(model={"mixer": {"type": name}, "hidden_size": 256, "ffn": "dense"}), 4)
+
+
+def test_a_mixer_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = mixer_class("gla")
+    monkeypatch.setattr(cls, "capabilities", Capabilities(sequence_parallel=False))
+    monkeypatch.setattr(cls, "limits", {"sequence_parallel": "a reason"})
+    with pytest.raises(ConfigError, match=r"parallel\.sequence > 1: a reason") as error:
+        validate_fields(config(), 4)
+    assert error.value.path == "model.mixer.type"
 
 
 def test_ranks_and_lengths() -> None:

@@ -131,7 +131,7 @@ def carry(
 
     if summary is None:
         shape = (cut.rows, start.shape[1], count * start.shape[2], start.shape[3])
-        outputs = _HandedOver.apply(places, line, shape, torch.is_grad_enabled(), *inputs, start, *shared)
+        outputs = _HandedOver.apply(places, line, shape, *inputs, start, *shared)
     else:
         own = places(*inputs, start, *shared)
         summaries = zip(*(place.summary(summary) for place in own), strict=True)
@@ -144,46 +144,45 @@ def carry(
 class _HandedOver(torch.autograd.Function):
     """The outputs `[P, ...]` of this rank's pieces, `places(*tensors)`, each with the state that the one before leaves.
 
-    The backward pass goes from piece to piece the other way. Each piece's own graph is kept in between.
+    The backward pass goes from piece to piece the other way. It computes the pieces again, all at once, from the states
+    before them: a graph kept inside of this function would be unknown to activation recomputation.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, places: Callable[..., list[Place]], line: Line, shape: tuple[int, ...], graph: bool, *tensors: Tensor
+        ctx: Any, places: Callable[..., list[Place]], line: Line, shape: tuple[int, ...], *tensors: Tensor
     ) -> Tensor:
-        leaves = [x.detach().requires_grad_(graph and x.requires_grad) for x in tensors]
-        with torch.set_grad_enabled(graph):
-            own = places(*leaves)
-        steps, outputs, inside = [], [], torch.empty(0)
-        for place, piece in zip(own, line.order.pieces(line.rank), strict=True):
-            state = None
-            if piece > 0:
-                state = _from(piece - 1, line, inside, shape, leaves[0].device).requires_grad_(graph)
-            with torch.set_grad_enabled(graph):
-                output, final = place.finish(state)
-            inside = final.detach()
+        outputs, before, inside = [], [], torch.empty(0)
+        for place, piece in zip(places(*tensors), line.order.pieces(line.rank), strict=True):
+            state = None if piece == 0 else _from(piece - 1, line, inside, shape, tensors[0].device)
+            output, inside = place.finish(state)
             _to(piece + 1, line, inside)
-            steps.append((state, output, final))
-            outputs.append(output.detach())
-        ctx.line, ctx.leaves, ctx.steps = line, leaves, steps if graph else None
+            before.append(state)
+            outputs.append(output)
+        ctx.save_for_backward(*before, *tensors)
+        ctx.line, ctx.places = line, places
         return torch.stack(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         line: Line = ctx.line
-        order, inside = line.order, torch.empty(0)
-        mine = list(enumerate(order.pieces(line.rank)))
-        for place, piece in reversed(mine):
-            state, output, final = ctx.steps.pop()
+        pieces, inside = line.order.pieces(line.rank), torch.empty(0)
+        saved = ctx.saved_tensors  # once: recomputation allows no second look
+        starts = [None if x is None else x.detach().requires_grad_() for x in saved[: len(pieces)]]
+        needed = ctx.needs_input_grad[3:]
+        leaves = [x.detach().requires_grad_(need) for x, need in zip(saved[len(pieces) :], needed, strict=True)]
+        with torch.enable_grad():
+            ends = [place.finish(state) for place, state in zip(ctx.places(*leaves), starts, strict=True)]
+        for (output, final), state, piece, d_output in reversed(list(zip(ends, starts, pieces, gradient, strict=True))):
             d_final = torch.zeros_like(final)
-            if piece < order.count - 1:
+            if piece < line.order.count - 1:
                 d_final = _from(piece + 1, line, inside, final.shape, final.device)
-            torch.autograd.backward([output, final], [gradient[place], d_final])
+            torch.autograd.backward([output, final], [d_output, d_final])
             if state is not None:
                 inside = state.grad
                 _to(piece - 1, line, inside)
-        return None, None, None, None, *(x.grad for x in ctx.leaves)
+        return None, None, None, *(x.grad for x in leaves)
 
 
 def _from(piece: int, line: Line, inside: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:

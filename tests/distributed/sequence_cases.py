@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
@@ -106,7 +107,7 @@ def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
     held_out = validation_batches(data, tree, groups.data_rank, groups.data_size, groups.sequence_rank)
     scored = stepper.validate(held_out, 1)
     losses = [(result.loss, result.gradient_norm, result.tokens) for result in [*results, scored]]
-    return {"losses": losses, "router": router, "routing": stepper.routing()}
+    return {"losses": losses, "router": router, "routing": [asdict(layer) for layer in stepper.routing()]}
 
 
 def sequence_model(model: dict[str, Any], modules: list[str], packed: bool, layout: str | None) -> dict[str, Tensor]:

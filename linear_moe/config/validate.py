@@ -314,25 +314,17 @@ def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -
 def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
     parallel = config.parallel
     _check_pipeline(config, len(layers))
-    _check_sequence(config, layers)
+    _check_sequence(config)
     if tensor_sequence(parallel) and parallel.sequence == 1:
         length = config.training.sequence_length
         _check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
 
 
-def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
-    """What goes with parallel.sequence > 1; mixers are checked elsewhere."""
-    parallel, moe = config.parallel, config.model.moe
+def _check_sequence(config: Config) -> None:
+    """What goes with parallel.sequence; mixers are checked elsewhere."""
+    parallel = config.parallel
     if parallel.sequence == 1:
         unused("parallel", parallel, "sequence_layout", "sequence_exchange", needs="set parallel.sequence")
-        return
-    if not any(layer.ffn == "moe" for layer in layers):
-        return
-    if moe.capacity_factor is not None:
-        constraint = (
-            f"is of all tokens of a sequence, which parallel.sequence = {parallel.sequence} ranks do not exchange"
-        )
-        raise ConfigError("model.moe.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
 
 
 def _check_pipeline(config: Config, num_layers: int) -> None:

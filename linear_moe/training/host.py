@@ -165,7 +165,8 @@ class MegatronHost(Host):
 
     def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
         if torch.is_grad_enabled() and not self.activations.again:
-            self.routing.add(_counts(index, config.num_experts), None if kept is None else (~kept).sum(), layer)
+            dropped = None if kept is None else (~kept & (index < config.num_experts)).sum()
+            self.routing.add(_counts(index, config.num_experts), dropped, layer)
 
     def router_losses(
         self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
@@ -271,7 +272,7 @@ class MegatronDispatcher(Dispatcher):
 
     def __init__(self, config: MoEConfig, host: MegatronHost):
         super().__init__(config.num_experts)
-        self.config, self._ranks = config, host.size("tensor")
+        self.config, self._ranks = config, host.size("tensor") * host.size("sequence")
         self._padded: PaddedExchange | None = PaddedExchange(config.num_experts) if config.capacity_pad else None
         assert host.tensor_sequence or host.size("tensor") == 1, "tensor ranks would dispatch the same tokens twice"
         local = host.split(config.num_experts, "expert")

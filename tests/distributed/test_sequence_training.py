@@ -41,6 +41,7 @@ ROUTERS = {  # every loss of a router, and the choice's bias; memories too
         "bias_update_rate": 0.05,
     },
 }
+CAPACITY = {"num_experts": 4, "expert_ffn_size": 32, "capacity_factor": 1.0, "expert_bias": True}
 MEMORIES = {
     "pattern": "ABN",
     "num_layers": 3,
@@ -60,6 +61,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "routers": (ROUTERS, {"sequence_length": 27}, True),
     "memories": (MEMORIES, PARTS | {"sequence_length": 30}, True),
     "memories-rows": (MEMORIES | DENSE, RECOMPUTE, False),
+    "drop": ({"moe": CAPACITY | {"drop_policy": "position"}}, {"sequence_length": 27}, True),
+    "drop-pad": ({"moe": CAPACITY | {"capacity_pad": True}}, RECOMPUTE | {"sequence_length": 27}, False),
     "routers-rows": (ROUTERS, RECOMPUTE | {"sequence_length": 27}, False),
 }
 # name -> (model, ranks, parallel sizes)
@@ -81,6 +84,10 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "memories-rows-sp2-dp2": ("memories-rows", 4, {"sequence": 2, "sequence_layout": "contiguous"}),
     "memories-sp2-pp2": ("memories", 4, {"sequence": 2, "pipeline": 2}),
     "memories-rows-sp4": ("memories-rows", 4, {"sequence": 4, "sequence_exchange": "ring"}),
+    "drop-sp2": ("drop", 2, {"sequence": 2}),
+    "drop-pad-sp2-ep2": ("drop-pad", 2, {"sequence": 2, "expert": 2, "sequence_layout": "contiguous"}),
+    "drop-pad-sp2-tp2": ("drop-pad", 4, {"sequence": 2, "tensor": 2, "expert": 2}),
+    "drop-sp4": ("drop", 4, {"sequence": 4, "sequence_layout": "contiguous", "expert": 2}),
     "routers-sp2-tp2": ("routers", 4, {"sequence": 2, "tensor": 2, "expert": 2}),
     "routers-rows-sp2-pp2": ("routers-rows", 4, {"sequence": 2, "pipeline": 2}),
 }

@@ -49,9 +49,11 @@ class Pieces(Protocol):
     Attributes:
         numbers: int64 `[N]`, which of all processes' sequences each local one is part of.
         sequences: how many these are.
+        tokens: of all processes, without padding.
     """
 
     sequences: int
+    tokens: int
 
     @property
     def numbers(self) -> Tensor: ...
@@ -83,6 +85,14 @@ class Pieces(Protocol):
             summary: `summary(*inputs, skip=)`, where the recurrence is affine in its state; None: it is not, and pieces
                 are computed one after the other.
         """
+        ...
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """`x [B * T, ...]` of the local tokens -> of all, row by row in order of time, without gradients. Collective."""
+        ...
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Undoes `all_tokens`."""
         ...
 
     def keys(self, k: Tensor, v: Tensor) -> Keys:

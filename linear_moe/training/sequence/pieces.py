@@ -14,7 +14,7 @@ from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Keys, Run, Summary
 from linear_moe.training.sequence.carry import carry
 from linear_moe.training.sequence.exchange import AllTokens, Line, states_before
-from linear_moe.training.sequence.layout import Cut
+from linear_moe.training.sequence.layout import Cut, share
 
 
 class RankPieces:
@@ -31,7 +31,7 @@ class RankPieces:
         self._continued = on_device(continued, device)
         self._through = on_device(continued & (counts == 1), device)  # what came before goes on behind
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
-        self._sequences, self.sequences = int(counts.sum()), cut.sequences
+        self._sequences, self.sequences, self.tokens = int(counts.sum()), cut.sequences, cut.rows * cut.filled
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         parts = [summary(*part) for part in self._last_sequences(inputs)]
@@ -62,6 +62,15 @@ class RankPieces:
         summary: Summary | None = None,
     ) -> Tensor:
         return carry(self.cut, self.line, run, inputs, start, shared, count, summary)
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        by_piece = (
+            x.detach().view(self.cut.rows, self.cut.order.per_rank, self.cut.length, *x.shape[1:]).transpose(0, 1)
+        )
+        return AllTokens.apply(by_piece, self.line).transpose(0, 1).flatten(0, 2)
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        return share(x.unflatten(0, (self.cut.rows, -1)), self.cut).flatten(0, 1)
 
     def keys(self, k: Tensor, v: Tensor) -> Keys:
         cut, sizes = self.cut, (k.shape[-1], v.shape[-1])

@@ -141,7 +141,6 @@ def config(**sections: Any) -> Config:
 REFUSED = {
     "parallel.sequence_layout": {"parallel": {"sequence": 1, "sequence_layout": "contiguous"}},
     "parallel.sequence_exchange": {"parallel": {"sequence": 1, "sequence_exchange": "ring"}},
-    "model.moe.capacity_factor": {"model": {"moe": {"capacity_factor": 1.5, "expert_ffn_size": 16}}},
 }
 
 

@@ -88,7 +88,7 @@ class Pieces(Protocol):
         ...
 
     def all_tokens(self, x: Tensor) -> Tensor:
-        """`x [B * T, ...]` of the local tokens -> of all, row by row in order of time, without gradients. Collective."""
+        """`x [B * T, ...]` of the local tokens -> of all, row by row in order of time; no gradients. Collective."""
         ...
 
     def own_tokens(self, x: Tensor) -> Tensor:

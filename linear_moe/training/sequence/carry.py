@@ -191,7 +191,7 @@ def _from(piece: int, line: Line, inside: Tensor, shape: Sequence[int], device: 
     if source == line.rank:
         return inside
     assert line.group is not None
-    buffer = torch.empty(tuple(shape), device=device)
+    buffer = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     dist.recv(buffer, dist.get_global_rank(line.group, source), group=line.group)
     return buffer
 

@@ -16,6 +16,7 @@ from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.summary import summary
+from linear_moe.modeling.ops.grouping import Grouping, last_of_groups
 from linear_moe.modeling.ops.sequence import affine, current, pieces_of
 from linear_moe.modeling.ops.short_conv import last_tokens
 from linear_moe.training.data.loader import document_offsets
@@ -118,6 +119,20 @@ def test_summary_of_a_window(length: int) -> None:
     before, x = torch.randn(2, 3, 4), torch.randn(2, length, 4)
     transition, state = last_tokens(x, 3)
     assert torch.equal(transition @ before + state, torch.cat([before, x], 1)[:, -3:])
+
+
+def test_summary_of_groups_windows() -> None:
+    """Of every group the last of its own tokens, old and new: none, fewer than the window or more."""
+    chosen = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool).T[
+        None
+    ]
+    before, x = torch.randn(1, 4, 3, 2), torch.randn(1, 5, 2, 4, 1)  # [N, M, count, H * D], [N, T, H, M, D]
+    grouping = Grouping(chosen, None)
+    transition, state = last_of_groups(grouping.collect(x), grouping.filled, 3)
+    after = transition @ before + state
+    for m in range(4):
+        own = x[0, chosen[0, :, m], :, m, 0]
+        assert torch.equal(after[0, m], torch.cat([before[0, m], own])[-3:]), m
 
 
 def test_pieces_take_no_initial_state() -> None:

@@ -17,6 +17,11 @@ from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.model import Layer, layer_dims
 from linear_moe.modeling.pattern import resolve_layers
 
+HEAD_SPEED = 2.4
+"""How many times a layer's FLOP/s the head reaches: it is one large matrix product, a layer many small ones.
+
+Of A0.3B-2B's kernels on an H200; docs/results/parallel_2gpu.md compares splits by it with others."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -42,8 +47,8 @@ def stage_chunks(config: Config, stage: int) -> list[Chunk]:
 
 
 def default_split(config: Config) -> list[int]:
-    """Layers of each chunk so that the costliest stage has the fewest FLOPs: those of its layers, and of the head."""
-    head = 2.0 * vocab_size(config) * config.model.hidden_size
+    """Layers of each chunk so that the slowest stage is the fastest: by the FLOPs of its layers, and of the head."""
+    head = 2.0 * vocab_size(config) * config.model.hidden_size / HEAD_SPEED
     return balanced(layer_costs(config), head, config.parallel.pipeline, config.parallel.virtual_pipeline)
 
 

@@ -84,7 +84,12 @@ class MoEConfig:
         "else grouped), or a loop (sequential: the definition)",
         choices=("auto", "grouped", "quack", "sequential"),
     )
-    dispatcher: str = opt("alltoall", "how tokens travel to other ranks' experts", choices=("alltoall", "allgather"))
+    dispatcher: str = opt(
+        "auto",
+        "how tokens travel to other ranks' experts: each to its own, or all to all ranks, which needs more memory but "
+        "does not wait for the device; auto: allgather up to parallel.expert = 2",
+        choices=("auto", "alltoall", "allgather"),
+    )
 
 
 @dataclass
@@ -150,6 +155,12 @@ class ParallelConfig:
         "how recurrent states travel: all at once, or from piece to piece, in blocks; then what a rank sends and "
         "receives does not grow with the ranks",
         choices=("all_gather", "ring"),
+    )
+    sequence_attention: str = opt(
+        "all_gather",
+        "how softmax attention sees the other ranks' tokens: all keys at once; keys from rank to rank (ring), while "
+        "those at hand are attended to; or all tokens of a share of the heads (ulysses)",
+        choices=("all_gather", "ring", "ulysses"),
     )
 
 

@@ -74,6 +74,13 @@ def tensor_sequence(parallel: ParallelConfig) -> bool:
     return parallel.tensor > 1 and parallel.tensor_sequence is not False
 
 
+def expert_dispatcher(moe: MoEConfig, expert: int) -> str:
+    """`model.moe.dispatcher` with `expert` ranks, "alltoall" or "allgather"."""
+    if moe.dispatcher != "auto":
+        return moe.dispatcher
+    return "allgather" if expert <= 2 and not moe.capacity_pad else "alltoall"
+
+
 def smallest_world(parallel: ParallelConfig) -> int:
     """The fewest ranks that the parallel sizes allow."""
     dense = parallel.tensor * parallel.sequence
@@ -287,7 +294,7 @@ def _check_router(moe: MoEConfig) -> None:
     elif moe.capacity_factor >= (most := moe.num_experts / moe.top_k):
         constraint = f"must be < num_experts / top_k = {most:g}: no expert is chosen by more than all tokens"
         raise ConfigError(f"{path}.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
-    if moe.capacity_pad and moe.dispatcher != "alltoall":
+    if moe.capacity_pad and moe.dispatcher == "allgather":
         constraint = "exchanges tokens all to all"
         raise ConfigError(
             f"{path}.capacity_pad", True, constraint, fix=f"set it to false, or {path}.dispatcher=alltoall"
@@ -314,17 +321,49 @@ def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -
 def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
     parallel = config.parallel
     _check_pipeline(config, len(layers))
-    _check_sequence(config)
+    _check_sequence(config, layers)
     if tensor_sequence(parallel) and parallel.sequence == 1:
         length = config.training.sequence_length
         _check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
 
 
-def _check_sequence(config: Config) -> None:
+def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
     """What goes with parallel.sequence; mixers are checked elsewhere."""
     parallel = config.parallel
     if parallel.sequence == 1:
         unused("parallel", parallel, "sequence_layout", "sequence_exchange", needs="set parallel.sequence")
+        unused("parallel", parallel, "sequence_attention", needs="set parallel.sequence")
+        return
+    _check_sequence_attention(config, layers)
+
+
+def _check_sequence_attention(config: Config, layers: list[ResolvedLayer]) -> None:
+    found = False
+    for i, layer in enumerate(layers):
+        heads = mixer_class(layer.mixer.type).softmax_heads(layer.mixer, layer_dims(config.model, i))
+        found = found or heads is not None
+        if heads is not None and config.parallel.sequence_attention == "ulysses":
+            _check_ulysses(*heads, config.parallel, mixer_path(config.model, layer.symbol))
+    if not found:
+        unused("parallel", config.parallel, "sequence_attention", needs="have a layer of softmax attention")
+
+
+def _check_ulysses(queries: int, keys: int, parallel: ParallelConfig, path: str) -> None:
+    """The ranks of a sequence share out the heads that tensor parallelism leaves; few of keys may be repeated."""
+    tensor, ranks = parallel.tensor, parallel.sequence
+    what = f"parallel.sequence = {ranks} with parallel.sequence_attention=ulysses"
+    instead = "or parallel.sequence_attention=ring"
+    if queries % (step := tensor * ranks):
+        constraint = f"must be divisible by parallel.tensor {tensor} * {ranks} = {step}: {what}"
+        fix = f"{nearest(queries, step=step)}, {instead}"
+        raise ConfigError(f"{path}.num_heads", queries, constraint, fix=fix)
+
+    def fits(n: int) -> bool:
+        return queries % n == 0 and n % tensor == 0 and ((n // tensor) % ranks == 0 or ranks % (n // tensor) == 0)
+
+    if not fits(keys):
+        constraint = f"must be a multiple or divisor of {ranks} on each of parallel.tensor = {tensor} ranks: {what}"
+        raise ConfigError(f"{path}.num_kv_heads", keys, constraint, fix=f"{nearest(keys, fits)}, {instead}")
 
 
 def _check_pipeline(config: Config, num_layers: int) -> None:
@@ -342,7 +381,7 @@ def _check_pipeline(config: Config, num_layers: int) -> None:
         raise ConfigError(f"parallel.{name}", getattr(parallel, name), constraint, fix=fix)
     if sizes is None:
         return
-    fix = f"balanced by FLOPs: {default_split(config)}"
+    fix = f"balanced: {default_split(config)}"
     if len(sizes) != chunks:
         terms = f"parallel.pipeline {stages} * parallel.virtual_pipeline {virtual} = {chunks}"
         raise ConfigError(path, sizes, f"must have {terms} numbers, one for each chunk", fix=fix)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import ParallelLayout, rank_tokens, recomputed, tensor_sequence
+from linear_moe.config.validate import ParallelLayout, expert_dispatcher, rank_tokens, recomputed, tensor_sequence
 from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.ops.linear_cross_entropy import BLOCK_ELEMENTS
+from linear_moe.modeling.ops.linear_cross_entropy import block_rows
 from linear_moe.plan.ranks import RankChunk
 
 
@@ -37,14 +37,18 @@ def layer_elements(
     parts = {"core": ("mixer", core)}  # that can be left out of them
     if hasattr(layer.ffn, "experts"):
         moe = model.moe
-        # A balanced router sends a rank as many tokens as it has. Those received are kept sorted by expert; those that
-        # did not have to travel are kept as they were. Of each expert: gate and up.
-        travels = parallel.expert * parallel.expert_tensor > 1
-        received = stream * parallel.expert_tensor * (moe.top_k if travels else 1)
+        # Of each expert that a token has: gate and up. A balanced router sends a rank as many tokens as it has. Those
+        # received are kept: one by one, sorted by expert, or all tokens of all ranks, with room for all their experts.
+        ranks = parallel.expert * parallel.expert_tensor
+        gate_up = 2 * moe.top_k * moe.expert_ffn_size * stream / hidden
+        received = 0.0
+        if ranks > 1 and expert_dispatcher(moe, parallel.expert) == "allgather":
+            received, gate_up = stream * ranks, gate_up * parallel.expert
+        elif ranks > 1:
+            received = stream * parallel.expert_tensor * moe.top_k
         # The input of router and experts, and the shared expert's, if that is a copy.
         normed["ffn"] = stream + (hidden if moe.shared_ffn_size and parallel.tensor > 1 else 0)
-        gate_up = 2 * moe.top_k * moe.expert_ffn_size * stream / hidden
-        inside["ffn"] = wide * 4 * moe.num_experts + (received if travels else 0) + gate_up
+        inside["ffn"] = wide * 4 * moe.num_experts + received + gate_up
         parts["experts"] = "ffn", gate_up
     dense = (moe.shared_ffn_size if hasattr(layer.ffn, "experts") else model.ffn_size) / parallel.tensor
     inside["ffn"] += 4 * dense  # gate, up, silu(gate), product
@@ -118,7 +122,7 @@ def logit_bytes(config: Config, columns: float, tokens: int) -> float:
     size, hidden = DTYPES[config.training.dtype].itemsize, config.model.hidden_size
     weight = size * columns * hidden
     if "logits" in config.training.recompute_modules:  # a block; the gradient of the head's input is summed in fp32
-        return weight + size * min(BLOCK_ELEMENTS, tokens * columns) + 4 * tokens * hidden
+        return weight + size * tokens * min(block_rows(tokens), columns) + 4 * tokens * hidden
     # The gradient takes the logits' place; over tensor ranks Megatron's loss takes them to fp32 first.
     copies = size if config.parallel.tensor == 1 or size == 4 else size + 4
     return weight + copies * tokens * columns

@@ -3,7 +3,7 @@
 The slowest pipeline stage sets the pace. A micro-batch costs it, forward and backward,
 
 - compute: its FLOPs at EFFICIENCY of the GPU's peak, but no layer less than LAYER_SECONDS, in which the host launches
-  its kernels; what is recomputed counts again;
+  its kernels, the head HEAD_SPEED times as many; what is recomputed counts again;
 - weights: they are read in both directions, and their gradients written and added up in fp32;
 - tensor: in each pass, every tensor-parallel region gathers its tokens and scatters its sums;
 - expert: in each pass, every MoE layer sends its tokens to experts and back;
@@ -22,12 +22,13 @@ import math
 from dataclasses import dataclass
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import ParallelLayout, rank_tokens, recomputed
+from linear_moe.config.validate import ParallelLayout, expert_dispatcher, rank_tokens, recomputed
 from linear_moe.flops import Flops
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.memory import optimizer_bytes
 from linear_moe.plan.ranks import RankChunk, is_expert
+from linear_moe.stages import HEAD_SPEED
 
 EFFICIENCY = 0.4
 LAYER_SECONDS = 1.5e-3
@@ -116,7 +117,7 @@ def stage_cost(
                 if moe and half == "ffn":
                     seconds["expert"] += 2 * travels * dispatch(config, groups, stream / layout.tensor)
         if chunk.logits:
-            seconds["compute"] += (4 if "logits" in modules else 3) * tokens * flops.head / rate
+            seconds["compute"] += (4 if "logits" in modules else 3) * tokens * flops.head / (HEAD_SPEED * rate)
             seconds["tensor"] += 2 * groups["tensor"].ring(stream)
         weights = sum(p.numel() * (4 * p.element_size() + 8) for p in chunk.parameters if p.requires_grad)
         seconds["weights"] += weights / gpu.memory_bandwidth
@@ -142,7 +143,7 @@ def stage_cost(
 def dispatch(config: Config, groups: dict[str, Group], stream: float) -> float:
     """Seconds of sending this rank's tokens, `stream` bytes, to their experts."""
     expert, inside = groups["expert"], groups["expert_tensor"]
-    if config.model.moe.dispatcher == "allgather":
+    if expert_dispatcher(config.model.moe, expert.ranks) == "allgather":
         return expert.ring(stream * expert.ranks) + inside.ring(stream * expert.ranks * inside.ranks)
     rows = stream * config.model.moe.top_k
     return expert.exchange(rows) + inside.ring(rows * inside.ranks)

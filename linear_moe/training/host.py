@@ -23,10 +23,11 @@ from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_default_pg_collection,
 )
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
 from linear_moe.config.schema import MoEConfig
+from linear_moe.config.validate import expert_dispatcher
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host, Init, Matrices
 from linear_moe.modeling.mixers.base import Layout
@@ -36,10 +37,9 @@ from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens, z_l
 from linear_moe.modeling.moe.router import scores
 from linear_moe.modeling.ops.experts import Assignment
 from linear_moe.modeling.ops.linear_cross_entropy import linear_cross_entropy
+from linear_moe.training.gathered import GatheredExchange
 from linear_moe.training.padded import PaddedExchange
 from linear_moe.training.routing import RoutingStatistics
-
-DISPATCHERS = {"alltoall": MoEAlltoAllTokenDispatcher, "allgather": MoEAllGatherTokenDispatcher}
 
 
 class MegatronHost(Host):
@@ -151,7 +151,12 @@ class MegatronHost(Host):
     def dispatcher(self, config: MoEConfig) -> Dispatcher:
         if self.size("expert") == self.size("expert_tensor") == 1:
             return super().dispatcher(config)
-        return MegatronDispatcher(config, self)
+        assert self.tensor_sequence or self.size("tensor") == 1, "tensor ranks would dispatch the same tokens twice"
+        local = self.split(config.num_experts, "expert")
+        first = self.rank("expert") * local
+        if expert_dispatcher(config, self.size("expert")) == "allgather":
+            return GatheredExchange(config.num_experts, first, local)
+        return MegatronDispatcher(config, self, first, local)
 
     def all_tokens(self, x: Tensor) -> Tensor:
         if not self.tensor_sequence:
@@ -268,16 +273,13 @@ def _counts(index: Tensor, number: int) -> Tensor:
 
 
 class MegatronDispatcher(Dispatcher):
-    """Megatron's token dispatcher of one layer, or a padded exchange: tokens travel to their experts and back."""
+    """Megatron's all-to-all of one layer, or a padded exchange: tokens travel to their experts and back."""
 
-    def __init__(self, config: MoEConfig, host: MegatronHost):
+    def __init__(self, config: MoEConfig, host: MegatronHost, first: int, local: int):
         super().__init__(config.num_experts)
         self.config, self._ranks = config, host.size("tensor") * host.size("sequence")
         self._padded: PaddedExchange | None = PaddedExchange(config.num_experts) if config.capacity_pad else None
-        assert host.tensor_sequence or host.size("tensor") == 1, "tensor ranks would dispatch the same tokens twice"
-        local = host.split(config.num_experts, "expert")
-        first = host.rank("expert") * local
-        self._dispatcher = DISPATCHERS[config.dispatcher](
+        self._dispatcher = MoEAlltoAllTokenDispatcher(
             local, list(range(first, first + local)), config=host.config, pg_collection=get_default_pg_collection()
         )
 

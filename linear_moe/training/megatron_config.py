@@ -39,7 +39,7 @@ def transformer_config(config: Config) -> TransformerConfig:
             "moe_router_load_balancing_type": "none",
             "moe_expert_capacity_factor": model.moe.capacity_factor,  # not None: dispatchers count the tokens
             "moe_ffn_hidden_size": model.moe.expert_ffn_size,
-            "moe_token_dispatcher_type": model.moe.dispatcher,
+            "moe_token_dispatcher_type": "alltoall",
             "expert_model_parallel_size": parallel.expert,
         }
     if parallel.virtual_pipeline > 1:

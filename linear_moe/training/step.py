@@ -49,7 +49,8 @@ def sequence_line(config: Config) -> Line | None:
     if config.parallel.sequence == 1:
         return None
     group, rank = ps.get_context_parallel_group(), ps.get_context_parallel_rank()
-    return Line(order_of(config.parallel), rank, group, config.parallel.sequence_exchange)
+    parallel = config.parallel
+    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, parallel.sequence_attention)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -6,11 +6,13 @@
     tp2_ep2          the same with whole experts, half of them on each rank
     pp2              two pipeline stages, cut as `plan` cuts them, and
     pp2_even         with as many layers in each,
+    pp2_flops        with three quarters of them in the first, which is about where FLOPs are equal,
     pp2_interleaved  with two chunks of layers on each
     ep2              half of the experts on each rank, the rest data parallel, distributed optimizer, overlapped
+    ep2_alltoall     the same, with each token sent to its experts
     dp2_plain        data parallel, every rank with the whole optimizer
     dp2              data parallel, distributed optimizer, reduction and gather overlapped
-NAME@N is that layout with a global batch of N sequences instead of --global-batch.
+NAME@N is that layout with a global batch of N sequences instead of the preset's.
 
 A step is the trainer's: forward, backward, reduction, clipping, optimizer, all on random tokens. Every layout sees the
 same weights and the same global batch, so losses and gradient norms of all steps must agree (`*_difference`: the
@@ -68,10 +70,12 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "tp2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
     "pp2": ("parallel.pipeline=2",),
     "ep2": ("parallel.expert=2", "optimizer.overlap=true"),
+    "ep2_alltoall": ("parallel.expert=2", "optimizer.overlap=true", "model.moe.dispatcher=alltoall"),
     "dp2": ("optimizer.overlap=true",),
     "dp2_plain": ("optimizer.distributed=false",),
     "tp2_ep2": ("parallel.tensor=2", "parallel.expert=2"),
     "pp2_even": ("parallel.pipeline=2", "parallel.pipeline_layers=[{half},{half}]"),
+    "pp2_flops": ("parallel.pipeline=2", "parallel.pipeline_layers=[{most},{least}]"),
     "pp2_interleaved": ("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
 }
 TINY = ("model.hidden_size=64", "model.num_heads=4", "model.num_layers=4", "model.pattern=LLLN", "model.vocab_size=512",
@@ -108,8 +112,9 @@ class Job:
                   "optimizer.lr=1e-4", f"training.micro_batch={self.micro_batch}", *self.overrides,
                   f"training.global_batch={self.global_batch}",
                   f"training.steps={self.warmup + self.iterations}"]  # fmt: skip
-        half = load_config(path, common).model.num_layers // 2
-        config = load_config(path, [*common, *(text.format(half=half) for text in LAYOUTS[self.layout])])
+        layers = load_config(path, common).model.num_layers
+        sizes = {"half": layers // 2, "most": layers * 3 // 4, "least": layers - layers * 3 // 4}
+        config = load_config(path, [*common, *(text.format(**sizes) for text in LAYOUTS[self.layout])])
         validate(config, self.ranks, files=False)
         return config
 
@@ -199,6 +204,13 @@ def measure(job: Job) -> dict[str, Any]:
     start_peak()
     found = steps_of(config, job, parallel.initialize(config))
     trained = time.perf_counter()
+    found["left_gib"] = end_groups()
+    found["total_seconds"], found["end_seconds"] = trained - began, time.perf_counter() - trained
+    return found
+
+
+def end_groups() -> float:
+    """Undo `parallel.initialize`, but for the default process group. Collective. Returns GiB still allocated."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -209,9 +221,7 @@ def measure(job: Job) -> dict[str, Any]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    found["left_gib"] = used_gib()["allocated"]
-    found["total_seconds"], found["end_seconds"] = trained - began, time.perf_counter() - trained
-    return found
+    return used_gib()["allocated"]
 
 
 def work(folder: Path) -> None:
@@ -240,12 +250,17 @@ def work(folder: Path) -> None:
 
 # -- the launcher ------------------------------------------------------------------------------------------------------
 class Group:
-    """Jobs with the same number of ranks, in processes that are started again when one fails."""
+    """Jobs with the same number of ranks, in processes that are started again when one fails.
 
-    def __init__(self, jobs: list[Job], devices: str | None, timeout: float):
+    Jobs are dataclasses with `ranks` and a `name` for files; `script --worker FOLDER` does them.
+    """
+
+    script = __file__
+
+    def __init__(self, jobs: list[Any], devices: str | None, timeout: float):
         self.left, self.devices, self.timeout = jobs, devices, timeout
         self.folder = Path(tempfile.mkdtemp())
-        self.found: dict[Job, Any] = {}
+        self.found: dict[Any, Any] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.progress = 0.0
 
@@ -253,7 +268,7 @@ class Group:
         (self.folder / "jobs.json").write_text(json.dumps([asdict(job) for job in self.left]))
         ranks = self.left[0].ranks
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *torchrun, __file__, "--worker", str(self.folder)]
+        command = [sys.executable, *torchrun, self.script, "--worker", str(self.folder)]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if self.devices is not None:
@@ -274,7 +289,7 @@ class Group:
             self.progress = time.monotonic()
             job = self.left.pop(0)
             self.found[job] = [json.loads(path.read_text()) for path in self._paths(job)]
-            report(job, self.found[job])
+            self.report(job, self.found[job])
         late = time.monotonic() - self.progress > self.timeout
         if self.left and ended and self.process is not None and self.process.returncode == 0:
             self.stop()  # a layout left memory behind
@@ -282,21 +297,29 @@ class Group:
             self._drop(f"took longer than {self.timeout:g} s" if late and not ended else "failed")
         return bool(self.left)
 
-    def _paths(self, job: Job) -> list[Path]:
+    def _paths(self, job: Any) -> list[Path]:
         return [self.folder / f"{job.name}.{rank}.json" for rank in range(job.ranks)]
 
-    def _finished(self, job: Job) -> bool:
+    def _finished(self, job: Any) -> bool:
         return all(path.exists() for path in self._paths(job))
 
     def _drop(self, why: str) -> None:
-        """Give up the job that was running; with half the micro-batch it may fit."""
+        """Give up the job that was running."""
         self.stop()
         job, log = self.left.pop(0), (self.folder / "log").read_text(errors="replace")
         memory = "OutOfMemoryError" in log or "out of memory" in log
         self.found[job] = {"failed": "out of memory" if memory else why, "log": log[-6000:]}
-        report(job, self.found[job])
+        self.report(job, self.found[job])
+        self.after_failure(job, memory)
+
+    def after_failure(self, job: Any, memory: bool) -> None:
+        """`memory`: that was out. With half the micro-batch it may fit."""
         if memory and job.micro_batch > 1:
             self.left.insert(0, replace(job, micro_batch=job.micro_batch // 2))
+
+    def report(self, job: Any, found: Any) -> None:
+        """A line of progress."""
+        report(job, found)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -338,7 +361,7 @@ def run(groups: list[Group], seconds: float) -> None:
             for job in group.left:
                 log = group.folder / "log"
                 group.found[job] = {"failed": "no time left", "log": log.read_text()[-6000:] if log.exists() else ""}
-                report(job, group.found[job])
+                group.report(job, group.found[job])
             group.left = []
             group.stop()
 
@@ -386,7 +409,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
     """Add what each layout is of one GPU's run with the same batches."""
 
     def batches(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["preset"], row["micro_batch"], row["global_batch"]
+        return row["preset"], row["global_batch"]  # one GPU may need smaller micro-batches
 
     singles = {batches(row): row for row in rows if row["layout"] == "single" and "ms" in row}
     for row in rows:
@@ -458,9 +481,9 @@ def gpu_name() -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="a.b=c, of all presets and layouts")
-    parser.add_argument("--presets", default="a0.3b_2b:4,a1b_7b:2", help="files of configs/models and micro-batches")
+    presets = "files of configs/models, with the sequences of a micro-batch and of a step over all ranks"
+    parser.add_argument("--presets", default="a0.3b_2b:8:64,a1b_7b:4:32", help=presets)
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="in the order that they run in, NAME or NAME@N")
-    parser.add_argument("--global-batch", type=int, default=16, help="sequences per step over all ranks")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
     parser.add_argument("--iterations", type=int, default=7, help="steps that count")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one layout")
@@ -481,14 +504,12 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """Layout by layout, so that what comes last is what can be done without."""
     named = f"training.timeout_minutes={0.8 * args.timeout / 60:g}"  # the rank that hangs, before the launcher ends all
     overrides = (*(TINY if args.tiny else ()), named, *args.overrides)
-    presets = [(name, int(size or 1)) for name, _, size in (p.partition(":") for p in args.presets.split(","))]
-    layouts = [
-        (name, int(size or args.global_batch)) for name, _, size in (x.partition("@") for x in args.layouts.split(","))
-    ]
+    presets = [(name, *map(int, sizes)) for name, *sizes in (p.split(":") for p in args.presets.split(","))]
+    layouts = [(name, int(size or 0)) for name, _, size in (x.partition("@") for x in args.layouts.split(","))]
     jobs = [
-        Job(preset, layout, micro_batch, global_batch, args.warmup, args.iterations, overrides)
-        for layout, global_batch in layouts
-        for preset, micro_batch in presets
+        Job(preset, layout, micro_batch, size or global_batch, args.warmup, args.iterations, overrides)
+        for layout, size in layouts
+        for preset, micro_batch, global_batch in presets
     ]
     for job in jobs:
         job.config()  # a ConfigError is better now

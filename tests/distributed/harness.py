@@ -13,7 +13,6 @@ import signal
 import tempfile
 import time
 import warnings
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,10 @@ class Ranks:
         self.folder = Path(self._folder.name)
         torch.save(cases, self.folder / "cases.pt")
         (self.folder / "output").touch()
-        _server()
-        self._processes = [_forked.Process(target=_rank, args=(self.folder, r, world)) for r in range(world)]
-        for process in self._processes:
-            process.start()
+        self._processes = [_context.Process(target=_rank, args=(self.folder, r, world)) for r in range(world)]
+        with mock.patch.dict(os.environ, environment() | {"PYTHONWARNINGS": "ignore"}, clear=True):
+            for process in self._processes:
+                process.start()
 
     def results(self) -> dict[str, list[Any]]:
         """Wait for all of them, or for the first that fails."""
@@ -68,7 +67,7 @@ class Ranks:
 
 
 def run(world: int, cases: dict[str, Case], timeout: float = 420.0) -> dict[str, list[Any]]:
-    """Run `cases` (a name to function name and arguments) in `world` new gloo processes.
+    """Run `cases` (a name to function name and arguments) in `world` new processes, of gloo, or NCCL on GPUs.
 
     Args:
         world: number of processes, as of torchrun; 1: a plain Python process.
@@ -84,14 +83,9 @@ def run(world: int, cases: dict[str, Case], timeout: float = 420.0) -> dict[str,
     return Ranks(world, cases, timeout).results()
 
 
-_forked = multiprocessing.get_context("forkserver")
-
-
-def _server() -> None:
-    """Start the process that ranks are forked from, once, with everything imported and nothing run."""
-    _forked.set_forkserver_preload(["tests.distributed.worker"])
-    with mock.patch.dict(os.environ, environment() | {"PYTHONWARNINGS": "ignore"}, clear=True):
-        forkserver.ensure_running()
+# Ranks are forked from a process that has imported everything and run nothing; a CUDA driver survives no fork.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+_context.set_forkserver_preload(["tests.distributed.worker"])
 
 
 def _rank(folder: Path, rank: int, world: int) -> None:

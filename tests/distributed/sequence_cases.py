@@ -44,44 +44,51 @@ from tests.distributed.sequences import (
 from tests.unit.mixers.common import build
 
 
-def line(layout: str, strategy: str) -> Line:
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    return Line(Order(size, layout), dist.get_rank(), dist.group.WORLD, strategy)
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def line(layout: str, strategy: str, attention: str = "all_gather") -> Line:
+    return Line(Order(ranks(), layout), dist.get_rank(), dist.group.WORLD, strategy, attention)
 
 
 def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """`one_pass` of this rank's share of the tokens in every setting; parameters' gradients summed over the ranks."""
     mixer, found = build(name, fields), {}
-    for layout, strategy, packed in settings():
-        own = line(layout, strategy)
+    for layout, strategy, attention, packed in settings(mixer, ranks()):
+        own = line(layout, strategy, attention)
         pieces, own_tokens = own_layout(own, packed)
         result = one_pass(mixer, share(stream(packed, 0), pieces), share(stream(packed, 1), pieces), own_tokens)
         for key, gradient in result.items():
             if key not in ("output", "tokens"):
                 dist.all_reduce(gradient)
-        found[f"{layout}-{strategy}-{packed}"] = result
+        found[f"{layout}-{strategy}-{attention}-{packed}"] = result
     return found
 
 
-def sequence_bytes(name: str, fields: dict[str, Any], layout: str, strategy: str, length: int) -> tuple[int, int]:
+def sequence_bytes(
+    name: str, fields: dict[str, Any], layout: str, strategy: str, length: int, attention: str = "all_gather"
+) -> tuple[int, int]:
     """Bytes that this rank hands to collectives in one layer's forward and backward pass, over rows of `length`."""
-    mixer, own = build(name, fields), line(layout, strategy)
+    mixer, own = build(name, fields), line(layout, strategy, attention)
     pieces = cut(ROWS, length, own.order, own.rank)
     x = share(torch.randn(ROWS, length, HIDDEN, generator=torch.Generator().manual_seed(0)), pieces)
     tokens = x.flatten(0, 1).requires_grad_()
     positions = share(torch.arange(length).expand(ROWS, length), pieces)
     counted = 0
 
-    def counting(function: Any, place: int) -> Any:
+    def counting(function: Any, place: int | None) -> Any:
         def call(*args: Any, **options: Any) -> Any:
             nonlocal counted
-            counted += args[place].numel() * args[place].element_size()
+            given = [op.tensor for op in args[0] if op.op is not dist.irecv] if place is None else [args[place]]
+            counted += sum(x.numel() * x.element_size() for x in given)
             return function(*args, **options)
 
         return call
 
-    # A collective's input: the second argument of both, the first of a send.
-    places = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "isend": 0, "send": 0}
+    # A collective's input: the second argument, the first of a send; a batch of sends and receives.
+    collectives = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+    places = dict.fromkeys(collectives, 1) | {"isend": 0, "send": 0, "batch_isend_irecv": None}
     with ExitStack() as stack:
         for function, place in places.items():
             stack.enter_context(mock.patch.object(exchange.dist, function, counting(getattr(dist, function), place)))
@@ -110,7 +117,9 @@ def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
     return {"losses": losses, "router": router, "routing": [asdict(layer) for layer in stepper.routing()]}
 
 
-def sequence_model(model: dict[str, Any], modules: list[str], packed: bool, layout: str | None) -> dict[str, Tensor]:
+def sequence_model(
+    model: dict[str, Any], modules: list[str], packed: bool, layout: str | None, attention: str = "all_gather"
+) -> dict[str, Tensor]:
     """Losses of this rank's tokens in a whole model, and the gradients of all its parameters, summed over the ranks.
 
     Args:
@@ -124,7 +133,7 @@ def sequence_model(model: dict[str, Any], modules: list[str], packed: bool, layo
     text = torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(5))
     tokens, labels, where = text[:, :-1], text[:, 1:], whole_layout(packed)
     if layout is not None:
-        pieces, where = own_layout(line(layout, "all_gather"), packed)
+        pieces, where = own_layout(line(layout, "all_gather", attention), packed)
         tokens, labels = share(tokens, pieces), share(labels, pieces)
     shape = (where.batch, where.length)
     losses = network(tokens.reshape(shape), where, labels=labels.reshape(shape))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.mixers.base import Layout, Mixer
 from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.layout import Cut, cut, share
 from linear_moe.training.sequence.pieces import layout_of
@@ -51,9 +51,14 @@ def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: Layout) -> d
     return {"output": y.detach().view_as(x), "tokens": tokens.grad.view_as(x)} | found  # type: ignore[union-attr]
 
 
-def settings() -> Iterator[tuple[str, str, bool]]:
-    """Layout, strategy, packed."""
+def settings(mixer: Mixer, world: int) -> Iterator[tuple[str, str, str, bool]]:
+    """Layout, strategy of states, strategy of softmax attention, packed."""
+    heads = mixer.softmax_heads(mixer.config, mixer.dims)
     for layout in ("contiguous", "zigzag"):
         for packed in (False, True):
-            yield layout, "all_gather", packed
-        yield layout, "ring", True
+            yield layout, "all_gather", "all_gather", packed
+            if heads is not None:
+                yield layout, "all_gather", "ring", packed
+            if heads is not None and heads[0] % world == 0:
+                yield layout, "all_gather", "ulysses", packed
+        yield layout, "ring", "all_gather", True

@@ -35,10 +35,13 @@ PARALLEL: dict[str, tuple[int, dict[str, int]]] = {
     "etp2": (2, {"expert_tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
     "tp2-ep4": (4, {"tensor": 2, "expert": 4}),
+    "tp2-ep2-etp2": (4, {"tensor": 2, "expert": 2, "expert_tensor": 2}),
 }
+MOE["alltoall"] = MOE["v3"] | {"dispatcher": "alltoall"}
 COVERED = [
     *(("v3", parallel) for parallel in PARALLEL),
     *(("v2", parallel) for parallel in ("tp2", "ep2")),
+    *(("alltoall", parallel) for parallel in ("ep2", "tp2-etp2", "tp2-ep2-etp2")),
     *(("drop", parallel) for parallel in PARALLEL),
     *(("drop-last", parallel) for parallel in ("tp2", "ep2")),
     *(("pad", parallel) for parallel in ("tp2", "ep2", "tp2-etp2", "etp2", "tp2-ep4")),

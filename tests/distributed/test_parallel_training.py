@@ -49,7 +49,8 @@ MIXER = {"recompute": "selective", "recompute_modules": ["norm", "mixer"], "reco
 
 # name -> (model, parallel sizes, other sections)
 TWO: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "gla-ep2-allgather": ("gla", {"expert": 2}, {"allgather": {}}),
+    "gla-ep2-alltoall": ("gla", {"expert": 2}, {"alltoall": {}}),
+    "gla-tp2-etp2-alltoall": ("gla", TP2 | {"expert_tensor": 2}, {"alltoall": {}}),
     "gla-tp2-recompute": ("gla", TP2, {"training": {"recompute": "full"}}),
     "hybrid-tp2-recompute-parts": ("hybrid", TP2, {"training": PARTS}),
     "dense-tp2-replicated-recompute-parts": ("dense", TP2 | {"tensor_sequence": False}, {"training": PARTS}),
@@ -63,9 +64,9 @@ TWO: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def case(model: str, parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    tree = config(MODELS[model], parallel, **{k: v for k, v in sections.items() if k != "allgather"})
-    if "allgather" in sections:
-        tree["model"]["moe"] = tree["model"]["moe"] | {"dispatcher": "allgather"}
+    tree = config(MODELS[model], parallel, **{k: v for k, v in sections.items() if k != "alltoall"})
+    if "alltoall" in sections:
+        tree["model"]["moe"] = tree["model"]["moe"] | {"dispatcher": "alltoall"}
     return "train", {"config": tree, "steps": STEPS}
 
 

@@ -17,6 +17,8 @@ from linear_moe.plan.ranks import RankModels, rank_chunks
 from tests.distributed.harness import run
 
 PLAIN = {"optimizer": {"distributed": False}}
+MOE = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 128, "shared_ffn_size": 64, "expert_bias": True}
+SENT = {"model": {"moe": MOE | {"dispatcher": "alltoall"}}}
 # name -> (ranks, parallel sizes, other sections)
 LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "dp2": (2, {}, {}),
@@ -28,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "pp2x2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
     "pp2-dp2-tied": (4, {"pipeline": 2}, {"model": {"tie_embeddings": True}}),
     "pp2-ep2": (4, {"pipeline": 2, "expert": 2}, {}),
+    "ep2-etp2-alltoall": (4, {"expert": 2, "expert_tensor": 2}, SENT),
     "tp2-pp2-ep2-fp32": (4, {"tensor": 2, "pipeline": 2, "expert": 2}, {"training": {"dtype": "fp32"}}),
     "dp4-fp32-plain": (4, {}, PLAIN | {"training": {"dtype": "fp32"}}),
 }
@@ -42,7 +45,7 @@ def config(parallel: dict[str, int], sections: dict[str, Any]) -> dict[str, Any]
         "pattern": "LNDL",
         "symbols": {"D": {"ffn": "dense"}},
         "ffn_size": 512,
-        "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 128, "shared_ffn_size": 64, "expert_bias": True},
+        "moe": MOE,
         "vocab_size": 32,
     } | sections.get("model", {})
     training = {"sequence_length": 64, "micro_batch": 2, "global_batch": 16} | sections.get("training", {})

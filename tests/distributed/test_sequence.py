@@ -21,7 +21,11 @@ SPLIT = [key for key, (name, _) in IDS.items() if mixer_class(name).capabilities
 Results = dict[int, dict[str, list[Any]]]
 NAMES = sorted({IDS[key][0] for key in SPLIT})
 # Every mixer once, three to a model, behind them a layer of softmax attention; each in one of these settings.
-SETTINGS = [("zigzag", True, ["layer"]), ("contiguous", False, ["norm", "core", "activation"]), ("zigzag", False, [])]
+SETTINGS = [
+    ("zigzag", True, ["layer"], "all_gather"),
+    ("contiguous", False, ["norm", "core", "activation"], "ring"),
+    ("zigzag", False, [], "ulysses"),
+]
 MODELS = {"-".join(NAMES[i : i + 3]): SETTINGS[i // 3 % len(SETTINGS)] for i in range(0, len(NAMES), 3)}
 
 
@@ -40,16 +44,16 @@ def model_of(key: str) -> dict[str, Any]:
 def models() -> dict[str, list[dict[str, Tensor]]]:
     """What every rank of a sequence has, and (`one-` before the name) what one process has."""
     todo: dict[str, Any] = {}
-    for key, (layout, packed, modules) in MODELS.items():
+    for key, (layout, packed, modules, attention) in MODELS.items():
         common = {"model": model_of(key), "packed": packed}
-        todo[key] = "sequence_model", common | {"layout": layout, "modules": modules}
+        todo[key] = "sequence_model", common | {"layout": layout, "modules": modules, "attention": attention}
         todo[f"one-{key}"] = "sequence_model", common | {"layout": None, "modules": []}
     return run(4, todo)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_model_is_that_of_one_process(models: dict[str, list[dict[str, Tensor]]], model: str) -> None:
-    layout, packed, _ = MODELS[model]
+    layout, packed, *_ = MODELS[model]
     expected, ranks = dict(models[f"one-{model}"][0]), models[model]
     losses = joined([rank["losses"] for rank in ranks], Order(4, layout), packed)
     assert_close(losses, expected.pop("losses"), FP32, model)
@@ -84,14 +88,14 @@ def test_mixer_is_that_of_one_process(results: Results, key: str) -> None:
     for packed in (False, True):
         expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))
         for world, found in results.items():
-            for layout, strategy, whether in settings():
+            for layout, strategy, attention, whether in settings(mixer, world):
                 if key not in found or whether != packed:
                     continue
-                ranks = [rank[f"{layout}-{strategy}-{packed}"] for rank in found[key]]
+                ranks = [rank[f"{layout}-{strategy}-{attention}-{packed}"] for rank in found[key]]
                 actual = dict(ranks[0])
                 for name in ("output", "tokens"):
                     actual[name] = joined([rank[name] for rank in ranks], Order(world, layout), packed)
-                what = f"{key} on {world} ranks, {layout}, {strategy}, packed: {packed}"
+                what = f"{key} on {world} ranks, {layout}, {strategy}, {attention}, packed: {packed}"
                 assert_close(actual.pop("output"), expected["output"], FP32, what)
                 gradients = {name: x for name, x in expected.items() if name != "output"}
                 assert_gradients_close(actual, gradients, FP32, FP32_GRADIENT_FLOOR)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
 
 from linear_moe.modeling.mixers.base import Mixer
+from linear_moe.training.sequence.attention import STRATEGIES
 from tests.distributed.harness import run
 from tests.distributed.sequences import HIDDEN, ROWS
 from tests.unit.mixers.common import build
@@ -23,11 +25,18 @@ MIXERS: dict[str, dict[str, Any]] = {
     "mom": {"memory": "gla"},
     "titans": {"chunk_size": 8},
     "ttt_linear": {"mini_batch_size": 8},
-    "attention": {"num_kv_heads": 2},
 }
 WORLDS = (2, 4)
 SETTINGS = [("zigzag", "all_gather"), ("contiguous", "all_gather"), ("contiguous", "ring"), ("zigzag", "ring")]
 CASES = [(name, *setting) for name in MIXERS for setting in SETTINGS]
+WINDOW = 3
+SOFTMAX: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("attention", {"num_kv_heads": 2}),
+    "window": ("attention", {"num_kv_heads": 2, "window": WINDOW}),
+    "mla": ("mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}),
+}
+LAYOUTS = ("contiguous", "zigzag")
+ATTENTION = [(name, layout, attention) for name in SOFTMAX for layout in LAYOUTS for attention in STRATEGIES]
 
 
 def state_sizes(mixer: Mixer) -> list[tuple[int, int | None]]:
@@ -55,17 +64,17 @@ def state_sizes(mixer: Mixer) -> list[tuple[int, int | None]]:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[tuple[int, str, str, str, int], list[tuple[int, int]]]:
+def results() -> dict[tuple[Any, ...], list[tuple[int, int]]]:
     found = {}
+    names = ("name", "layout", "strategy", "attention")
+    values = [*((*case, "all_gather") for case in CASES), *((n, layout, "all_gather", a) for n, layout, a in ATTENTION)]
     for world in WORLDS:
-        cases = {(*case, length): case for case in CASES for length in LENGTHS}
-        names = ("name", "fields", "layout", "strategy", "length")
         todo: dict[str, Any] = {}
-        for name, layout, strategy, length in cases:
-            values = (name, MIXERS[name], layout, strategy, length)
-            todo[f"{name}-{layout}-{strategy}-{length}"] = "sequence_bytes", dict(zip(names, values, strict=True))
-        ranks = run(world, todo)
-        found |= {(world, *key): ranks["-".join(map(str, key))] for key in cases}
+        for value, length in product(values, LENGTHS):
+            name, fields = SOFTMAX.get(value[0]) or (value[0], MIXERS[value[0]])
+            given = dict(zip(names, value, strict=True)) | {"name": name, "fields": fields, "length": length}
+            todo["-".join(map(str, (*value, length)))] = "sequence_bytes", given
+        found |= {(world, *key.split("-")): ranks for key, ranks in run(world, todo).items()}
     return found
 
 
@@ -75,11 +84,7 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
     mixer, per_rank = build(name, MIXERS[name]), 2 if layout == "zigzag" else 1
     last = per_rank * world - 1
     for length in LENGTHS:
-        for rank, sent in enumerate(results[world, name, layout, strategy, length]):
-            if name == "attention":  # keys and values of its own tokens; the gradients of everyone's
-                own = ROWS * length // world * 2 * 2 * (HIDDEN // 4) * FP32_BYTES
-                assert sent == (own, world * own)
-                continue
+        for rank, sent in enumerate(results[world, name, layout, strategy, "all_gather", str(length)]):
             sizes = state_sizes(mixer)
             handed = ROWS * FP32_BYTES * sum(n for n, m in sizes if m is None)
             pairs = [(n, m) for n, m in sizes if m is not None]
@@ -92,3 +97,35 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
             else:
                 expected = (onwards * states, back * states)
             assert sent == (expected[0] + onwards * handed, expected[1] + back * handed)
+
+
+@pytest.mark.parametrize(("name", "layout", "attention"), ATTENTION)
+@pytest.mark.parametrize("world", WORLDS)
+def test_bytes_of_softmax_attention(results: Any, world: int, name: str, layout: str, attention: str) -> None:
+    """Elements a token: of what is shared, G (D + V) or a latent, and in Ulysses of all heads' q, k, v and o."""
+    config: Any = build(*SOFTMAX[name]).config
+    if name != "mla":
+        heads, kv_heads, size, value = 4, config.num_kv_heads, HIDDEN // 4, HIDDEN // 4
+        shared = kv_heads * (size + value)
+    else:
+        heads = kv_heads = 4
+        size, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        shared = config.kv_lora_rank + config.qk_rope_head_dim
+    for length in LENGTHS:
+        tokens = ROWS * length // world * FP32_BYTES
+        own = tokens * shared
+        there, back = tokens * (heads * size + max(kv_heads, world) * (size + value)), tokens * heads * value
+        expected = {
+            "all_gather": (own, own + world * own),
+            "ring": ((world - 1) * own, 2 * (world - 1) * own),
+            "ulysses": (there + back, there + back),
+        }[attention]
+        for rank, sent in enumerate(results[world, name, layout, "all_gather", attention, str(length)]):
+            if name == "window" and attention == "all_gather":
+                last = (2 if layout == "zigzag" else 1) * world - 1
+                pieces = {rank, last - rank} if layout == "zigzag" else {rank}
+                onwards = sum(piece != last and piece + 1 not in pieces for piece in pieces)
+                back = sum(piece != 0 and piece - 1 not in pieces for piece in pieces)
+                halo = ROWS * (WINDOW - 1) * shared * FP32_BYTES
+                expected = halo * onwards, halo * (onwards + back)
+            assert sent == expected

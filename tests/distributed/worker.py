@@ -58,7 +58,13 @@ def run(folder: Path, rank: int, world: int) -> None:
     warnings.simplefilter("ignore")
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
+        cuda = torch.device("cuda", rank) if torch.cuda.is_available() else None
+        if cuda is not None:
+            torch.cuda.set_device(cuda)
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group(
+            "gloo" if cuda is None else "nccl", store=store, rank=rank, world_size=world, device_id=cuda
+        )
     for name, (function, arguments) in torch.load(folder / "cases.pt", weights_only=False).items():
         if rank == 0:
             print(f"case {name} at {time.perf_counter():.1f}", flush=True)

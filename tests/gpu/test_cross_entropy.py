@@ -31,6 +31,7 @@ def test_kernels_match_pytorch(dtype: torch.dtype, tolerance: float, vocabulary:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
 def test_blocks_match_pytorch(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK_ROWS", 128)
     monkeypatch.setattr(linear, "BLOCK_ELEMENTS", 37 * 4096)
     x, weight = torch.randn(37, 64, device="cuda").to(dtype), (0.5 * torch.randn(10000, 64, device="cuda")).to(dtype)
     labels, grad = torch.randint(10000, (37,), device="cuda"), torch.rand(37, device="cuda")

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.ops import block_attention
+from linear_moe.modeling.ops.block_attention import Block, attend, attend_backward, join
+from linear_moe.training.sequence import attention
 from linear_moe.training.sequence.exchange import STRATEGIES, Line
 from linear_moe.training.sequence.layout import Order, cut
 from linear_moe.training.sequence.pieces import layout_of
 from tests.gpu.test_mixers import HIDDEN, TOKENS, pair, run
-from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, assert_close
+from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, FP32, assert_close
 from tests.unit.mixers.common import case_ids, cases, packed, stream
 
 pytestmark = [
@@ -30,16 +34,23 @@ CASES = [
 ]
 
 
+WAYS = [  # of softmax attention
+    pytest.param(*case.values, way, id=f"{case.id}-{way}")
+    for case in CASES
+    for way in (attention.STRATEGIES if mixer_class(str(case.values[0])).family == "softmax" else ("all_gather",))
+]
+
+
 @pytest.mark.parametrize("whole", [Layout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
-@pytest.mark.parametrize(("name", "fields"), CASES)
-def test_pieces_are_the_whole(name: str, fields: dict[str, Any], whole: Layout) -> None:
+@pytest.mark.parametrize(("name", "fields", "way"), WAYS)
+def test_pieces_are_the_whole(name: str, fields: dict[str, Any], way: str, whole: Layout) -> None:
     gpu, cpu = pair(name, fields)
     device = torch.device("cuda")
     found = cut(whole.batch, whole.length, ORDER, 0, whole.cu_seqlens)
     positions = torch.arange(whole.length).expand(whole.batch, -1) if whole.positions is None else whole.positions
     offsets = None if whole.cu_seqlens is None else torch.tensor(found.offsets).cuda()
     strategy = STRATEGIES[whole.cu_seqlens is None]
-    pieces = layout_of(found, Line(ORDER, 0, None, strategy), device, positions.contiguous().cuda(), offsets)
+    pieces = layout_of(found, Line(ORDER, 0, None, strategy, way), device, positions.contiguous().cuda(), offsets)
     x, weight = stream(1, TOKENS, HIDDEN).bfloat16(), stream(1, TOKENS, HIDDEN, seed=1).bfloat16()
     y, dx, actual = run(gpu, x.cuda(), pieces, weight)
     expected_y, expected_dx, expected = run(cpu, x.float(), whole, weight)
@@ -53,3 +64,46 @@ def test_pieces_are_the_whole(name: str, fields: dict[str, Any], whole: Layout) 
         least = max(float(gradient.norm()), floor)
         error, same = (float((found[key] - gradient).norm()) / least for found in (actual, on_gpu))
         assert error <= max(BF16, BF16_OVER_CPU * same), f"{key}: {error:.1e}, whole sequences {same:.1e}"
+
+
+SPANS = ((0, 200), (200, 201), (201, 300)), ((0, 260), (260, 300), (290, 400))  # keys 290 to 299 are in two
+MORE = ((0, 200),), ((400, 450),)  # fewer keys than queries, of the first sequence
+
+
+def two_blocks(tensors: list[Tensor], left: int | None, right: int | None) -> dict[str, Tensor]:
+    """Attention to two blocks of keys, joined as the ring does, and both blocks' gradients."""
+    q, k, v, d_o = tensors
+    scale, blocks = q.shape[-1] ** -0.5, [Block(*SPANS, left, right, q.device), Block(*MORE, 7, None, q.device)]
+    (o, lse), other = (attend(q, k, v, block, scale) for block in blocks)
+    o, joined = o.float(), slice(*MORE[0][0])
+    o[joined], lse[joined] = join(o[joined], lse[joined], *other)
+    found = {"output": o, "log-sum-exp": lse}
+    for n, block in enumerate(blocks):
+        gradients = attend_backward(d_o, q, k, v, o.to(q.dtype), lse, block, scale)
+        found |= {f"d{name} of block {n}": x for name, x in zip("qkv", gradients, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (40, 0), (40, None)])
+@pytest.mark.parametrize(("heads", "groups", "size", "value"), [(4, 2, 64, 64), (4, 4, 40, 24), (2, 1, 192, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_of_attention(
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    size: int,
+    value: int,
+    left: int | None,
+    right: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FlashAttention against tiles in fp32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (300, heads, size), (450, groups, size), (450, groups, value), (300, heads, value)
+    half = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    expected = two_blocks([x.float() for x in half], left, right)
+    for name in ("_tiles_forward", "_tiles_backward"):
+        monkeypatch.delattr(block_attention, name)
+    actual = two_blocks([x.cuda() for x in half], left, right)
+    for name, x in expected.items():
+        assert_close(actual[name].float(), x, 10 * FP32 if name == "log-sum-exp" else BF16, name)

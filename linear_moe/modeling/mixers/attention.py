@@ -118,6 +118,11 @@ class Attention(Mixer):
         o = o.flatten(2).flatten(0, 1)
         return self.o_proj(o if gate is None else o * gate.sigmoid())
 
+    @classmethod
+    def softmax_heads(cls, config: AttentionConfig, dims: Dims) -> tuple[int, int]:
+        heads = config.num_heads or dims.num_heads
+        return heads, config.num_kv_heads or heads
+
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         shape = (batch, max_length, self.kv_heads, self.head_dim)
         return {"k": (shape, None), "v": (shape, None)}

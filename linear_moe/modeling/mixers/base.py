@@ -105,6 +105,11 @@ class Mixer(nn.Module):
         """
         return {}
 
+    @classmethod
+    def softmax_heads(cls, config: Any, dims: Dims) -> tuple[int, int] | None:
+        """Heads of its queries, and of its keys and values, if it is softmax attention."""
+        return None
+
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Any]:
         """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ from linear_moe.modeling.linear import Linear
 from linear_moe.modeling.mixers.base import Cache, Dims, Layout, Mixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check
 from linear_moe.modeling.norm import RMSNorm
-from linear_moe.modeling.ops.softmax import softmax_attention
+from linear_moe.modeling.ops.softmax import latent_attention, softmax_attention
 from linear_moe.modeling.rotary import rotate, rotations
 
 
@@ -92,8 +92,13 @@ class MultiHeadLatentAttention(Mixer):
 
     def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
         if cache is None:
-            k, v = self._expand(inputs["latent"])
-            return softmax_attention(inputs["q"], k, v, cu_seqlens=layout.cu_seqlens, max_document=layout.max_document)
+            return latent_attention(
+                **inputs,
+                expand=self._expand,
+                parameters=[self.kv_b_proj.weight],
+                cu_seqlens=layout.cu_seqlens,
+                max_document=layout.max_document,
+            )
         if layout.positions is None or layout.cu_seqlens is not None:
             raise ValueError("decoding with a cache needs positions and no packed documents")
         rows = torch.arange(layout.batch, device=layout.positions.device).unsqueeze(1)
@@ -130,6 +135,11 @@ class MultiHeadLatentAttention(Mixer):
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         return self.o_proj(o.flatten(2).flatten(0, 1))
+
+    @classmethod
+    def softmax_heads(cls, config: MLAConfig, dims: Dims) -> tuple[int, int]:
+        heads = config.num_heads or dims.num_heads
+        return heads, heads
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         return {"latent": ((batch, max_length, self.config.kv_lora_rank + self.config.qk_rope_head_dim), None)}

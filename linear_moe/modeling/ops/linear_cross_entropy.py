@@ -14,6 +14,7 @@ from linear_moe.modeling.ops import cross_entropy as definition
 from linear_moe.modeling.ops.fused import has_triton, upcast
 
 BLOCK_ELEMENTS = 2**26  # logits of all tokens and one block: 128 MiB in bf16
+BLOCK_ROWS = 2048  # but at least as many rows of the weight: each block reads and writes the gradient of x
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -26,9 +27,13 @@ def _kernels(x: Tensor) -> ModuleType:
     return definition
 
 
+def block_rows(tokens: int) -> int:
+    """Rows of the weight in a block: a multiple of 128."""
+    return max(BLOCK_ROWS, BLOCK_ELEMENTS // max(tokens, 1) // 128 * 128)
+
+
 def _blocks(tokens: int, vocabulary: int) -> list[slice]:
-    """Multiples of 128 rows of the weight."""
-    rows = max(128, BLOCK_ELEMENTS // max(tokens, 1) // 128 * 128)
+    rows = block_rows(tokens)
     return [slice(i, min(i + rows, vocabulary)) for i in range(0, vocabulary, rows)]
 
 

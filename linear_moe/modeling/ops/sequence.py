@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,20 +26,8 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 `start`, or from the state `carried` that `skip` tokens have left, to that after the last token, `[N, H, K, V]`."""
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Keys and values that local sequences see: of each from its beginning, wherever that is, to its last local token.
-
-    Attributes:
-        k, v: `[1, tokens, G, D]`, sequences laid end to end.
-        spans: of each local sequence, how many local tokens (queries) and how many keys it has.
-        offsets: int32 `[sequences + 1]` of the queries, and of the keys.
-    """
-
-    k: Tensor
-    v: Tensor
-    spans: list[tuple[int, int]]
-    offsets: tuple[Tensor, Tensor]
+Expand = Callable[..., tuple[Tensor, Tensor]]
+"""`expand(*shared) -> (k [B, S, G, D], v [B, S, G, V])` of tensors `[B, S, ...]`, each token by itself."""
 
 
 class Pieces(Protocol):
@@ -95,8 +82,23 @@ class Pieces(Protocol):
         """Undoes `all_tokens`."""
         ...
 
-    def keys(self, k: Tensor, v: Tensor) -> Keys:
-        """What the local queries see, from keys and values `[B, T, G, D]` of the local tokens. Collective."""
+    def attention(
+        self,
+        q: Tensor,
+        shared: tuple[Tensor, ...],
+        expand: Expand,
+        parameters: Sequence[Tensor],
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Causal softmax attention `[B, T, H, V]` of local queries `[B, T, H, D]`, differentiable. Collective.
+
+        Args:
+            shared: what keys and values are made of, `[B, T, ...]` of the local tokens: what processes exchange.
+            expand: makes them.
+            parameters: those that `expand` uses.
+            scale, window: see `ops.softmax.softmax_attention`.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -64,7 +64,7 @@ def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _suits_flash(q: Tensor) -> bool:
+def suits_flash(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
 
 
@@ -107,7 +107,7 @@ def _packed(
     return varlen_attn(q, k, v, *offsets, *longest, **extra).unflatten(0, (batch, length))
 
 
-def _one_size(
+def one_size(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, multiple: int
 ) -> tuple[Tensor, Tensor, Tensor, float | None]:
     """Heads padded to one size, a multiple of `multiple`, as FlashAttention takes them; and the scale of the scores."""
@@ -119,27 +119,7 @@ def _one_size(
     return q, k, v, scale
 
 
-def _of_pieces(q: Tensor, seen: sequence.Keys, scale: float | None, window: int | None) -> Tensor:
-    """`softmax_attention` of queries in pieces `[B, T, H, D]` to all keys before them."""
-    k, v, shape = seen.k, seen.v, (*q.shape[:3], seen.v.shape[-1])
-    q = q.flatten(0, 1).unsqueeze(0)
-    if requested("auto") != "reference" and _suits_flash(q):
-        wide_q, wide_k, wide_v, wide_scale = _one_size(q, k, v, scale, 8)
-        longest = max(n for n, _ in seen.spans), max(n for _, n in seen.spans)
-        inputs = _aligned(wide_q), _aligned(wide_k), _aligned(wide_v)
-        o = _packed(*inputs, wide_scale, seen.offsets, longest, window)
-        if o is not None:
-            return o[..., : shape[-1]].reshape(shape)
-    outputs = []
-    queries, keys = zip(*seen.spans, strict=True)
-    parts = (q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))
-    for own, k, v in zip(*parts, strict=True):
-        last = torch.arange(k.shape[1] - own.shape[1], k.shape[1], device=q.device).unsqueeze(0)
-        outputs.append(softmax_attention(own, k, v, scale=scale, positions=last, window=window))
-    return torch.cat(outputs, 1).view(shape)
-
-
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """FlashAttention reads 16 bytes at a time wherever a head begins, and does not look whether it may."""
     starts = [x.storage_offset(), *(s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)]
     return (
@@ -180,17 +160,17 @@ def softmax_attention(
     if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
         raise ValueError("packed documents need a batch of 1 and no cache")
     if positions is None and (pieces := sequence.current()) is not None:
-        return _of_pieces(q, pieces.keys(k, v), scale, window)
+        return pieces.attention(q, (k, v), lambda k, v: (k, v), (), scale, window)
     visibility: dict[str, Any] = {"cu_seqlens": cu_seqlens, "positions": positions, "window": window}
     if requested("auto") == "reference":
         return softmax_attention_reference(q, k, v, scale=scale, **visibility)
     value_dim = v.shape[-1]
     plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
     if positions is None:
-        q, k, v, scale = _one_size(q, k, v, scale, 1 if plain else 8)
+        q, k, v, scale = one_size(q, k, v, scale, 1 if plain else 8)
     if q.is_cuda:
-        q, k, v = (_aligned(t) for t in (q, k, v))
-    if positions is None and not plain and _suits_flash(q):
+        q, k, v = (aligned(t) for t in (q, k, v))
+    if positions is None and not plain and suits_flash(q):
         ends = torch.arange(q.shape[0] + 1, device=q.device) * q.shape[1] if cu_seqlens is None else cu_seqlens
         offsets, longest = ends.to(torch.int32), max_document or q.shape[1]
         packed = _packed(q, k, v, scale, (offsets, offsets), (longest, longest), window)
@@ -207,6 +187,26 @@ def softmax_attention(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return o.transpose(1, 2)[..., :value_dim]
+
+
+def latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    expand: sequence.Expand,
+    parameters: Sequence[Tensor],
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_document: int | None = None,
+) -> Tensor:
+    """`softmax_attention` whose keys and values are made of something smaller, `latent [B, S, ...]`, token by token.
+
+    Args:
+        expand: `latent -> k [B, S, G, D], v [B, S, G, V]`.
+        parameters: those that it uses, all of them.
+    """
+    if (pieces := sequence.current()) is not None:
+        return pieces.attention(q, (latent,), expand, parameters, None, None)
+    return softmax_attention(q, *expand(latent), cu_seqlens=cu_seqlens, max_document=max_document)
 
 
 IMPLEMENTATIONS = {"reference": softmax_attention_reference, "sdpa": softmax_attention}

@@ -32,12 +32,14 @@ class Line:
     Attributes:
         group: their process group; None: this process alone.
         strategy: of STRATEGIES.
+        attention: of `attention.STRATEGIES`.
     """
 
     order: Order
     rank: int
     group: dist.ProcessGroup | None = None
     strategy: str = "all_gather"
+    attention: str = "all_gather"
 
 
 def states_before(transition: Tensor, state: Tensor, line: Line, matrix: bool) -> Tensor:
@@ -171,28 +173,3 @@ def _receive(like: Tensor, rank: int, line: Line) -> Tensor:
 
 def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-class AllTokens(torch.autograd.Function):
-    """`AllTokens.apply(x, line)`: this rank's pieces `[P, ...]` -> all, `[pieces, ...]`, in order of time. Collective.
-
-    The gradient of a piece is the sum of all ranks'.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:  # type: ignore[override]
-        ctx.line = line
-        (everything,) = _all_pieces([x], line)
-        return everything
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        line: Line = ctx.line
-        order = line.order
-        if line.group is None:
-            return gradient, None
-        by_rank = torch.stack([gradient[piece] for rank in range(order.size) for piece in order.pieces(rank)])
-        own = torch.empty_like(by_rank[: order.per_rank])
-        dist.reduce_scatter_tensor(own, by_rank, group=line.group)
-        return own, None

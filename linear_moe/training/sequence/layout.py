@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,8 +54,7 @@ class Cut:
         starts: of each segment, where in it sequences begin: 0, and its packed documents.
         begins: of each segment, the token of its row that its first sequence really begins at.
         packed: False: no boundaries, so that segments are rows; else all lie in one row.
-        numbers: of each local sequence, segments laid end to end, which of the micro-batch's sequences it is part of.
-        sequences: of the micro-batch.
+        documents: if packed, offsets of all documents in the rows laid end to end, whoever holds them.
         filled: tokens of a row; what is behind them in its pieces is padding.
     """
 
@@ -66,9 +65,8 @@ class Cut:
     starts: tuple[tuple[int, ...], ...]
     begins: tuple[int, ...]
     packed: bool
-    numbers: tuple[int, ...]
-    sequences: int
     filled: int
+    documents: tuple[int, ...] = ()
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -85,6 +83,20 @@ class Cut:
         """Of the local sequences, segments laid end to end, and the end."""
         found = [s * self.length + start for s, starts in enumerate(self.starts) for start in starts]
         return [*found, len(self.starts) * self.length]
+
+    @property
+    def sequences(self) -> int:
+        """Rows, or packed documents, whoever holds them."""
+        return len(self.documents) - 1 if self.packed else self.rows
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of each local sequence, which of those it is part of."""
+        if not self.packed:
+            return [row for row, _ in self.places]
+        places = zip(self.places, self.starts, strict=True)
+        first = [((row * self.order.count + piece) * self.length, starts) for (row, piece), starts in places]
+        return [bisect_right(self.documents, token + start) - 1 for token, starts in first for start in starts]
 
     @property
     def padding(self) -> list[int]:
@@ -116,18 +128,15 @@ def cut(
         for offset in offsets[:-1]:
             if offset < rows * length:
                 boundaries[offset // length].add(offset % length)
-    starts, begins, numbers, sequences = [], [], list[int](), 0
+    starts, begins = [], []
     for row in range(rows):
-        ordered = sorted(boundaries[row])
         for piece in order.pieces(rank):
             first, end = piece * size, (piece + 1) * size
-            goes_on, behind = bisect_right(ordered, first) - 1, bisect_left(ordered, end)
-            starts.append((0, *(b - first for b in ordered[goes_on + 1 : behind])))
-            begins.append(ordered[goes_on])
-            numbers.extend(range(sequences + goes_on, sequences + behind))
-        sequences += len(ordered)
-    found = (tuple(starts), tuple(begins), cu_seqlens is not None, tuple(numbers), sequences)
-    return Cut(order, rank, rows, size, *found, length if filled is None else filled)
+            starts.append((0, *sorted(b - first for b in boundaries[row] if first < b < end)))
+            begins.append(max(b for b in boundaries[row] if b <= first))
+    documents = () if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    filled = length if filled is None else filled
+    return Cut(order, rank, rows, size, tuple(starts), tuple(begins), cu_seqlens is not None, filled, documents)
 
 
 def share(x: Tensor, cut: Cut) -> Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import Keys, Run, Summary
+from linear_moe.modeling.ops.sequence import Expand, Run, Summary
+from linear_moe.training.sequence.attention import Exchange, Reach, attention
 from linear_moe.training.sequence.carry import carry
-from linear_moe.training.sequence.exchange import AllTokens, Line, states_before
+from linear_moe.training.sequence.exchange import Line, states_before
 from linear_moe.training.sequence.layout import Cut, share
 
 
@@ -64,43 +66,38 @@ class RankPieces:
         return carry(self.cut, self.line, run, inputs, start, shared, count, summary)
 
     def all_tokens(self, x: Tensor) -> Tensor:
-        by_piece = (
-            x.detach().view(self.cut.rows, self.cut.order.per_rank, self.cut.length, *x.shape[1:]).transpose(0, 1)
-        )
-        return AllTokens.apply(by_piece, self.line).transpose(0, 1).flatten(0, 2)
+        order, own = self.cut.order, x.detach().contiguous()
+        everyones = own.new_empty(order.size * len(own), *own.shape[1:])
+        if self.line.group is None:
+            everyones = own
+        else:
+            dist.all_gather_into_tensor(everyones, own, group=self.line.group)
+        by_rank = everyones.view(order.size, self.cut.rows, order.per_rank, self.cut.length, *own.shape[1:])
+        owners = map(order.owner, range(order.count))
+        return torch.stack([by_rank[rank, :, place] for rank, place in owners], 1).flatten(0, 2)
 
     def own_tokens(self, x: Tensor) -> Tensor:
         return share(x.unflatten(0, (self.cut.rows, -1)), self.cut).flatten(0, 1)
-
-    def keys(self, k: Tensor, v: Tensor) -> Keys:
-        cut, sizes = self.cut, (k.shape[-1], v.shape[-1])
-        own = torch.cat([k, v], -1).view(cut.rows, cut.order.per_rank, cut.length, k.shape[2], sum(sizes))
-        everything = (
-            AllTokens.apply(own.transpose(0, 1), self.line).transpose(0, 1).flatten(1, 2)
-        )  # [rows, T, G, D + V]
-        reach = zip(cut.places, cut.begins, strict=True)
-        seen = [everything[row, begin : (piece + 1) * cut.length] for (row, piece), begin in reach]
-        k, v = torch.cat(seen).unsqueeze(0).split(sizes, -1)
-        return Keys(k, v, self._spans, self._offsets)
 
     @cached_property
     def numbers(self) -> Tensor:
         return on_device(torch.tensor(self.cut.numbers), self.device)
 
-    @cached_property
-    def _spans(self) -> list[tuple[int, int]]:
-        spans = []
-        for starts, begin, (_, piece) in zip(self.cut.starts, self.cut.begins, self.cut.places, strict=True):
-            before = piece * self.cut.length - begin
-            for start, end in pairwise((*starts, self.cut.length)):
-                spans.append((end - start, end - start + before))
-                before = 0
-        return spans
+    def attention(
+        self,
+        q: Tensor,
+        shared: tuple[Tensor, ...],
+        expand: Expand,
+        parameters: Sequence[Tensor],
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return attention(q, shared, Exchange(self._reach, self.line, expand, tuple(parameters), scale, window))
 
     @cached_property
-    def _offsets(self) -> tuple[Tensor, Tensor]:
-        queries, keys = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in zip(*self._spans, strict=True))
-        return on_device(queries, self.device), on_device(keys, self.device)
+    def _reach(self) -> Reach:
+        return Reach(self.cut, self.device)
 
 
 def _as(flags: Tensor, x: Tensor) -> Tensor:

@@ -98,10 +98,10 @@ BAD: list[tuple[str, int | None, list[str]]] = [
     (
         "parallel.pipeline=2 parallel.pipeline_layers=[4]",
         None,
-        ["parallel.pipeline_layers = [4]", "parallel.pipeline 2 * parallel.virtual_pipeline 1 = 2", "[3, 1]"],
+        ["parallel.pipeline_layers = [4]", "parallel.pipeline 2 * parallel.virtual_pipeline 1 = 2", "[2, 2]"],
     ),
-    ("parallel.pipeline=2 parallel.pipeline_layers=[4,0]", None, ["parallel.pipeline_layers", ">= 1", "[3, 1]"]),
-    ("parallel.pipeline=2 parallel.pipeline_layers=[2,1]", None, ["add up to model.num_layers = 4, not 3", "[3, 1]"]),
+    ("parallel.pipeline=2 parallel.pipeline_layers=[4,0]", None, ["parallel.pipeline_layers", ">= 1", "[2, 2]"]),
+    ("parallel.pipeline=2 parallel.pipeline_layers=[2,1]", None, ["add up to model.num_layers = 4, not 3", "[2, 2]"]),
     (
         "parallel.pipeline=2 parallel.virtual_pipeline=2 training.global_batch=20",
         2,

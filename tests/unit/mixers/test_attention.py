@@ -15,7 +15,7 @@ from tests.unit.mixers.truth import LENGTH, compare, load, randomise
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"num_heads": 2, "rope": False},
+    {"num_heads": 2, "rope": False, "window": 20},
     {"num_kv_heads": 2, "qkv_bias": True, "rotary_fraction": 0.5, "rope_base": 100.0, "window": 3},
     {"num_kv_heads": 2, "head_dim": 16, "qk_norm": True, "output_gate": True},
 ]

@@ -35,6 +35,7 @@ def test_in_blocks(
     dtype: torch.dtype, tolerance: float, shares: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a vocabulary in two shares, each of which hears the other's log-normalisers and labels' logits."""
+    monkeypatch.setattr(linear, "BLOCK_ROWS", 128)
     monkeypatch.setattr(linear, "BLOCK_ELEMENTS", elements)
     x, weight = torch.randn(17, 8).to(dtype), (3 * torch.randn(600, 8)).to(dtype)
     labels, grad = torch.randint(600, (17,)), torch.rand(17)

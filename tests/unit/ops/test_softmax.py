@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,11 +11,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import softmax
 from linear_moe.modeling.ops.dispatch import use_backend
-from linear_moe.modeling.ops.sequence import pieces_of
 from linear_moe.modeling.ops.softmax import softmax_attention, softmax_attention_reference
-from linear_moe.training.sequence.exchange import Line
-from linear_moe.training.sequence.layout import Order, cut
-from linear_moe.training.sequence.pieces import RankPieces
 from tests.tolerances import BF16, FP32, assert_close
 
 
@@ -69,51 +64,12 @@ def test_what_variable_length_attention_is_given(
         window = None if behind < 0 else behind + 1
         return softmax_attention_reference(q, k, v, cu_seqlens=offsets.long(), window=window, **given)[0]
 
-    monkeypatch.setattr(softmax, "_suits_flash", lambda q: True)
+    monkeypatch.setattr(softmax, "suits_flash", lambda q: True)
     monkeypatch.setattr(softmax, "_varlen", lambda: (varlen_attn, {"window_size", "scale", "enable_gqa"}))
     inputs = tensors(1 if "cu_seqlens" in options else 3, length, keys, groups=groups)
     actual, expected = softmax_attention(*inputs, **options), softmax_attention_reference(*inputs, **options)
     assert_close(actual, expected, FP32)
     assert bool(calls) == ("cu_seqlens" in options or options.get("window", keys) < keys)
-
-
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("documents", [None, [0, 3, 17, 32]])
-def test_what_it_is_given_for_pieces(
-    documents: list[int] | None, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Queries of pieces are the last tokens of their documents."""
-    calls = []
-
-    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *args: Any, window_size: tuple[int, int], **given: Any) -> Tensor:
-        calls.append(args)
-        queries, keys, longest_query, longest_key = args
-        assert longest_query == queries.diff().max() and longest_key == keys.diff().max()
-        outputs = []
-        for (a, b), (c, d) in zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True):
-            last = torch.arange(d - c - (b - a), d - c).unsqueeze(0)
-            parts = q[None, a:b], k[None, c:d], v[None, c:d]
-            outputs.append(
-                softmax_attention_reference(*parts, positions=last, window=window, scale=given.get("scale"))[0]
-            )
-        return torch.cat(outputs)
-
-    rows, order = 1 if documents else 2, Order(1, "zigzag")
-    offsets = None if documents is None else torch.tensor(documents)
-    found = cut(rows, 32, order, 0, offsets)
-    q, k, v = (t.detach() for t in tensors(rows, 32, 32))
-    expected = softmax_attention_reference(q, k, v, cu_seqlens=offsets, window=window)
-    local = None if documents is None else torch.tensor(found.offsets)
-    if documents is None:
-        q, k, v = (t.reshape(rows * 2, 16, *t.shape[2:]) for t in (q, k, v))
-    with pieces_of(RankPieces(found, Line(order, 0), q.device)):
-        dense = softmax_attention(q, k, v, cu_seqlens=local, window=window)
-        monkeypatch.setattr(softmax, "_suits_flash", lambda q: True)
-        monkeypatch.setattr(softmax, "_varlen", lambda: (varlen_attn, {"window_size", "scale", "enable_gqa"}))
-        fused = softmax_attention(q, k, v, cu_seqlens=local, window=window)
-    assert len(calls) == 1
-    assert_close(dense.view_as(expected), expected, FP32)
-    assert_close(fused.view_as(expected), expected, FP32)
 
 
 def test_the_reference_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

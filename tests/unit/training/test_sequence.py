@@ -166,6 +166,39 @@ def test_what_is_not_built_is_refused(path: str) -> None:
     assert error.value.path == path and "\n" not in str(error.value)
 
 
+ULYSSES = {"sequence": 4, "sequence_attention": "ulysses"}
+NEAREST = [  # parallel, attention, path, what is offered; None: it is right
+    ({"sequence": 1, "sequence_attention": "ring"}, {}, "parallel.sequence_attention", "all_gather"),
+    ({"sequence": 2, "sequence_attention": "ring"}, None, "parallel.sequence_attention", "all_gather"),
+    ({"sequence": 2, "sequence_attention": "rings"}, {}, "parallel.sequence_attention", "ring"),
+    (ULYSSES | {"sequence": 8}, {}, "model.attention.num_heads", "nearest valid: 8, or"),
+    (ULYSSES | {"tensor": 2}, {}, "model.attention.num_heads", "nearest valid: 8, or"),
+    (ULYSSES | {"sequence": 2}, {"type": "mla", "num_heads": 5}, "model.attention.num_heads", "4 or 6, or"),
+    (ULYSSES, {"num_heads": 12, "num_kv_heads": 6}, "model.attention.num_kv_heads", "nearest valid: 4 or 12, or"),
+    (ULYSSES, {"num_heads": 12, "num_kv_heads": 2}, None, None),
+    (ULYSSES, {}, None, None),
+    (ULYSSES, {"type": "mla"}, None, None),
+    ({"sequence": 2, "sequence_attention": "ring"}, {"num_kv_heads": 1}, None, None),
+]
+
+
+@pytest.mark.parametrize(("parallel", "attention", "path", "offered"), NEAREST)
+def test_ways_of_attention(parallel: Any, attention: Any, path: str | None, offered: str | None) -> None:
+    pattern = {"pattern": "LL"} if attention is None else {"pattern": "LN", "attention": attention}
+    model = pattern | {"hidden_size": 96, "ffn": "dense", "num_layers": 2, "ffn_size": 64}
+    if path is None:
+        validate_fields(config(model=model, parallel=parallel, training={"micro_batch": 1}), 8)
+        return
+    with pytest.raises(ConfigError) as error:
+        validate_fields(config(model=model, parallel=parallel, training={"micro_batch": 1}), 8)
+    assert (
+        offered is not None
+        and error.value.path == path
+        and offered in str(error.value)
+        and "\n" not in str(error.value)
+    )
+
+
 @pytest.mark.parametrize("name", sorted(MIXERS))
 def test_every_mixer_can(name: str) -> None:
     assert mixer_class(name).capabilities.sequence_parallel

@@ -162,6 +162,9 @@ class ParallelConfig:
         "those at hand are attended to; or all tokens of a share of the heads (ulysses)",
         choices=("all_gather", "ring", "ulysses"),
     )
+    sequence_dtype: str = opt(
+        "fp32", "in which recurrent states and their gradients travel; they are fp32 there", choices=("fp32", "bf16")
+    )
 
 
 @dataclass

@@ -331,8 +331,8 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
     """What goes with parallel.sequence; mixers are checked elsewhere."""
     parallel = config.parallel
     if parallel.sequence == 1:
-        unused("parallel", parallel, "sequence_layout", "sequence_exchange", needs="set parallel.sequence")
-        unused("parallel", parallel, "sequence_attention", needs="set parallel.sequence")
+        fields = ("sequence_layout", "sequence_exchange", "sequence_dtype", "sequence_attention")
+        unused("parallel", parallel, *fields, needs="set parallel.sequence")
         return
     _check_sequence_attention(config, layers)
 

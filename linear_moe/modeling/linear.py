@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.modeling.host import Host, Init, Matrices, constant, normal
+from linear_moe.modeling.later import linear
 
 Split = Literal["column", "row", "partial", "shared"] | None
 
@@ -71,12 +71,12 @@ class Linear(nn.Linear):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.split == "row":
-            y = self.host.leave(F.linear(x, weight))
+            y = self.host.leave(linear(self, x, weight))
             return y if bias is None else y + bias
         if self.split == "shared":
             weight = self.host.shared(weight)
             bias = bias if bias is None else self.host.shared(bias)
-        return F.linear(x, weight, bias)
+        return linear(self, x, weight, bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, split={self.split}"

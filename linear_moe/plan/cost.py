@@ -2,11 +2,14 @@
 
 The slowest pipeline stage sets the pace. A micro-batch costs it, forward and backward,
 
-- compute: its FLOPs at EFFICIENCY of the GPU's peak, but no layer less than LAYER_SECONDS, in which the host launches
-  its kernels, the head HEAD_SPEED times as many; what is recomputed counts again;
-- weights: they are read in both directions, and their gradients written and added up in fp32;
+- compute: its FLOPs at EFFICIENCY of the GPU's peak, the head's HEAD_SPEED times as fast, but no layer less than
+  LAYER_SECONDS, in which the host launches its kernels; what is recomputed counts again. t tensor ranks are only
+  t**TENSOR_SPEED times as fast, for their products are thinner, and have TENSOR_LAUNCHES times as many launches;
+- weights: they are read in both directions, and their gradients written and added up in fp32, at MEMORY_EFFICIENCY of
+  the memory's bandwidth;
 - tensor: in each pass, every tensor-parallel region gathers its tokens and scatters its sums;
-- expert: in each pass, every MoE layer sends its tokens to experts and back;
+- expert: in each pass, every MoE layer sends its tokens to experts and back; with the dispatcher "alltoall" the device
+  idles for WAIT_SECONDS a layer, because the host has to know how many;
 - pipeline: activations sent to the next stage, gradients back.
 
 A step is as many of those as there are micro-batches, and the pipeline's bubble: (stages - 1) / chunks of them. Then
@@ -30,8 +33,12 @@ from linear_moe.plan.memory import optimizer_bytes
 from linear_moe.plan.ranks import RankChunk, is_expert
 from linear_moe.stages import HEAD_SPEED
 
-EFFICIENCY = 0.4
-LAYER_SECONDS = 1.5e-3
+EFFICIENCY = 0.35
+MEMORY_EFFICIENCY = 0.5
+LAYER_SECONDS = 7e-3
+TENSOR_SPEED = 0.7
+TENSOR_LAUNCHES = 1.3
+WAIT_SECONDS = 4e-3
 LATENCY = 20e-6
 
 
@@ -100,7 +107,8 @@ def stage_cost(
     groups = {axis: Group.of(ranks[0], cluster) for axis, ranks in layout.groups.items()}
 
     seconds = dict.fromkeys(("compute", "weights", "tensor", "expert", "pipeline"), 0.0)
-    rate = gpu.peak_tflops * 1e12 * EFFICIENCY * layout.tensor
+    rate = gpu.peak_tflops * 1e12 * EFFICIENCY * layout.tensor**TENSOR_SPEED
+    launches = LAYER_SECONDS * (TENSOR_LAUNCHES if layout.tensor > 1 else 1)
     stream = size * tokens * hidden
     for chunk in chunks:
         for number, layer in chunk.layers.items():
@@ -108,7 +116,7 @@ def stage_cost(
             once = flops.layers[number]["mixer"] + flops.layers[number]["ffn"]
             again = flops.again(number, recompute)
             passes = 3 + again / once  # the backward pass costs two
-            seconds["compute"] += max(passes * tokens * once / rate, LAYER_SECONDS * passes / 3)
+            seconds["compute"] += max(passes * tokens * once / rate, launches * passes / 3)
             moe = hasattr(layer.ffn, "experts")
             halves = {"mixer": 1, "ffn": 1 if not moe or config.model.moe.shared_ffn_size else 0}
             for half, regions in halves.items():
@@ -116,11 +124,12 @@ def stage_cost(
                 seconds["tensor"] += regions * 2 * travels * groups["tensor"].ring(stream)
                 if moe and half == "ffn":
                     seconds["expert"] += 2 * travels * dispatch(config, groups, stream / layout.tensor)
+                    seconds["expert"] += WAIT_SECONDS * waits(config, groups)
         if chunk.logits:
             seconds["compute"] += (4 if "logits" in modules else 3) * tokens * flops.head / (HEAD_SPEED * rate)
             seconds["tensor"] += 2 * groups["tensor"].ring(stream)
         weights = sum(p.numel() * (4 * p.element_size() + 8) for p in chunk.parameters if p.requires_grad)
-        seconds["weights"] += weights / gpu.memory_bandwidth
+        seconds["weights"] += weights / (MEMORY_EFFICIENCY * gpu.memory_bandwidth)
         seconds["pipeline"] += 2 * groups["pipeline"].send(stream / layout.tensor)
 
     forward = seconds["compute"] / 3
@@ -136,8 +145,15 @@ def stage_cost(
         data += reduce + gather
         replicas = groups[axis].ranks if config.optimizer.distributed else 1
         moved = sum(p.numel() * (2 * optimizer_bytes(p, config.optimizer) + 4) for p in parameters)
-        update += moved / replicas / gpu.memory_bandwidth
+        update += moved / replicas / (MEMORY_EFFICIENCY * gpu.memory_bandwidth)
     return StageCost(seconds, data, update)
+
+
+def waits(config: Config, groups: dict[str, Group]) -> bool:
+    """Whether the host waits for the device before tokens travel."""
+    moe, ranks = config.model.moe, groups["expert"].ranks
+    sent = ranks * groups["expert_tensor"].ranks > 1 and expert_dispatcher(moe, ranks) == "alltoall"
+    return sent and not moe.capacity_pad
 
 
 def dispatch(config: Config, groups: dict[str, Group], stream: float) -> float:

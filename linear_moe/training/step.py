@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import padded_length
+from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training.faults import StopSignal
 from linear_moe.training.host import MegatronHost
@@ -50,7 +51,8 @@ def sequence_line(config: Config) -> Line | None:
         return None
     group, rank = ps.get_context_parallel_group(), ps.get_context_parallel_rank()
     parallel = config.parallel
-    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, parallel.sequence_attention)
+    dtype = DTYPES[parallel.sequence_dtype]
+    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, parallel.sequence_attention, dtype)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_moe.modeling.mixers.base import Layout, Mixer
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.exchange import STRATEGIES, Line
 from linear_moe.training.sequence.layout import Cut, cut, share
 from linear_moe.training.sequence.pieces import layout_of
 
@@ -56,9 +56,9 @@ def settings(mixer: Mixer, world: int) -> Iterator[tuple[str, str, str, bool]]:
     heads = mixer.softmax_heads(mixer.config, mixer.dims)
     for layout in ("contiguous", "zigzag"):
         for packed in (False, True):
-            yield layout, "all_gather", "all_gather", packed
+            for strategy in STRATEGIES:
+                yield layout, strategy, "all_gather", packed
             if heads is not None:
                 yield layout, "all_gather", "ring", packed
             if heads is not None and heads[0] % world == 0:
                 yield layout, "all_gather", "ulysses", packed
-        yield layout, "ring", "all_gather", True

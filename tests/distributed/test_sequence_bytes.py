@@ -39,13 +39,18 @@ LAYOUTS = ("contiguous", "zigzag")
 ATTENTION = [(name, layout, attention) for name in SOFTMAX for layout in LAYOUTS for attention in STRATEGIES]
 
 
-def state_sizes(mixer: Mixer) -> list[tuple[int, int | None]]:
-    """Elements of every state that the mixer carries, and of its transition; None: it has none, and is handed over."""
+def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int | None]]:
+    """Elements of every state that the mixer carries, and of its transition over a piece of `length` tokens.
+
+    None: it has no transition, and is handed over.
+    """
     sizes: list[tuple[int, int | None]] = []
     for name, (shape, _) in mixer.state_shapes(1, 1).items():
         if name.startswith("conv"):
             _, channels, history = shape
-            sizes.append((channels * history, getattr(mixer, "memories", 1) * history * history))
+            memories = getattr(mixer, "memories", 0)  # which may have no token at all in a piece
+            matrix = memories > 0 or length < history
+            sizes.append((channels * history, max(memories, 1) * history * history if matrix else 1))
             continue
         if mixer.config.type == "ttt_linear":
             sizes.append((math.prod(shape), None))
@@ -85,7 +90,7 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
     last = per_rank * world - 1
     for length in LENGTHS:
         for rank, sent in enumerate(results[world, name, layout, strategy, "all_gather", str(length)]):
-            sizes = state_sizes(mixer)
+            sizes = state_sizes(mixer, length // (last + 1))
             handed = ROWS * FP32_BYTES * sum(n for n, m in sizes if m is None)
             pairs = [(n, m) for n, m in sizes if m is not None]
             states, transitions = (ROWS * FP32_BYTES * sum(column) for column in zip(*pairs, strict=True))

@@ -23,13 +23,14 @@ from megatron.core import parallel_state  # noqa: E402
 from tests.distributed import (  # noqa: E402
     cases,
     checkpoint_cases,
+    exchange_cases,
     layout_cases,
     pipeline_cases,
     plan_cases,
     sequence_cases,
 )
 
-MODULES = (cases, checkpoint_cases, layout_cases, pipeline_cases, plan_cases, sequence_cases)
+MODULES = (cases, checkpoint_cases, exchange_cases, layout_cases, pipeline_cases, plan_cases, sequence_cases)
 FUNCTIONS = {k: f for m in MODULES for k, f in vars(m).items() if getattr(f, "__module__", "") == m.__name__}
 
 

@@ -16,7 +16,17 @@ from linear_moe.config.schema import Config
 from linear_moe.config.validate import parallel_layout, validate_fields
 from linear_moe.gpus import GPU, GPUS
 from linear_moe.plan import flops_per_token, make_plan, show
-from linear_moe.plan.cost import EFFICIENCY, LATENCY, LAYER_SECONDS, Cluster, Group, dispatch, stage_cost
+from linear_moe.plan.cost import (
+    EFFICIENCY,
+    LATENCY,
+    LAYER_SECONDS,
+    MEMORY_EFFICIENCY,
+    WAIT_SECONDS,
+    Cluster,
+    Group,
+    dispatch,
+    stage_cost,
+)
 from linear_moe.plan.model import forward_flops
 from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.search import Candidate, Proposals, propose
@@ -151,14 +161,18 @@ def test_a_stage_by_hand() -> None:
     def ring(size: float) -> float:
         return LATENCY + size / 2 / ROUND.link
 
-    seconds = cost.micro_batch
+    seconds, bandwidth = cost.micro_batch, MEMORY_EFFICIENCY * ROUND.memory_bandwidth
     read, gradients = 2 * 2, 2 * 2 + 8  # weights in both directions; in bf16 written and read, in fp32 read and written
-    assert seconds["weights"] == pytest.approx((rest + experts) * (read + gradients) / ROUND.memory_bandwidth)
+    assert seconds["weights"] == pytest.approx((rest + experts) * (read + gradients) / bandwidth)
     assert seconds["tensor"] == pytest.approx(6 * 4 * ring(stream) + 2 * ring(stream))  # mixers, then the head
-    assert seconds["expert"] == pytest.approx(6 * 4 * ring(2 * stream / 2))  # to two experts a token and back, twice
+    assert seconds["expert"] == pytest.approx(6 * 4 * ring(stream))  # both ranks' tokens to both, and sums back, twice
     assert cost.data == pytest.approx(sum(ring(4 * n) + ring(2 * n) for n in (rest, experts)))
     state = 2 * 12 + 4  # moments and fp32 weights read and written, gradients read, by half the replicas each
-    assert cost.optimizer == pytest.approx((rest + experts) / 2 * state / ROUND.memory_bandwidth)
+    assert cost.optimizer == pytest.approx((rest + experts) / 2 * state / bandwidth)
+
+    config.model.moe.dispatcher = "alltoall"
+    sent = stage_cost(config, layout, chunks, forward_flops(config), cluster).micro_batch["expert"]
+    assert sent == pytest.approx(6 * (4 * (LATENCY + stream / 2 / ROUND.link) + WAIT_SECONDS))
 
 
 def test_bubble_and_overlap() -> None:

@@ -6,16 +6,18 @@ recurrence, or softmax attention) and `output`. Tensors inside are `[B, T, H, D]
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host
+from linear_moe.modeling.later import later, weights_of
 from linear_moe.modeling.ops.sequence import Pieces, pieces_of
+from linear_moe.modeling.ops.short_conv import ahead
 
 Cache = dict[str, Tensor]
 """One layer's decoding state, by the names of `Mixer.state_shapes`; mixers update it in place."""
@@ -141,14 +143,18 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """`x [tokens, hidden]` (this rank's share) -> the same shape."""
         activations = self.host.activations
-        with pieces_of(layout.pieces):
+        # Gradients of weights are computed while the backward pass waits for other ranks' pieces.
+        weights = None if layout.pieces is None or not torch.is_grad_enabled() else weights_of(self.modules())
+        with pieces_of(layout.pieces), later(weights):
             inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
 
         def mix(*values: Any) -> Tensor:
             with pieces_of(layout.pieces):  # here, where it may be called again, from another thread
                 return self.mix(dict(zip(inputs, values, strict=True)), layout, cache)
 
-        return self.output(activations.region("core", mix, *inputs.values()), gate)
+        o = activations.region("core", mix, *inputs.values())
+        with later(weights):
+            return self.output(o, gate)
 
     def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
         """Zeroed decoding state."""
@@ -162,13 +168,35 @@ class LinearMixer(Mixer):
     A subclass sets `op`, or implements recurrence.
     """
 
+    _ahead: tuple[Tensor, dict[str, Tensor]] | None = None  # of pieces: an input, and projections of it by name
+
     op: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # of `modeling/ops`, its options set; not for own `recurrence`s
 
     def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         """`x [B*T, hidden]` through the module `{name}_proj` and, if there is one, `{name}_conv1d` -> `[B, T, C]`."""
-        y = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
         conv = getattr(self, f"{name}_conv1d", None)
-        return y if conv is None else conv(y, layout, cache)
+        if conv is None or layout.pieces is None:
+            y = self._projection(name, x, layout)
+            return y if conv is None else conv(y, layout, cache)
+        if self._ahead is None or self._ahead[0] is not x:
+            self._ahead = x, self._project_ahead(x, layout)
+        y = self._ahead[1].pop(name)
+        if not self._ahead[1]:
+            self._ahead = None
+        return conv(y, layout, cache)
+
+    def _projection(self, name: str, x: Tensor, layout: Layout) -> Tensor:
+        y: Tensor = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
+        return y
+
+    def _project_ahead(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
+        """All that will be convolved: what is before one of them travels while the next is projected."""
+        found, children = {}, cast("Iterator[tuple[str, Any]]", self.named_children())
+        for child, conv in children:
+            if (name := child.removesuffix("_conv1d")) != child:
+                found[name] = self._projection(name, x, layout)
+                ahead(found[name], conv.size)
+        return found
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         """Inputs and initial states (none: zeros) -> (`o [B, T, H, V]`, final states), by the names of `state_shapes`.

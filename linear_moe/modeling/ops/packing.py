@@ -18,10 +18,14 @@ MAX_CHUNK = 32  # the fastest on CPU at K = V = 32 to 64
 MIN_CHUNK = 16
 
 
+def documents(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The number of every token's document, `[T]` int64."""
+    return torch.searchsorted(cu_seqlens, torch.arange(length, device=cu_seqlens.device), right=True) - 1
+
+
 def first_tokens(cu_seqlens: Tensor, length: int) -> Tensor:
     """The first token of every token's document, `[T]` int32."""
-    tokens = torch.arange(length, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].int()
+    return cu_seqlens[documents(cu_seqlens, length)].int()
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:

@@ -25,6 +25,12 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 """`run(inputs, start, carried, skip, cu_seqlens, *shared) -> (outputs, states)` of a recurrence on `[N, T, ...]`: from
 `start`, or from the state `carried` that `skip` tokens have left, to that after the last token, `[N, H, K, V]`."""
 
+FromState = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`run(initial_state) -> (o, final_state)`: an op on local sequences, everything else given."""
+
+Gradient = Callable[..., Tensor]
+"""`gradient(*inputs, d_o) -> d_state`: of rows' initial states, from the gradient of their outputs `[N, T, ...]` alone.
+What follows the rows is not in it."""
 
 Expand = Callable[..., tuple[Tensor, Tensor]]
 """`expand(*shared) -> (k [B, S, G, D], v [B, S, G, V])` of tensors `[B, S, ...]`, each token by itself."""
@@ -44,6 +50,11 @@ class Pieces(Protocol):
 
     @property
     def numbers(self) -> Tensor: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a piece."""
+        ...
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
         """The initial state of every local sequence `[N, ...]` from `summary` of inputs `[B, T, ...]`, differentiable.
@@ -80,6 +91,25 @@ class Pieces(Protocol):
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """Undoes `all_tokens`."""
+        ...
+
+    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
+        """Begin what `states` of this very tensor will wait for: work in between hides the exchange. Collective."""
+        ...
+
+    def through(
+        self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`run` from the initial states that `states` would give, without a gradient through the summary.
+
+        The final state of a piece is that of its last sequence, whatever comes before: so its gradient, which is sent
+        back by the pieces behind, is all that they have to say to the op's own backward pass. It is known once
+        `gradient` of each piece is. Cheaper than a backward pass of the summary beside the op's. Collective.
+
+        Args:
+            summary: a `Summary`, and its inputs `[B, T, ...]` or None.
+            gradient: a `Gradient`, and its inputs but the last, which are kept for the backward pass.
+        """
         ...
 
     def attention(
@@ -149,6 +179,15 @@ def affine(
     _, final = op(k, columns, *inputs, initial_state=start.contiguous())
     state, transition = final.split([values, keys], -1)
     return transition, state
+
+
+def start_gradient(run: FromState, start: Tensor, d_o: Tensor) -> Tensor:
+    """The `Gradient` of any op, by running it once from `start`, zeros."""
+    with torch.enable_grad():
+        start = start.requires_grad_()
+        o, _ = run(start)
+    (found,) = torch.autograd.grad(o, start, d_o)
+    return found
 
 
 def remaining(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.fused import fused
-from linear_moe.modeling.ops.packing import first_tokens
-from linear_moe.modeling.ops.short_conv import last_tokens
+from linear_moe.modeling.ops.packing import documents
+from linear_moe.modeling.ops.short_conv import tokens_before
 
 MOST = 6  # interpolations that the kernels make at once
 
@@ -47,24 +45,28 @@ def shift_mix(
     if more is not None and tuple(more.shape) != (count, *x.shape):
         raise ValueError(f"more must be {(count, *x.shape)}, got {tuple(more.shape)}")
     if (pieces := sequence.current(state)) is not None:
-        state = pieces.states(partial(last_tokens, count=1), x, matrix=True).squeeze(1)
+        state = tokens_before(pieces, x, 1).squeeze(1)
     sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and tuple(state.shape) != (sequences, width):
         raise ValueError(f"state must be {(sequences, width)}, got {tuple(state.shape)}")
-    first = None if cu_seqlens is None else first_tokens(cu_seqlens, x.shape[1])
-    if state is not None:
-        before = None if cu_seqlens is None else _before_tokens(state, cu_seqlens, x.shape[1])
-        return definition(x, share, more, state if before is None else before, first)
-    return fused(definition, "shift_mix_gpu", x, share, more, None, first)
+    document = None if cu_seqlens is None else documents(cu_seqlens, x.shape[1])
+    first = None if cu_seqlens is None else cu_seqlens[document].int()
+    document = None if state is None or document is None else document.int()
+    return fused(definition, "shift_mix_gpu", x, share, more, state, first, document)
 
 
 def definition(
-    x: Tensor, share: Tensor, more: Tensor | None, state: Tensor | None, first: Tensor | None
+    x: Tensor,
+    share: Tensor,
+    more: Tensor | None,
+    state: Tensor | None,
+    first: Tensor | None,
+    document: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """See `shift_mix`; `first [T]`: the first token of each token's document, whose own state is `state [T, C]`."""
+    """See `shift_mix`; `first [T]`: the first token of each token's document, which is `document [T]` (or no state)."""
     if first is not None:
         begins = (first == torch.arange(len(first), device=x.device))[:, None]
-        states = x.new_zeros(()) if state is None else state.to(x.dtype)
+        states = x.new_zeros(()) if state is None else state.to(x.dtype).index_select(0, document)  # type: ignore[arg-type]
         before = torch.where(begins, states, x.roll(1, dims=1))
     else:
         start = torch.zeros_like(x[:, :1]) if state is None else state.to(x.dtype).unsqueeze(1)
@@ -73,9 +75,3 @@ def definition(
     if more is not None:
         weights = weights + more.to(x.dtype)
     return tuple(x + change * w for w in weights)
-
-
-def _before_tokens(state: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
-    """The state `[documents, C]` of every token's document, `[T, C]`."""
-    tokens = torch.arange(length, device=state.device)
-    return state.index_select(0, torch.searchsorted(cu_seqlens, tokens, right=True) - 1)

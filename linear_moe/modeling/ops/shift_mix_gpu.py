@@ -26,16 +26,31 @@ def _round(value, like):
 
 
 @triton.jit
+def _state(state, document, token, tokens, length, channels, channel, follows):
+    """Where what is before a row or document lies, and for which of these tokens that is the token before."""
+    if document is None:
+        sequence = token // length
+    else:
+        sequence = tl.load(document + token, mask=token < tokens, other=0)
+    begins = (token < tokens)[:, None] & (channel < channels) & (follows == 0)
+    return state + sequence.to(tl.int64)[:, None] * channels + channel, begins
+
+
+@triton.jit
 def _forward(
-    x, share, more, first, y, tokens, length, channels, stride, stride_i, stride_more, COUNT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, share, more, state, first, document, y, tokens, length, channels, stride, stride_i, stride_more,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None] & (channel < channels)
     follows = _has_before(first, token, tokens, length)[:, None] & (channel < channels)
     now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
-    change = _round(tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now, x)
+    before = tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32)
+    if state is not None:
+        place, begins = _state(state, document, token, tokens, length, channels, channel, follows)
+        before += _round(tl.load(place, mask=begins, other=0.0).to(tl.float32), x)
+    change = _round(before - now, x)
     if more is not None:
         source = more + row * stride_more + channel  # advanced step by step: i * stride_i may not fit 32 bits
     for i in tl.static_range(COUNT):
@@ -49,8 +64,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    d0, d1, d2, d3, d4, d5, x, share, more, first, dx, dshare, dmore, tokens, length, channels, stride, stride_i,
-    stride_more, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    d0, d1, d2, d3, d4, d5, x, share, more, state, first, document, dx, dshare, dmore, dstate, tokens, length,
+    channels, stride, stride_i, stride_more, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -58,8 +73,12 @@ def _backward(
     follows = _has_before(first, token, tokens, length)[:, None] & (channel < channels)
     followed = _has_before(first, token + 1, tokens, length)[:, None] & (channel < channels)
     now = tl.load(x + row * stride + channel, mask=inside, other=0.0).to(tl.float32)
-    change = _round(tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32) - now, x)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    before = tl.load(x + (row - 1) * stride + channel, mask=follows, other=0.0).to(tl.float32)
+    if state is not None:
+        place, begins = _state(state, document, token, tokens, length, channels, channel, follows)
+        before += _round(tl.load(place, mask=begins, other=0.0).to(tl.float32), x)
+    change = _round(before - now, x)
+    total, first_total = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     if more is not None:
         source = more + row * stride_more + channel
     for i in tl.static_range(COUNT):
@@ -85,6 +104,7 @@ def _backward(
             w = _round(w + tl.load(source, mask=inside, other=0.0).to(tl.float32), x)
             source += stride_i
         total += d * (1 - w) + after * w_after
+        first_total += d * w
         dw = d * change
         if more is not None:
             to = dmore + (row + i * tokens) * channels + channel
@@ -92,6 +112,9 @@ def _backward(
         partial = dshare + (tl.program_id(0).to(tl.int64) * COUNT + i) * channels + channel
         tl.store(partial, tl.sum(dw, 0)[None, :], mask=channel < channels)
     tl.store(dx + row * channels + channel, total.to(dx.dtype.element_ty), mask=inside)
+    if state is not None:
+        place, begins = _state(dstate, document, token, tokens, length, channels, channel, follows)
+        tl.store(place, first_total.to(dstate.dtype.element_ty), mask=begins)
 
 
 def _strides(more: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -103,31 +126,46 @@ def _strides(more: Tensor | None) -> tuple[Tensor | None, int, int]:
     return flat, flat.stride(0), flat.stride(1)
 
 
-def forward(x: Tensor, share: Tensor, more: Tensor | None, state: None, first: Tensor | None) -> tuple[Tensor, ...]:
-    """See `shift_mix.definition`; the kernels take no state."""
+def forward(
+    x: Tensor,
+    share: Tensor,
+    more: Tensor | None,
+    state: Tensor | None,
+    first: Tensor | None,
+    document: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See `shift_mix.definition`."""
     batch, length, channels = x.shape
     flat, tokens, (more, stride_i, stride_more) = x.reshape(-1, channels).contiguous(), batch * length, _strides(more)
     y = torch.empty(len(share), *x.shape, dtype=x.dtype, device=x.device)
     _forward[(triton.cdiv(tokens, ROWS), triton.cdiv(channels, COLUMNS))](
-        flat, share.contiguous(), more, first, y, tokens, length, channels, channels, stride_i, stride_more,
-        len(share), ROWS, COLUMNS, num_warps=4,
+        flat, share.contiguous(), more, None if state is None else state.contiguous(), first, document, y, tokens,
+        length, channels, channels, stride_i, stride_more, len(share), ROWS, COLUMNS, num_warps=4,
     )  # fmt: skip
     return y.unbind()
 
 
 def backward(
-    grads: tuple[Tensor, ...], x: Tensor, share: Tensor, more: Tensor | None, state: None, first: Tensor | None
+    grads: tuple[Tensor, ...],
+    x: Tensor,
+    share: Tensor,
+    more: Tensor | None,
+    state: Tensor | None,
+    first: Tensor | None,
+    document: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, share and more. Sums over tokens are in a fixed order."""
+    """Gradients of x, share, more and state. Sums over tokens are in a fixed order."""
     batch, length, channels = x.shape
     flat, tokens, (source, stride_i, stride_more) = x.reshape(-1, channels).contiguous(), batch * length, _strides(more)
     grid = (triton.cdiv(tokens, ROWS), triton.cdiv(channels, COLUMNS))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dmore = None if more is None else torch.empty(more.shape, dtype=more.dtype, device=x.device)
     dshare = torch.empty(grid[0], len(share), channels, dtype=torch.float32, device=x.device)
+    state = None if state is None else state.contiguous()
+    dstate = None if state is None else torch.zeros_like(state)  # an empty document has no token to write it
     pointers = [grad.contiguous() for grad in grads] + [grads[0]] * (6 - len(grads))
     _backward[grid](
-        *pointers, flat, share.contiguous(), source, first, dx, dshare, dmore, tokens, length, channels, channels,
-        stride_i, stride_more, len(share), ROWS, COLUMNS, num_warps=4,
+        *pointers, flat, share.contiguous(), source, state, first, document, dx, dshare, dmore, dstate, tokens, length,
+        channels, channels, stride_i, stride_more, len(share), ROWS, COLUMNS, num_warps=4,
     )  # fmt: skip
-    return dx, dshare.sum(0).to(share.dtype), dmore, None, None
+    return dx, dshare.sum(0).to(share.dtype), dmore, dstate, None, None

@@ -13,7 +13,7 @@ from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import check_cu_seqlens, decodes, fla, has_fla
 from linear_moe.modeling.ops.fused import has_triton, on_kernels
 from linear_moe.modeling.ops.norms import l2_norm
-from linear_moe.modeling.ops.packing import first_tokens, on_device
+from linear_moe.modeling.ops.packing import documents, on_device
 
 ACTIVATIONS = ("silu", None)
 KERNEL_TAPS = 4  # our kernels take at most as many
@@ -60,21 +60,26 @@ def short_conv(
     if norm_size is not None and x.shape[2] % norm_size:
         raise ValueError(f"norm_size must divide C = {x.shape[2]}, got {norm_size}")
     width = weight.shape[1]
-    if state is None and width > 1 and (pieces := sequence.current()) is not None:
-        state = pieces.states(partial(last_tokens, count=width - 1), x, matrix=True).mT.to(x.dtype)
     on_kernel = x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton()
     if norm_size is not None and not (on_kernel and norm_size <= KERNEL_NORM):
         options: Any = {"state": state, "cu_seqlens": cu_seqlens, "output_state": output_state}
         y, final = short_conv(x, weight, bias, activation=activation, **options)
         return l2_norm(y, size=norm_size), final
+    before = None
+    if state is None and width > 1 and (pieces := sequence.current()) is not None:
+        before = tokens_before(pieces, x, width - 1)
+        state = None if on_kernel else before.mT.to(x.dtype)
     if state is not None and decodes(x.shape[1], state, cu_seqlens):
         window = torch.cat([state, x.mT.to(state.dtype)], dim=-1)  # [B, C, W]
         state.copy_(window[..., 1:])
         y = (window.float() * weight.float()).sum(-1)[:, None]
         return _finish(y, bias, activation).to(x.dtype), state
     if on_kernel:
-        first = None if cu_seqlens is None else first_tokens(cu_seqlens, x.shape[1])
-        y = on_kernels("short_conv_gpu", x, weight, bias, first, activation=activation, norm_size=norm_size)
+        document = None if cu_seqlens is None else documents(cu_seqlens, x.shape[1])
+        first = None if cu_seqlens is None else cu_seqlens[document].int()
+        document = None if before is None or document is None else document.int()
+        known: Any = (x, weight, bias, before, first, document)
+        y = on_kernels("short_conv_gpu", *known, activation=activation, norm_size=norm_size)
         return y, _last(x, width - 1, cu_seqlens) if output_state else None
     if x.is_cuda and width > 1 and has_fla():
         return _kernel(x, weight, bias, activation, state, cu_seqlens)
@@ -91,10 +96,29 @@ def short_conv(
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
 
 
-def last_tokens(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The summary of a window, a state `[N, count, C]` of the last tokens of `x [N, T, C]`, which shifts by T."""
+def ahead(x: Tensor, width: int) -> None:
+    """Of pieces, ask for the tokens before `x [B, T, C]`: `short_conv` of that very tensor waits for them."""
+    if width > 1 and (pieces := sequence.current()) is not None:
+        inside = pieces.length < width - 1
+        pieces.ahead(partial(last_tokens, count=width - 1, matrix=inside), x, matrix=inside)
+
+
+def tokens_before(pieces: sequence.Pieces, x: Tensor, count: int) -> Tensor:
+    """The `count` tokens before every local sequence of `x [B, T, C]`, oldest first: `[N, count, C]` fp32."""
+    inside = pieces.length < count  # only then does what was before a piece last until behind it
+    return pieces.states(partial(last_tokens, count=count, matrix=inside), x, matrix=inside)
+
+
+def last_tokens(x: Tensor, count: int, matrix: bool = True) -> tuple[Tensor, Tensor]:
+    """The summary of a window, a state `[N, count, C]` of the last tokens of `x [N, T, C]`, which shifts by T.
+
+    Args:
+        matrix: False: what was before is never asked for behind x, because T >= count or a sequence begins with x.
+    """
     missing = max(count - x.shape[1], 0)
     state = F.pad(x[:, -count:], (0, 0, missing, 0)).float()
+    if not matrix:
+        return state.new_zeros(len(x), 1, 1), state
     shift = torch.eye(missing, device=x.device)
     return F.pad(shift, (count - missing, 0, 0, count - missing)).expand(len(x), -1, -1), state
 

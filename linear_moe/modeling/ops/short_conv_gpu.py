@@ -1,4 +1,4 @@
-"""`short_conv` without a state, up to 4 taps, in two Triton kernels.
+"""`short_conv` of up to 4 taps, in two Triton kernels.
 
 Each row of a tile walks along a run of tokens with the last inputs in registers, so that every input is read about
 once; the backward pass computes the convolution again instead of keeping it.
@@ -59,9 +59,28 @@ def _position(first, token, tokens, length):
 
 
 @triton.jit
+def _sequence(document, token, tokens, length):
+    """Of a token, its row or document, `[ROWS, 1]`."""
+    if document is None:
+        return (token // length)[:, None]
+    else:
+        return tl.load(document + token, mask=token < tokens, other=0)[:, None]
+
+
+@triton.jit
+def _earlier(value, lag: tl.constexpr, p, before, here, sequence, channels, channel, inside, WIDTH: tl.constexpr):
+    """The input `lag` tokens ago: `value`, or of `before` where that is not in the sequence; 0 without."""
+    value = tl.where(p >= lag, value, 0.0)
+    if before is not None and lag < WIDTH:
+        at = (sequence.to(tl.int64) * (WIDTH - 1) + WIDTH - 1 + p - lag) * channels + channel[None, :]
+        value += tl.load(before + at, mask=here & (p < lag) & inside[None, :], other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
 def _forward(
-    x, weight, bias, first, y, tokens, length, channels, stride, WIDTH: tl.constexpr, RUN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr,
+    x, weight, bias, before, first, document, y, tokens, length, channels, stride, WIDTH: tl.constexpr,
+    RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     start = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)) * RUN
     channel, inside = _channels(channels, COLUMNS, NORM)
@@ -78,8 +97,13 @@ def _forward(
             token = start + step + i
             x0 = _load(x, token, tokens, stride, channel, inside)
             p = _position(first, token, tokens, length)
-            z = b + w0 * x0
-            z += tl.where(p >= 1, w1 * x1, 0.0) + tl.where(p >= 2, w2 * x2, 0.0) + tl.where(p >= 3, w3 * x3, 0.0)
+            n = p
+            if before is not None:
+                n = _sequence(document, token, tokens, length)
+            here = (token < tokens)[:, None]
+            z = b + w0 * x0 + w1 * _earlier(x1, 1, p, before, here, n, channels, channel, inside, WIDTH)
+            z += w2 * _earlier(x2, 2, p, before, here, n, channels, channel, inside, WIDTH)
+            z += w3 * _earlier(x3, 3, p, before, here, n, channels, channel, inside, WIDTH)
             if SILU:
                 z *= tl.sigmoid(z)
             if NORM > 0:
@@ -93,9 +117,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, x, weight, bias, first, dx, dweight, dbias, tokens, length, channels, stride_dy, stride, stride_partial,
-    WIDTH: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
-    NORM: tl.constexpr,
+    dy, x, weight, bias, before, first, document, dx, dweight, dbias, dbefore, tokens, length, channels, stride_dy,
+    stride, stride_partial, WIDTH: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SILU: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     channel, inside = _channels(channels, COLUMNS, NORM)
     w0, w1 = _tap(weight, channel, inside, 0, WIDTH), _tap(weight, channel, inside, 1, WIDTH)
@@ -111,13 +135,20 @@ def _backward(
         x2 = _load(x, start - 2, tokens, stride, channel, inside)
         x3 = _load(x, start - 3, tokens, stride, channel, inside)
         d1, d2, d3 = none, none, none  # what is known of the gradients of the last three inputs
+        e1, e2, e3 = none, none, none  # and of the last three before the sequence
         for step in range(0, RUN + UNROLL, UNROLL):
             for i in tl.static_range(UNROLL):
                 token = start + step + i
                 x0 = _load(x, token, tokens, stride, channel, inside)
                 d = _load(dy, token, tokens, stride_dy, channel, inside)
                 p = _position(first, token, tokens, length)
-                y1, y2, y3 = tl.where(p >= 1, x1, 0.0), tl.where(p >= 2, x2, 0.0), tl.where(p >= 3, x3, 0.0)
+                row = p
+                if before is not None:
+                    row = _sequence(document, token, tokens, length)
+                here = (token < tokens)[:, None]
+                y1 = _earlier(x1, 1, p, before, here, row, channels, channel, inside, WIDTH)
+                y2 = _earlier(x2, 2, p, before, here, row, channels, channel, inside, WIDTH)
+                y3 = _earlier(x3, 3, p, before, here, row, channels, channel, inside, WIDTH)
                 if SILU or NORM > 0:
                     z = b + w0 * x0 + w1 * y1 + w2 * y2 + w3 * y3
                     s = tl.sigmoid(z) if SILU else 1.0
@@ -134,6 +165,19 @@ def _backward(
                 s2 += own * y2
                 s3 += own * y3
                 sum_bias += own
+                if before is not None:  # stored as far as known; the run that holds the sequence's first token does
+                    e1 = tl.where(p == 0, w1 * d, e1 + tl.where(p == 1, w2 * d, tl.where(p == 2, w3 * d, 0.0)))
+                    e2 = tl.where(p == 0, w2 * d, e2 + tl.where(p == 1, w3 * d, 0.0))
+                    e3 = tl.where(p == 0, w3 * d, e3)
+                    begin = token[:, None] - p
+                    mine = here & (p < WIDTH - 1) & (begin >= start[:, None]) & (begin < start[:, None] + RUN)
+                    mine = mine & inside[None, :]
+                    to = dbefore + (row.to(tl.int64) + 1) * (WIDTH - 1) * channels + channel[None, :]
+                    tl.store(to - channels, e1, mask=mine)
+                    if WIDTH > 2:
+                        tl.store(to - 2 * channels, e2, mask=mine)
+                    if WIDTH > 3:
+                        tl.store(to - 3 * channels, e3, mask=mine)
                 d3 += tl.where(p >= 3, w3 * d, 0.0)
                 d2 += tl.where(p >= 2, w2 * d, 0.0)
                 d1 += tl.where(p >= 1, w1 * d, 0.0)
@@ -177,7 +221,9 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    before: Tensor | None,
     first: Tensor | None,
+    document: Tensor | None,
     *,
     activation: str | None,
     norm_size: int | None = None,
@@ -185,14 +231,17 @@ def forward(
     """`x [B, T, C]` -> `y [B, T, C]`; see `short_conv`.
 
     Args:
+        before: `[N, W - 1, C]` fp32, the inputs before each row or document, oldest first; None: zeros.
         first: `[B T]` int32, the first token of each token's document; None: rows are documents.
+        document: `[B T]` int32, which one that is; needed with `before` and `first` only.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, (blocks, tile) = _flat(x), _tile(x.shape[2], weight, activation, norm_size)
     tokens, channels = flat.shape
     _forward[(triton.cdiv(triton.cdiv(tokens, RUN), tile["ROWS"]), blocks)](
-        flat, weight.contiguous(), bias, first, y, tokens, x.shape[1], channels, flat.stride(0), **tile, num_warps=4
-    )
+        flat, weight.contiguous(), bias, None if before is None else before.contiguous(), first, document, y, tokens,
+        x.shape[1], channels, flat.stride(0), **tile, num_warps=4,
+    )  # fmt: skip
     return y
 
 
@@ -201,12 +250,14 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    before: Tensor | None,
     first: Tensor | None,
+    document: Tensor | None,
     *,
     activation: str | None,
     norm_size: int | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias. Sums over tokens are in a fixed order."""
+    """Gradients of x, weight, bias and what is before. Sums over tokens are in a fixed order."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, dy, (blocks, tile) = _flat(x), _flat(grad), _tile(x.shape[2], weight, activation, norm_size)
     tokens, channels = flat.shape
@@ -214,9 +265,12 @@ def backward(
     programs = min(triton.cdiv(triton.cdiv(tokens, RUN), tile["ROWS"]), triton.cdiv(PROGRAMS * processors, blocks))
     taps = weight.numel()
     partial = torch.empty(programs, taps + (0 if bias is None else channels), dtype=torch.float32, device=x.device)
+    before = None if before is None else before.contiguous()
+    dbefore = None if before is None else torch.zeros_like(before)  # an empty document has no token to write it
     _backward[(programs, blocks)](
-        dy, flat, weight.contiguous(), bias, first, dx, partial, None if bias is None else partial[:, taps:],
-        tokens, x.shape[1], channels, dy.stride(0), flat.stride(0), partial.stride(0), **tile, num_warps=4,
+        dy, flat, weight.contiguous(), bias, before, first, document, dx, partial,
+        None if bias is None else partial[:, taps:], dbefore, tokens, x.shape[1], channels, dy.stride(0),
+        flat.stride(0), partial.stride(0), **tile, num_warps=4,
     )  # fmt: skip
     sums = partial.sum(0).to(weight.dtype)  # of both at once: launches count
-    return dx, sums[:taps].view_as(weight), None if bias is None else sums[taps:], None
+    return dx, sums[:taps].view_as(weight), None if bias is None else sums[taps:], dbefore, None, None

@@ -6,12 +6,17 @@ at the same time; what a rank sends and receives does not depend on the number o
 
 The backward pass is the same scan from the end: with d the gradients of the states before, G_i = d_(i+1) + A_(i+1)^H
 G_(i+1) are those of E_i, and G_i S_before(i)^H those of A_i.
+
+An exchange begins in one place and is waited for in another. What an op does in between runs beside it, in the backward
+pass too: autograd runs nodes in the reverse of the order in which they were made, so the gradients leave where the
+states were waited for, and are waited for where the states left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.later import fill_gap
 from linear_moe.training.sequence.layout import Order
 
 STRATEGIES = ("all_gather", "ring")
@@ -33,6 +39,7 @@ class Line:
         group: their process group; None: this process alone.
         strategy: of STRATEGIES.
         attention: of `attention.STRATEGIES`.
+        dtype: in which states and transitions travel; they are fp32 before and after.
     """
 
     order: Order
@@ -40,101 +47,234 @@ class Line:
     group: dist.ProcessGroup | None = None
     strategy: str = "all_gather"
     attention: str = "all_gather"
+    dtype: torch.dtype = torch.float32
 
 
 def states_before(transition: Tensor, state: Tensor, line: Line, matrix: bool) -> Tensor:
-    """Summaries of this rank's segments -> the states before each. Collective, as is the gradient.
+    """An `Exchange` that is waited for at once."""
+    return Exchange(transition, state, line, matrix).wait()
 
-    Args:
-        transition: `[S, ...]`, see `ops.sequence.Summary`; 0 where what is before does not go on behind.
-        state: `[S, ...]`; S: rows, and within a row its pieces in order of time.
-        matrix: the transition is one, else elementwise.
+
+Finish = Callable[[], Tensor]
+"""Waits for an exchange: the states before (after, where it ran from the end) this rank's pieces `[P, rows, ...]`."""
+
+
+class Exchange:
+    """One exchange: it begins when it is made, and `wait` gives its result. Collective, as are the gradients."""
+
+    def __init__(self, transition: Tensor, state: Tensor, line: Line, matrix: bool):
+        """Send this rank's summaries.
+
+        Args:
+            transition: `[S, ...]`, see `ops.sequence.Summary`; 0 where what is before does not go on behind.
+            state: `[S, ...]` fp32 or complex; S: rows, and within a row its pieces in order of time.
+            matrix: the transition is one, else elementwise.
+        """
+        self.line, self.matrix = line, matrix
+        # A transition near 1 loses what it forgets in 16 bits, and after many pieces that is much. Less 1 it does not:
+        # sum_m (1 - A_m) prod_(l > m) A_l is at most 1, so the error does not grow with the pieces.
+        self.less_one = line.strategy == "all_gather" and line.dtype != torch.float32
+        self.finish: Finish | None = None  # of what is on its way, forwards or backwards
+        self.kept: Tensor | None = None  # transitions that the backward pass needs
+        self.before: Tensor | None = None
+        pieces = (x.unflatten(0, (-1, line.order.per_rank)).transpose(0, 1) for x in (transition, state))
+        self._started: Tensor = _Start.apply(*pieces, self)
+
+    def wait(self) -> Tensor:
+        """The states before each of this rank's segments `[S, ...]`, differentiable."""
+        before: Tensor = _Wait.apply(self._started, self)
+        del self._started
+        return before.transpose(0, 1).flatten(0, 1)
+
+    def arrived(self) -> Tensor:
+        assert self.finish is not None, "an exchange is waited for once, after it began"
+        finish, self.finish = self.finish, None  # with it go its buffers
+        fill_gap()
+        return finish()
+
+    def one(self, like: Tensor) -> Tensor | int:
+        return torch.eye(like.shape[-1], device=like.device) if self.matrix else 1
+
+    def step(self, state: Tensor, transition: Tensor, carried: Tensor) -> Tensor:
+        """`transition carried + state`."""
+        if self.less_one:
+            state = state + carried
+        if not self.matrix:
+            return torch.addcmul(state, transition, carried)
+        state3, transition3, carried3 = (x.flatten(0, -3) for x in (state, transition, carried))
+        return torch.baddbmm(state3, transition3, carried3).view(state.shape)
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        return x.mT if self.matrix else x.conj()
+
+
+class _Start(torch.autograd.Function):
+    """By piece of this rank: transition `[P, rows, ...]`, state `[P, rows, ...]` -> what `_Wait` waits for.
+
+    The tensor between the two is empty: it says which comes first. What travels is in the exchange.
     """
-    per_rank = line.order.per_rank
-    pieces = (x.unflatten(0, (-1, per_rank)).transpose(0, 1) for x in (transition, state))
-    before: Tensor = _Before.apply(*pieces, line, matrix)
-    return before.transpose(0, 1).flatten(0, 1)
-
-
-Times = Callable[[Tensor, Tensor], Tensor]
-
-
-class _Before(torch.autograd.Function):
-    """By piece of this rank: transition `[P, rows, ...]`, state `[P, rows, ...]` -> the states before."""
 
     @staticmethod
-    def forward(ctx: Any, transition: Tensor, state: Tensor, line: Line, matrix: bool) -> Tensor:  # type: ignore[override]
-        times: Times = torch.matmul if matrix else torch.mul
-        everyones = None
-        if line.strategy == "ring":
-            before = _ring(line, transition, state, times, reverse=False)
+    def forward(ctx: Any, transition: Tensor, state: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
+        ctx.exchange, ctx.shape = exchange, transition.shape
+        if exchange.line.strategy == "ring":
+            exchange.kept = transition
+            exchange.finish = _ring(exchange, transition, state, reverse=False)
         else:
-            everyones, states = _all_pieces([transition, state], line)
-            before = _scan(line, everyones, states, times, reverse=False)
-        ctx.save_for_backward(transition, before, everyones)
-        ctx.line, ctx.times = line, times
+            exchange.finish = _gather(exchange, transition, state)
+        return state.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        exchange: Exchange = ctx.exchange
+        after, before = exchange.arrived(), exchange.before
+        exchange.before = None
+        if not ctx.needs_input_grad[0]:
+            return None, after, None
+        assert before is not None
+        if exchange.matrix:
+            return after @ before.mT, after, None
+        return (after * before.conj()).sum_to_size(ctx.shape), after, None
+
+
+class _Wait(torch.autograd.Function):
+    """See `_Start`: -> the states before `[P, rows, ...]`."""
+
+    @staticmethod
+    def forward(ctx: Any, started: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
+        before = exchange.arrived()
+        ctx.exchange = exchange
+        ctx.save_for_backward(before, exchange.kept)
+        exchange.kept = None
         return before
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        transition, before, everyones = ctx.saved_tensors
-        line, times, matrix = ctx.line, ctx.times, ctx.times is torch.matmul
-
-        def adjoint(x: Tensor) -> Tensor:
-            return x.mT if matrix else x.conj()
-
-        if everyones is None:
-            after = _ring(line, adjoint(transition), gradient, times, reverse=True)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        exchange: Exchange = ctx.exchange
+        exchange.before, kept = ctx.saved_tensors
+        if exchange.line.strategy == "ring":
+            exchange.finish = _ring(exchange, exchange.adjoint(kept), gradient, reverse=True)
         else:
-            (gradients,) = _all_pieces([gradient], line)
-            after = _scan(line, adjoint(everyones), gradients, times, reverse=True)
-        if not ctx.needs_input_grad[0]:
-            return None, after, None, None
-        d_transition = times(after, adjoint(before))
-        return d_transition if matrix else d_transition.sum_to_size(transition.shape), after, None, None
+            exchange.finish = _gather_gradients(exchange, kept, gradient)
+        return gradient.new_empty(0), None
 
 
-def _scan(line: Line, transitions: Tensor, states: Tensor, times: Times, reverse: bool) -> Tensor:
-    """Of all pieces `[pieces, rows, ...]` -> the states before this rank's (reverse: after) `[P, rows, ...]`."""
-    steps = range(line.order.count)
-    carried, found = torch.zeros_like(states[0]), [states[0]] * line.order.count
-    for i in reversed(steps) if reverse else steps:
-        found[i] = carried
-        carried = torch.add(states[i], times(transitions[i], carried))
-    return torch.stack([found[i] for i in line.order.pieces(line.rank)])
+def _gather(exchange: Exchange, transition: Tensor, state: Tensor) -> Finish:
+    """All summaries in one message; the scan is this rank's own. Transitions of the pieces behind are kept."""
+    line, sent = exchange.line, transition - exchange.one(transition) if exchange.less_one else transition
+    arrived = _from_all([state, sent], line)
+
+    def finish() -> Tensor:
+        states, transitions = arrived()
+        behind = transitions[min(line.order.pieces(line.rank)) + 1 :]
+        exchange.kept = torch.stack(behind) if behind else transition.new_empty(0)
+        return _scan(exchange, dict(enumerate(transitions)), states, range(line.order.count))
+
+    return finish
 
 
-def _all_pieces(parts: Sequence[Tensor], line: Line) -> list[Tensor]:
-    """`[P, ...]` of this rank, in one message -> of all ranks `[pieces, ...]`, in order of time."""
-    order = line.order
-    owners = [order.owner(piece) for piece in range(order.count)]
-    if line.group is None:
-        assert order.size == 1
-        return list(parts)
-    flat = [_real(part).flatten() for part in parts]
-    own = torch.cat(flat)
-    everywhere = own.new_empty(order.size * len(own))
-    dist.all_gather_into_tensor(everywhere, own, group=line.group)
-    gathered = everywhere.view(order.size, -1).split([len(x) for x in flat], 1)
-    found = []
-    for x, part in zip(gathered, parts, strict=True):
-        shape = (order.size, *_real(part).shape)
-        by_piece = torch.stack([x.reshape(shape)[owner] for owner in owners])
-        found.append(torch.view_as_complex(by_piece) if part.is_complex() else by_piece)
-    return found
+def _gather_gradients(exchange: Exchange, kept: Tensor, gradient: Tensor) -> Finish:
+    line, arrived = exchange.line, _from_all([gradient], exchange.line)
+
+    def finish() -> Tensor:
+        (gradients,) = arrived()
+        behind = enumerate(kept.unbind(), min(line.order.pieces(line.rank)) + 1)
+        transitions = {piece: exchange.adjoint(x) for piece, x in behind}
+        return _scan(exchange, transitions, gradients, range(line.order.count - 1, -1, -1))
+
+    return finish
 
 
-def _ring(line: Line, transition: Tensor, state: Tensor, times: Times, reverse: bool) -> Tensor:
-    """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`."""
+def _scan(exchange: Exchange, transitions: dict[int, Tensor], states: list[Tensor], pieces: range) -> Tensor:
+    """Of all pieces in order `[rows, ...]`, as far as this rank needs -> what comes to its own `[P, rows, ...]`."""
+    own = exchange.line.order.pieces(exchange.line.rank)
+    found, carried = dict[int, Tensor](), None
+    for piece in pieces:
+        if piece in own:
+            found[piece] = torch.zeros_like(states[piece]) if carried is None else carried
+            if len(found) == len(own):
+                break
+        carried = states[piece] if carried is None else exchange.step(states[piece], transitions[piece], carried)
+    return torch.stack([found[piece] for piece in own])
+
+
+def _from_all(parts: Sequence[Tensor], line: Line) -> Callable[[], list[list[Tensor]]]:
+    """Send `[P, ...]` of this rank, in one message -> a function that waits for all ranks' pieces, in order of time.
+
+    What it gives, in fp32 or complex, are views of one buffer.
+    """
+    order, shapes = line.order, [_real(part).shape[1:] for part in parts]
+    sizes = [shape.numel() for shape in shapes]
+    own = torch.empty(order.per_rank, sum(sizes), dtype=line.dtype, device=parts[0].device)
+    for place, part, shape in zip(own.split(sizes, 1), parts, shapes, strict=True):
+        place.unflatten(1, shape).copy_(_real(part))
+    everyones, work = own, None
+    if line.group is not None:
+        everyones = own.new_empty(order.count, sum(sizes))
+        work = dist.all_gather_into_tensor(everyones, own, group=line.group, async_op=True)
+    complex_parts = [part.is_complex() for part in parts]
+
+    def finish() -> list[list[Tensor]]:
+        if work is not None:
+            work.wait()
+        found = []
+        for x, shape, is_complex in zip(everyones.float().split(sizes, 1), shapes, complex_parts, strict=True):
+            x = x.unflatten(1, shape)
+            by_rank = (torch.view_as_complex(x) if is_complex else x).unbind()
+            found.append([by_rank[n] for n in _in_time(order)])
+        return found
+
+    return finish
+
+
+@cache
+def _in_time(order: Order) -> tuple[int, ...]:
+    """Of each piece, its place among those of all ranks."""
+    owners = (order.owner(piece) for piece in range(order.count))
+    return tuple(rank * order.per_rank + place for rank, place in owners)
+
+
+def _ring(exchange: Exchange, transition: Tensor, state: Tensor, reverse: bool) -> Finish:
+    """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`.
+
+    On a GPU it is queued on a stream of its own. The messages of any two ranks are in the same order on both, and no
+    block waits for a later one: so nothing locks up, not even where a rank's messages go strictly one after the other.
+    """
+    before = torch.empty_like(state, memory_format=torch.contiguous_format)
+    if not state.is_cuda:
+        _walk(exchange, transition, state, before, reverse)
+        return lambda: before
+    stream = _stream(state.device)
+    stream.wait_stream(torch.cuda.current_stream(state.device))
+    with torch.cuda.stream(stream):
+        _walk(exchange, transition, state, before, reverse)
+    for x in (transition, state, before):  # of another stream, and free before this one is done
+        x.record_stream(stream)
+
+    def finish() -> Tensor:
+        torch.cuda.current_stream(before.device).wait_stream(stream)
+        return before
+
+    return finish
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _walk(exchange: Exchange, transition: Tensor, state: Tensor, before: Tensor, reverse: bool) -> None:
+    line = exchange.line
     order, rank = line.order, line.rank
     last, step = (0, -1) if reverse else (order.count - 1, 1)
     mine = list(enumerate(order.pieces(rank)))
-    before, inside = torch.empty_like(state), list[Tensor]()
+    inside = list[Tensor]()
     sent: list[tuple[Any, Tensor]] = []
+    by_column = not exchange.matrix and transition.shape[-1] == state.shape[-1]
     for place, piece in reversed(mine) if reverse else mine:
         own_states, starts = state[place].chunk(BLOCKS, -1), before[place].chunk(BLOCKS, -1)
-        by_column = times is torch.mul and transition.shape[-1] == state.shape[-1]
         own_transitions = transition[place].chunk(BLOCKS, -1) if by_column else [transition[place]] * len(starts)
         first = piece == (order.count - 1 if reverse else 0)
         source = None if first else order.owner(piece - step)[0]
@@ -147,28 +287,27 @@ def _ring(line: Line, transition: Tensor, state: Tensor, times: Times, reverse: 
                 start.copy_(left[n] if source == rank else _receive(e, source, line))
             if target is None:
                 continue
-            carried = torch.add(e, times(a, start))
+            carried = e if source is None else exchange.step(e, a, start)
             if target == rank:
                 inside.append(carried)
             else:
                 sent.append(_send(carried, target, line))
     for work, _ in sent:
         work.wait()
-    return before
 
 
 def _send(x: Tensor, rank: int, line: Line) -> tuple[Any, Tensor]:
     """The running send, and the buffer that must live as long."""
     assert line.group is not None
-    buffer = _real(x).contiguous()
+    buffer = _real(x).to(line.dtype).contiguous()
     return dist.isend(buffer, dist.get_global_rank(line.group, rank), group=line.group), buffer
 
 
 def _receive(like: Tensor, rank: int, line: Line) -> Tensor:
     assert line.group is not None
-    buffer = torch.empty_like(_real(like), memory_format=torch.contiguous_format)
+    buffer = torch.empty(_real(like).shape, dtype=line.dtype, device=like.device)
     dist.recv(buffer, dist.get_global_rank(line.group, rank), group=line.group)
-    return torch.view_as_complex(buffer) if like.is_complex() else buffer
+    return torch.view_as_complex(buffer.float()) if like.is_complex() else buffer
 
 
 def _real(x: Tensor) -> Tensor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import Expand, Run, Summary
-from linear_moe.training.sequence.attention import Exchange, Reach, attention
+from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Run, Summary
+from linear_moe.training.sequence import attention as softmax
 from linear_moe.training.sequence.carry import carry
-from linear_moe.training.sequence.exchange import Line, states_before
+from linear_moe.training.sequence.exchange import Exchange, Line, states_before
 from linear_moe.training.sequence.layout import Cut, share
 
 
@@ -30,29 +33,68 @@ class RankPieces:
         self.cut, self.line, self.device = cut, line, device
         counts = torch.tensor([len(starts) for starts in cut.starts])
         continued = torch.tensor(cut.continued)
-        self._continued = on_device(continued, device)
-        self._through = on_device(continued & (counts == 1), device)  # what came before goes on behind
+        self._continued = on_device(continued.float(), device)
+        self._through = on_device((continued & (counts == 1)).float(), device)  # what came before goes on behind
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
+        self._lasts = on_device(counts.cumsum(0) - 1, device)  # and each segment's last
         self._sequences, self.sequences, self.tokens = int(counts.sum()), cut.sequences, cut.rows * cut.filled
+        self._begun: dict[int, tuple[Tensor, Exchange]] = {}  # by the identity of their inputs
+
+    def ahead(self, summary: Summary, x: Tensor, matrix: bool = False) -> None:
+        self._begun[id(x)] = x, Exchange(*self._summaries(summary, (x,)), self.line, matrix)
+
+    @property
+    def length(self) -> int:
+        return self.cut.length
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
-        parts = [summary(*part) for part in self._last_sequences(inputs)]
-        transition, state = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
-        transition = transition * _as(self._through, transition)
-        before = states_before(transition, state, self.line, matrix)
-        before = before * _as(self._continued, before)
-        if self._sequences == len(before):
-            return before
-        return before.new_zeros(self._sequences, *before.shape[1:]).index_copy(0, self._firsts, before)
+        _, exchange = self._begun.pop(id(inputs[0]), (None, None)) if len(inputs) == 1 else (None, None)
+        exchange = exchange or Exchange(*self._summaries(summary, inputs), self.line, matrix)
+        return self._at(self._firsts, self._continuing(exchange.wait()))
 
-    def _last_sequences(self, inputs: tuple[Tensor | None, ...]) -> Iterator[tuple[Tensor | None, ...]]:
-        """Inputs of each segment's last sequence: at once where segments are rows, else one by one."""
+    def through(
+        self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            transition, state = self._summaries(summary[0], summary[1:])
+        # a graph of its own, that no recomputation of this layer needs to know of
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
+            before = states_before(transition, state.requires_grad_(), self.line, matrix)
+        o, final = run(self._at(self._firsts, self._continuing(before.detach())))
+        start_gradient: Gradient = gradient[0]
+
+        def d_final(inputs: tuple[Tensor | None, ...]) -> Tensor:
+            d_starts = torch.cat([start_gradient(*part) for part in self._segments(inputs, last=False)])
+            (d_state,) = torch.autograd.grad(before, state, self._continuing(d_starts))
+            return self._at(self._lasts, d_state)
+
+        return _Through.apply(o, final, d_final, *gradient[1:]), final
+
+    def _summaries(self, summary: Summary, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        """Of every segment's last sequence; the transition 0 where the segment before does not go on behind it."""
+        parts = [summary(*part) for part in self._segments(inputs, last=True)]
+        transition, state = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
+        return transition * _as(self._through, transition) if self.cut.packed else transition, state
+
+    def _segments(self, inputs: tuple[Tensor | None, ...], last: bool) -> Iterator[tuple[Tensor | None, ...]]:
+        """Inputs of each segment's last (or first) sequence: at once where segments are rows, else one by one."""
         if not self.cut.packed:
             yield inputs
             return
         for s, starts in enumerate(self.cut.starts):
-            span = slice(s * self.cut.length + starts[-1], (s + 1) * self.cut.length)
+            first, end = (starts[-1], self.cut.length) if last else (0, (*starts, self.cut.length)[1])
+            span = slice(s * self.cut.length + first, s * self.cut.length + end)
             yield tuple(None if x is None else x[:, span] for x in inputs)
+
+    def _at(self, places: Tensor, x: Tensor) -> Tensor:
+        """`x [S, ...]` of every segment's first or last sequence, among all local ones `[N, ...]`; zeros elsewhere."""
+        if self._sequences == len(x):
+            return x
+        return x.new_zeros(self._sequences, *x.shape[1:]).index_copy(0, places, x)
+
+    def _continuing(self, x: Tensor) -> Tensor:
+        """`x [S, ...]`, 0 where a segment begins a sequence: of whole rows only the first, which nothing is before."""
+        return x * _as(self._continued, x) if self.cut.packed else x
 
     def carry(
         self,
@@ -93,16 +135,39 @@ class RankPieces:
         window: int | None,
     ) -> Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return attention(q, shared, Exchange(self._reach, self.line, expand, tuple(parameters), scale, window))
+        seen = softmax.Exchange(self._reach, self.line, expand, tuple(parameters), scale, window)
+        return softmax.attention(q, shared, seen)
 
     @cached_property
-    def _reach(self) -> Reach:
-        return Reach(self.cut, self.device)
+    def _reach(self) -> softmax.Reach:
+        return softmax.Reach(self.cut, self.device)
+
+
+class _Through(torch.autograd.Function):
+    """`through(o, final, d_final, *inputs) -> o`; on the way back, the final states' gradients from that of o."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, o: Tensor, final: Tensor, d_final: Callable[..., Tensor], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.d_final = d_final
+        return o.view_as(o)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs = ctx.saved_tensors
+        return d_o, ctx.d_final((*inputs, d_o)), None, *[None] * len(inputs)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _as(flags: Tensor, x: Tensor) -> Tensor:
     """Flags `[S]` as factors of `x [S, ...]`."""
-    return flags.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return flags.view(-1, *[1] * (x.ndim - 1))
 
 
 def layout_of(cut: Cut, line: Line, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None) -> Layout:

@@ -26,11 +26,29 @@ def test_nearest_entry() -> None:
     for size, expected in ((64, 64), (128, 128), (32, 64), (256, 128), (90, 64), (97, 128), (0, 64)):
         assert tuned.nearest(entries, [size, True, BF16], heads) == {"n": expected}
     assert tuned.nearest(entries, [128, False, "torch.float32"], heads) is None
-    assert tuned.nearest(entries, [128, True], heads) is None
+    assert tuned.nearest(entries, [128, True, BF16, BF16], heads) is None
     assert tuned.nearest([], [128], heads) is None
     sizes = ["K", "USE_G"]  # of a head: only the same
     assert tuned.nearest(entries, [64, True, BF16], sizes) == {"n": 64}
     assert tuned.nearest(entries, [32, True, BF16], sizes) is None
+
+
+def test_states_that_a_kernel_is_given_or_not() -> None:
+    fp32, names = "torch.float32", ["H", "USE_G"]
+    entries: list[dict[str, Any]] = [
+        {"key": [8, True, BF16, fp32, BF16], "config": {"n": 1}},
+        {"key": [8, True, BF16, fp32, BF16, fp32, fp32], "config": {"n": 2}},
+    ]
+    for dtypes, expected in (
+        ([BF16, fp32, BF16], 1),
+        ([BF16, fp32, BF16, fp32], 1),  # as far from both: the first one
+        ([BF16, fp32, BF16, fp32, fp32, fp32], 2),
+        ([fp32, BF16, fp32, BF16], 1),
+    ):
+        assert tuned.nearest(entries, [4, True, *dtypes], names) == {"n": expected}
+    for dtypes in ([BF16, fp32], [BF16, BF16, BF16, fp32], ["torch.int64", BF16, fp32, BF16]):
+        assert tuned.nearest(entries, [8, True, *dtypes], names) is None, dtypes
+    assert tuned.nearest(entries, [8, False, BF16, fp32, BF16], names) is None
 
 
 def test_file_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from linear_moe.config.validate import padded_length, parallel_layout, validate_
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.decay import decay
-from linear_moe.modeling.ops.decay.summary import summary
+from linear_moe.modeling.ops.decay.summary import gradient, summary
 from linear_moe.modeling.ops.grouping import Grouping, last_of_groups
-from linear_moe.modeling.ops.sequence import affine, current, pieces_of
+from linear_moe.modeling.ops.sequence import affine, current, pieces_of, start_gradient
 from linear_moe.modeling.ops.short_conv import last_tokens
 from linear_moe.training.data.loader import document_offsets
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence import exchange
+from linear_moe.training.sequence.exchange import Line, states_before
 from linear_moe.training.sequence.layout import Order, cut, split
 from linear_moe.training.sequence.pieces import RankPieces
 from tests.tolerances import FP32, assert_close
@@ -114,11 +116,34 @@ def test_summary_of_the_decay_family(gate: str) -> None:
         assert_close(transition.expand(2, 3, 8, 1).squeeze(-1).diag_embed(), matrix, FP32, "transition")
 
 
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+def test_gradient_of_the_initial_state(gate: str, bonus: bool) -> None:
+    """In closed form, against automatic differentiation of the recurrence."""
+    torch.manual_seed(0)
+    q, k, v, d_o = (
+        torch.randn(2, 21, 3, 8),
+        torch.randn(2, 21, 3, 8),
+        torch.randn(2, 21, 3, 5),
+        torch.randn(2, 21, 3, 5),
+    )
+    g = {"scalar": -torch.rand(2, 21, 3), "key": -torch.rand(k.shape), "both": -torch.rand(k.shape)}.get(gate)
+    gv = -torch.rand(v.shape) if gate in ("value", "both") else None
+    options: Any = {"bonus": torch.randn(3, 8) if bonus else None, "scale": 0.3, "backend": "reference"}
+    expected = start_gradient(
+        lambda state: decay(q, k, v, g, gv, initial_state=state, **options), torch.zeros(2, 3, 8, 5), d_o
+    )
+    assert_close(gradient(0.3, bonus, q, g, gv, d_o), expected, FP32, gate)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 def test_summary_of_a_window(length: int) -> None:
     before, x = torch.randn(2, 3, 4), torch.randn(2, length, 4)
     transition, state = last_tokens(x, 3)
     assert torch.equal(transition @ before + state, torch.cat([before, x], 1)[:, -3:])
+    if length >= 3:
+        none, same = last_tokens(x, 3, matrix=False)
+        assert torch.equal(same, state) and not none.any() and none.shape == (2, 1, 1)
 
 
 def test_summary_of_groups_windows() -> None:
@@ -145,6 +170,47 @@ def test_pieces_take_no_initial_state() -> None:
     assert current() is None
 
 
+def messages(order: Order, rank: int) -> list[list[tuple[str, int]]]:
+    """What a rank of the ring sends and receives, to and from whom, in order: forward pass, backward pass."""
+    found: list[tuple[str, int]] = []
+
+    def send(x: torch.Tensor, to: int, line: Line) -> tuple[Any, torch.Tensor]:
+        found.append(("send", to))
+        return mock.Mock(), x
+
+    def receive(like: torch.Tensor, source: int, line: Line) -> torch.Tensor:
+        found.append(("receive", source))
+        return torch.zeros_like(like)
+
+    state = torch.ones(order.per_rank, 2, 8, requires_grad=True)
+    with mock.patch.multiple(exchange, _send=send, _receive=receive):
+        before = states_before(torch.ones(order.per_rank, 2, 1), state, Line(order, rank, None, "ring"), False)
+        split = len(found)
+        before.sum().backward()
+    return [found[:split], found[split:]]
+
+
+@pytest.mark.parametrize("order", [Order(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")], ids=str)
+def test_the_ring_cannot_lock_up(order: Order) -> None:
+    """Ranks whose messages go one after the other, each only when the other side has come to it."""
+    for direction in range(2):
+        queues = [messages(order, rank)[direction] for rank in range(order.size)]
+        while any(queues):
+            heads = [(rank, queue[0]) for rank, queue in enumerate(queues) if queue]
+            pairs = [(a, b) for a, (kind, b) in heads if kind == "send" and queues[b][:1] == [("receive", a)]]
+            assert pairs, (direction, queues)
+            for a, b in pairs:
+                del queues[a][0], queues[b][0]
+
+
+def test_the_ring_is_a_pipeline() -> None:
+    """A rank sends a block on before it receives the next."""
+    up = [("receive", 0), ("send", 2)] * exchange.BLOCKS
+    down = [("receive", 2), ("send", 0)] * exchange.BLOCKS
+    assert messages(Order(4), 1) == [up, down]
+    assert messages(Order(4, "zigzag"), 1) == [up + down, up + down]
+
+
 def config(**sections: Any) -> Config:
     moe = {"num_experts": 4, "expert_ffn_size": 16}
     base: dict[str, Any] = {"model": {"hidden_size": 32, "num_heads": 4, "moe": moe}, "parallel": {"sequence": 2}}
@@ -156,6 +222,7 @@ def config(**sections: Any) -> Config:
 REFUSED = {
     "parallel.sequence_layout": {"parallel": {"sequence": 1, "sequence_layout": "contiguous"}},
     "parallel.sequence_exchange": {"parallel": {"sequence": 1, "sequence_exchange": "ring"}},
+    "parallel.sequence_dtype": {"parallel": {"sequence": 1, "sequence_dtype": "bf16"}},
 }
 
 

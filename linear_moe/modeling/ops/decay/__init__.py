@@ -9,7 +9,7 @@ from torch import Tensor
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.decay import chunk, gpu, reference
 from linear_moe.modeling.ops.decay.decode import step
-from linear_moe.modeling.ops.decay.summary import summary
+from linear_moe.modeling.ops.decay.summary import gradient, summary
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 
 __all__ = ["IMPLEMENTATIONS", "decay", "step"]
@@ -59,13 +59,20 @@ def decay(
     gates = {"g": (g, (tuple(q.shape[:3]), tuple(q.shape), (q.shape[2],))), "gv": (gv, (tuple(v.shape),))}
     gates["bonus"] = (bonus, ((q.shape[2], q.shape[3]),))
     check_inputs(q, k, v, gates, initial_state, cu_seqlens)
-    if (pieces := sequence.current(initial_state)) is not None:
-        constant = g is not None and g.ndim == 1
-        initial_state = pieces.states(summary, k, v, g.expand(q.shape[:3]) if constant else g, gv)  # type: ignore[union-attr]
+    pieces = sequence.current(initial_state)
     scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, g, gv, bonus, state=initial_state, scale=scale)
     implementations = IMPLEMENTATIONS | {"gpu": partial(gpu.decay, bounded=bounded)}
     implementation = choose(backend, implementations, v, gpu.unsupported(gv, bonus))
-    return implementation(q, k, v, g, gv, bonus, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+    def run(initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return implementation(q, k, v, g, gv, bonus, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+    if pieces is None:
+        return run(initial_state)
+    by_token = g.expand(q.shape[:3]) if g is not None and g.ndim == 1 else g
+    return pieces.through(
+        run, (summary, k, v, by_token, gv), (partial(gradient, scale, bonus is not None), q, by_token, gv)
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.delta import chunk, gpu, reference
 from linear_moe.modeling.ops.delta.decode import step
+from linear_moe.modeling.ops.delta.summary import through
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 
 __all__ = ["IMPLEMENTATIONS", "delta", "step"]
@@ -65,9 +67,7 @@ def delta(
     implementations = IMPLEMENTATIONS | {"gpu": partial(gpu.delta, bounded=bounded)}
     implementation = choose(backend, implementations, v, gpu.unsupported(q, v))
     if (pieces := sequence.current(initial_state)) is not None:
-
-        def run(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-            return implementation(k, k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None)
-
-        initial_state = pieces.states(partial(sequence.affine, run), k, v, beta, g, matrix=True)
+        options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "bounded": bounded}
+        kernels = implementation is implementations["gpu"]
+        return through(pieces, implementation, q, k, v, beta, g, kernels=kernels, **options)
     return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.decay.gpu import MIN_GATE
 from linear_moe.modeling.ops.delta import chunk, gpu
 from linear_moe.modeling.ops.delta.decode import step as delta_step
-from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, fla, pad_keys, requested, tiled
+from linear_moe.modeling.ops.delta.summary import through
+from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, fla, pad_keys, requested
 from linear_moe.modeling.ops.packing import by_token, separately, start_state
 
 
@@ -58,11 +58,9 @@ def delta_product(
     implementations = IMPLEMENTATIONS | {"gpu": partial(_gpu, bounded=bounded)}
     implementation = choose(backend, implementations, v, gpu.unsupported(q, v))
     if (pieces := sequence.current(initial_state)) is not None:
-
-        def run(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-            return implementation(k[:, :, 0], k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None)
-
-        initial_state = pieces.states(partial(sequence.affine, run), k, v, beta, g, matrix=True)
+        options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "bounded": bounded}
+        kernels = implementation is implementations["gpu"]
+        return through(pieces, implementation, q, k, v, beta, g, kernels=kernels, expand=_one_by_one, **options)
     return implementation(q, k, v, beta, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
@@ -101,12 +99,19 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """The delta rule on a sequence of all writes, decaying before the first of each token and read after the last."""
     n = k.shape[2]
+    offsets = None if cu_seqlens is None else cu_seqlens * n
+    o, state = chunk.delta(*_one_by_one(q, k, v, beta, g), cu_seqlens=offsets, **options)  # type: ignore[arg-type]
+    return o.unflatten(1, (-1, n))[:, :, -1], state
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """A sequence of all writes: decaying before the first of each token, read after the last."""
+    n = k.shape[2]
     q = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
     g = None if g is None else F.pad(g[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
-    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-    offsets = None if cu_seqlens is None else cu_seqlens * n
-    o, state = chunk.delta(q, k, v, beta, g, cu_seqlens=offsets, **options)  # type: ignore[arg-type]
-    return o.unflatten(1, (-1, n))[:, :, -1], state
+    return q, k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2), g
 
 
 def _gpu(
@@ -122,16 +127,17 @@ def _gpu(
     bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The kernels of flash-linear-attention. Products in v's dtype; gates below -80 count as -80."""
-    n, keys, size = k.shape[2], q.shape[-1], tiled(q.shape[-1])
+    n, keys = k.shape[2], q.shape[-1]
+    q, k, g = gpu.prepared(q, k, v, g, bounded)
     o, state = fla("ops.gated_delta_product").chunk_gated_delta_product(
-        q=pad_keys(q.to(v.dtype), -1, size),
-        k=pad_keys(k.to(v.dtype).flatten(1, 2), -1, size),
+        q=q,
+        k=k.flatten(1, 2),
         v=v.flatten(1, 2),
-        g=g if g is None or bounded else g.float().clamp(min=MIN_GATE),
+        g=g,
         beta=beta.flatten(1, 2),
         num_householder=n,
         scale=scale,
-        initial_state=None if initial_state is None else pad_keys(initial_state, 2, size),
+        initial_state=None if initial_state is None else pad_keys(initial_state, 2, q.shape[-1]),
         output_final_state=True,
         cu_seqlens=cu_seqlens,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
@@ -60,11 +62,24 @@ def dplr(
         assert initial_state is not None
         return step(q, k, v, a, b, g, state=initial_state, scale=scale)
     implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v, min_gate))
-    options = {"min_gate": min_gate} if implementation is gpu.dplr else {}
-    if (pieces := sequence.current(initial_state)) is not None:
+    options: dict[str, Any] = {"min_gate": min_gate} if implementation is gpu.dplr else {}
 
-        def run(k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-            return implementation(k, k, v, a, b, g, scale=1.0, initial_state=initial_state, cu_seqlens=None, **options)
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, initial_state: Tensor | None, **other: Any
+    ) -> tuple[Tensor, Tensor]:
+        return implementation(q, k, v, a, b, g, initial_state=initial_state, **{"cu_seqlens": None} | options | other)
 
-        initial_state = pieces.states(partial(sequence.affine, run), k, v, a, b, g, matrix=True)
-    return implementation(q, k, v, a, b, g, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens, **options)
+    pieces = sequence.current(initial_state)
+    if pieces is None:
+        return run(q, k, v, a, b, g, initial_state, cu_seqlens=cu_seqlens, scale=scale)
+
+    def summary(k: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return sequence.affine(partial(run, torch.zeros_like(k), scale=1.0), k, *inputs)
+
+    def gradient(*inputs: Any) -> Tensor:
+        *given, d_o = inputs
+        start = q.new_zeros(len(d_o), *q.shape[2:], v.shape[-1], dtype=torch.float32)
+        return sequence.start_gradient(partial(run, *given, scale=scale), start, d_o)
+
+    whole = partial(run, q, k, v, a, b, g, cu_seqlens=cu_seqlens, scale=scale)
+    return pieces.through(whole, (summary, k, v, a, b, g), (gradient, q, k, v, a, b, g), matrix=True)

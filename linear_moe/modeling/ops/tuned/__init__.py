@@ -27,6 +27,8 @@ Entry = dict[str, Any]  # {"key": [...], "config": {...}}
 COUNTS = {"B", "H", "HQ", "HV", "G", "N", "T", "T_BUCKET", "NB", "NC"}
 """Names of key values that may differ from the table's."""
 
+STATE = "torch.float32"  # dtype of initial and final states and of their gradients
+
 _SEARCH = (
     "%s: no configuration for %s in %s; Triton searches for one, and for others that are missing, which can take "
     "minutes. `scripts/bench/tune.py --out FOLDER --mixers NAME --widths HIDDEN:HEADS` "
@@ -48,16 +50,16 @@ def table_path(gpu: str) -> Path | None:
 def nearest(entries: list[Entry], key: list[Any], names: list[str]) -> dict[str, Any] | None:
     """The configuration of the entry nearest to `key`, by ratios of counts; whatever is no count must be equal.
 
+    Only initial states and their gradients, in fp32, may be given to one and not to the other.
+
     Args:
         names: of the key's first values; the others are dtypes.
     """
 
     def distance(other: list[Any]) -> float:
-        if len(other) != len(key):
-            return math.inf
-        total = 0.0
-        for i, (a, b) in enumerate(zip(other, key, strict=True)):
-            if i < len(names) and names[i] in COUNTS:
+        total = _absent(other[len(names) :], key[len(names) :])
+        for i, (a, b) in enumerate(zip(other[: len(names)], key[: len(names)], strict=True)):
+            if names[i] in COUNTS:
                 total += abs(math.log2((a + 1) / (b + 1)))
             elif a != b:
                 return math.inf
@@ -65,6 +67,17 @@ def nearest(entries: list[Entry], key: list[Any], names: list[str]) -> dict[str,
 
     best = min(entries, key=lambda entry: distance(entry["key"]), default=None)
     return None if best is None or distance(best["key"]) == math.inf else best["config"]
+
+
+def _absent(one: list[Any], other: list[Any]) -> float:
+    """How many states one list of dtypes has more than the other; infinite if they differ otherwise."""
+    fewer, more = sorted((one, other), key=len)
+    rest = iter(more)
+    for dtype in fewer:
+        found = next((x for x in rest if x == dtype or x != STATE), None)
+        if found != dtype:
+            return math.inf
+    return float(len(more) - len(fewer)) if all(x == STATE for x in rest) else math.inf
 
 
 def tuning_key(tuner: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], list[str]]:

@@ -1,0 +1,142 @@
+"""The delta rule without decay or with one per head, on CUDA, stopped between the WY form and the states.
+
+What comes before pieces of sequences is known only once the WY form of all has been summarised. In stages it is made
+once for both. The kernels are flash-linear-attention's, in the order of its `chunk_delta_rule` and
+`chunk_gated_delta_rule`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linear_moe.modeling.ops.delta import summary_gpu
+from linear_moe.modeling.ops.delta.gpu import CHUNK
+from linear_moe.modeling.ops.dispatch import fla
+from linear_moe.modeling.ops.sequence import Pieces
+
+
+class WY(NamedTuple):
+    """Chunks of 64 tokens: what they read of a state, what they write to none, how these came about, log2-decays."""
+
+    w: Tensor  # [B, T, H, K]
+    u: Tensor  # [B, T, H, V]
+    inverse: Tensor  # [B, T, H, 64]
+    sums: Tensor | None  # [B, T, H] fp32, since the beginning of the chunk
+
+
+def through(
+    pieces: Pieces,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    *,
+    keys: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `delta.summary.through`; q, k, g are `delta.gpu.prepared`, of K keys before that."""
+    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
+    with torch.cuda.device_of(v), torch.no_grad():
+        packing = {"cu_seqlens": cu_seqlens, "chunk_indices": None}
+        if cu_seqlens is not None:
+            packing["chunk_indices"] = fla("ops.utils.index").prepare_chunk_indices(cu_seqlens, CHUNK)
+        made = _wy(k, v, beta, g, packing)
+
+    def summary(k: Tensor, w: Tensor, u: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.cuda.device_of(k):
+            transition, state = summary_gpu.scan(k, w, u, sums)
+        return transition[:, :, :keys, :keys], state[:, :, :keys]
+
+    def run(initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        start = F.pad(initial_state, (0, 0, 0, k.shape[-1] - keys))
+        o, final = _Rest.apply(q, k, v, beta, g, made, start, scale, packing)
+        return o, final[:, :, :keys]
+
+    gradient = partial(_start_gradient, keys, scale)
+    return pieces.through(
+        run, (summary, k, made.w, made.u, made.sums), (gradient, q, k, v, beta, made.inverse, made.sums), matrix=True
+    )
+
+
+def _wy(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, packing: dict[str, Any]) -> WY:
+    if g is None:
+        w, u, inverse = fla("ops.delta_rule.wy_fast").prepare_wy_repr_fwd(k=k, v=v, beta=beta, **packing)
+        return WY(w, u, inverse, None)
+    log2 = fla("ops.utils.constant").RCP_LN2
+    sums = fla("ops.utils").chunk_local_cumsum(g.contiguous(), chunk_size=CHUNK, scale=log2, **packing)
+    intra = fla("ops.gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra
+    w, u, inverse = intra(k=k, v=v, g=sums, beta=beta, chunk_size=CHUNK, **packing)
+    return WY(w, u, inverse, sums)
+
+
+def _start_gradient(
+    keys: int,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    inverse: Tensor,
+    sums: Tensor | None,
+    d_o: Tensor,
+) -> Tensor:
+    d_o = d_o.contiguous()
+    with torch.cuda.device_of(v):
+        if sums is None:
+            w, _ = fla("ops.delta_rule.wy_fast").recompute_w_u_fwd(k=k, v=v, beta=beta, A=inverse, cu_seqlens=None)
+        else:
+            w, _ = fla("ops.gated_delta_rule.wy_fast").recompute_w_u_fwd(k=k, v=v, beta=beta, A=inverse, g=sums)
+        dv = fla("ops.common.chunk_o").chunk_bwd_dv_local(q=q, k=k, do=d_o, g=sums, scale=scale, chunk_size=CHUNK)
+        _, start = summary_gpu.scan(k, w, dv, sums, q=q, do=d_o, scale=scale)
+    return start[:, :, :keys]
+
+
+class _Rest(torch.autograd.Function):
+    """From the WY form on: states and outputs. Its backward pass is the whole op's."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        made: WY,
+        initial_state: Tensor,
+        scale: float,
+        packing: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        common: dict[str, Any] = {"k": k, "g": made.sums, "chunk_size": CHUNK, **packing}
+        with torch.cuda.device_of(v):
+            h, writes, final = fla("ops.common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
+                w=made.w, u=made.u, initial_state=initial_state, output_final_state=True, **common
+            )
+            o = fla("ops.common.chunk_o").chunk_fwd_o(q=q, v=writes, h=h, scale=scale, **common)
+        ctx.save_for_backward(q, k, v, beta, g, made.inverse, made.sums, initial_state)
+        ctx.scale, ctx.packing = scale, packing
+        return o.to(v.dtype), final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, beta, g, inverse, sums, initial_state = ctx.saved_tensors
+        given: dict[str, Any] = {"q": q, "k": k, "v": v, "beta": beta, "A": inverse, "scale": ctx.scale, **ctx.packing}
+        given |= {"initial_state": initial_state, "do": d_o.contiguous(), "dht": d_final.contiguous()}
+        with torch.cuda.device_of(v):
+            if g is None:
+                dq, dk, dv, dbeta, _ = fla("ops.delta_rule.chunk").chunk_delta_rule_bwd(**given)
+                dg = None
+            else:
+                found = fla("ops.gated_delta_rule.chunk").chunk_gated_delta_rule_bwd(g=sums, **given)
+                dq, dk, dv, dbeta, dg = found[:5]
+                dg = dg.to(g.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, None, None, None, None

@@ -1,0 +1,151 @@
+"""States and transitions of the delta family from chunk to chunk, in Triton kernels, given each chunk's WY form.
+
+In a chunk that starts from state S, tokens write u - w S (see `delta/chunk.py`), so S becomes D S + k^T (u - w S), with
+k decayed to the chunk's end and D the chunk's decay. The gradient of S, G after the chunk, becomes
+D G + q^T do - w^T (dv + k G), q decayed from the chunk's start, dv what the chunk's outputs say of its writes.
+
+Either is run on columns of zeros, for what the tokens add, and on those of the identity, for the transition: in parts
+of the tokens at once, which a second kernel joins.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 64  # tokens, those of the WY form
+COLUMNS = 64  # of a tile
+PROGRAMS = 264  # wanted at once: two for each multiprocessor of an H100
+LEAST = 8  # chunks of a part: joining costs as much as a few of them
+JOINED = 32  # columns of a tile of the second kernel
+MAX_JOINED = 128  # keys of a transition that fits its registers
+
+
+@triton.jit
+def _rows(x, token, stride, column, here, inside):
+    return tl.load(x + token[:, None] * stride + column[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def _parts(
+    q, k, w, u, do, g, gk, part, scale, T, H, K, V, tokens, BACKWARDS: tl.constexpr, CHUNK: tl.constexpr,
+    BK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`part [N, S, H, K, V + K]` of S parts of the tokens; u is dv if BACKWARDS. All inputs `[N, T, H, ...]`."""
+    tile, piece, head = tl.program_id(0), tl.program_id(1), tl.program_id(2) % H
+    row = (tl.program_id(2) // H).to(tl.int64)
+    tiles = tl.cdiv(V, COLUMNS)
+    adds = tile < tiles  # else columns of the transition
+    key = tl.arange(0, BK)
+    column = tl.where(adds, tile, tile - tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    in_key, in_value = key < K, column < tl.where(adds, V, 0)
+    state = tl.where(key[:, None] == tl.where(adds, -1, column)[None, :], 1.0, 0.0)
+    first = row * T * H + head  # of this row and head: tokens are H apart
+    begin, end = piece * tokens, tl.minimum(piece * tokens + tokens, T)
+    for i in range(0, tl.cdiv(end - begin, CHUNK)):
+        chunk = tl.cdiv(end - begin, CHUNK) - 1 - i if BACKWARDS else i
+        t = begin + chunk * CHUNK + tl.arange(0, CHUNK)
+        here = t < end
+        last = first + (tl.minimum(begin + chunk * CHUNK + CHUNK, end) - 1).to(tl.int64) * H
+        token = first + t.to(tl.int64) * H
+        keys, reads = _rows(k, token, K, key, here, in_key), _rows(w, token, K, key, here, in_key)
+        left = tl.full((CHUNK,), 1.0, tl.float32)
+        if BACKWARDS:
+            writes = tl.dot(keys, state.to(keys.dtype))
+        else:
+            writes = -tl.dot(reads, state.to(reads.dtype))
+        if g is not None:
+            sums, total = tl.load(g + token, mask=here, other=0.0), tl.load(g + last)
+            left = tl.where(here, tl.exp2(total - sums), 0.0)
+            state *= tl.exp2(total)
+        if gk is not None:
+            state *= tl.exp2(tl.load(gk + last * K + key, mask=in_key, other=0.0))[:, None]
+        own = _rows(u, token, V, column, here, in_value).to(tl.float32)
+        if BACKWARDS:
+            writes = own + writes * left[:, None]
+            state -= tl.dot(tl.trans(reads), writes.to(reads.dtype))
+            if adds:
+                queries = _rows(q, token, K, key, here, in_key) * scale
+                if g is not None:
+                    queries = queries * tl.exp2(sums)[:, None]
+                d = _rows(do, token, V, column, here, in_value)
+                state = tl.dot(tl.trans(queries.to(d.dtype)), d, state)
+        else:
+            writes = (own + writes) * left[:, None]
+            state = tl.dot(tl.trans(keys), writes.to(keys.dtype), state)
+    width = V + K
+    place = ((row * tl.num_programs(1) + piece) * H + head) * K * width
+    to = tl.where(adds, 0, V) + column
+    there = column < tl.where(adds, V, K)
+    tl.store(part + place + key[:, None] * width + to[None, :], state, mask=in_key[:, None] & there[None, :])
+
+
+@triton.jit
+def _join(
+    part, joined, H, K, V, parts, BACKWARDS: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """The recurrence from part to part, `joined [N, H, K, V + K]`."""
+    row, head, width = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, V + K
+    key, column = tl.arange(0, BK), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    in_key = key < K
+    inside, square = in_key[:, None] & (column < width)[None, :], in_key[:, None] & in_key[None, :]
+    state = tl.where(key[:, None] + V == column[None, :], 1.0, 0.0)
+    for i in range(parts):
+        piece = parts - 1 - i if BACKWARDS else i
+        at = part + ((row * parts + piece) * H + head) * K * width + key[:, None] * width
+        transition = tl.load(at + V + key[None, :], mask=square, other=0.0)
+        adds = tl.load(at + column[None, :], mask=inside & (column < V)[None, :], other=0.0)
+        state = tl.dot(transition, state, input_precision="tf32x3") + adds
+    to = joined + (row * H + head) * K * width + key[:, None] * width + column[None, :]
+    tl.store(to, state, mask=inside)
+
+
+def scan(
+    k: Tensor,
+    w: Tensor,
+    u: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    *,
+    q: Tensor | None = None,
+    do: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """What rows of tokens do to a state; with `q` and `do`, to a gradient from behind them.
+
+    Args:
+        k, w: `[N, T, H, K]`, of the WY form; with `gk`, k is decayed to the end of its chunk of 64 tokens.
+        u: `[N, T, H, V]`, of the WY form; with `do`, the writes' gradients from the outputs of their own chunk.
+        g: `[N, T, H]` fp32, log2-decay since the beginning of the chunk; gk: `[N, T, H, K]`, or that by key.
+        q: `[N, T, H, K]`; with `gk`, decayed from the start of its chunk.
+        do: `[N, T, H, V]`.
+
+    Returns:
+        Transition `[N, H, K, K]` and what the tokens add `[N, H, K, V]`, fp32.
+    """
+    backwards = do is not None
+    rows, length, heads, keys = k.shape
+    values = u.shape[3]
+    k, w, u = k.contiguous(), w.contiguous(), u.contiguous()
+    q, do, g, gk = (None if x is None else x.contiguous() for x in (q, do, g, gk))
+    tiles = triton.cdiv(values, COLUMNS) + triton.cdiv(keys, COLUMNS)
+    chunks, block = triton.cdiv(length, CHUNK), max(16, triton.next_power_of_2(keys))
+    most = max(1, chunks // LEAST) if block <= MAX_JOINED else 1
+    tokens = triton.cdiv(chunks, min(most, max(1, PROGRAMS // (rows * heads * tiles)))) * CHUNK
+    parts = triton.cdiv(length, tokens)
+    part = torch.empty(rows, parts, heads, keys, values + keys, dtype=torch.float32, device=k.device)
+    _parts[(tiles, parts, rows * heads)](
+        q, k, w, u, do, g, gk, part, scale, length, heads, keys, values, tokens, BACKWARDS=backwards, CHUNK=CHUNK,
+        BK=block, COLUMNS=COLUMNS, num_warps=8 if backwards or block > 128 else 4, num_stages=2,
+    )  # fmt: skip
+    joined = part[:, 0]
+    if parts > 1:
+        joined = torch.empty_like(joined, memory_format=torch.contiguous_format)
+        _join[(triton.cdiv(values + keys, JOINED), rows * heads)](
+            part, joined, heads, keys, values, parts, BACKWARDS=backwards, BK=block, COLUMNS=JOINED, num_warps=8,
+            num_stages=1,
+        )  # fmt: skip
+    adds, transition = joined.split([values, keys], -1)
+    return transition, adds

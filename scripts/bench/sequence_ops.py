@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""What pieces of sequences cost a mixer beside whole ones: forward and backward on one GPU, without communication.
+
+A row for each mixer, in milliseconds of CUDA events (medians) and of kernels' own time (`_busy`):
+    whole      one row of --length tokens
+    rows       as many tokens in two rows: what zigzag's two pieces are to the kernels
+    piece      one piece, as of `parallel.sequence_layout=contiguous`, whose neighbours are stubs: every local
+               computation of a piece, none of the communication
+    pieces     two pieces, as of zigzag
+    added      piece - whole, and pieces - rows, in busy time; `added_kernels`: those that run more often or longer, in
+               microseconds
+First steps (compiling) of all mixers are taken side by side; then one process at a time measures.
+
+    python scripts/bench/sequence_ops.py --out FOLDER                      # the mixers of MIXERS
+    python scripts/bench/sequence_ops.py --out FOLDER --mixers all
+    python scripts/bench/sequence_ops.py --out FOLDER --device cpu --length 64 --mixers gla
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from mixers import Setting, Work, busy, milliseconds, profiled
+from pretrain import commit, versions
+
+from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.mixers.base import Dims, Layout, Mixer
+from linear_moe.modeling.mixers.registry import MIXERS as ALL
+from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.layout import Order, cut
+from linear_moe.training.sequence.pieces import layout_of
+
+MIXERS = "linear_attention,gla,mamba2,gated_deltanet"
+FIELDS: dict[str, dict[str, Any]] = {"gla": {"expand_k": 1.0, "qkv_bias": True}}  # as in configs/models/a0.3b_2b.yaml
+ORDERS = {"piece": "contiguous", "pieces": "zigzag"}
+
+
+def build(name: str, at: Setting) -> Mixer:
+    """In bf16, of the sizes of a0.3b_2b, in the first of its layers."""
+    host, config = Host(dtype=torch.bfloat16, device=at.device), mixer_config(name, **FIELDS.get(name, {}))
+    dims = Dims(at.hidden, at.heads, 12, 0, norm_eps=1e-5, init_std=0.008, output_init_std=0.008 / 24**0.5)
+    mixer_class(name).validate(config, dims, 1, "model.mixer")
+    mixer = mixer_class(name)(config, dims, host)
+    initialize(mixer, host, seed=0)
+    return mixer
+
+
+def layouts(length: int, device: torch.device) -> dict[str, Layout]:
+    found = {"whole": Layout(1, length), "rows": Layout(2, length // 2)}
+    positions = torch.arange(length, device=device)[None]
+    for column, kind in ORDERS.items():
+        order = Order(1, kind)
+        found[column] = layout_of(cut(1, length, order, 0), Line(order, 0), device, positions, None)
+    return found
+
+
+def passes(mixer: Mixer, at: Setting, length: int) -> dict[str, Work]:
+    """Forward and backward of every column, the first steps taken."""
+    x = torch.randn(length, at.hidden, device=at.device).bfloat16().requires_grad_()
+    grad, inputs = torch.randn_like(x), [x, *mixer.parameters()]
+
+    def step_of(layout: Layout) -> Work:
+        return lambda: torch.autograd.grad(mixer(x, layout), inputs, grad, allow_unused=True)
+
+    found = {column: step_of(layout) for column, layout in layouts(length, at.device).items()}
+    for step in found.values():
+        step()
+    if at.device.type == "cuda":
+        torch.cuda.synchronize()
+    return found
+
+
+def kernels(step: Work, at: Setting) -> Counter[str]:
+    """Microseconds of each kernel in one pass."""
+    found: Counter[str] = Counter()
+    for event in profiled(step, at, 1, host=False).events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            found[event.name[:90]] += event.time_range.elapsed_us()
+    return found
+
+
+def measure(steps: dict[str, Work], at: Setting) -> dict[str, Any]:
+    row: dict[str, Any] = {f"{column}_ms": milliseconds(step, at) for column, step in steps.items()}
+    if at.device.type != "cuda":
+        return row
+    running = busy(steps, at, 3)
+    for column, (spent, launches) in running.items():
+        row |= {f"{column}_busy_ms": spent, f"{column}_launches": launches}
+    for column, base in (("piece", "whole"), ("pieces", "rows")):
+        row[f"{column}_added_busy_ms"] = running[column][0] - running[base][0]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        steps[column]()
+        row[f"{column}_memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    more, less = kernels(steps["pieces"], at), kernels(steps["rows"], at)
+    added = {name: round(more[name] - less[name]) for name in more | less}
+    longest = sorted(added.items(), key=lambda item: -abs(item[1]))[:20]
+    return row | {"added_kernels": {name: spent for name, spent in longest if abs(spent) >= 3}}
+
+
+def worker(name: str, at: Setting, length: int, lock: Any, queue: Any) -> None:
+    since = time.perf_counter()
+    row: dict[str, Any] = {"mixer": name, "length": length}
+    try:
+        steps = passes(build(name, at), at, length)
+        row["first_steps_seconds"] = time.perf_counter() - since
+        with lock:
+            row |= measure(steps, at)
+            if at.device.type == "cuda":
+                row["device"] = torch.cuda.get_device_name()
+                torch.cuda.empty_cache()
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:500]
+    queue.put(row)
+
+
+def line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['mixer']:24} failed: {row['error'].splitlines()[0][:200]}"
+    columns = ("whole", "rows", "piece", "pieces")
+    spans = "  ".join(
+        f"{column} {row[f'{column}_ms']:7.2f} ({row.get(f'{column}_busy_ms', float('nan')):7.2f})" for column in columns
+    )
+    return f"{row['mixer']:24} {spans}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of sequence_ops.json")
+    parser.add_argument("--mixers", default=MIXERS, help="names with commas, or: all")
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for everything")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    options = parser.parse_args()
+    able = sorted(name for name in ALL if mixer_class(name).capabilities.sequence_parallel)
+    names = able if options.mixers == "all" else options.mixers.split(",")
+    sizes = (1024, 8) if options.device == "cuda" else (64, 4)
+    at = Setting(torch.device(options.device), *sizes, ((1, options.length),), options.repeats)
+    context = multiprocessing.get_context("fork")
+    lock, queue = context.Lock(), context.Queue()
+    processes = [context.Process(target=worker, args=(name, at, options.length, lock, queue)) for name in names]
+    for process in processes:
+        process.start()
+    try:
+        revision: str | None = commit()
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+        revision = None
+    until, rows = time.monotonic() + options.timeout, list[dict[str, Any]]()
+    while len(rows) < len(names):
+        try:
+            rows.append(queue.get(timeout=max(0.0, min(5.0, until - time.monotonic()))))
+        except Empty:
+            if time.monotonic() >= until or not any(process.is_alive() for process in processes):
+                break
+            continue
+        print(line(rows[-1]), flush=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        result = {"name": "sequence_ops", **versions(), "commit": revision, "hidden_size": at.hidden, "rows": rows}
+        (options.out / "sequence_ops.json").write_text(json.dumps(result, indent=1) + "\n")
+    for process in processes:
+        process.kill()
+    missing = set(names) - {row["mixer"] for row in rows}
+    if missing:
+        print(f"not done in {options.timeout:g} s: {', '.join(sorted(missing))}", file=sys.stderr)
+    return 1 if missing or any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

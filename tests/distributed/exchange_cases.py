@@ -1,0 +1,170 @@
+"""What the ranks of the tests of the exchange of states run, and what one process would find."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from random import Random
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from linear_moe.training.sequence import exchange
+from linear_moe.training.sequence.exchange import Exchange, Line, states_before
+from linear_moe.training.sequence.layout import Order
+
+ROWS = 2
+STATE = (3, 6, 8)  # H, K, V
+TRANSITIONS = {
+    "head": (3, 1, 1),
+    "slow": (3, 1, 1),
+    "key": (3, 6, 1),
+    "value": (3, 1, 8),
+    "both": (3, 6, 8),
+    "complex": (3, 6, 1),
+    "matrix": (3, 6, 6),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def summaries(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Transitions and states `[pieces, ROWS, ...]`, and the gradients of the states before; a transition is 0."""
+    random = torch.Generator().manual_seed(seed)
+    dtype = torch.complex64 if kind == "complex" else torch.float32
+    transitions = torch.randn(pieces, ROWS, *TRANSITIONS[kind], generator=random, dtype=dtype)
+    transitions = transitions * (0.4 if kind == "matrix" else 0.9 / transitions.abs().clamp(min=1.0))
+    transitions[pieces // 2, 0] = 0
+    if kind == "slow":  # the nearest in bf16 is 1
+        transitions = torch.full_like(transitions, 0.9981)
+    states, gradients = (torch.randn(pieces, ROWS, *STATE, generator=random, dtype=dtype) for _ in range(2))
+    return transitions, states, gradients
+
+
+def expected(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before, and gradients of transitions and states: autograd through a loop over the pieces."""
+    transitions, states, gradients = summaries(kind, pieces, seed)
+    transitions.requires_grad_(), states.requires_grad_()
+    found = [torch.zeros_like(states[0])]
+    for a, e in zip(transitions[:-1], states[:-1], strict=True):
+        found.append((a @ found[-1] if kind == "matrix" else a * found[-1]) + e)
+    before = torch.stack(found)
+    before.backward(gradients)
+    return before.detach(), transitions.grad, states.grad  # type: ignore[return-value]
+
+
+def own(x: Tensor, line: Line) -> Tensor:
+    """Of `[pieces, ROWS, ...]`, this rank's segments `[S, ...]`."""
+    return x[list(line.order.pieces(line.rank))].transpose(0, 1).flatten(0, 1)
+
+
+Group = dist.ProcessGroup | None
+
+
+def line_of(group: Group, layout: str, strategy: str, dtype: str = "fp32") -> Line:
+    order, group = Order(dist.get_world_size(), layout), group or dist.group.WORLD
+    return Line(order, dist.get_rank(), group, strategy, dtype=DTYPES[dtype])
+
+
+def exchange_states(
+    kind: str, layout: str, strategy: str, dtype: str, group: Group = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """One exchange, there and back: what it gives, bytes sent, and elements kept for the backward pass."""
+    line = line_of(group, layout, strategy, dtype)
+    transition, state, gradient = (own(x, line).to(device) for x in summaries(kind, line.order.count))
+    transition.requires_grad_(), state.requires_grad_()
+    sent = [0]
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    def counting(function: Any, place: int) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            sent[-1] += args[place].numel() * args[place].element_size()
+            return function(*args, **options)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, place in {"all_gather_into_tensor": 1, "isend": 0}.items():
+            stack.enter_context(mock.patch.object(exchange.dist, name, counting(getattr(dist, name), place)))
+        with saved_tensors_hooks(pack, lambda x: x):
+            before = states_before(transition, state, line, kind == "matrix")
+        sent.append(0)
+        before.backward(gradient)
+    tensors = {"before": before.detach(), "transition": transition.grad, "state": state.grad}
+    found = {name: x.cpu() for name, x in tensors.items() if x is not None}
+    return found | {"sent": tuple(sent), "kept": sum(kept.values())}
+
+
+KINDS = list(TRANSITIONS)
+
+
+def many_exchanges(
+    layout: str, again: bool, group: Group = None, device: str = "cpu"
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Exchanges of all kinds and both strategies on their way at once, by ranks that are never there at the same time.
+
+    Args:
+        again: the forward pass is computed again in the backward pass.
+    """
+    random = Random(dist.get_rank())
+    lines = [line_of(group, layout, strategy) for strategy in exchange.STRATEGIES]
+    leaves: list[Tensor] = []
+    for seed, kind in enumerate(KINDS):
+        leaves += [
+            own(x, lines[0]).to(device).requires_grad_() for x in summaries(kind, lines[0].order.count, seed)[:2]
+        ]
+    waits = list(range(len(KINDS)))
+    Random(0).shuffle(waits)  # in any order, but the same everywhere
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
+        begun = []
+        for n, kind in enumerate(KINDS):
+            time.sleep(random.random() * 0.02)
+            begun.append(Exchange(*leaves[2 * n : 2 * n + 2], lines[n % 2], kind == "matrix"))
+        found = {}
+        for n in waits:
+            time.sleep(random.random() * 0.02)
+            found[n] = _Late.apply(begun[n].wait(), random)
+        return tuple(found[n] for n in range(len(KINDS)))
+
+    befores = checkpoint(forward, *leaves, use_reentrant=False) if again else forward(*leaves)
+    losses = []
+    for seed, (kind, before) in enumerate(zip(KINDS, befores, strict=True)):
+        gradient = own(summaries(kind, lines[0].order.count, seed)[2], lines[0]).to(device)
+        losses.append((before * gradient.conj()).real.sum())
+    torch.stack(losses).sum().backward()
+    found = [(b.detach(), *(x.grad for x in leaves[2 * n : 2 * n + 2])) for n, b in enumerate(befores)]
+    return [tuple(x.cpu() for x in three) for three in found]  # type: ignore[union-attr,misc]
+
+
+def exchanges_on_gpus(
+    states: dict[str, tuple[str, str, str, str]], many: dict[str, tuple[str, bool]]
+) -> dict[str, Any]:
+    """`exchange_states` and `many_exchanges` of these arguments, one GPU a rank."""
+    device = f"cuda:{dist.get_rank()}"
+    torch.cuda.set_device(device)
+    group = dist.new_group(backend="nccl")
+    found: dict[str, Any] = {name: exchange_states(*case, group, device) for name, case in states.items()}
+    return found | {name: many_exchanges(*case, group, device) for name, case in many.items()}
+
+
+class _Late(torch.autograd.Function):
+    """`x`, and its gradient after a while."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, random: Random) -> Tensor:  # type: ignore[override]
+        ctx.random = random
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        time.sleep(ctx.random.random() * 0.02)
+        return gradient, None

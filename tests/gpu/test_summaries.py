@@ -1,0 +1,147 @@
+"""What stretches of tokens do to states and to their gradients: our kernels against PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.delta import chunk, delta, product
+from linear_moe.modeling.ops.delta import gpu as delta_gpu
+from linear_moe.modeling.ops.dispatch import has_fla
+from linear_moe.modeling.ops.packing import segment_sums
+from tests.gpu.kernels import DEVICE, INTERPRETED, MARKS
+from tests.tolerances import BF16, FP32, assert_close
+
+pytest.importorskip("triton")
+decay_kernels = importlib.import_module("linear_moe.modeling.ops.decay.summary_gpu")
+decay_summary = importlib.import_module("linear_moe.modeling.ops.decay.summary")
+delta_kernels = importlib.import_module("linear_moe.modeling.ops.delta.summary_gpu")
+delta_summary = importlib.import_module("linear_moe.modeling.ops.delta.summary")
+
+pytestmark = MARKS
+TF32 = 2e-3  # products of fp32 tensors on a GPU
+SHAPES = [(2, 150, 2, 24, 20), (1, 64, 1, 16, 80), (1, 7, 2, 40, 136)]  # rows, tokens, heads, keys, values
+NAMES = ("none", "constant", "head", "key", "value", "both")
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def gates(gate: str, rows: int, length: int, heads: int, keys: int, values: int) -> tuple[Tensor | None, Tensor | None]:
+    """g and gv; one token forgets nearly everything."""
+    shapes = {"constant": (1, 1, heads), "head": (rows, length, heads)}
+    shapes |= dict.fromkeys(("key", "both"), (rows, length, heads, keys))
+    g = -draw(*shapes[gate], seed=8).abs() / 4 if gate in shapes else None
+    if gate == "constant":
+        assert g is not None
+        return g.expand(rows, length, heads), None
+    if g is not None:
+        g[0, length // 2] = -80.0
+    return g, -draw(rows, length, heads, values, seed=9).abs() / 4 if gate in ("value", "both") else None
+
+
+@pytest.mark.parametrize("programs", [264, 8])
+@pytest.mark.parametrize("gate", NAMES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decayed_sums(shape: tuple[int, ...], gate: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decay_kernels, "PROGRAMS", programs)
+    monkeypatch.setattr(decay_summary, "on_kernel", lambda v: False)
+    rows, length, heads, keys, values = shape
+    q, k = (draw(rows, length, heads, keys, seed=i) for i in (1, 2))
+    v, d_o = (draw(rows, length, heads, values, seed=i) for i in (3, 4))
+    g, gv = gates(gate, *shape)
+    found = decay_kernels.weighted_sum(k, v, g, gv, floor=-80.0, backwards=False, exclusive=False)
+    for actual, expected in zip(found, decay_summary.summary(k, v, g, gv), strict=True):
+        assert_close(actual, expected, TF32, gate)
+    for before_gate in (False, True):
+        options = {"floor": -80.0, "backwards": True, "exclusive": before_gate}
+        _, actual = decay_kernels.weighted_sum(q, d_o, g, gv, **options)
+        assert_close(actual, decay_summary.gradient(1.0, before_gate, q, g, gv, d_o), TF32, gate)
+
+
+def wy(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, d_o: Tensor, scale: float) -> dict[str, Any]:
+    """What `scan` takes, by chunks of 64 tokens, from the definition of the WY form."""
+    whole = torch.zeros_like(k) if g is None else (g if g.ndim == 4 else g[..., None].expand(k.shape))
+    parts: list[dict[str, Tensor]] = []
+    for q_c, k_c, v_c, b_c, g_c, d_c in zip(*(x.split(64, 1) for x in (q, k, v, beta, whole, d_o)), strict=True):
+        q_c, k_c, v_c, g_c, d_c = (x.transpose(1, 2) for x in (q_c, k_c, v_c, g_c, d_c))
+        b_c, sums = b_c.transpose(1, 2), g_c.cumsum(2)
+        between = segment_sums(g_c.mT).exp().movedim(2, -1)  # [N, H, C, C, K]
+        similarity = torch.einsum("bhik,bhjk,bhijk->bhij", k_c, k_c, between)
+        scores = scale * torch.einsum("bhik,bhjk,bhijk->bhij", q_c, k_c, between)
+        inverse = chunk.unit_lower_inverse(b_c[..., None] * similarity) * b_c[..., None, :]
+        made = {"w": inverse @ (k_c * sums.exp()), "u": inverse @ v_c, "dv": scores.mT @ d_c, "sums": sums}
+        made |= {"k": k_c * (sums[:, :, -1:] - sums).exp(), "q": q_c * sums.exp()}
+        parts.append({name: x.transpose(1, 2) for name, x in made.items()})
+    found: dict[str, Any] = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    sums = found.pop("sums") / math.log(2)
+    if g is None or g.ndim == 3:
+        found |= {"k": k, "q": q}
+    return found | {"g": sums[..., 0] if g is not None and g.ndim == 3 else None, "gk": sums if whole is g else None}
+
+
+def by_running(inputs: tuple[Any, ...], d_o: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Transition, state and the initial state's gradient in fp32, by the op's definition in chunks."""
+    op = partial(delta if inputs[1].ndim == 4 else product.delta_product, backend="chunk")
+    inputs = tuple(None if x is None else x.float() for x in inputs)
+    gradient = delta_summary._gradient_by_running(op, scale, *inputs, d_o.float())
+    return (*delta_summary._by_running(op, *inputs), gradient)
+
+
+@pytest.mark.parametrize(("programs", "least"), [(264, 8), (264, 1), (12, 1)])
+@pytest.mark.parametrize("gate", ["none", "head", "key"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scan(shape: tuple[int, ...], gate: str, programs: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_kernels, "PROGRAMS", programs)
+    monkeypatch.setattr(delta_kernels, "LEAST", least)
+    rows, length, heads, keys, values = shape
+    q, k = (F.normalize(draw(rows, length, heads, keys, seed=i), dim=-1) for i in (1, 2))
+    v, d_o = (draw(rows, length, heads, values, seed=i) for i in (3, 4))
+    beta = draw(rows, length, heads, seed=5).sigmoid()
+    g = None if gate == "none" else -draw(*(k.shape[:3] if gate == "head" else k.shape), seed=6).abs() / 8
+    made = wy(q, k, v, beta, g, d_o, 0.3)
+    given = (made["k"], made["w"])
+    transition, state = delta_kernels.scan(*given, made["u"], made["g"], made["gk"])
+    _, start = delta_kernels.scan(*given, made["dv"], made["g"], made["gk"], q=made["q"], do=d_o, scale=0.3)
+    expected = by_running((q, k, v, beta, g), d_o, 0.3)
+    for name, x, y in zip(("transition", "state", "gradient"), (transition, state, start), expected, strict=True):
+        assert_close(x, y, 10 * FP32 if INTERPRETED else 2 * TF32, name)
+
+
+@pytest.mark.skipif(INTERPRETED or not has_fla(), reason="needs flash-linear-attention's kernels")
+@pytest.mark.usefixtures("no_autotuning")
+@pytest.mark.parametrize("gate", ["none", "head", "key", "product", "product head"])
+@pytest.mark.parametrize("keys", [64, 96])
+def test_delta_from_the_kernels(gate: str, keys: int) -> None:
+    """In bf16, with transitions that neither vanish nor stay the identity."""
+    rows, length, heads, values, writes = 2, 700, 3, 128, 2
+    q = F.normalize(draw(rows, length, heads, keys, seed=1), dim=-1).bfloat16()
+    several = (writes,) if "product" in gate else ()
+    k = F.normalize(draw(rows, length, *several, heads, keys, seed=2), dim=-1).bfloat16()
+    v, d_o = draw(rows, length, *several, heads, values, seed=3).bfloat16(), draw(rows, length, heads, values, seed=4)
+    beta = draw(*k.shape[:-1], seed=5).sigmoid() / 8
+    shape = {"head": (rows, length, heads), "key": q.shape}.get(gate.split()[-1])
+    g = None if shape is None else -draw(*shape, seed=6).abs() / 500
+    inputs, d_o = (q, k, v, beta, g), d_o.bfloat16()
+    expand = product._one_by_one if "product" in gate else None
+    q_p, k_p, g_p = delta_gpu.prepared(q, k, v, g, True)
+    given = (q_p, k_p, v, beta, g_p)
+    found = delta_summary._on_kernels(keys, expand, *given)
+    found += (delta_summary._gradient_on_kernels(keys, 0.3, expand, *given, d_o),)
+    for name, x, y in zip(("transition", "state", "gradient"), found, by_running(inputs, d_o, 0.3), strict=True):
+        assert_close(x, y, BF16, f"{gate} {name}")
+
+
+def test_start_gradient() -> None:
+    start, weight = torch.zeros(2, 3), torch.randn(3, 4)
+    found = sequence.start_gradient(lambda state: (state @ weight, state), start, torch.ones(2, 4))
+    assert_close(found, weight.sum(1).expand(2, 3), FP32)

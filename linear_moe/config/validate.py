@@ -328,26 +328,13 @@ def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
 
 
 def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
-    """What goes with parallel.sequence > 1; mixers are checked elsewhere."""
-    parallel, moe = config.parallel, config.model.moe
+    """What goes with parallel.sequence; mixers are checked elsewhere."""
+    parallel = config.parallel
     if parallel.sequence == 1:
         fields = ("sequence_layout", "sequence_exchange", "sequence_dtype", "sequence_attention")
         unused("parallel", parallel, *fields, needs="set parallel.sequence")
         return
     _check_sequence_attention(config, layers)
-    if not any(layer.ffn == "moe" for layer in layers):
-        return
-    split = f"with parallel.sequence = {parallel.sequence}"
-    if moe.sequence_aux_loss:
-        constraint = f"is not computed over the ranks of a sequence, {split}"
-        raise ConfigError("model.moe.sequence_aux_loss", moe.sequence_aux_loss, constraint, fix="set it to 0")
-    if moe.capacity_factor is not None:
-        constraint = f"counts tokens within a rank, {split}"
-        raise ConfigError("model.moe.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
-    length, padded = config.training.sequence_length, padded_length(config)
-    if padded != length:
-        constraint = f"would be padded to {padded}, and padding be routed to experts, {split}"
-        raise ConfigError("training.sequence_length", length, constraint, fix=f"nearest valid: {padded}")
 
 
 def _check_sequence_attention(config: Config, layers: list[ResolvedLayer]) -> None:

@@ -208,25 +208,36 @@ class Host:
     ) -> Tensor:
         """Attach the losses of a router with `logits [n, E]` that chose `index [n, k]` to its `weights [n, k]`.
 
+        An index of E is that of padding, which does not count.
+
         One process without a training loop has none.
         """
         return weights
 
     def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
-        """Hears every layer's choice `index [n, k]`, and which were within capacity (boolean `[n, k]`; None: all).
+        """Hears every layer's choice `index [n, k]` (num_experts: padding, which does not count), and which were within
+        capacity (boolean `[n, k]`; None: all).
 
         A training loop keeps statistics.
         """
 
     # -- auxiliary losses -----------------------------------------------------------------------------------------
-    def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
+    def sum_over_sequence(self, x: Tensor) -> Tensor:
+        """Inside a region: the sum over the ranks that share out its sequences, without gradients."""
+        return x
+
+    def auxiliary_loss(
+        self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: Tensor | int
+    ) -> Tensor:
         """Inside a region: add `coefficient * value` to the training loss, and report the mean of `value` as `name`.
 
         One process without a training loop has none.
 
         Args:
             carrier: any tensor that the model's output depends on; the result takes its place.
-            value: scalar, a mean over the `tokens` tokens of this micro-batch, the same on every tensor rank.
+            value: scalar, the same on every tensor rank: a mean over the `tokens` tokens of this micro-batch, or this
+                rank's part of it, which add up to it over the ranks that share out the sequences.
+            tokens: of all those ranks, without padding.
         """
         return carrier
 

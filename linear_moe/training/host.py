@@ -170,38 +170,43 @@ class MegatronHost(Host):
 
     def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
         if torch.is_grad_enabled() and not self.activations.again:
-            self.routing.add(_counts(index, config.num_experts), None if kept is None else (~kept).sum(), layer)
+            dropped = None if kept is None else (~kept & (index < config.num_experts)).sum()
+            self.routing.add(_counts(index, config.num_experts), dropped, layer)
 
     def router_losses(
         self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
     ) -> Tensor:
         """Attach one micro-batch's losses to `weights`: that of balance, in up to three scopes, and the z-loss.
 
-        Each tensor or sequence rank adds its tokens' part. These are means over all tokens, which load experts whether
-        their own
-        loss counts or not; gradients are later divided by the number of those whose does. So a micro-batch's means are
-        multiplied by its tokens and by the step's share of counted ones (Megatron's own router multiplies by this
-        *rank's* tokens: its losses' weight depends on the tensor-parallel size and on the loss mask).
+        Each tensor or sequence rank adds its tokens' part. These are means over all tokens but padding, which load
+        experts whether their own loss counts or not; gradients are later divided by the number of those whose does. So
+        a micro-batch's means are multiplied by its tokens and by the step's share of counted ones (Megatron's own
+        router multiplies by this *rank's* tokens: its losses' weight depends on the tensor-parallel size and on the
+        loss mask).
         """
         if not torch.is_grad_enabled():
             return weights
         parts = self.size("tensor") if self.tensor_sequence else 1  # of a micro-batch's share of tokens
         ranks = parts * self.size("sequence")
-        tokens = logits.shape[0] * ranks
+        counted = None if layout.padding is None else index[:, 0] < config.num_experts
         shares = scores(logits, config)
         shares = shares / shares.sum(-1, keepdim=True)
+        if counted is not None:
+            shares = shares * counted.unsqueeze(1)
         counts = _counts(index, config.num_experts)
         whole = self._sum_over_tokens(counts)
+        tokens = whole.sum() / config.top_k
         score_sums = shares.sum(0, keepdim=True)
         terms = {
             "load_balancing_loss": (config.aux_loss, balance_loss(whole.unsqueeze(0), score_sums, tokens)),
-            "router_z_loss": (config.z_loss, z_loss(logits) / tokens),
+            "router_z_loss": (config.z_loss, z_loss(logits, counted) / tokens),
         }
         if config.sequence_aux_loss:
             place = self.rank("tensor") * logits.shape[0] if parts > 1 else 0
             sequence, number = sequence_of_tokens(layout, place, logits.shape[0], logits.device)
-            chosen = sequence.unsqueeze(1) * config.num_experts + index
-            by_sequence = self._sum_over_tokens(_counts(chosen, number * config.num_experts).unflatten(0, (number, -1)))
+            chosen = sequence.unsqueeze(1) * (config.num_experts + 1) + index  # with a column for no expert
+            table = _counts(chosen, number * (config.num_experts + 1)).unflatten(0, (number, -1))
+            by_sequence = self._sum_over_tokens(table[:, :-1])
             sums = shares.new_zeros(by_sequence.shape).index_add(0, sequence, shares)
             value = balance_loss(by_sequence, sums, tokens)
             terms["sequence_balancing_loss"] = (config.sequence_aux_loss, value)
@@ -216,23 +221,26 @@ class MegatronHost(Host):
 
     def _sum_over_tokens(self, counts: Tensor) -> Tensor:
         """Counts of this rank's tokens -> of all tokens of the micro-batch."""
-        if self.tensor_sequence:
-            group = ps.get_tensor_and_context_parallel_group()
-        elif self.size("sequence") > 1:
-            group = ps.get_context_parallel_group()
-        else:
-            return counts
-        dist.all_reduce(counts := counts.clone(), group=group)
+        if not self.tensor_sequence:
+            return self.sum_over_sequence(counts)
+        dist.all_reduce(counts := counts.clone(), group=ps.get_tensor_and_context_parallel_group())
         return counts
 
-    def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
+    def sum_over_sequence(self, x: Tensor) -> Tensor:
+        if self.size("sequence") > 1:
+            dist.all_reduce(x := x.clone(), group=ps.get_context_parallel_group())
+        return x
+
+    def auxiliary_loss(
+        self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: Tensor | int
+    ) -> Tensor:
         """See Host. Every tensor rank adds an equal part, since the region's gradients are summed over them.
 
         Scaled for the same reason as in `router_losses`.
         """
         if not torch.is_grad_enabled():
             return carrier
-        self._report(name, value, 1.0)
+        self._report(name, value, 1.0 / self.size("sequence"))
         return MoEAuxLossAutoScaler.apply(carrier, value * (coefficient * tokens / self.size("tensor")) * self.counted)
 
     def _report(self, name: str, value: Tensor, count: float) -> None:
@@ -259,9 +267,9 @@ class MegatronHost(Host):
 
 
 def _counts(index: Tensor, number: int) -> Tensor:
-    """How often each of 0 .. number - 1 is in `index`: `[number]` int64, without waiting for the device."""
+    """How often each of 0 .. number - 1 is in `index` (number: none): `[number]` int64; the host does not wait."""
     index = index.flatten()
-    return index.new_zeros(number).scatter_add_(0, index, torch.ones_like(index))
+    return index.new_zeros(number + 1).scatter_add_(0, index, torch.ones_like(index))[:-1]
 
 
 class MegatronDispatcher(Dispatcher):
@@ -269,7 +277,7 @@ class MegatronDispatcher(Dispatcher):
 
     def __init__(self, config: MoEConfig, host: MegatronHost, first: int, local: int):
         super().__init__(config.num_experts)
-        self.config, self._ranks = config, host.size("tensor")
+        self.config, self._ranks = config, host.size("tensor") * host.size("sequence")
         self._padded: PaddedExchange | None = PaddedExchange(config.num_experts) if config.capacity_pad else None
         self._dispatcher = MoEAlltoAllTokenDispatcher(
             local, list(range(first, first + local)), config=host.config, pg_collection=get_default_pg_collection()

@@ -59,6 +59,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def _tokens(batch: Batch) -> int:
+    """Of a micro-batch, without padding."""
+    return batch["loss_mask"].numel() - (sum(batch["cut"].padding) if "cut" in batch else 0)
+
+
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the counted tokens' losses and their number: Megatron divides by the global number of tokens."""
     total = (losses.flatten() * loss_mask.flatten()).sum()
@@ -130,8 +135,8 @@ class Stepper:
         )
 
     def _counted(self, share: list[Batch]) -> Tensor:
-        """Share of the global batch's tokens whose loss counts, of this replica's micro-batches and the others'."""
-        counts = [sum(int(batch["loss_mask"].sum()) for batch in share), sum(b["loss_mask"].numel() for b in share)]
+        """Share of the global batch's tokens, without padding, whose loss counts, of all replicas' micro-batches."""
+        counts = [sum(int(batch["loss_mask"].sum()) for batch in share), sum(map(_tokens, share))]
         totals = torch.tensor(counts, dtype=torch.float32).to(self.device, non_blocking=True)
         dist.all_reduce(totals, group=ps.get_data_parallel_group(with_context_parallel=True))
         return totals[0] / totals[1]

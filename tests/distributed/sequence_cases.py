@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
@@ -88,7 +89,7 @@ def sequence_bytes(
 
     # A collective's input: the second argument, the first of a send; a batch of sends and receives.
     collectives = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
-    places = dict.fromkeys(collectives, 1) | {"isend": 0, "batch_isend_irecv": None}
+    places = dict.fromkeys(collectives, 1) | {"isend": 0, "send": 0, "batch_isend_irecv": None}
     with ExitStack() as stack:
         for function, place in places.items():
             stack.enter_context(mock.patch.object(exchange.dist, function, counting(getattr(dist, function), place)))
@@ -114,7 +115,7 @@ def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
     held_out = validation_batches(data, tree, groups.data_rank, groups.data_size, groups.sequence_rank)
     scored = stepper.validate(held_out, 1)
     losses = [(result.loss, result.gradient_norm, result.tokens) for result in [*results, scored]]
-    return {"losses": losses, "router": router}
+    return {"losses": losses, "router": router, "routing": [asdict(layer) for layer in stepper.routing()]}
 
 
 def sequence_model(

@@ -31,6 +31,9 @@ MIXERS: dict[str, dict[str, Any]] = {
     "gated_deltanet": {},
     "mamba2": {"head_dim": 16, "state_size": 8},
     "hgrn": {},
+    "mom": {"memory": "gla"},
+    "titans": {"chunk_size": 8},
+    "ttt_linear": {"mini_batch_size": 8},
 }
 WORLDS = (2, 4)
 SETTINGS = [("zigzag", "all_gather"), ("contiguous", "all_gather"), ("contiguous", "ring"), ("zigzag", "ring")]
@@ -45,19 +48,29 @@ LAYOUTS = ("contiguous", "zigzag")
 ATTENTION = [(name, layout, attention) for name in SOFTMAX for layout in LAYOUTS for attention in STRATEGIES]
 
 
-def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int]]:
-    """Elements of every state that the mixer carries, and of its transition over a piece of `length` tokens."""
-    sizes = []
+def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int | None]]:
+    """Elements of every state that the mixer carries, and of its transition over a piece of `length` tokens.
+
+    None: it has no transition, and is handed over.
+    """
+    sizes: list[tuple[int, int | None]] = []
     for name, (shape, _) in mixer.state_shapes(1, 1).items():
         if name.startswith("conv"):
             _, channels, history = shape
-            sizes.append((channels * history, history * history if length < history else 1))
+            memories = getattr(mixer, "memories", 0)  # which may have no token at all in a piece
+            matrix = memories > 0 or length < history
+            sizes.append((channels * history, max(memories, 1) * history * history if matrix else 1))
+            continue
+        if mixer.config.type == "ttt_linear":
+            sizes.append((math.prod(shape), None))
             continue
         kept = {
             "lightning": lambda h, k, v: h,
             "mamba2": lambda h, k, v: h,
             "gla": lambda h, k, v: h * k,
             "gated_deltanet": lambda h, k, v: h * k * k,
+            "mom": lambda h, k, v: h * k,
+            "titans": lambda h, k, v: 3 * h * k * k,  # of three such states, one matrix on all
             "hgrn": math.prod,
         }[mixer.config.type]
         sizes.append((math.prod(shape), kept(*shape[1:]) if mixer.config.type != "hgrn" else math.prod(shape)))
@@ -100,14 +113,17 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
         for rank, sent in enumerate(results[world, name, layout, strategy, "all_gather", str(length)]):
             assert sent == planned(name, world, layout, length, rank, exchange=strategy)
             sizes = state_sizes(mixer, length // (last + 1))
-            states, transitions = (ROWS * FP32_BYTES * sum(column) for column in zip(*sizes, strict=True))
-            if strategy == "all_gather":
-                assert sent == (per_rank * (states + transitions), per_rank * states)
-                continue
+            handed = ROWS * FP32_BYTES * sum(n for n, m in sizes if m is None)
+            pairs = [(n, m) for n, m in sizes if m is not None]
+            states, transitions = (ROWS * FP32_BYTES * sum(column) for column in zip(*pairs, strict=True))
             pieces = (rank, last - rank)[:per_rank]
             onwards = sum(piece != last and not (per_rank == 2 and piece == world - 1) for piece in pieces)
             back = sum(piece != 0 and not (per_rank == 2 and piece == world) for piece in pieces)
-            assert sent == (onwards * states, back * states)
+            if strategy == "all_gather":
+                expected = (per_rank * (states + transitions), per_rank * states)
+            else:
+                expected = (onwards * states, back * states)
+            assert sent == (expected[0] + onwards * handed, expected[1] + back * handed)
 
 
 @pytest.mark.parametrize(("name", "layout", "attention"), ATTENTION)

@@ -26,6 +26,30 @@ HYBRID = {
     "symbols": {"M": {"mixer": {"type": "mamba2", "head_dim": 16, "num_groups": 2}}},
     "attention": {"type": "attention", "num_kv_heads": 2},
 }
+ROUTERS = {  # every loss of a router, and the choice's bias; memories too
+    "pattern": "LMLN",
+    "num_layers": 4,
+    "symbols": {"M": {"mixer": {"type": "mom", "balance_loss": 0.3}}},
+    "moe": {
+        "num_experts": 4,
+        "expert_ffn_size": 32,
+        "aux_loss": 0.3,
+        "z_loss": 0.1,
+        "sequence_aux_loss": 0.2,
+        "global_aux_loss": 0.1,
+        "expert_bias": True,
+        "bias_update_rate": 0.05,
+    },
+}
+CAPACITY = {"num_experts": 4, "expert_ffn_size": 32, "capacity_factor": 1.0, "expert_bias": True}
+MEMORIES = {
+    "pattern": "ABN",
+    "num_layers": 3,
+    "symbols": {
+        "A": {"mixer": {"type": "ttt_linear", "mini_batch_size": 4}},
+        "B": {"mixer": {"type": "titans", "chunk_size": 4}},
+    },
+}
 RECOMPUTE = {"recompute": "full"}
 PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
 
@@ -34,6 +58,12 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "gla": (MOE, {}, False),
     "hybrid": (HYBRID, PARTS, True),
     "padded": (HYBRID | DENSE, RECOMPUTE | {"sequence_length": 30}, True),
+    "routers": (ROUTERS, {"sequence_length": 27}, True),
+    "memories": (MEMORIES, PARTS | {"sequence_length": 30}, True),
+    "memories-rows": (MEMORIES | DENSE, RECOMPUTE, False),
+    "drop": ({"moe": CAPACITY | {"drop_policy": "position"}}, {"sequence_length": 27}, True),
+    "drop-pad": ({"moe": CAPACITY | {"capacity_pad": True}}, RECOMPUTE | {"sequence_length": 27}, False),
+    "routers-rows": (ROUTERS, RECOMPUTE | {"sequence_length": 27}, False),
 }
 # name -> (model, ranks, parallel sizes)
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -48,6 +78,20 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "hybrid-sp2-ring": ("hybrid", 2, {"sequence": 2, "sequence_attention": "ring"}),
     "hybrid-sp2-tp2-ulysses": ("hybrid", 4, {"sequence": 2, "tensor": 2, "sequence_attention": "ulysses"}),
     "padded-sp4": ("padded", 4, {"sequence": 4, "sequence_exchange": "ring", "sequence_attention": "ring"}),
+    "routers-sp2": ("routers", 2, {"sequence": 2, "expert": 2}),
+    "routers-rows-sp2": ("routers-rows", 2, {"sequence": 2, "sequence_layout": "contiguous"}),
+    "routers-sp4": ("routers", 4, {"sequence": 4, "sequence_layout": "contiguous", "sequence_exchange": "ring"}),
+    "routers-rows-sp4": ("routers-rows", 4, {"sequence": 4, "expert": 4}),
+    "memories-sp2": ("memories", 2, {"sequence": 2}),
+    "memories-rows-sp2-dp2": ("memories-rows", 4, {"sequence": 2, "sequence_layout": "contiguous"}),
+    "memories-sp2-pp2": ("memories", 4, {"sequence": 2, "pipeline": 2}),
+    "memories-rows-sp4": ("memories-rows", 4, {"sequence": 4, "sequence_exchange": "ring"}),
+    "drop-sp2": ("drop", 2, {"sequence": 2}),
+    "drop-pad-sp2-ep2": ("drop-pad", 2, {"sequence": 2, "expert": 2, "sequence_layout": "contiguous"}),
+    "drop-pad-sp2-tp2": ("drop-pad", 4, {"sequence": 2, "tensor": 2, "expert": 2}),
+    "drop-sp4": ("drop", 4, {"sequence": 4, "sequence_layout": "contiguous", "expert": 2}),
+    "routers-sp2-tp2": ("routers", 4, {"sequence": 2, "tensor": 2, "expert": 2}),
+    "routers-rows-sp2-pp2": ("routers-rows", 4, {"sequence": 2, "pipeline": 2}),
     "hybrid-sp2-bf16": ("hybrid", 2, {"sequence": 2, "sequence_dtype": "bf16"}),
 }
 
@@ -89,6 +133,8 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], name: st
             assert mine.keys() == whole.keys()
             for key, value in whole.items():
                 assert mine[key] == pytest.approx(value, rel=10 * tolerance), f"{name}: {key} of step {step}"
+        if tolerance == FP32:  # otherwise a choice may be another
+            assert rank["routing"] == one["routing"], name
 
 
 def losses_of(run_folder: Path, config: dict[str, Any], ranks: int) -> list[tuple[int, float]]:

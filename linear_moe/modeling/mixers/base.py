@@ -56,6 +56,8 @@ class Layout:
             rank's heads. A mixer that uses it says so in `crossing`.
         pieces: where the rows, or the packed documents, are pieces of longer sequences on several ranks: what ops ask
             for the rest. Positions then count in the whole documents.
+        padding: `[B, T]` bool, tokens that only fill up pieces, behind all others of their row: no loss and no
+            statistic of a router counts them; None: there are none.
     """
 
     batch: int
@@ -65,6 +67,7 @@ class Layout:
     positions: Tensor | None = None
     shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
     pieces: Pieces | None = field(default=None, compare=False)
+    padding: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from linear_moe.modeling import conv
 from linear_moe.modeling.host import Host, Matrices, constant, normal
 from linear_moe.modeling.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, check_head_dims, unused
 from linear_moe.modeling.norm import GatedRMSNorm
 from linear_moe.modeling.ops.decay import decay
@@ -64,8 +64,9 @@ class MemoryConv(conv.ShortConv):
             window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (heads, memories, -1))
             index = grouping.counts[:, None, :, None, None] + torch.arange(self.size - 1, device=x.device)
             last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
+        before = state if state is not None or self.size == 1 else grouping.before(x, self.size - 1)
         options: Any = {"cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
-        y, _ = conv.short_conv(y, weight, None, state=state, output_state=False, **options)
+        y, _ = conv.short_conv(y, weight, None, state=before, output_state=False, **options)
         if state is not None and last is not None:
             state.copy_(last)
         return y.view(x.shape)
@@ -87,10 +88,6 @@ class MixtureOfMemories(LinearMixer):
     family = "delta"
     formula = "S_t^m = Theta_t^m S_{t-1}^m + f(k_t^m, v_t^m) for m chosen by t,  o_t = sum_m w_t^m q_t^m S_t^m"
     paper = "arXiv 2502.13685"
-    capabilities = Capabilities(sequence_parallel=False)
-    limits: ClassVar = {
-        "sequence_parallel": "convolutions over a memory's own tokens reach back over any number of others"
-    }
 
     def __init__(self, config: MoMConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
@@ -154,23 +151,31 @@ class MixtureOfMemories(LinearMixer):
         if config.memory != "gla":
             unused(path, config, "gate_rank", "gate_normalizer", needs="set memory to gla")
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x [N, hidden]` -> every memory's weight `[N, M]`, 0 where not chosen, in fp32, and the chosen, bool."""
+    def route(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`x [N, hidden]` -> every memory's weight `[N, M]`, 0 where not chosen, in fp32, and the chosen, bool.
+
+        Args:
+            padding: `[N, 1]` bool, tokens that do not count in the balance.
+        """
         config = self.config
         scores = self.gate(x).softmax(-1)
         top, index = scores.topk(config.top_k, dim=-1)
         weights = torch.zeros_like(scores).scatter(-1, index, top / top.sum(-1, keepdim=True))
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
         if config.balance_loss and torch.is_grad_enabled():
-            balance = config.num_memories * (chosen.float().mean(0) * scores.mean(0)).sum()
-            weights = self.host.auxiliary_loss(weights, "memory_balance_loss", balance, config.balance_loss, len(x))
+            counted, sums = (t if padding is None else t.masked_fill(padding, 0) for t in (chosen, scores))
+            load = self.host.sum_over_sequence(counted.sum(0))
+            tokens = load.sum() / config.top_k
+            balance = config.num_memories * (load * sums.sum(0)).sum() / tokens**2
+            weights = self.host.auxiliary_loss(weights, "memory_balance_loss", balance, config.balance_loss, tokens)
         if config.shared_memory:
             weights, chosen = F.pad(weights, (0, 1), value=1.0), F.pad(chosen, (0, 1), value=True)
         return weights, chosen
 
     def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         """Inputs of the recurrence as the grouping orders them, memories as heads: `[B, T, heads * M, D]`."""
-        weights, chosen = (t.view(layout.batch, layout.length, -1) for t in self.route(x))
+        padding = None if layout.padding is None else layout.padding.view(-1, 1)
+        weights, chosen = (t.view(layout.batch, layout.length, -1) for t in self.route(x, padding))
         grouping = Grouping(chosen, layout.cu_seqlens)
         q, k, v = (self._convolved(name, x, grouping, layout, cache) for name in "qkv")
         inputs: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.ops.fast_weights import titans
@@ -52,10 +52,6 @@ class Titans(LinearMixer):
         "M_c: M before t's chunk"
     )
     paper = "arXiv 2501.00663"
-    capabilities = Capabilities(sequence_parallel=False)
-    limits: ClassVar = {
-        "sequence_parallel": "chunks of tokens that share a memory are counted from the document's start, across pieces"
-    }
 
     def __init__(self, config: TitansConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
@@ -101,10 +97,8 @@ class Titans(LinearMixer):
         else:
             sequences = layout.batch if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
             state = self.M0.expand(sequences, -1, -1, -1)
-        o, (state, surprise, start) = titans(
-            **inputs, chunk_size=size, initial_state=state, cu_seqlens=layout.cu_seqlens, **carried
-        )
-        return o, {"state": state, "surprise": surprise, "start": start}
+        o, finals = titans(**inputs, chunk_size=size, initial_state=state, cu_seqlens=layout.cu_seqlens, **carried)
+        return o, dict(zip(("state", "surprise", "start"), finals, strict=False))
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from linear_moe.config.fields import opt
 from linear_moe.modeling.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Capabilities, Dims, Layout, LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check, unused
 from linear_moe.modeling.norm import LayerNorm
 from linear_moe.modeling.ops.fast_weights import ttt
@@ -49,8 +49,6 @@ class TTTLinear(LinearMixer):
         "W = W - A_t/C, A = 0 after C tokens"
     )
     paper = "arXiv 2407.04620"
-    capabilities = Capabilities(sequence_parallel=False)
-    limits: ClassVar = {"sequence_parallel": "the inner LayerNorm makes a memory no affine function of the one before"}
 
     def __init__(self, config: TTTLinearConfig, dims: Dims, host: Host):
         super().__init__(config, dims, host)
@@ -116,7 +114,7 @@ class TTTLinear(LinearMixer):
         else:
             sequences = layout.batch if layout.cu_seqlens is None else len(layout.cu_seqlens) - 1
             state = self._initial_weights().expand(sequences, -1, -1, -1)
-        o, (state, gradient) = ttt(
+        o, finals = ttt(
             **inputs,
             scale=(harmonic + self.host.shared(self.learnable_token_idx)).clamp(min=0),
             weight=self.ttt_norm_weight,
@@ -126,7 +124,7 @@ class TTTLinear(LinearMixer):
             cu_seqlens=layout.cu_seqlens,
             **carried,
         )
-        return o, {"state": state, "gradient": gradient}
+        return o, dict(zip(("state", "gradient"), finals, strict=False))
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         y = self.post_norm(o.flatten(2).flatten(0, 1))

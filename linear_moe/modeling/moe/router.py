@@ -108,23 +108,29 @@ class Router(nn.Module):
         logits = _Logits.apply(x, self.weight)
         once = self.host.activations.once
         weights, index = route(logits, config, self.expert_bias, once)
-        kept = once(lambda: self._kept(weights.detach(), index)) if self.limited else None
-        self.host.observe_routing(index, kept, config, self.layer)
-        layout = layout or Layout(1, len(x))
-        weights = self.host.router_losses(weights, logits, index, config, self.layer, layout)
+        layout, counted = layout or Layout(1, len(x)), index
+        if layout.padding is not None:  # without a capacity, experts take these few tokens along: no size depends on it
+            counted = index.masked_fill(self.host.own_tokens(layout.padding.view(-1, 1)), config.num_experts)
+        kept = once(lambda: self._kept(weights.detach(), counted, layout)) if self.limited else None
+        self.host.observe_routing(counted, kept, config, self.layer)
+        weights = self.host.router_losses(weights, logits, counted, config, self.layer, layout)
         if kept is None:
             return weights, index
-        return weights * kept, index.masked_fill(~kept, config.num_experts)
+        return weights * kept, counted.masked_fill(~kept, config.num_experts)
 
     @property
     def limited(self) -> bool:
         """Whether experts take no more than their capacity: in training only."""
         return self.config.capacity_factor is not None and self.training
 
-    def _kept(self, weights: Tensor, index: Tensor) -> Tensor:
-        """Boolean `[n, k]`: what experts take, of all tokens of the micro-batch however tensor ranks share them."""
-        dense = weights.new_full((len(weights), self.config.num_experts), -1.0).scatter(1, index, weights)
-        everywhere = self.host.all_tokens(dense)
-        limit = capacity(len(everywhere), self.config)
+    def _kept(self, weights: Tensor, index: Tensor, layout: Layout) -> Tensor:
+        """Boolean `[n, k]`: what experts take, of a micro-batch's tokens however ranks share them; no padding."""
+        shape, pieces = (len(weights), self.config.num_experts + 1), layout.pieces  # with a column for no expert
+        everywhere = self.host.all_tokens(weights.new_full(shape, -1.0).scatter(1, index, weights)[:, :-1])
+        if pieces is not None:
+            everywhere = pieces.all_tokens(everywhere)
+        limit = capacity(len(everywhere) if pieces is None else pieces.tokens, self.config)
         taken = within_capacity(everywhere, limit, self.config.drop_policy)
-        return self.host.own_tokens(taken).gather(1, index)
+        if pieces is not None:
+            taken = pieces.own_tokens(taken)
+        return F.pad(self.host.own_tokens(taken), (0, 1)).gather(1, index)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.fused import has_triton, upcast
 
 
@@ -83,6 +84,36 @@ class Grouping:
         token, place, chosen = self._order
         weights = (weights * chosen)[:, :, None, :, None]
         return (upcast(_Permute.apply(x, place, token)) * weights).sum(3).to(x.dtype)
+
+    def before(self, x: Tensor, count: int) -> Tensor | None:
+        """What comes before the sequences where they are pieces of longer ones: each group's last `count` tokens.
+
+        Args:
+            x: `[B, T, H, M, D]`, regrouped.
+
+        Returns:
+            `[N, H * M * D, count]` in x's dtype, oldest first, zeros before a sequence's beginning, as `short_conv`
+            takes it; None: these are whole sequences.
+        """
+        if (pieces := sequence.current()) is None:
+            return None
+        windows = pieces.states(partial(last_of_groups, count=count), x, self.filled, matrix=True)
+        return windows.unflatten(3, x.shape[2::2]).permute(0, 3, 1, 4, 2).flatten(1, 3).to(x.dtype)
+
+
+def last_of_groups(x: Tensor, filled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The summary (see `ops.sequence`) of windows `[N, M, count, H * D]`, which shift by as many tokens as a group has.
+
+    Args:
+        x: `[N, T, H, M, D]`, regrouped.
+        filled: `[N, T, M]`, see `Grouping`.
+    """
+    tokens = filled.sum(1)[..., None]  # [N, M, 1]
+    places = torch.arange(count, device=x.device)
+    index = (tokens - count + places)[..., None]
+    by_group = x.movedim(3, 1).flatten(3)
+    state = by_group.gather(2, index.clamp(min=0).expand(-1, -1, -1, by_group.shape[3])).float() * (index >= 0)
+    return (places == (places + tokens)[..., None]).float(), state
 
 
 def _on_kernels(x: Tensor) -> bool:

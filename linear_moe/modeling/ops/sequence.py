@@ -21,6 +21,10 @@ S + state. The transition has as many dimensions as the state and is multiplied 
 complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left."""
 
 
+Run = Callable[..., tuple[Tensor, Tensor]]
+"""`run(inputs, start, carried, skip, cu_seqlens, *shared) -> (outputs, states)` of a recurrence on `[N, T, ...]`: from
+`start`, or from the state `carried` that `skip` tokens have left, to that after the last token, `[N, H, K, V]`."""
+
 FromState = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`run(initial_state) -> (o, final_state)`: an op on local sequences, everything else given."""
 
@@ -33,7 +37,19 @@ Expand = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Pieces(Protocol):
-    """What ops know of `training/sequence`. Sequences are the rows of a forward pass, or its packed documents."""
+    """What ops know of `training/sequence`. Sequences are the rows of a forward pass, or its packed documents.
+
+    Attributes:
+        numbers: int64 `[N]`, which of all processes' sequences each local one is part of.
+        sequences: how many these are.
+        tokens: of all processes, without padding.
+    """
+
+    sequences: int
+    tokens: int
+
+    @property
+    def numbers(self) -> Tensor: ...
 
     @property
     def length(self) -> int:
@@ -50,6 +66,36 @@ class Pieces(Protocol):
 
         Collective: every process must call it, in the same order.
         """
+        ...
+
+    def carry(
+        self,
+        run: Run,
+        inputs: Sequence[Tensor],
+        start: Tensor,
+        shared: Sequence[Tensor],
+        count: int,
+        summary: Summary | None = None,
+    ) -> Tensor:
+        """The outputs of a recurrence that may go on anywhere inside a sequence, differentiable. Collective.
+
+        Args:
+            run: the recurrence.
+            inputs: `[B, T, ...]` of the local tokens.
+            start: `[N, H, K, V]`, what every local sequence starts from if it begins here.
+            shared: other tensors that it depends on, alike in all pieces.
+            count: a state is as large as so many of `start` stacked, `[N, H, count * K, V]`.
+            summary: `summary(*inputs, skip=)`, where the recurrence is affine in its state; None: it is not, and pieces
+                are computed one after the other.
+        """
+        ...
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """`x [B * T, ...]` of the local tokens -> of all, row by row in order of time; no gradients. Collective."""
+        ...
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Undoes `all_tokens`."""
         ...
 
     def ahead(self, summary: Summary, x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
@@ -124,7 +170,7 @@ def current(initial_state: Tensor | None = None) -> Pieces | None:
 
 
 def affine(
-    op: Callable[..., tuple[Tensor, Tensor]], k: Tensor, v: Tensor, *inputs: Tensor | None
+    op: Callable[..., tuple[Tensor, Tensor]], k: Tensor, v: Tensor, *inputs: Any, count: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The summary of any op whose state `[N, H, K, V]` is multiplied by a matrix from the left, by running it once.
 
@@ -135,8 +181,9 @@ def affine(
         op: `op(k, v, *inputs, initial_state=...) -> (_, final_state)`.
         k: `[N, T, ..., H, K]`.
         v: `[N, T, ..., H, V]`.
+        count: matrices of K rows that the state stacks.
     """
-    rows, heads, keys, values = k.shape[0], k.shape[-2], k.shape[-1], v.shape[-1]
+    rows, heads, keys, values = k.shape[0], k.shape[-2], count * k.shape[-1], v.shape[-1]
     start = torch.eye(keys, values + keys, device=v.device).roll(values, -1).expand(rows, heads, -1, -1)
     columns = torch.cat([v, v.new_zeros(*v.shape[:-1], keys)], -1)
     _, final = op(k, columns, *inputs, initial_state=start.contiguous())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,6 +55,7 @@ class Cut:
         begins: of each segment, the token of its row that its first sequence really begins at.
         packed: False: no boundaries, so that segments are rows; else all lie in one row.
         documents: if packed, offsets of all documents in the rows laid end to end, whoever holds them.
+        filled: tokens of a row; what is behind them in its pieces is padding.
     """
 
     order: Order
@@ -63,6 +65,7 @@ class Cut:
     starts: tuple[tuple[int, ...], ...]
     begins: tuple[int, ...]
     packed: bool
+    filled: int
     documents: tuple[int, ...] = ()
 
     @property
@@ -81,17 +84,40 @@ class Cut:
         found = [s * self.length + start for s, starts in enumerate(self.starts) for start in starts]
         return [*found, len(self.starts) * self.length]
 
+    @property
+    def sequences(self) -> int:
+        """Rows, or packed documents, whoever holds them."""
+        return len(self.documents) - 1 if self.packed else self.rows
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of each local sequence, which of those it is part of."""
+        if not self.packed:
+            return [row for row, _ in self.places]
+        places = zip(self.places, self.starts, strict=True)
+        first = [((row * self.order.count + piece) * self.length, starts) for (row, piece), starts in places]
+        return [bisect_right(self.documents, token + start) - 1 for token, starts in first for start in starts]
+
+    @property
+    def padding(self) -> list[int]:
+        """Of each segment, how many of its last tokens are padding."""
+        ends = [(piece + 1) * self.length for _, piece in self.places]
+        return [min(max(end - self.filled, 0), self.length) for end in ends]
+
 
 def order_of(parallel: ParallelConfig) -> Order:
     return Order(parallel.sequence, parallel.sequence_layout if parallel.sequence > 1 else "contiguous")
 
 
-def cut(rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | None = None) -> Cut:
+def cut(
+    rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | None = None, filled: int | None = None
+) -> Cut:
     """The cut of `rows` rows of `length` tokens (a multiple of `order.count`).
 
     Args:
         cu_seqlens: `[documents + 1]` offsets, on the CPU, of documents packed into the rows laid end to end; every row
             begins one; documents may be empty.
+        filled: tokens of a row that are no padding; None: all.
     """
     size = length // order.count
     assert size * order.count == length, (length, order)
@@ -109,7 +135,8 @@ def cut(rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | No
             starts.append((0, *sorted(b - first for b in boundaries[row] if first < b < end)))
             begins.append(max(b for b in boundaries[row] if b <= first))
     documents = () if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return Cut(order, rank, rows, size, tuple(starts), tuple(begins), cu_seqlens is not None, documents)
+    filled = length if filled is None else filled
+    return Cut(order, rank, rows, size, tuple(starts), tuple(begins), cu_seqlens is not None, filled, documents)
 
 
 def share(x: Tensor, cut: Cut) -> Tensor:
@@ -121,13 +148,14 @@ def share(x: Tensor, cut: Cut) -> Tensor:
 def split(batch: dict[str, Any], order: Order, rank: int, padded: int) -> dict[str, Any]:
     """A rank's share of the loader's micro-batch, with its `cut`; rows are padded to `padded` tokens.
 
-    Padding is not counted in the loss, comes after all that is, and is a document of its own where these are isolated.
+    Padding counts in no loss and no statistic, comes after all that does, and is a document of its own where these are
+    isolated.
     """
     rows, length = batch["tokens"].shape
     cu_seqlens = batch.get("cu_seqlens")
     if cu_seqlens is not None and padded > length:
         cu_seqlens = _pad_rows(cu_seqlens.tolist(), rows, length, padded)
-    found = cut(rows, padded, order, rank, cu_seqlens)
+    found = cut(rows, padded, order, rank, cu_seqlens, length)
     tokens = {name: batch[name] for name in ("tokens", "labels", "loss_mask", "positions")}
     shares = {name: share(F.pad(x, (0, padded - length)), found).contiguous() for name, x in tokens.items()}
     own: dict[str, Any] = {"cut": found}

@@ -8,16 +8,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Summary
+from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Run, Summary
 from linear_moe.training.sequence import attention as softmax
+from linear_moe.training.sequence.carry import carry
 from linear_moe.training.sequence.exchange import Exchange, Line, states_before
-from linear_moe.training.sequence.layout import Cut
+from linear_moe.training.sequence.layout import Cut, share
 
 
 class RankPieces:
@@ -35,7 +37,7 @@ class RankPieces:
         self._through = on_device((continued & (counts == 1)).float(), device)  # what came before goes on behind
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
         self._lasts = on_device(counts.cumsum(0) - 1, device)  # and each segment's last
-        self._sequences = int(counts.sum())
+        self._sequences, self.sequences, self.tokens = int(counts.sum()), cut.sequences, cut.rows * cut.filled
         self._begun: dict[int, tuple[Tensor, Exchange]] = {}  # by the identity of their inputs
 
     def ahead(self, summary: Summary, x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
@@ -101,6 +103,35 @@ class RankPieces:
         """`x [S, ...]`, 0 where a segment begins a sequence: of whole rows only the first, which nothing is before."""
         return x * _as(self._continued, x) if self.cut.packed else x
 
+    def carry(
+        self,
+        run: Run,
+        inputs: Sequence[Tensor],
+        start: Tensor,
+        shared: Sequence[Tensor],
+        count: int,
+        summary: Summary | None = None,
+    ) -> Tensor:
+        return carry(self.cut, self.line, run, inputs, start, shared, count, summary)
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        order, own = self.cut.order, x.detach().contiguous()
+        everyones = own.new_empty(order.size * len(own), *own.shape[1:])
+        if self.line.group is None:
+            everyones = own
+        else:
+            dist.all_gather_into_tensor(everyones, own, group=self.line.group)
+        by_rank = everyones.view(order.size, self.cut.rows, order.per_rank, self.cut.length, *own.shape[1:])
+        owners = map(order.owner, range(order.count))
+        return torch.stack([by_rank[rank, :, place] for rank, place in owners], 1).flatten(0, 2)
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        return share(x.unflatten(0, (self.cut.rows, -1)), self.cut).flatten(0, 1)
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        return on_device(torch.tensor(self.cut.numbers), self.device)
+
     def attention(
         self,
         q: Tensor,
@@ -148,8 +179,16 @@ def _as(flags: Tensor, x: Tensor) -> Tensor:
 
 def layout_of(cut: Cut, line: Line, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None) -> Layout:
     """The layout of a rank's share: segments as rows, or as one row of packed documents."""
-    pieces, count = RankPieces(cut, line, device), len(cut.starts)
-    if cu_seqlens is None:
-        return Layout(count, cut.length, positions=positions.reshape(count, -1), pieces=pieces)
-    longest = max(end - start for start, end in pairwise(cut.offsets))
-    return Layout(1, count * cut.length, cu_seqlens, longest, positions.reshape(1, -1), pieces=pieces)
+    pieces, shape, longest = RankPieces(cut, line, device), (len(cut.starts), cut.length), None
+    if cu_seqlens is not None:
+        shape, longest = (1, shape[0] * shape[1]), max(end - start for start, end in pairwise(cut.offsets))
+    padding = _padding(cut, shape, device)
+    return Layout(*shape, cu_seqlens, longest, positions.reshape(shape), pieces=pieces, padding=padding)
+
+
+def _padding(cut: Cut, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """See Layout. None on every rank of a sequence or on none: what is done with it is collective."""
+    if cut.filled == cut.length * cut.order.count:
+        return None
+    behind = torch.arange(cut.length) >= cut.length - torch.tensor(cut.padding)[:, None]
+    return on_device(behind.view(shape), device)

@@ -49,7 +49,7 @@ def decide_as_recorded(token: int, mixer: Any, layout: Layout, tensors: dict[str
     assert move.norm() < BF16_ROUNDING * x.norm()
     moves = torch.zeros(layout.batch * layout.length, len(x)).index_copy(0, torch.tensor([token]), move[None])
     route = mixer.route
-    mixer.route = lambda x: route(x + moves)
+    mixer.route = lambda x, padding: route(x + moves, padding)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.config.validate import padded_length, parallel_layout, validate_fields
+from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.decay import decay
 from linear_moe.modeling.ops.decay.summary import gradient, summary
+from linear_moe.modeling.ops.grouping import Grouping, last_of_groups
 from linear_moe.modeling.ops.sequence import affine, current, pieces_of, start_gradient
 from linear_moe.modeling.ops.short_conv import last_tokens
 from linear_moe.training.data.loader import document_offsets
@@ -71,6 +73,8 @@ def test_split_batches_hold_every_token_once(order: Order, isolate: bool) -> Non
             if first < length:  # goes on with a document, as the token before says
                 same = first > 0 and (not isolate or documents_of[row, first] == documents_of[row, first - 1])
                 assert own.continued[s] == bool(same), (row, piece)
+                number = row + (int(documents_of[row, first]) if isolate else 0)  # padding of rows before
+                assert own.numbers[sum(map(len, own.starts[:s]))] == number
                 begin = int((documents_of[row] == documents_of[row, first]).nonzero()[0]) if isolate else 0
                 assert own.begins[s] == begin
         if isolate:
@@ -78,9 +82,11 @@ def test_split_batches_hold_every_token_once(order: Order, isolate: bool) -> Non
                 torch.arange(rows * order.per_rank * own.length), part["cu_seqlens"][1:], right=True
             )
             assert len(set(local.tolist())) == len(part["cu_seqlens"]) - 1
+            assert len(own.numbers) == len(set(local.tolist())) and max(own.numbers) < own.sequences
             assert part["max_document"] == int(part["cu_seqlens"].diff().max())
     assert all(torch.equal(x[:, :length], batch[name]) for name, x in whole.items())
     assert not whole["loss_mask"][:, length:].any()
+    assert sum(sum(part["cut"].padding) for part in found) == rows * (padded - length)
 
 
 GATES = ["none", "scalar", "key", "value", "both"]
@@ -138,6 +144,20 @@ def test_summary_of_a_window(length: int) -> None:
     if length >= 3:
         none, same = last_tokens(x, 3, matrix=False)
         assert torch.equal(same, state) and not none.any() and none.shape == (2, 1, 1)
+
+
+def test_summary_of_groups_windows() -> None:
+    """Of every group the last of its own tokens, old and new: none, fewer than the window or more."""
+    chosen = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool).T[
+        None
+    ]
+    before, x = torch.randn(1, 4, 3, 2), torch.randn(1, 5, 2, 4, 1)  # [N, M, count, H * D], [N, T, H, M, D]
+    grouping = Grouping(chosen, None)
+    transition, state = last_of_groups(grouping.collect(x), grouping.filled, 3)
+    after = transition @ before + state
+    for m in range(4):
+        own = x[0, chosen[0, :, m], :, m, 0]
+        assert torch.equal(after[0, m], torch.cat([before[0, m], own])[-3:]), m
 
 
 def test_pieces_take_no_initial_state() -> None:
@@ -203,9 +223,6 @@ REFUSED = {
     "parallel.sequence_layout": {"parallel": {"sequence": 1, "sequence_layout": "contiguous"}},
     "parallel.sequence_exchange": {"parallel": {"sequence": 1, "sequence_exchange": "ring"}},
     "parallel.sequence_dtype": {"parallel": {"sequence": 1, "sequence_dtype": "bf16"}},
-    "model.moe.sequence_aux_loss": {"model": {"moe": {"sequence_aux_loss": 0.1, "expert_ffn_size": 16}}},
-    "model.moe.capacity_factor": {"model": {"moe": {"capacity_factor": 1.5, "expert_ffn_size": 16}}},
-    "training.sequence_length": {"training": {"sequence_length": 254}},
 }
 
 
@@ -250,17 +267,18 @@ def test_ways_of_attention(parallel: Any, attention: Any, path: str | None, offe
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
-def test_mixers_that_cannot_say_why(name: str) -> None:
-    cls = mixer_class(name)
-    able = cls.capabilities.sequence_parallel
-    assert able == ("sequence_parallel" not in cls.limits)
-    tree = config(model={"mixer": {"type": name}, "hidden_size": 256, "ffn": "dense"})
-    if able:
-        validate_fields(tree, 4)
-        return
-    with pytest.raises(ConfigError) as error:
-        validate_fields(tree, 4)
-    assert error.value.path == "model.mixer.type" and cls.limits["sequence_parallel"] in str(error.value)
+def test_every_mixer_can(name: str) -> None:
+    assert mixer_class(name).capabilities.sequence_parallel
+    validate_fields(config(model={"mixer": {"type": name}, "hidden_size": 256, "ffn": "dense"}), 4)
+
+
+def test_a_mixer_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = mixer_class("gla")
+    monkeypatch.setattr(cls, "capabilities", Capabilities(sequence_parallel=False))
+    monkeypatch.setattr(cls, "limits", {"sequence_parallel": "a reason"})
+    with pytest.raises(ConfigError, match=r"parallel\.sequence > 1: a reason") as error:
+        validate_fields(config(), 4)
+    assert error.value.path == "model.mixer.type"
 
 
 def test_ranks_and_lengths() -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.dispatch import check_inputs, choose, decodes, requested
 from linear_moe.modeling.ops.fast_weights import chunk, decode, reference
 
@@ -69,7 +71,8 @@ def ttt(
             gradients disabled it is one step of decoding: it UPDATES the states IN PLACE and returns them.
 
     Returns:
-        `o [B, T, H, D]` in v's dtype and (W, A) after the last token, in fp32; all differentiable in every input.
+        `o [B, T, H, D]` in v's dtype and (W, A) after the last token, in fp32; all differentiable in every input. No
+        states of pieces of longer sequences (`ops.sequence`).
 
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit.
@@ -84,10 +87,19 @@ def ttt(
     inputs, backend = (q, k, v, rate), requested(backend)
     if gradient is not None and place is not None and backend == "auto" and decodes(q.shape[1], gradient, cu_seqlens):
         return decode.ttt(*inputs, scale, weight, bias, state=initial_state, gradient=gradient, place=place, eps=eps)
-    function = partial(
-        choose(backend, IMPLEMENTATIONS, v, TTT_UNSUPPORTED),
-        scale=scale, weight=weight, bias=bias, eps=eps, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    implementation = partial(choose(backend, IMPLEMENTATIONS, v, TTT_UNSUPPORTED), eps=eps)
+    if (pieces := sequence.current(gradient)) is not None:
+
+        def run(
+            x: States, start: Tensor, carried: Tensor | None, skip: int, offsets: Tensor | None, *shared: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            states = (start, None) if carried is None else carried.chunk(2, 2)
+            options: Any = dict(zip(("scale", "weight", "bias"), shared, strict=True))
+            o, finals = implementation(*x, *states, skip=skip % len(scale), cu_seqlens=offsets, **options)
+            return o, torch.cat(finals, 2)
+
+        return pieces.carry(run, inputs, initial_state, (scale, weight, bias), count=2), ()
+    function = partial(implementation, scale=scale, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
     return _by_place(function, inputs, (initial_state, gradient), place)
 
 
@@ -125,7 +137,8 @@ def titans(
         cu_seqlens, backend: as for `ttt`.
 
     Returns:
-        `o [B, T, H, V]` in v's dtype and (M, S, M_c of the next token) in fp32; all differentiable in every input.
+        `o [B, T, H, V]` in v's dtype and (M, S, M_c of the next token) in fp32; all differentiable in every input. No
+        states of pieces of longer sequences (`ops.sequence`).
 
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit.
@@ -135,14 +148,32 @@ def titans(
     gates, states = {"rate": rate, "keep": keep, "momentum": momentum}, {"surprise": surprise, "start": start}
     _check(q, k, v, gates, initial_state, 0, states, place, cu_seqlens)
     inputs, backend = (q, k, v, rate, keep, momentum), requested(backend)
+    implementation = partial(choose(backend, TITANS, v, TITANS_UNSUPPORTED), chunk_size=chunk_size)
+    if (pieces := sequence.current(start)) is not None:
+
+        def run(
+            x: States, start: Tensor, carried: Tensor | None, skip: int, offsets: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            states = (start, torch.zeros_like(start), start) if carried is None else carried.chunk(3, 2)
+            o, finals = implementation(*x, *states, skip=skip % chunk_size, cu_seqlens=offsets)
+            return o, torch.cat(finals, 2)
+
+        def summary(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+            """M, S and M_c stacked: all errors are of M_c, so what comes out is affine in them."""
+
+            def columns(k: Tensor, v: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+                return run((k, k, v, *gates), initial_state, initial_state, skip, None)
+
+            return sequence.affine(columns, k, v, count=3)
+
+        return pieces.carry(run, inputs, initial_state, (), count=3, summary=summary), ()
     if surprise is None or start is None or place is None:
         surprise, start = torch.zeros_like(initial_state), initial_state
     elif backend == "auto" and decodes(q.shape[1], start, cu_seqlens):
         return decode.titans(
             *inputs, chunk_size=chunk_size, state=initial_state, surprise=surprise, start=start, place=place
         )
-    function = partial(choose(backend, TITANS, v, TITANS_UNSUPPORTED), chunk_size=chunk_size, cu_seqlens=cu_seqlens)
-    return _by_place(function, inputs, (initial_state, surprise, start), place)
+    return _by_place(partial(implementation, cu_seqlens=cu_seqlens), inputs, (initial_state, surprise, start), place)
 
 
 def _check(

@@ -10,7 +10,7 @@ source .venv/bin/activate
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 ruff check .
-mypy linear_moe
+mypy
 if [ $# -gt 0 ]; then
   exec python -m pytest -q "$@"
 fi

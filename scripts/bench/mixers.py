@@ -327,8 +327,9 @@ def worker(name: str, at: Setting, parent: Connection) -> None:
     parent.recv()
     for row, made in prepared:
         if made:
-            sizes = row["batch"], row["length"]
-            row |= guarded(row, lambda made=made, sizes=sizes: measure(*made, at, *sizes)) or {}  # type: ignore[misc]
+            mixer, x, step = made
+            row |= guarded(row, partial(measure, mixer, x, step, at, row["batch"], row["length"])) or {}
+            del mixer, x, step
             made = None
         parent.send(row)
 

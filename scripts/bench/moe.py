@@ -92,7 +92,7 @@ def make(moe: MoEConfig, hidden: int, tokens: int, skew: float, device: str) -> 
     gate_up = draw(experts, 2, ffn, hidden, scale=hidden**-0.5).bfloat16()
     down = draw(experts, hidden, ffn, scale=ffn**-0.5).bfloat16()
     leaves = [t.requires_grad_() for t in (x, weights / weights.sum(-1, keepdim=True), gate_up, down)]
-    return Case(leaves[0], leaves[1], index, *leaves[2:], draw(tokens, hidden).bfloat16())
+    return Case(leaves[0], leaves[1], index, leaves[2], leaves[3], draw(tokens, hidden).bfloat16())
 
 
 # -- implementations ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,15 @@ def measure(function: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
     return row
 
 
+def call(op: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    return op(**inputs)
+
+
 def ops(length: int, only: str) -> Iterator[dict[str, Any]]:
     for family, gate in VARIANTS:
         if only in family:
             inputs = make_inputs(family, gate, (1, length, HEADS, SIZE, SIZE), with_state=False)
-            yield {"op": family, "gate": gate, **measure(lambda x, op=OPS[family]: op(**x), inputs)}
+            yield {"op": family, "gate": gate, **measure(partial(call, OPS[family]), inputs)}
 
 
 def mixers(length: int, only: str) -> Iterator[dict[str, Any]]:

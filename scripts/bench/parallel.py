@@ -46,6 +46,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,8 @@ def start_peak() -> None:
 
 def planned_gib(config: Config, ranks: int, stage: int) -> dict[str, float]:
     """By kind, of the ranks of a pipeline stage."""
-    model = RankModels(config, vocab_size(config))(config.parallel)
-    return {k: v / GIB for k, v in rank_bytes(config, parallel_layout(config, ranks), model, stage).items()}
+    models = RankModels(config, vocab_size(config))
+    return {k: v / GIB for k, v in rank_bytes(config, parallel_layout(config, ranks), models, stage).items()}
 
 
 def too_big(config: Config, job: Job) -> str | None:
@@ -350,7 +351,7 @@ def median(job: Job, rank: dict[str, Any]) -> float:
     return statistics.median(rank["seconds"][job.warmup :])
 
 
-def run(groups: list[Group], seconds: float) -> None:
+def run(groups: Sequence[Group], seconds: float) -> None:
     """Side by side, until all is done or time is up."""
     end = time.monotonic() + seconds
     try:

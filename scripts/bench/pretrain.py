@@ -41,7 +41,9 @@ def commit() -> str:
     given = os.environ.get("COMMIT")
     if given:
         return given
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def measure(config: str, overrides: list[str], gpus: int, steps: int, skip: int) -> dict[str, Any]:

@@ -187,7 +187,8 @@ def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, 
     stepper = Stepper(config, trial.model, optimizer, groups.device, StopSignal())
     data = (groups.data_rank, groups.data_size)
     batches = TrainLoader(prepare_data(config), config, *data, sequence_rank=groups.sequence_rank)
-    seconds, losses = [], []
+    seconds: list[float] = []
+    losses: list[float] = []
 
     def step() -> float:
         mark(job.name, len(seconds) + 1)
@@ -413,14 +414,18 @@ def jobs_of(text: str, args: argparse.Namespace, common: tuple[str, ...]) -> lis
         raise argparse.ArgumentTypeError(f"{text!r} is no case; {known}")
     sizes = [(tokens(size), int(rows or 1)) for size, _, rows in (x.partition("x") for x in lengths.split("/"))]
     traced = {tokens(x) for x in args.profile.split(",") if x}
-    fixed = (tuple(overrides), common, args.preset, args.budget, args.slack)
     # A layer's ways beside each other at each length; a model's lengths after each other.
     pairs = (
         [(x, size) for size in sizes for x in layouts]
         if name == "layer"
         else [(x, size) for x in layouts for size in sizes]
     )
-    return [Job(name, x, *size, *fixed, x == "sp2" and size[0] in traced) for x, size in pairs]
+    return [
+        Job(
+            name, x, n, rows, tuple(overrides), common, args.preset, args.budget, args.slack, x == "sp2" and n in traced
+        )
+        for x, (n, rows) in pairs
+    ]
 
 
 def arguments() -> argparse.Namespace:

@@ -97,7 +97,9 @@ class Ulysses(GatedDeltaNet):
 class FlaContextParallel(GatedDeltaNet):
     """flash-linear-attention's `cp_context`; contiguous pieces."""
 
-    size = staticmethod(lambda keys: keys)
+    @staticmethod
+    def size(key_dim: int) -> int:
+        return key_dim
 
     def start(self, config: Config) -> None:
         line, length = sequence_line(config), padded_length(config)
@@ -123,7 +125,9 @@ class FlaContextParallel(GatedDeltaNet):
 
 
 class FlaPadded(FlaContextParallel):
-    size = staticmethod(tiled)
+    @staticmethod
+    def size(key_dim: int) -> int:
+        return tiled(key_dim)
 
 
 MIXERS: dict[str, type[GatedDeltaNet]] = {"fla": FlaContextParallel, "fla_padded": FlaPadded, "ulysses": Ulysses}
@@ -132,7 +136,8 @@ MIXERS: dict[str, type[GatedDeltaNet]] = {"fla": FlaContextParallel, "fla_padded
 def build(way: str, config: Config, device: torch.device) -> GatedDeltaNet:
     """The same weights in every way and on every rank."""
     host = Host(dtype=DTYPES[config.training.dtype], device=device)
-    mixer = MIXERS.get(way, GatedDeltaNet)(mixer_config("gated_deltanet"), layer_dims(config.model, 0), host)
+    settings: Any = mixer_config("gated_deltanet")
+    mixer = MIXERS.get(way, GatedDeltaNet)(settings, layer_dims(config.model, 0), host)
     initialize(mixer, host, config.training.seed)
     if isinstance(mixer, Ulysses | FlaContextParallel):
         mixer.start(config)
@@ -212,14 +217,15 @@ def measure(config: Config, way: str, device: torch.device, seconds: float) -> d
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": tokens, "positions": torch.arange(length)[None]}
         batch = split(batch, order, line.rank, length)
         layout = layout_of(batch | {"positions": batch["positions"].to(device)}, line)
-    mixer, row = build(way, config, device), {}
+    mixer = build(way, config, device)
+    row: dict[str, Any] = {}
     if way != "alone":
         one = build("alone", config, device)
         wanted = one_pass(one, whole[0][0].requires_grad_(), whole[1][0], Layout(1, length))
-        shares = tuple(share(t.unsqueeze(0), found).flatten(0, 1) for t in wanted[:2])
-        row["differences"] = differences(one_pass(mixer, x, dy, layout), wanted, shares)
+        y, d_x = (share(t.unsqueeze(0), found).flatten(0, 1) for t in wanted[:2])
+        row["differences"] = differences(one_pass(mixer, x, dy, layout), wanted, (y, d_x))
         row["agrees"] = max(row["differences"].values()) < TOLERANCE[config.training.dtype]
-        del one, wanted, shares
+        del one, wanted, y, d_x
     del whole
     start_peak()
     row["ms_of_passes"] = timed(lambda: one_pass(mixer, x, dy, layout), device, seconds)

@@ -30,7 +30,7 @@ delta_summary = importlib.import_module("linear_moe.modeling.ops.delta.summary")
 dplr_summary = importlib.import_module("linear_moe.modeling.ops.dplr.summary")
 
 pytestmark = MARKS
-TF32 = 2e-3  # products of fp32 tensors on a GPU
+TF32 = 2e-3  # products of fp32 tensors on a GPU, which drops the last 13 bits of their factors
 SHAPES = [(2, 150, 2, 24, 20), (1, 64, 1, 16, 80), (1, 7, 2, 40, 136)]  # rows, tokens, heads, keys, values
 NAMES = ("none", "constant", "head", "key", "value", "both")
 
@@ -118,7 +118,7 @@ def test_scan(shape: tuple[int, ...], gate: str, programs: int, least: int, monk
     _, start = delta_kernels.scan(*given, made["dv"], made["g"], made["gk"], **backwards)
     expected = by_running((q, k, v, beta, g), d_o, 0.3)
     for name, x, y in zip(("transition", "state", "gradient"), (transition, state, start), expected, strict=True):
-        assert_close(x, y, 10 * FP32 if INTERPRETED else 2 * TF32, name)
+        assert_close(x, y, 10 * FP32 if INTERPRETED else 3 * TF32, name)
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
@@ -142,7 +142,7 @@ def test_scan_of_dplr(chunk: int) -> None:
         start = start * kept.exp2()[..., None] + 0.3 * q_c.mT @ d_c + w_c.mT @ (dv_c + b_c @ start)
     options: dict[str, Any] = {"gk": gk, "sign": 1, "chunk": chunk}
     transition, adds = delta_kernels.scan(b, w, u, q=k, do=v, **options)
-    tolerance = 10 * FP32 if INTERPRETED else 2 * TF32
+    tolerance = 10 * FP32 if INTERPRETED else 3 * TF32
     assert_close(transition @ state + adds, final, tolerance, "forwards")
     transition, adds = delta_kernels.scan(b, w, dv, q=q, do=d_o, scale=0.3, backwards=True, **options)
     assert_close(transition @ after + adds, start, tolerance, "backwards")

@@ -86,21 +86,24 @@ class _Recorder:
         self.states_: list[State] = []
         self.keys_: list[TokenKeys] = []
         self.attended: list[Tensor] = []  # queries, keys and values
-        self._ahead: list[Tensor] = []
+        self._ahead: dict[int, tuple[Tensor, Callable[..., Any], tuple[Tensor, ...]]] = {}  # by their x's identity
 
     @property
     def numbers(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int64, device="meta")
 
     def ahead(self, summary: Callable[..., Any], x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
-        self._ahead.append(x)
+        self._ahead[id(x)] = x, summary, inputs
 
     def asked(self, x: Tensor) -> bool:
-        return any(x is other for other in self._ahead)
+        return id(x) in self._ahead
 
     def states(self, summary: Callable[..., Any], *inputs: Tensor | None, matrix: bool = False) -> Tensor:
+        begun = self._ahead.pop(id(inputs[0]), None)
+        if begun is not None:
+            _, summary, inputs = begun
         (transition, state), flops = self._counted(summary, *inputs)
-        self._note(transition, state, (flops, 2 * flops), inputs)
+        self._note(transition, state, (flops, 2 * flops), inputs, begun is not None)
         return state
 
     def through(
@@ -143,11 +146,15 @@ class _Recorder:
         return found, counter.get_total_flops() / self.length
 
     def _note(
-        self, transition: Tensor | None, state: Tensor, flops: tuple[float, float], inputs: Sequence[Tensor | None]
+        self,
+        transition: Tensor | None,
+        state: Tensor,
+        flops: tuple[float, float],
+        inputs: Sequence[Tensor | None],
+        ahead: bool = False,
     ) -> None:
         """`transition`: None where a piece does nothing to a state that others could know before."""
         read = sum(_bytes(x) for x in inputs if x is not None) / self.length
-        ahead = inputs[0] is not None and self.asked(inputs[0])
         does = 0 if transition is None else _numbers(transition)
         self.states_.append(State(_numbers(state), does, flops, read, ahead, transition is None))
 

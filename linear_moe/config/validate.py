@@ -338,14 +338,16 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
 
 
 def _check_sequence_attention(config: Config, layers: list[ResolvedLayer]) -> None:
-    found = False
+    softmax = 0
     for i, layer in enumerate(layers):
         heads = mixer_class(layer.mixer.type).softmax_heads(layer.mixer, layer_dims(config.model, i))
-        found = found or heads is not None
+        softmax += heads is not None
         if heads is not None and config.parallel.sequence_attention == "ulysses":
             _check_ulysses(*heads, config.parallel, mixer_path(config.model, layer.symbol))
-    if not found:
+    if not softmax:
         unused("parallel", config.parallel, "sequence_attention", needs="have a layer of softmax attention")
+    if softmax == len(layers):
+        unused("parallel", config.parallel, "sequence_exchange", "sequence_dtype", needs="have a layer with a state")
 
 
 def _check_ulysses(queries: int, keys: int, parallel: ParallelConfig, path: str) -> None:

@@ -12,27 +12,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_waiting: list[Weight] = []  # in the order of the backward pass, which runs in one thread at a time
+# In the order of the backward pass, which runs in one thread at a time. Weakly: one that fails leaves nothing behind.
+_waiting: list[ref[Weight]] = []
 
 
 class Weight:
-    """A weight `[out, in]` of one forward pass, and what its gradient waits for."""
+    """What the gradient of a weight `[out, in]` of one forward pass waits for. The graph holds it, it no graph."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []  # gradient of an output, and its input
         self.gradient: Tensor | None = None
-        # Its node is the oldest of the pass, so that autograd comes to it last.
-        self.marker: Tensor = _Mark.apply(weight, self)
 
     def wait(self, d_y: Tensor, x: Tensor) -> None:
         self.parts.append((d_y.flatten(0, -2), x.flatten(0, -2)))
-        _waiting.append(self)
+        _waiting.append(ref(self))
 
     def compute(self) -> None:
         for d_y, x in self.parts:
@@ -43,17 +43,20 @@ class Weight:
 
 def fill_gap() -> None:
     """Compute the gradients that wait. Call where the device, or the process, has nothing else to do."""
-    for weight in _waiting:
-        weight.compute()
+    for waiting in _waiting:
+        if (weight := waiting()) is not None:
+            weight.compute()
     _waiting.clear()
 
 
-Weights = dict[nn.Module, Weight]
+Weights = dict[nn.Module, tuple[Weight, Tensor]]
+"""With the marker of each, whose node is the oldest of the pass, so that autograd comes to it last."""
 
 
 def weights_of(modules: Iterable[nn.Module]) -> Weights:
     """Those of the trained linear layers among them, for `later`."""
-    return {m: Weight(m.weight) for m in modules if isinstance(m, nn.Linear) and m.weight.requires_grad}
+    trained = {m: Weight() for m in modules if isinstance(m, nn.Linear) and m.weight.requires_grad}
+    return {m: (waits, _Mark.apply(m.weight, waits)) for m, waits in trained.items()}
 
 
 _active: ContextVar[Weights | None] = ContextVar("later", default=None)
@@ -74,7 +77,8 @@ def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = N
     found = (_active.get() or {}).get(module)
     if found is None or weight is not module.weight:
         return F.linear(x, weight, bias)
-    y: Tensor = _Product.apply(x, found.marker, weight.detach(), bias, found)
+    waits, marker = found
+    y: Tensor = _Product.apply(x, marker, weight.detach(), bias, waits)
     return y
 
 
@@ -91,7 +95,7 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
         waits: Weight = ctx.waits
         if waits.parts:
-            _waiting[:] = [weight for weight in _waiting if weight is not waits]
+            _waiting[:] = [waiting for waiting in _waiting if waiting() is not waits]
             waits.compute()
         gradient, waits.gradient = waits.gradient, None
         return gradient, None

@@ -80,6 +80,7 @@ class Candidate:
             "parallel": (
                 *("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "expert", "expert_tensor", "sequence"),
                 *EXCHANGES,
+                "sequence_dtype",
             ),
             "training": ("micro_batch", "recompute", "recompute_modules", "recompute_layers"),
             "optimizer": ("distributed", "overlap"),
@@ -172,7 +173,10 @@ class _Search:
                         for virtual in VIRTUAL if pipeline > 1 else (1,):
                             if pipeline * virtual <= model.num_layers:
                                 sizes = tensor, parallel.tensor_sequence, pipeline, virtual, None, expert, expert_tensor
-                                yield ParallelConfig(*sizes, sequence)
+                                found = ParallelConfig(*sizes, sequence)
+                                if sequence > 1:
+                                    found.sequence_dtype = parallel.sequence_dtype
+                                yield found
 
     def exchanges(self, parallel: ParallelConfig) -> ParallelConfig:
         """The same sizes with the layout and the exchanges of sequences that take the least time."""

@@ -29,11 +29,13 @@ from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.layout import Order, cut, share
 from linear_moe.training.sequence.pieces import layout_of
 from linear_moe.training.step import Stepper
+from tests.distributed import sequences
 from tests.distributed.cases import start
 from tests.distributed.sequences import (
     HIDDEN,
     LENGTH,
     ROWS,
+    SHORT,
     VOCABULARY,
     one_pass,
     own_layout,
@@ -50,6 +52,11 @@ def ranks() -> int:
 
 def line(layout: str, strategy: str, attention: str = "all_gather") -> Line:
     return Line(Order(ranks(), layout), dist.get_rank(), dist.group.WORLD, strategy, attention)
+
+
+def sequence_mixer_on_short_pieces(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    with mock.patch.multiple(sequences, **SHORT):
+        return sequence_mixer(name, fields)
 
 
 def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

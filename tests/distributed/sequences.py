@@ -16,6 +16,8 @@ ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 48, 32, 64
 # In pieces of 6, 12 and 24 tokens: a document over several pieces, an empty one, one of a single token, one that ends
 # with a piece, one that begins with one, two within one, and one shorter than a convolution before a boundary.
 OFFSETS = [0, 3, 3, 6, 7, 10, 30, 46, 48, 48]
+# Pieces of 2 and 4 tokens: a convolution reaches over several, documents of a single token follow each other.
+SHORT = {"LENGTH": 16, "OFFSETS": [0, 1, 2, 2, 7, 8, 9, 16]}
 
 
 def own_layout(line: Line, packed: bool) -> tuple[Cut, Layout]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training.sequence.layout import Order, cut, share
+from tests.distributed import sequences
 from tests.distributed.harness import run
-from tests.distributed.sequences import LENGTH, ROWS, one_pass, settings, stream, whole_layout
+from tests.distributed.sequences import ROWS, SHORT, one_pass, settings, stream, whole_layout
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 from tests.unit.mixers.common import build, case_ids, cases
 
@@ -74,16 +76,31 @@ def results(request: pytest.FixtureRequest) -> Results:
 
 def joined(parts: list[Tensor], order: Order, packed: bool) -> Tensor:
     """Tokens of all ranks -> in order of time."""
-    rows = 1 if packed else ROWS
-    places = [share(torch.arange(rows * LENGTH).view(rows, -1), cut(rows, LENGTH, order, r)) for r in range(len(parts))]
-    whole = torch.empty(rows * LENGTH, parts[0].shape[-1])
+    rows, length = (1 if packed else ROWS), sum(part.shape[1] for part in parts)
+    places = [share(torch.arange(rows * length).view(rows, -1), cut(rows, length, order, r)) for r in range(len(parts))]
+    whole = torch.empty(rows * length, parts[0].shape[-1])
     for part, place in zip(parts, places, strict=True):
         whole[place.flatten()] = part.flatten(0, 1)
-    return whole.view(rows, LENGTH, -1)
+    return whole.view(rows, length, -1)
 
 
 @pytest.mark.parametrize("key", SPLIT)
 def test_mixer_is_that_of_one_process(results: Results, key: str) -> None:
+    assert_one_process(results, key)
+
+
+def test_pieces_shorter_than_what_reaches_over_them() -> None:
+    """Convolutions of all kinds, token shift, a window, chunks."""
+    names = ("deltanet", "gated_deltaproduct", "mamba", "mom", "rwkv6", "attention", "titans", "ttt_linear")
+    cases = {f"{name}-0": IDS[f"{name}-0"] for name in names} | {"window-0": ("attention", {"window": 5})}
+    todo = {key: dict(zip(("name", "fields"), case, strict=True)) for key, case in cases.items()}
+    found = run(4, {key: ("sequence_mixer_on_short_pieces", case) for key, case in todo.items()})
+    with mock.patch.multiple(sequences, **SHORT), mock.patch.dict(IDS, cases):
+        for key in cases:
+            assert_one_process({4: found}, key)
+
+
+def assert_one_process(results: Results, key: str) -> None:
     mixer = build(*IDS[key])
     for packed in (False, True):
         expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))

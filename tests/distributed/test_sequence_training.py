@@ -102,8 +102,9 @@ def tree(model: str, parallel: dict[str, Any], cache: Path) -> dict[str, Any]:
     fields, training, isolate = MODELS[model]
     data = {"corpus": "synthetic", "tokenizer": {"type": "bytes"}, "isolate_documents": isolate, "cache": str(cache)}
     training = {"steps": STEPS, "eval_batches": 1} | training
-    schedule = {"warmup_steps": 2}
-    return tiny({"vocab_size": 24} | fields, parallel, data=data, training=training, schedule=schedule)
+    # Overlapped, a gradient is reduced as soon as it is there: those that wait (modeling/later.py) come late.
+    rest = {"schedule": {"warmup_steps": 2}, "optimizer": {"overlap": parallel.get("sequence", 1) > 1}}
+    return tiny({"vocab_size": 24} | fields, parallel, data=data, training=training, **rest)
 
 
 def outcomes(cases: dict[str, tuple[str, int, dict[str, Any]]], cache: Path) -> dict[str, list[Any]]:

@@ -281,6 +281,21 @@ def test_search_shares_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("does not support parallel.sequence > 1" in reason for reason in reasons)
 
 
+def test_proposals_suit_the_config_that_they_change() -> None:
+    """Also one that sets what only shared-out sequences have."""
+    given = tree(parallel={"sequence": 2, "sequence_dtype": "bf16", "sequence_exchange": "ring"})
+    fit = propose(given, 4, CLUSTER).fit
+    assert {candidate.config.parallel.sequence for candidate in fit} == {1, 2, 4}
+    for candidate in fit:
+        sections: dict[str, dict[str, Any]] = {}
+        for path, value in candidate.overrides().items():
+            section, name = path.split(".")
+            sections.setdefault(section, {})[name] = value
+        made = replace(given, **{name: replace(getattr(given, name), **new) for name, new in sections.items()})  # type: ignore[arg-type]
+        validate_fields(made, 4)
+        assert made.parallel.sequence_dtype == ("bf16" if made.parallel.sequence > 1 else "fp32")
+
+
 def test_simulation_says_what_heads_cannot_do() -> None:
     simulation = simulate(tree(), [4, 8, 16], CLUSTER, 1024, total=False)
     for row in simulation.rows:

@@ -12,11 +12,12 @@ one latent for all heads.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,6 @@ from linear_moe.modeling.ops.sequence import Expand, pieces_of
 from linear_moe.modeling.ops.softmax import softmax_attention
 from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.layout import Cut
-from linear_moe.training.sequence.layout import cut as cut_of
 
 
 class _Pair(NamedTuple):
@@ -67,11 +67,9 @@ class Reach:
     def wanted(self, window: int | None) -> tuple[list[list[Span]], list[list[Span]]]:
         """Of every other rank, which of its tokens the local queries see; and which local ones its queries see."""
         if ("others", window) not in self._known:
-            cut, (own, _) = self.cut, self.gathered(window)
-            documents = torch.tensor(cut.documents) if cut.packed else None
-            length, ranks = cut.length * cut.order.count, range(cut.order.size)
-            others = [Reach(cut_of(cut.rows, length, cut.order, rank, documents), self.device) for rank in ranks]
-            pairs = [(own, rank) for rank in ranks], [(x.gathered(window)[0], cut.rank) for x in others]
+            cut, ranks = self.cut, range(self.cut.order.size)
+            own, others = self._sources(cut.rank, window), [self._sources(rank, window) for rank in ranks]
+            pairs = [(own, rank) for rank in ranks], [(sources, cut.rank) for sources in others]
             self._known["others", window] = tuple(
                 [
                     [span for source, span in sources if source == rank and other != cut.rank]
@@ -82,22 +80,37 @@ class Reach:
         found: tuple[list[list[Span]], list[list[Span]]] = self._known["others", window]
         return found
 
+    def _first(self, row: int, piece: int, window: int | None) -> int:
+        """Of a row, the first token that a piece's queries see."""
+        cut = self.cut
+        token, start = piece * cut.length, row * cut.order.count * cut.length
+        begin = cut.documents[bisect_right(cut.documents, start + token) - 1] - start if cut.packed else 0
+        return begin if window is None else max(begin, token - window + 1)
+
+    def _sources(self, rank: int, window: int | None) -> list[tuple[int, Span]]:
+        """See `gathered`; of any rank."""
+        order, length, sources = self.cut.order, self.cut.length, list[tuple[int, Span]]()
+        for i, (row, piece) in enumerate(product(range(self.cut.rows), order.pieces(rank))):
+            first = self._first(row, piece, window)
+            for other in range(first // length, piece):
+                source, place = order.owner(other)
+                base = (row * order.per_rank + place) * length
+                sources.append((source, (base + max(first - other * length, 0), base + length)))
+            sources.append((rank, (i * length, (i + 1) * length)))
+        return sources
+
     def _gathered(self, window: int | None) -> tuple[list[tuple[int, Span]], Block]:
         cut, length = self.cut, self.cut.length
-        sources, queries, keys, end = list[tuple[int, Span]](), list[Span](), list[Span](), 0
+        queries, keys, end = list[Span](), list[Span](), 0
         for i, (row, piece) in enumerate(cut.places):
-            first = cut.begins[i] if window is None else max(cut.begins[i], piece * length - window + 1)
-            for other in range(first // length, piece):
-                rank, place = cut.order.owner(other)
-                base = (row * cut.order.per_rank + place) * length
-                sources.append((rank, (base + max(first - other * length, 0), base + length)))
-            sources.append((cut.rank, (i * length, (i + 1) * length)))
-            before = max(piece * length - first, 0)
+            before = max(piece * length - self._first(row, piece, window), 0)
             for a, b in pairwise((*cut.starts[i], length)):
                 queries.append((i * length + a, i * length + b))
                 keys.append((end, end + before + b - a))
                 before, end = 0, keys[-1][1]
-        return sources, Block(tuple(queries), tuple(keys), None if window is None else window - 1, 0, self.device)
+        return self._sources(cut.rank, window), Block(
+            tuple(queries), tuple(keys), None if window is None else window - 1, 0, self.device
+        )
 
     def _of_rank(self, rank: int, window: int | None) -> list[Block]:
         cut, length = self.cut, self.cut.length

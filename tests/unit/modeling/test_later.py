@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import suppress
 from typing import Any
 from unittest import mock
+from weakref import ref
 
 import pytest
 import torch
@@ -107,3 +110,35 @@ def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
     forward, backward = waited[: len(waited) // 2], waited[len(waited) // 2 :]
     assert not any(forward) and backward[0] > 0
     assert name not in BEHIND_CONVOLUTIONS or (len(backward) == 4 and min(backward) > 0)
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError("as when memory ends")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_of_a_pass(fails: bool) -> None:
+    """No reference cycles, which hold parameters until the garbage collector comes; no gradients of a failed pass."""
+    layer, x = layers()[0], torch.randn(3, 6, requires_grad=True)
+    parameter, gc_was_enabled = ref(layer.weight), gc.isenabled()
+    gc.disable()
+    try:
+        with later(weights_of([layer])):
+            y = layer(Fails.apply(x) if fails else x).sum()
+        if fails:
+            with suppress(RuntimeError):  # keeps nothing of it
+                y.backward()
+            assert module._waiting
+        del layer, y
+        torch.ones(1, requires_grad=True).backward()  # autograd forgets what it has not come to only now
+        assert parameter() is None
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+        module.fill_gap()

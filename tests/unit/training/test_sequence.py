@@ -237,6 +237,8 @@ ULYSSES = {"sequence": 4, "sequence_attention": "ulysses"}
 NEAREST = [  # parallel, attention, path, what is offered; None: it is right
     ({"sequence": 1, "sequence_attention": "ring"}, {}, "parallel.sequence_attention", "all_gather"),
     ({"sequence": 2, "sequence_attention": "ring"}, None, "parallel.sequence_attention", "all_gather"),
+    ({"sequence": 2, "sequence_exchange": "ring"}, "only", "parallel.sequence_exchange", "all_gather"),
+    ({"sequence": 2, "sequence_dtype": "bf16"}, "only", "parallel.sequence_dtype", "fp32"),
     ({"sequence": 2, "sequence_attention": "rings"}, {}, "parallel.sequence_attention", "ring"),
     (ULYSSES | {"sequence": 8}, {}, "model.attention.num_heads", "nearest valid: 8, or"),
     (ULYSSES | {"tensor": 2}, {}, "model.attention.num_heads", "nearest valid: 8, or"),
@@ -251,7 +253,8 @@ NEAREST = [  # parallel, attention, path, what is offered; None: it is right
 
 @pytest.mark.parametrize(("parallel", "attention", "path", "offered"), NEAREST)
 def test_ways_of_attention(parallel: Any, attention: Any, path: str | None, offered: str | None) -> None:
-    pattern = {"pattern": "LL"} if attention is None else {"pattern": "LN", "attention": attention}
+    pattern = {"pattern": "LN", "attention": attention} if isinstance(attention, dict) else {}
+    pattern = pattern or {"pattern": "NN" if attention == "only" else "LL"}
     model = pattern | {"hidden_size": 96, "ffn": "dense", "num_layers": 2, "ffn_size": 64}
     if path is None:
         validate_fields(config(model=model, parallel=parallel, training={"micro_batch": 1}), 8)

@@ -14,11 +14,16 @@ mypy
 if [ $# -gt 0 ]; then
   exec python -m pytest -q "$@"
 fi
-# Tests over several processes wait for one another half of the time: the others run beside them.
+# Tests over several processes wait for one another half of the time: the others run beside them, then those of sequences.
 others=$(mktemp)
-python -m pytest -q tests --ignore tests/distributed >"$others" 2>&1 &
+{
+  failed=0
+  python -m pytest -q tests --ignore tests/distributed || failed=$?
+  python -m pytest -q tests/distributed/test_sequence*.py || failed=$?
+  exit $failed
+} >"$others" 2>&1 &
 status=0
-python -m pytest -q tests/distributed || status=$?
+python -m pytest -q tests/distributed --ignore-glob='*/test_sequence*' || status=$?
 wait $! || status=$?
 cat "$others"
 exit $status

@@ -20,7 +20,7 @@ from linear_moe.modeling.pattern import resolve_layers
 HEAD_SPEED = 2.4
 """How many times a layer's FLOP/s the head reaches: it is one large matrix product, a layer many small ones.
 
-Of A0.3B-2B's kernels on an H200; docs/results/parallel_2gpu.md compares splits by it with others."""
+docs/results/parallel_2gpu.md compares splits by it with others."""
 
 
 @dataclass(frozen=True)

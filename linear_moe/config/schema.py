@@ -86,8 +86,8 @@ class MoEConfig:
     )
     dispatcher: str = opt(
         "auto",
-        "how tokens travel to other ranks' experts: each to its own, or all to all ranks, which needs more memory but "
-        "does not wait for the device; auto: allgather up to parallel.expert = 2",
+        "how tokens travel to other ranks' experts: each to its own (alltoall), or all to all ranks (allgather), which "
+        "needs more memory but does not wait for the device; auto: allgather up to parallel.expert = 2",
         choices=("auto", "alltoall", "allgather"),
     )
 

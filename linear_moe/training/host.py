@@ -303,6 +303,5 @@ class MegatronDispatcher(Dispatcher):
             return self._padded.combine(y, self.config.top_k)
         y = self._dispatcher.combine_preprocess(y)
         y = self._dispatcher.combine_postprocess(self._dispatcher.token_combine(y))
-        if hasattr(self._dispatcher, "probs"):
-            self._dispatcher.probs = None  # whose graph leads back to here, unseen by the garbage collector
+        self._dispatcher.probs = None  # whose graph leads back to here, unseen by the garbage collector
         return y

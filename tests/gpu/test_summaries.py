@@ -96,7 +96,7 @@ def by_running(inputs: tuple[Any, ...], d_o: Tensor, scale: float) -> tuple[Tens
     """Transition, state and the initial state's gradient in fp32, by the op's definition in chunks."""
     op = partial(delta if inputs[1].ndim == 4 else product.delta_product, backend="chunk")
     inputs = tuple(None if x is None else x.float() for x in inputs)
-    gradient = delta_summary._gradient_by_running(op, scale, *inputs, d_o.float())
+    gradient = sequence.gradient_by_running(op, scale, *inputs, d_o.float())
     return (*delta_summary._by_running(op, *inputs), gradient)
 
 
@@ -171,7 +171,7 @@ def test_dplr_from_the_kernels(min_gate: float) -> None:
     found += (dplr_summary._gradient_on_kernels(min_gate, 0.3, *inputs, d_o),)
     op, wide = partial(dplr, backend="chunk"), [x.float() for x in inputs]
     expected = dplr_summary._by_running(op, *wide)
-    expected += (dplr_summary._gradient_by_running(op, 0.3, *wide, d_o.float()),)
+    expected += (sequence.gradient_by_running(op, 0.3, *wide, d_o.float()),)
     for name, x, y in zip(("transition", "state", "gradient"), found, expected, strict=True):
         assert_close(x, y, BF16, name)
 

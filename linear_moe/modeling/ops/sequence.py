@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -198,6 +199,15 @@ def start_gradient(run: FromState, start: Tensor, d_o: Tensor) -> Tensor:
         o, _ = run(start)
     (found,) = torch.autograd.grad(o, start, d_o)
     return found
+
+
+def gradient_by_running(op: Callable[..., Any], scale: float, *inputs: Any) -> Tensor:
+    """The `Gradient` of `op(q, k, v, ..., scale=, initial_state=, cu_seqlens=)` with a state `[N, H, K, V]`."""
+    *given, d_o = inputs
+    q, v = given[0], given[2]
+    start = q.new_zeros(len(q), q.shape[2], q.shape[3], v.shape[-1], dtype=torch.float32)
+    run = partial(op, *given, scale=scale, cu_seqlens=None)
+    return start_gradient(lambda state: run(initial_state=state), start, d_o)
 
 
 def remaining(g: Tensor) -> tuple[Tensor, Tensor]:

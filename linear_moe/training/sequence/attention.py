@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -184,13 +184,8 @@ def attention(q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
     return flat.unflatten(0, q.shape[:2])
 
 
-def _all_gather(q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
-    o: Tensor = _Gathered.apply(task, len(shared), q, *shared, *task.parameters)
-    return o
-
-
-def _ring(q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
-    o: Tensor = _Ring.apply(task, len(shared), q, *shared, *task.parameters)
+def _by(function: Any, q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
+    o: Tensor = function.apply(task, len(shared), q, *shared, *task.parameters)
     return o
 
 
@@ -445,4 +440,9 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.forward(ctx, gradient, ctx.line), None
 
 
-STRATEGIES = {"all_gather": _all_gather, "ring": _ring, "ulysses": _ulysses}
+Strategy = Callable[[Tensor, tuple[Tensor, ...], Exchange], Tensor]
+STRATEGIES: dict[str, Strategy] = {
+    "all_gather": partial(_by, _Gathered),
+    "ring": partial(_by, _Ring),
+    "ulysses": _ulysses,
+}

@@ -44,7 +44,7 @@ def through(
     assert q is not None and k is not None and v is not None and beta is not None
     keys = q.shape[-1]
     summary: Callable[..., Any] = partial(_by_running, op)
-    gradient: Callable[..., Any] = partial(_gradient_by_running, op, scale)
+    gradient: Callable[..., Any] = partial(sequence.gradient_by_running, op, scale)
     if kernels:
         q, k, g = prepared(q, k, v, g, bounded)
         if expand is None and (g is None or g.ndim == 3):
@@ -65,14 +65,6 @@ def _by_running(op: Op, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor
         return op(torch.zeros_like(q), k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None)
 
     return sequence.affine(run, k, v, beta, g)
-
-
-def _gradient_by_running(op: Op, scale: float, *inputs: Any) -> Tensor:
-    *inputs, d_o = inputs  # type: ignore[assignment]
-    q, _, v = inputs[:3]
-    start = q.new_zeros(len(q), q.shape[2], q.shape[3], v.shape[-1], dtype=torch.float32)
-    run = partial(op, *inputs, scale=scale, cu_seqlens=None)
-    return sequence.start_gradient(lambda state: run(initial_state=state), start, d_o)
 
 
 def _on_kernels(keys: int, expand: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def through(
         kernels: `op` is that of the GPU kernels.
     """
     summary: Callable[..., Any] = partial(_by_running, op)
-    gradient: Callable[..., Any] = partial(_gradient_by_running, op, scale)
+    gradient: Callable[..., Any] = partial(sequence.gradient_by_running, op, scale)
     if kernels:
         assert min_gate is not None
         summary, gradient = partial(_on_kernels, min_gate), partial(_gradient_on_kernels, min_gate, scale)
@@ -52,14 +52,6 @@ def through(
 
 def _by_running(op: Op, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     return sequence.affine(partial(op, torch.zeros_like(q), scale=1.0, cu_seqlens=None), *inputs)
-
-
-def _gradient_by_running(op: Op, scale: float, *inputs: Any) -> Tensor:
-    *given, d_o = inputs
-    q, v = given[0], given[2]
-    start = q.new_zeros(len(q), q.shape[2], q.shape[3], v.shape[-1], dtype=torch.float32)
-    run = partial(op, *given, scale=scale, cu_seqlens=None)
-    return sequence.start_gradient(lambda state: run(initial_state=state), start, d_o)
 
 
 def _on_kernels(min_gate: float, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -45,8 +45,11 @@ class ShortConv(nn.Module):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        """`x [B, T, channels / tensor]` -> the same shape; reads and writes `cache[name]` in place."""
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None, before: Tensor | None = None) -> Tensor:
+        """`x [B, T, channels / tensor]` -> the same shape; reads and writes `cache[name]` in place.
+
+        `before`: see `short_conv`.
+        """
         state = None if cache is None else cache[self.name]
         y, final = short_conv(
             x,
@@ -54,6 +57,7 @@ class ShortConv(nn.Module):
             self.bias,
             activation=self.activation,
             state=state,
+            before=before,
             cu_seqlens=layout.cu_seqlens,
             output_state=state is not None,
             norm_size=self.norm_size,

@@ -74,12 +74,14 @@ class Message:
         received: bytes that a rank gets from others.
         seconds: it takes.
         beside: seconds of local work that goes on meanwhile.
+        kept: what it brings is: a backward pass that computes activations again does not send it again.
     """
 
     sent: float
     received: float
     seconds: float
     beside: float = 0.0
+    kept: bool = False
 
     @property
     def hidden(self) -> float:
@@ -179,7 +181,7 @@ def by_heads(needs: Needs, split: Split) -> bool:
 
 def _gather_states(state: State, split: Split, group: Group, gap: float) -> Messages:
     ranks, (forward, backward) = split.order.size, state_sent(state, split)
-    there = Message(forward, (ranks - 1) * forward, group.ring(ranks * forward), gap if state.ahead else 0.0)
+    there = Message(forward, (ranks - 1) * forward, group.ring(ranks * forward), kept=True)
     return there, Message(backward, (ranks - 1) * backward, group.ring(ranks * backward), gap)
 
 
@@ -191,7 +193,7 @@ def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messag
     walk = (split.order.size - 1 - away) * inside + away * between
     seconds = split.order.per_rank * (walk + (BLOCKS - 1) * (between if away else inside))
     forward, backward = state_sent(state, split)
-    there = Message(forward, forward, seconds, gap if state.ahead else 0.0)
+    there = Message(forward, forward, seconds, kept=not state.serial)
     return there, Message(backward, backward, seconds, gap)
 
 
@@ -254,9 +256,9 @@ class Exchange:
         return forward, backward
 
     def cost(self, again: bool = False) -> float:
-        """Seconds that nothing hides; `again`: the backward pass does the forward pass's exchange once more."""
-        forward, backward = self.totals("exposed")
-        return self.local + backward + (2 if again else 1) * forward
+        """Seconds that nothing hides; `again`: the backward pass computes the layer again."""
+        repeated = sum(there.exposed for there, _ in self.messages if not there.kept) if again else 0.0
+        return self.local + sum(self.totals("exposed")) + repeated
 
 
 def layer_exchange(

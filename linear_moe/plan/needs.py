@@ -27,10 +27,9 @@ class State:
 
     Attributes:
         numbers: of a row's state, a complex one counted as two.
-        transition: of what a piece does to it, likewise.
+        transition: of what a piece does to it, likewise; 0 where nothing outlasts a piece.
         flops: of a token's part in the summary, matrix products, in the forward pass and in the backward pass.
         inputs: bytes of a token that the summary reads.
-        ahead: asked for before it is needed.
         serial: known only after the piece before has been computed, so that ranks work one after the other.
     """
 
@@ -38,7 +37,6 @@ class State:
     transition: int
     flops: tuple[float, float]
     inputs: float
-    ahead: bool = False
     serial: bool = False
 
 
@@ -86,24 +84,14 @@ class _Recorder:
         self.states_: list[State] = []
         self.keys_: list[TokenKeys] = []
         self.attended: list[Tensor] = []  # queries, keys and values
-        self._ahead: dict[int, tuple[Tensor, Callable[..., Any], tuple[Tensor, ...]]] = {}  # by their x's identity
 
     @property
     def numbers(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int64, device="meta")
 
-    def ahead(self, summary: Callable[..., Any], x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
-        self._ahead[id(x)] = x, summary, inputs
-
-    def asked(self, x: Tensor) -> bool:
-        return id(x) in self._ahead
-
     def states(self, summary: Callable[..., Any], *inputs: Tensor | None, matrix: bool = False) -> Tensor:
-        begun = self._ahead.pop(id(inputs[0]), None)
-        if begun is not None:
-            _, summary, inputs = begun
         (transition, state), flops = self._counted(summary, *inputs)
-        self._note(transition, state, (flops, 2 * flops), inputs, begun is not None)
+        self._note(transition, state, (flops, 2 * flops), inputs)
         return state
 
     def through(
@@ -126,7 +114,7 @@ class _Recorder:
     ) -> Tensor:
         outputs, state = run(inputs, start, None, 0, None, *shared)
         if summary is None:
-            self._note(None, state, (0.0, 0.0), inputs)
+            self._note(None, state, (0.0, 0.0), inputs, serial=True)
         else:
             (transition, _), flops = self._counted(summary, *inputs, skip=0)
             self._note(transition, state, (flops, 2 * flops), inputs)
@@ -151,12 +139,11 @@ class _Recorder:
         state: Tensor,
         flops: tuple[float, float],
         inputs: Sequence[Tensor | None],
-        ahead: bool = False,
+        serial: bool = False,
     ) -> None:
-        """`transition`: None where a piece does nothing to a state that others could know before."""
         read = sum(_bytes(x) for x in inputs if x is not None) / self.length
         does = 0 if transition is None else _numbers(transition)
-        self.states_.append(State(_numbers(state), does, flops, read, ahead, transition is None))
+        self.states_.append(State(_numbers(state), does, flops, read, serial))
 
     def attention(
         self,

@@ -194,7 +194,7 @@ class MegatronHost(Host):
         if counted is not None:
             shares = shares * counted.unsqueeze(1)
         counts = _counts(index, config.num_experts)
-        whole = self._sum_over_tokens(counts)
+        whole = self.activations.once(partial(self._sum_over_tokens, counts))
         tokens = whole.sum() / config.top_k
         score_sums = shares.sum(0, keepdim=True)
         terms = {
@@ -206,7 +206,7 @@ class MegatronHost(Host):
             sequence, number = sequence_of_tokens(layout, place, logits.shape[0], logits.device)
             chosen = sequence.unsqueeze(1) * (config.num_experts + 1) + index  # with a column for no expert
             table = _counts(chosen, number * (config.num_experts + 1)).unflatten(0, (number, -1))
-            by_sequence = self._sum_over_tokens(table[:, :-1])
+            by_sequence = self.activations.once(partial(self._sum_over_tokens, table[:, :-1]))
             sums = shares.new_zeros(by_sequence.shape).index_add(0, sequence, shares)
             value = balance_loss(by_sequence, sums, tokens)
             terms["sequence_balancing_loss"] = (config.sequence_aux_loss, value)

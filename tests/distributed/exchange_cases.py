@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from random import Random
 from typing import Any
 from unittest import mock
@@ -11,16 +12,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
+from linear_moe.modeling.activations import Activations
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import Exchange, Line, states_before
+from linear_moe.training.sequence.exchange import Exchange, Line
 from linear_moe.training.sequence.layout import Order
 
 ROWS = 2
 STATE = (3, 6, 8)  # H, K, V
-TRANSITIONS = {
+TRANSITIONS: dict[str, tuple[int, ...]] = {
+    "none": (0,),
     "head": (3, 1, 1),
     "slow": (3, 1, 1),
     "key": (3, 6, 1),
@@ -32,10 +33,13 @@ TRANSITIONS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def summaries(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def summaries(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor | None, Tensor, Tensor]:
     """Transitions and states `[pieces, ROWS, ...]`, and the gradients of the states before; a transition is 0."""
     random = torch.Generator().manual_seed(seed)
     dtype = torch.complex64 if kind == "complex" else torch.float32
+    if kind == "none":
+        states, gradients = (torch.randn(pieces, ROWS, *STATE, generator=random) for _ in range(2))
+        return None, states, gradients
     transitions = torch.randn(pieces, ROWS, *TRANSITIONS[kind], generator=random, dtype=dtype)
     transitions = transitions * (0.4 if kind == "matrix" else 0.9 / transitions.abs().clamp(min=1.0))
     transitions[pieces // 2, 0] = 0
@@ -45,9 +49,12 @@ def summaries(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor, Te
     return transitions, states, gradients
 
 
-def expected(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def expected(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
     """The states before, and gradients of transitions and states: autograd through a loop over the pieces."""
     transitions, states, gradients = summaries(kind, pieces, seed)
+    if transitions is None:
+        zero = torch.zeros_like(states[:1])
+        return torch.cat([zero, states[:-1]]), None, torch.cat([gradients[1:], zero])
     transitions.requires_grad_(), states.requires_grad_()
     found = [torch.zeros_like(states[0])]
     for a, e in zip(transitions[:-1], states[:-1], strict=True):
@@ -75,14 +82,14 @@ def exchange_states(
 ) -> dict[str, Any]:
     """One exchange, there and back: what it gives, bytes sent, and elements kept for the backward pass."""
     line = line_of(group, layout, strategy, dtype)
-    transition, state, gradient = (own(x, line).to(device) for x in summaries(kind, line.order.count))
-    transition.requires_grad_(), state.requires_grad_()
+    given = (None if x is None else own(x, line).to(device) for x in summaries(kind, line.order.count))
+    transition, state, gradient = given
+    assert state is not None
+    for x in (transition, state):
+        if x is not None:
+            x.requires_grad_()
     sent = [0]
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.data_ptr()] = x.numel()
-        return x
+    one = Exchange(line, kind == "matrix")
 
     def counting(function: Any, place: int) -> Any:
         def call(*args: Any, **options: Any) -> Any:
@@ -94,13 +101,14 @@ def exchange_states(
     with ExitStack() as stack:
         for name, place in {"all_gather_into_tensor": 1, "isend": 0}.items():
             stack.enter_context(mock.patch.object(exchange.dist, name, counting(getattr(dist, name), place)))
-        with saved_tensors_hooks(pack, lambda x: x):
-            before = states_before(transition, state, line, kind == "matrix")
+        before = one.begin(transition, state)()
+        kept = sum(x.numel() for x in (one.before, one.kept) if x is not None)
         sent.append(0)
         before.backward(gradient)
-    tensors = {"before": before.detach(), "transition": transition.grad, "state": state.grad}
+    d_transition = None if transition is None else transition.grad
+    tensors = {"before": before.detach(), "transition": d_transition, "state": state.grad}
     found = {name: x.cpu() for name, x in tensors.items() if x is not None}
-    return found | {"sent": tuple(sent), "kept": sum(kept.values())}
+    return found | {"sent": tuple(sent), "kept": kept}
 
 
 KINDS = list(TRANSITIONS)
@@ -108,7 +116,7 @@ KINDS = list(TRANSITIONS)
 
 def many_exchanges(
     layout: str, again: bool, group: Group = None, device: str = "cpu"
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+) -> list[tuple[Tensor | None, ...]]:
     """Exchanges of all kinds and both strategies on their way at once, by ranks that are never there at the same time.
 
     Args:
@@ -116,33 +124,35 @@ def many_exchanges(
     """
     random = Random(dist.get_rank())
     lines = [line_of(group, layout, strategy) for strategy in exchange.STRATEGIES]
-    leaves: list[Tensor] = []
+    leaves: list[Tensor | None] = []
     for seed, kind in enumerate(KINDS):
-        leaves += [
-            own(x, lines[0]).to(device).requires_grad_() for x in summaries(kind, lines[0].order.count, seed)[:2]
-        ]
+        given = summaries(kind, lines[0].order.count, seed)[:2]
+        leaves += [None if x is None else own(x, lines[0]).to(device).requires_grad_() for x in given]
     waits = list(range(len(KINDS)))
     Random(0).shuffle(waits)  # in any order, but the same everywhere
 
-    def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(*leaves: Any) -> Any:
         begun = []
         for n, kind in enumerate(KINDS):
             time.sleep(random.random() * 0.02)
-            begun.append(Exchange(*leaves[2 * n : 2 * n + 2], lines[n % 2], kind == "matrix"))
+            one = activations.once(partial(Exchange, lines[n % 2], kind == "matrix"))
+            begun.append(one.begin(*leaves[2 * n : 2 * n + 2]))
         found = {}
         for n in waits:
             time.sleep(random.random() * 0.02)
-            found[n] = _Late.apply(begun[n].wait(), random)
+            found[n] = _Late.apply(begun[n](), random)
         return tuple(found[n] for n in range(len(KINDS)))
 
-    befores = checkpoint(forward, *leaves, use_reentrant=False) if again else forward(*leaves)
+    activations = Activations(("layer",) if again else ())
+    befores = activations.layer(0, forward, *leaves)
     losses = []
     for seed, (kind, before) in enumerate(zip(KINDS, befores, strict=True)):
         gradient = own(summaries(kind, lines[0].order.count, seed)[2], lines[0]).to(device)
         losses.append((before * gradient.conj()).real.sum())
     torch.stack(losses).sum().backward()
-    found = [(b.detach(), *(x.grad for x in leaves[2 * n : 2 * n + 2])) for n, b in enumerate(befores)]
-    return [tuple(x.cpu() for x in three) for three in found]  # type: ignore[union-attr,misc]
+    gradients = [None if x is None else x.grad for x in leaves]
+    found = [(b.detach(), *gradients[2 * n : 2 * n + 2]) for n, b in enumerate(befores)]
+    return [tuple(None if x is None else x.cpu() for x in three) for three in found]
 
 
 def exchanges_on_gpus(
@@ -157,14 +167,16 @@ def exchanges_on_gpus(
 
 
 class _Late(torch.autograd.Function):
-    """`x`, and its gradient after a while."""
+    """`x`, and its gradient after a while; it asks for x, so that recomputation has something to do."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, random: Random) -> Tensor:  # type: ignore[override]
         ctx.random = random
+        ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        assert ctx.saved_tensors[0].shape == gradient.shape
         time.sleep(ctx.random.random() * 0.02)
         return gradient, None

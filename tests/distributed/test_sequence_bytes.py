@@ -53,13 +53,16 @@ def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int | None]]:
 
     None: it has no transition, and is handed over.
     """
-    sizes: list[tuple[int, int | None]] = []
+    sizes, joined = list[tuple[int, int | None]](), False
     for name, (shape, _) in mixer.state_shapes(1, 1).items():
         if name.startswith("conv"):
             _, channels, history = shape
-            memories = getattr(mixer, "memories", 0)  # which may have no token at all in a piece
-            matrix = memories > 0 or length < history
-            sizes.append((channels * history, max(memories, 1) * history * history if matrix else 1))
+            if memories := getattr(mixer, "memories", 0):  # which may have no token at all in a piece
+                sizes.append((channels * history, memories * history * history))
+            else:  # those behind projections in one message
+                before, _ = sizes.pop() if joined else (0, 0)
+                sizes.append((before + channels * history, history * history if length < history else 0))
+                joined = hasattr(mixer, f"{name.removeprefix('conv_')}_conv1d")
             continue
         if mixer.config.type == "ttt_linear":
             sizes.append((math.prod(shape), None))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from linear_moe.config.fields import opt
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.later import later, weights_of
-from linear_moe.modeling.ops.sequence import Pieces, pieces_of
-from linear_moe.modeling.ops.short_conv import ahead
+from linear_moe.modeling.ops.sequence import Pieces, once_by, pieces_of
+from linear_moe.modeling.ops.short_conv import tokens_before
 
 Cache = dict[str, Tensor]
 """One layer's decoding state, by the names of `Mixer.state_shapes`; mixers update it in place."""
@@ -145,11 +145,12 @@ class Mixer(nn.Module):
         activations = self.host.activations
         # Gradients of weights are computed while the backward pass waits for other ranks' pieces.
         weights = None if layout.pieces is None or not torch.is_grad_enabled() else weights_of(self.modules())
-        with pieces_of(layout.pieces), later(weights):
+        with pieces_of(layout.pieces), once_by(activations.once), later(weights):
             inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
 
         def mix(*values: Any) -> Tensor:
-            with pieces_of(layout.pieces):  # here, where it may be called again, from another thread
+            # here, where it may be called again, from another thread
+            with pieces_of(layout.pieces), once_by(activations.once):
                 return self.mix(dict(zip(inputs, values, strict=True)), layout, cache)
 
         o = activations.region("core", mix, *inputs.values())
@@ -168,9 +169,9 @@ class LinearMixer(Mixer):
     A subclass sets `op`, or implements recurrence.
     """
 
-    _ahead: tuple[Tensor, dict[str, Tensor]] | None = None  # of pieces: an input, and projections of it by name
-
     op: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # of `modeling/ops`, its options set; not for own `recurrence`s
+
+    _behind: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]] | None = None  # an input, and `_projections` of it
 
     def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         """`x [B*T, hidden]` through the module `{name}_proj` and, if there is one, `{name}_conv1d` -> `[B, T, C]`."""
@@ -178,24 +179,24 @@ class LinearMixer(Mixer):
         if conv is None or layout.pieces is None:
             y = self._projection(name, x, layout)
             return y if conv is None else conv(y, layout, cache)
-        if self._ahead is None or self._ahead[0] is not x:
-            self._ahead = x, self._project_ahead(x, layout)
-        y = self._ahead[1].pop(name)
-        if not self._ahead[1]:
-            self._ahead = None
-        return conv(y, layout, cache)
+        if self._behind is None or self._behind[0] is not x:
+            self._behind = x, self._projections(x, layout)
+        y, before = self._behind[1].pop(name)
+        if not self._behind[1]:
+            self._behind = None
+        return conv(y, layout, before=before)
 
     def _projection(self, name: str, x: Tensor, layout: Layout) -> Tensor:
         y: Tensor = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
         return y
 
-    def _project_ahead(self, x: Tensor, layout: Layout) -> dict[str, Tensor]:
-        """All that will be convolved: what is before one of them travels while the next is projected."""
-        found, children = {}, cast("Iterator[tuple[str, Any]]", self.named_children())
-        for child, conv in children:
-            if (name := child.removesuffix("_conv1d")) != child:
-                found[name] = ahead(self._projection(name, x, layout), conv.size - 1)
-        return found
+    def _projections(self, x: Tensor, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
+        """All projections of `x` that will be convolved, by name, and the tokens before them: in one message."""
+        children = cast("Iterator[tuple[str, Any]]", self.named_children())
+        sizes = {name.removesuffix("_conv1d"): conv.size for name, conv in children if name.endswith("_conv1d")}
+        assert len(set(sizes.values())) == 1, f"convolutions of one input have one size, not {sizes}"
+        found = tokens_before([self._projection(name, x, layout) for name in sizes], next(iter(sizes.values())) - 1)
+        return dict(zip(sizes, found, strict=True))
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         """Inputs and initial states (none: zeros) -> (`o [B, T, H, V]`, final states), by the names of `state_shapes`.

@@ -64,9 +64,9 @@ class ConvByWrite(conv.ShortConv):
         super().__init__(host, *args, **options)
         self.heads, self.writes = host.split(heads), writes
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None, before: Tensor | None = None) -> Tensor:
         weight = swap_rows(self.weight, self.heads, self.writes)
-        options: Any = {"cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
+        options: Any = {"before": before, "cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
         if cache is None:
             return conv.short_conv(x, weight, None, output_state=False, **options)[0]
         state = swap_rows(cache[self.name].transpose(0, 1), self.heads, self.writes).transpose(0, 1)

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Summary = Callable[..., tuple[Tensor, Tensor]]
+T = TypeVar("T")
+
+Summary = Callable[..., tuple[Tensor | None, Tensor]]
 """`summary(*inputs) -> (transition, state)` of rows `[N, T, ...]`: after them, a state that was S before is transition
 S + state. The transition has as many dimensions as the state and is multiplied element by element (both may be
-complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left."""
+complex), or it is a matrix `[N, ..., K, K]` for a state `[N, ..., K, V]`, multiplied from the left. None: nothing of S
+is left."""
 
 
 Run = Callable[..., tuple[Tensor, Tensor]]
@@ -99,15 +102,6 @@ class Pieces(Protocol):
         """Undoes `all_tokens`."""
         ...
 
-    def ahead(self, summary: Summary, x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
-        """Begin what `states` of this very `x` will wait for, from `summary` of inputs: work in between hides the
-        exchange. Collective."""
-        ...
-
-    def asked(self, x: Tensor) -> bool:
-        """Whether that has begun."""
-        ...
-
     def through(
         self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -154,6 +148,25 @@ def pieces_of(pieces: Pieces | None) -> Iterator[None]:
         yield
     finally:
         _pieces.reset(token)
+
+
+_once: ContextVar[Callable[[Callable[[], Any]], Any]] = ContextVar("once", default=lambda function: function())
+
+
+@contextmanager
+def once_by(function: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Within it, that is what `once` does."""
+    token = _once.set(function)
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
+def once(function: Callable[[], T]) -> T:
+    """`function()`, or what it was the first time, where activations are computed again."""
+    found: T = _once.get()(function)
+    return found
 
 
 def current(initial_state: Tensor | None = None) -> Pieces | None:

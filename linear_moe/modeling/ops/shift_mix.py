@@ -44,8 +44,8 @@ def shift_mix(
         raise ValueError(f"share must be [at most {MOST}, {x.shape[-1]}], got {tuple(share.shape)}")
     if more is not None and tuple(more.shape) != (count, *x.shape):
         raise ValueError(f"more must be {(count, *x.shape)}, got {tuple(more.shape)}")
-    if (pieces := sequence.current(state)) is not None:
-        before, x = tokens_before(pieces, x, 1)
+    if sequence.current(state) is not None:
+        ((x, before),) = tokens_before([x], 1)
         state = before.squeeze(1)
     sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and tuple(state.shape) != (sequences, width):

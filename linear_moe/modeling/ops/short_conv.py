@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ def short_conv(
     *,
     activation: str | None = "silu",
     state: Tensor | None = None,
+    before: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     output_state: bool = True,
     norm_size: int | None = None,
@@ -46,6 +48,7 @@ def short_conv(
         activation: "silu" or None.
         state: `[N, C, W - 1]`, the inputs before each sequence, oldest first; N is B, or the number of documents.
             With T = 1, no `cu_seqlens` and gradients disabled it is UPDATED IN PLACE and returned.
+        before: `[N, W - 1, C]` fp32, where these are pieces and that is known: the tokens before. None: asks for them.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
         output_state: False: the final state is not asked for.
         norm_size: a divisor of C.
@@ -63,13 +66,13 @@ def short_conv(
     width = weight.shape[1]
     on_kernel = x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton()
     if norm_size is not None and not (on_kernel and norm_size <= KERNEL_NORM):
-        options: Any = {"state": state, "cu_seqlens": cu_seqlens, "output_state": output_state}
+        options: Any = {"state": state, "before": before, "cu_seqlens": cu_seqlens, "output_state": output_state}
         y, final = short_conv(x, weight, bias, activation=activation, **options)
         return l2_norm(y, size=norm_size), final
-    before = None
-    if state is None and width > 1 and (pieces := sequence.current()) is not None:
-        before, x = tokens_before(pieces, x, width - 1)
-        state = None if on_kernel else before.mT.to(x.dtype)
+    if before is None and state is None and width > 1 and sequence.current() is not None:
+        ((x, before),) = tokens_before([x], width - 1)
+    if before is not None and not on_kernel:
+        state = before.mT.to(x.dtype)
     if state is not None and decodes(x.shape[1], state, cu_seqlens):
         window = torch.cat([state, x.mT.to(state.dtype)], dim=-1)  # [B, C, W]
         state.copy_(window[..., 1:])
@@ -97,25 +100,19 @@ def short_conv(
     return _finish(y, bias, activation).to(x.dtype), final.mT.to(state.dtype)
 
 
-def ahead(x: Tensor, count: int) -> Tensor:
-    """Of pieces, ask for the `count` tokens before `x [B, T, C]`: `tokens_before` of the result waits for them.
+def tokens_before(xs: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Of pieces, the `count` tokens before every local sequence of each `x [B, T, C]`, in one message.
 
     Returns:
-        x, for whoever asked and nothing else to use.
+        of each: x, for who asked and nothing else to use, and those tokens, oldest first: `[N, count, C]` fp32.
     """
     pieces = sequence.current()
-    if count == 0 or pieces is None or pieces.asked(x):
-        return x
+    assert pieces is not None
     inside = pieces.length < count  # only then does what was before a piece last until behind it
-    x, tail = (x, x) if pieces.packed else _Tail.apply(x, count)
-    pieces.ahead(partial(last_tokens, count=count, matrix=inside), x, tail, matrix=inside)
-    return x
-
-
-def tokens_before(pieces: sequence.Pieces, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` tokens before every local sequence of `x [B, T, C]`, oldest first: `[N, count, C]` fp32; and x."""
-    x = ahead(x, count)
-    return pieces.states(partial(last_tokens, count=count), x, matrix=True), x
+    pairs = [(x, x) if pieces.packed else _Tail.apply(x, count) for x in xs]
+    summary = partial(last_tokens, count=count, matrix=inside)
+    before = pieces.states(summary, *(tail for _, tail in pairs), matrix=inside)
+    return [(x, part) for (x, _), part in zip(pairs, before.split([x.shape[2] for x in xs], 2), strict=True)]
 
 
 class _Tail(torch.autograd.Function):
@@ -135,18 +132,19 @@ class _Tail(torch.autograd.Function):
         return dx, None
 
 
-def last_tokens(x: Tensor, count: int, matrix: bool = True) -> tuple[Tensor, Tensor]:
+def last_tokens(*xs: Tensor, count: int, matrix: bool = True) -> tuple[Tensor | None, Tensor]:
     """The summary of a window, a state `[N, count, C]` of the last tokens of `x [N, T, C]`, which shifts by T.
 
     Args:
+        xs: parts of the channels.
         matrix: False: what was before is never asked for behind x, because T >= count or a sequence begins with x.
     """
-    missing = max(count - x.shape[1], 0)
-    state = F.pad(x[:, -count:], (0, 0, missing, 0)).float()
+    missing = max(count - xs[0].shape[1], 0)
+    state = F.pad(torch.cat([x[:, -count:] for x in xs], 2), (0, 0, missing, 0)).float()
     if not matrix:
-        return state.new_zeros(len(x), 1, 1), state
-    shift = torch.eye(missing, device=x.device)
-    return F.pad(shift, (count - missing, 0, 0, count - missing)).expand(len(x), -1, -1), state
+        return None, state
+    shift = torch.eye(missing, device=state.device)
+    return F.pad(shift, (count - missing, 0, 0, count - missing)).expand(len(state), -1, -1), state
 
 
 def _last(x: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:

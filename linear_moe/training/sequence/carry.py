@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.modeling.ops.sequence import Run, Summary
-from linear_moe.training.sequence.exchange import Line, states_before
+from linear_moe.modeling.ops.sequence import Run, Summary, once
+from linear_moe.training.sequence.exchange import Exchange, Line
 from linear_moe.training.sequence.layout import Cut
 
 
@@ -136,7 +136,8 @@ def carry(
         own = places(*inputs, start, *shared)
         summaries = zip(*(place.summary(summary) for place in own), strict=True)
         transition, state = (torch.stack(x, 1).flatten(0, 1) for x in summaries)
-        before = states_before(transition, state, line, matrix=True).unflatten(0, (cut.rows, -1)).unbind(1)
+        exchange = once(lambda: Exchange(line, matrix=True))
+        before = exchange.begin(transition, state)().unflatten(0, (cut.rows, -1)).unbind(1)
         outputs = torch.stack([place.finish(x)[0] for place, x in zip(own, before, strict=True)])
     return outputs.transpose(0, 1).reshape(*inputs[0].shape[:2], *outputs.shape[3:])
 

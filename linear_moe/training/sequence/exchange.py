@@ -50,9 +50,9 @@ class Line:
     dtype: torch.dtype = torch.float32
 
 
-def states_before(transition: Tensor, state: Tensor, line: Line, matrix: bool) -> Tensor:
+def states_before(transition: Tensor | None, state: Tensor, line: Line, matrix: bool) -> Tensor:
     """An `Exchange` that is waited for at once."""
-    return Exchange(transition, state, line, matrix).wait()
+    return Exchange(line, matrix).begin(transition, state)()
 
 
 Finish = Callable[[], Tensor]
@@ -60,31 +60,41 @@ Finish = Callable[[], Tensor]
 
 
 class Exchange:
-    """One exchange: it begins when it is made, and `wait` gives its result. Collective, as are the gradients."""
+    """One exchange, which `begin` sends and what it returns waits for. Collective, as are the gradients.
 
-    def __init__(self, transition: Tensor, state: Tensor, line: Line, matrix: bool):
-        """Send this rank's summaries.
+    Begun again, where activations are computed again, it sends nothing: it knows the states, and keeps all that its
+    backward pass needs.
+    """
 
-        Args:
-            transition: `[S, ...]`, see `ops.sequence.Summary`; 0 where what is before does not go on behind.
-            state: `[S, ...]` fp32 or complex; S: rows, and within a row its pieces in order of time.
-            matrix: the transition is one, else elementwise.
-        """
+    def __init__(self, line: Line, matrix: bool = False):
+        """`matrix`: transitions are matrices, else elementwise."""
         self.line, self.matrix = line, matrix
         # A transition near 1 loses what it forgets in 16 bits, and after many pieces that is much. Less 1 it does not:
         # sum_m (1 - A_m) prod_(l > m) A_l is at most 1, so the error does not grow with the pieces.
         self.less_one = line.strategy == "all_gather" and line.dtype != torch.float32
         self.finish: Finish | None = None  # of what is on its way, forwards or backwards
         self.kept: Tensor | None = None  # transitions that the backward pass needs
-        self.before: Tensor | None = None
-        pieces = (x.unflatten(0, (-1, line.order.per_rank)).transpose(0, 1) for x in (transition, state))
-        self._started: Tensor = _Start.apply(*pieces, self)
+        self.before: Tensor | None = None  # what the exchange found
 
-    def wait(self) -> Tensor:
-        """The states before each of this rank's segments `[S, ...]`, differentiable."""
-        before: Tensor = _Wait.apply(self._started, self)
-        del self._started
-        return before.transpose(0, 1).flatten(0, 1)
+    def begin(self, transition: Tensor | None, state: Tensor) -> Callable[[], Tensor]:
+        """Send this rank's summaries.
+
+        Args:
+            transition: `[S, ...]`, see `ops.sequence.Summary`; 0 where what is before does not go on behind. None:
+                nowhere does it.
+            state: `[S, ...]` fp32 or complex; S: rows, and within a row its pieces in order of time.
+
+        Returns:
+            what waits for the states before each of this rank's segments `[S, ...]`, differentiable.
+        """
+        rows = (None if x is None else x.unflatten(0, (-1, self.line.order.per_rank)) for x in (transition, state))
+        started: Tensor = _Start.apply(*(None if x is None else x.transpose(0, 1) for x in rows), self)
+
+        def wait() -> Tensor:
+            before: Tensor = _Wait.apply(started, self)
+            return before.transpose(0, 1).flatten(0, 1)
+
+        return wait
 
     def arrived(self) -> Tensor:
         assert self.finish is not None, "an exchange is waited for once, after it began"
@@ -95,8 +105,10 @@ class Exchange:
     def one(self, like: Tensor) -> Tensor | int:
         return torch.eye(like.shape[-1], device=like.device) if self.matrix else 1
 
-    def step(self, state: Tensor, transition: Tensor, carried: Tensor) -> Tensor:
+    def step(self, state: Tensor, transition: Tensor | None, carried: Tensor) -> Tensor:
         """`transition carried + state`."""
+        if transition is None:
+            return state
         if self.less_one:
             state = state + carried
         if not self.matrix:
@@ -111,17 +123,19 @@ class Exchange:
 class _Start(torch.autograd.Function):
     """By piece of this rank: transition `[P, rows, ...]`, state `[P, rows, ...]` -> what `_Wait` waits for.
 
-    The tensor between the two is empty: it says which comes first. What travels is in the exchange.
+    The tensor between the two is empty: it says which comes first. What travels is in the exchange. So is what the
+    backward pass needs, which is little: recomputation, which drops what autograd saves, shall not need it once more.
     """
 
     @staticmethod
-    def forward(ctx: Any, transition: Tensor, state: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
-        ctx.exchange, ctx.shape = exchange, transition.shape
-        if exchange.line.strategy == "ring":
-            exchange.kept = transition
-            exchange.finish = _ring(exchange, transition, state, reverse=False)
-        else:
-            exchange.finish = _gather(exchange, transition, state)
+    def forward(ctx: Any, transition: Tensor | None, state: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
+        ctx.exchange, ctx.shape = exchange, None if transition is None else transition.shape
+        if exchange.before is None:
+            if exchange.line.strategy == "ring":
+                exchange.kept = transition
+                exchange.finish = _ring(exchange, transition, state, reverse=False)
+            else:
+                exchange.finish = _gather(exchange, transition, state)
         return state.new_empty(0)
 
     @staticmethod
@@ -129,10 +143,10 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         exchange: Exchange = ctx.exchange
         after, before = exchange.arrived(), exchange.before
-        exchange.before = None
+        exchange.before = exchange.kept = None
         if not ctx.needs_input_grad[0]:
             return None, after, None
-        assert before is not None
+        assert before is not None, "an exchange has one backward pass"
         if exchange.matrix:
             return after @ before.mT, after, None
         return (after * before.conj()).sum_to_size(ctx.shape), after, None
@@ -143,44 +157,48 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, started: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
-        before = exchange.arrived()
         ctx.exchange = exchange
-        ctx.save_for_backward(before, exchange.kept)
-        exchange.kept = None
-        return before
+        if exchange.before is None:
+            exchange.before = exchange.arrived()
+        return exchange.before.detach()  # autograd ties what is returned to the graph, which the exchange must not be
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         exchange: Exchange = ctx.exchange
-        exchange.before, kept = ctx.saved_tensors
         if exchange.line.strategy == "ring":
-            exchange.finish = _ring(exchange, exchange.adjoint(kept), gradient, reverse=True)
+            transition = None if exchange.kept is None else exchange.adjoint(exchange.kept)
+            exchange.finish = _ring(exchange, transition, gradient, reverse=True)
         else:
-            exchange.finish = _gather_gradients(exchange, kept, gradient)
+            exchange.finish = _gather_gradients(exchange, gradient)
         return gradient.new_empty(0), None
 
 
-def _gather(exchange: Exchange, transition: Tensor, state: Tensor) -> Finish:
+def _gather(exchange: Exchange, transition: Tensor | None, state: Tensor) -> Finish:
     """All summaries in one message; the scan is this rank's own. Transitions of the pieces behind are kept."""
-    line, sent = exchange.line, transition - exchange.one(transition) if exchange.less_one else transition
-    arrived = _from_all([state, sent], line)
+    line, parts = exchange.line, [state]
+    if transition is not None:
+        parts.append(transition - exchange.one(transition) if exchange.less_one else transition)
+    arrived = _from_all(parts, line)
 
     def finish() -> Tensor:
-        states, transitions = arrived()
-        behind = transitions[min(line.order.pieces(line.rank)) + 1 :]
-        exchange.kept = torch.stack(behind) if behind else transition.new_empty(0)
-        return _scan(exchange, dict(enumerate(transitions)), states, range(line.order.count))
+        states, *others = arrived()
+        transitions = dict[int, Tensor]()
+        if transition is not None:
+            transitions = dict(enumerate(others[0]))
+            behind = others[0][min(line.order.pieces(line.rank)) + 1 :]
+            exchange.kept = torch.stack(behind) if behind else transition.new_empty(0)
+        return _scan(exchange, transitions, states, range(line.order.count))
 
     return finish
 
 
-def _gather_gradients(exchange: Exchange, kept: Tensor, gradient: Tensor) -> Finish:
-    line, arrived = exchange.line, _from_all([gradient], exchange.line)
+def _gather_gradients(exchange: Exchange, gradient: Tensor) -> Finish:
+    line, kept, arrived = exchange.line, exchange.kept, _from_all([gradient], exchange.line)
 
     def finish() -> Tensor:
         (gradients,) = arrived()
-        behind = enumerate(kept.unbind(), min(line.order.pieces(line.rank)) + 1)
+        behind = () if kept is None else enumerate(kept.unbind(), min(line.order.pieces(line.rank)) + 1)
         transitions = {piece: exchange.adjoint(x) for piece, x in behind}
         return _scan(exchange, transitions, gradients, range(line.order.count - 1, -1, -1))
 
@@ -188,7 +206,10 @@ def _gather_gradients(exchange: Exchange, kept: Tensor, gradient: Tensor) -> Fin
 
 
 def _scan(exchange: Exchange, transitions: dict[int, Tensor], states: list[Tensor], pieces: range) -> Tensor:
-    """Of all pieces in order `[rows, ...]`, as far as this rank needs -> what comes to its own `[P, rows, ...]`."""
+    """Of all pieces in order `[rows, ...]`, as far as this rank needs -> what comes to its own `[P, rows, ...]`.
+
+    `transitions`: empty if nothing goes on through a piece.
+    """
     own = exchange.line.order.pieces(exchange.line.rank)
     found, carried = dict[int, Tensor](), None
     for piece in pieces:
@@ -196,7 +217,7 @@ def _scan(exchange: Exchange, transitions: dict[int, Tensor], states: list[Tenso
             found[piece] = torch.zeros_like(states[piece]) if carried is None else carried
             if len(found) == len(own):
                 break
-        carried = states[piece] if carried is None else exchange.step(states[piece], transitions[piece], carried)
+        carried = states[piece] if carried is None else exchange.step(states[piece], transitions.get(piece), carried)
     return torch.stack([found[piece] for piece in own])
 
 
@@ -236,7 +257,7 @@ def _in_time(order: Order) -> tuple[int, ...]:
     return tuple(rank * order.per_rank + place for rank, place in owners)
 
 
-def _ring(exchange: Exchange, transition: Tensor, state: Tensor, reverse: bool) -> Finish:
+def _ring(exchange: Exchange, transition: Tensor | None, state: Tensor, reverse: bool) -> Finish:
     """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`.
 
     On a GPU it is queued on a stream of its own. The messages of any two ranks are in the same order on both, and no
@@ -251,7 +272,8 @@ def _ring(exchange: Exchange, transition: Tensor, state: Tensor, reverse: bool) 
     with torch.cuda.stream(stream):
         _walk(exchange, transition, state, before, reverse)
     for x in (transition, state, before):  # of another stream, and free before this one is done
-        x.record_stream(stream)
+        if x is not None:
+            x.record_stream(stream)
 
     def finish() -> Tensor:
         torch.cuda.current_stream(before.device).wait_stream(stream)
@@ -265,17 +287,18 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _walk(exchange: Exchange, transition: Tensor, state: Tensor, before: Tensor, reverse: bool) -> None:
+def _walk(exchange: Exchange, transition: Tensor | None, state: Tensor, before: Tensor, reverse: bool) -> None:
     line = exchange.line
     order, rank = line.order, line.rank
     last, step = (0, -1) if reverse else (order.count - 1, 1)
     mine = list(enumerate(order.pieces(rank)))
     inside = list[Tensor]()
     sent: list[tuple[Any, Tensor]] = []
-    by_column = not exchange.matrix and transition.shape[-1] == state.shape[-1]
+    by_column = transition is not None and not exchange.matrix and transition.shape[-1] == state.shape[-1]
     for place, piece in reversed(mine) if reverse else mine:
         own_states, starts = state[place].chunk(BLOCKS, -1), before[place].chunk(BLOCKS, -1)
-        own_transitions = transition[place].chunk(BLOCKS, -1) if by_column else [transition[place]] * len(starts)
+        own = None if transition is None else transition[place]
+        own_transitions = own.chunk(BLOCKS, -1) if own is not None and by_column else [own] * len(starts)
         first = piece == (order.count - 1 if reverse else 0)
         source = None if first else order.owner(piece - step)[0]
         target = None if piece == last else order.owner(piece + step)[0]

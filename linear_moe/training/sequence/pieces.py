@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Run, Summary
+from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Run, Summary, once
 from linear_moe.training.sequence import attention as softmax
 from linear_moe.training.sequence.carry import carry
 from linear_moe.training.sequence.exchange import Exchange, Line, states_before
@@ -38,13 +37,6 @@ class RankPieces:
         self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
         self._lasts = on_device(counts.cumsum(0) - 1, device)  # and each segment's last
         self._sequences, self.sequences, self.tokens = int(counts.sum()), cut.sequences, cut.rows * cut.filled
-        self._begun: dict[int, tuple[Tensor, Exchange]] = {}  # by the identity of their inputs
-
-    def ahead(self, summary: Summary, x: Tensor, *inputs: Tensor, matrix: bool = False) -> None:
-        self._begun[id(x)] = x, Exchange(*self._summaries(summary, inputs), self.line, matrix)
-
-    def asked(self, x: Tensor) -> bool:
-        return id(x) in self._begun
 
     @property
     def length(self) -> int:
@@ -55,18 +47,19 @@ class RankPieces:
         return self.cut.packed
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
-        _, exchange = self._begun.pop(id(inputs[0]), (None, None)) if len(inputs) == 1 else (None, None)
-        exchange = exchange or Exchange(*self._summaries(summary, inputs), self.line, matrix)
-        return self._at(self._firsts, self._continuing(exchange.wait()))
+        wait = once(lambda: Exchange(self.line, matrix)).begin(*self._summaries(summary, inputs))
+        return self._at(self._firsts, self._continuing(wait()))
 
     def through(
         self, run: FromState, summary: tuple[Any, ...], gradient: tuple[Any, ...], matrix: bool = False
     ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            transition, state = self._summaries(summary[0], summary[1:])
-        # a graph of its own, that no recomputation of this layer needs to know of
-        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            before = states_before(transition, state.requires_grad_(), self.line, matrix)
+        def exchanged() -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                transition, state = self._summaries(summary[0], summary[1:])
+            with torch.enable_grad():  # a graph of its own
+                return states_before(transition, state.requires_grad_(), self.line, matrix), state
+
+        before, state = once(exchanged)
         o, final = run(self._at(self._firsts, self._continuing(before.detach())))
         start_gradient: Gradient = gradient[0]
 
@@ -77,10 +70,13 @@ class RankPieces:
 
         return _Through.apply(o, final, d_final, *gradient[1:]), final
 
-    def _summaries(self, summary: Summary, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    def _summaries(self, summary: Summary, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor]:
         """Of every segment's last sequence; the transition 0 where the segment before does not go on behind it."""
-        parts = [summary(*part) for part in self._segments(inputs, last=True)]
-        transition, state = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True))
+        transitions, states = zip(*(summary(*part) for part in self._segments(inputs, last=True)), strict=True)
+        state = states[0] if len(states) == 1 else torch.cat(states)
+        if transitions[0] is None:
+            return None, state
+        transition = transitions[0] if len(transitions) == 1 else torch.cat(transitions)
         return transition * _as(self._through, transition) if self.cut.packed else transition, state
 
     def _segments(self, inputs: tuple[Tensor | None, ...], last: bool) -> Iterator[tuple[Tensor | None, ...]]:
@@ -166,10 +162,6 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs = ctx.saved_tensors
         return d_o, ctx.d_final((*inputs, d_o)), None, *[None] * len(inputs)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _as(flags: Tensor, x: Tensor) -> Tensor:

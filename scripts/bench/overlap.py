@@ -58,7 +58,8 @@ def communication(events: Iterable[dict[str, Any]], purposes: Mapping[str, str])
     Returns:
         compute_ms, span_ms: of all other kernels and copies together, and from the first to the last event;
         purposes: {purpose: {ms: some kernel ran, hidden_ms: computation ran beside it, exposed_ms: none did,
-        hidden: the share, count, kernels_ms: of each, in order, so that ranks can be compared}};
+        hidden: the share, count, spans: of each kernel, in order, so that ranks can be compared}};
+        compute: all other kernels and copies, as a union;
         collectives: the same sums by purpose, description of the group, collective and dtype.
     """
     device, calls = [], {}
@@ -94,12 +95,10 @@ def communication(events: Iterable[dict[str, Any]], purposes: Mapping[str, str])
 
     ends = [time for event in device for time in span(event)]
     return {
+        "compute": compute,
         "compute_ms": length(compute),
         "span_ms": max(ends) - min(ends) if ends else 0.0,
-        "purposes": {
-            purpose: summary(spans) | {"kernels_ms": [end - begin for begin, end in spans]}
-            for purpose, spans in by_purpose.items()
-        },
+        "purposes": {purpose: summary(spans) | {"spans": spans} for purpose, spans in by_purpose.items()},
         "collectives": [
             dict(zip(("purpose", "group", "collective", "dtype"), kind, strict=True)) | summary(spans)
             for kind, spans in by_kind.items()
@@ -107,16 +106,23 @@ def communication(events: Iterable[dict[str, Any]], purposes: Mapping[str, str])
     }
 
 
-def transfers(ranks: list[dict[str, Any]]) -> None:
-    """Add `transfer_ms` to each rank's purposes: every kernel as long as on the rank where it was shortest.
+def transfers(own: dict[str, Any], ranks: list[dict[str, list[float]]]) -> None:
+    """Add what only sends, without waiting for the other ranks: transfer_ms, and the share beside computation.
 
-    The last rank to come does not wait in a collective; what the others' kernels take more is waiting for it.
+    The last rank to come does not wait in a collective: what it takes there is the transfer, and in the other ranks'
+    kernels the same time at their end. What they take before is waiting, which no smaller message would shorten.
+
+    Args:
+        own: of `communication`.
+        ranks: of all, by purpose the milliseconds of each kernel.
     """
-    for purpose in ranks[0]["purposes"]:
-        kernels = [rank["purposes"].get(purpose, {}).get("kernels_ms", []) for rank in ranks]
-        if len({len(one) for one in kernels}) == 1:
-            for rank in ranks:
-                rank["purposes"][purpose]["transfer_ms"] = sum(map(min, *kernels)) if len(ranks) > 1 else None
+    for purpose, found in own["purposes"].items():
+        everyones = [rank.get(purpose, []) for rank in ranks]
+        if len(ranks) > 1 and len({len(one) for one in everyones}) == 1:
+            shortest = [min(times) for times in zip(*everyones, strict=True)]
+            spans = union((end - least, end) for (_, end), least in zip(found["spans"], shortest, strict=True))
+            found["transfer_ms"] = sum(shortest)
+            found["transfer_hidden"] = common(spans, own["compute"]) / length(spans)
 
 
 def profile(run: Callable[[], Any], purposes: Mapping[str, str], path: Path) -> dict[str, Any] | None:
@@ -130,8 +136,10 @@ def profile(run: Callable[[], Any], purposes: Mapping[str, str], path: Path) -> 
     seen.export_chrome_trace(str(path))
     own = communication(json.loads(path.read_text())["traceEvents"], purposes)
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, own)
-    transfers(ranks)
-    for purpose in (purpose for rank in ranks for purpose in rank["purposes"].values()):
-        del purpose["kernels_ms"]
-    return ranks[dist.get_rank()] if cuda else None
+    times = {name: [end - begin for begin, end in found["spans"]] for name, found in own["purposes"].items()}
+    dist.all_gather_object(ranks, times)
+    transfers(own, ranks)
+    for found in own["purposes"].values():
+        del found["spans"]
+    del own["compute"]
+    return own if cuda else None

@@ -11,11 +11,12 @@ ROWS sequences (1) make a micro-batch. NAME `layer` is one Gated DeltaNet layer;
 
 A step is the trainer's: forward, backward, reduction, clipping, optimizer, with random tokens, one micro-batch a step,
 distributed optimizer, overlapped; --recompute's layers are computed again, logits are made in blocks of the vocabulary.
-A model's lengths in one layout follow each other on the same weights. After the warm-up, one to five steps, of about
+A model's lengths in one layout follow each other on the same weights. After the warm-up, one to ten steps, of about
 --budget seconds, count, and their median is taken. `peak_gib`: by rank, the most that PyTorch's allocator handed out;
 `state_gib`: what weights, gradients and optimizer take of it; `mib_per_1k_tokens`: the rest.
 --profile traces one more step of sp2: of NCCL's kernels by purpose, the share beside which computation ran (`hidden`),
-and the rest as a share of the step (`exposed`); waiting for the other GPU counts, but not in `transfer_ms`.
+and the rest as a share of the step (`exposed`). In these, waiting for the other GPU counts. In the sequence's
+`transfer_ms`, and the share of it that computation hides (`transfer_hidden`, of the GPU with less), it does not.
 
 A layout that runs out of memory is tried with half its ROWS, and with one, no longer length is tried. What needs more
 than --slack times the memory by `plan` is left out. Results are written again whenever a case's length is done.
@@ -71,7 +72,7 @@ CASES = {
     "lengths": [f"{name}:single@2Kx256/16Kx32/128Kx4/512K" for name in (*SPEED[:-1], "softmax")],
 }
 LONG = 20  # seconds of a step that counts at once, without a warm-up, unless it is the model's first
-STEPS = 16  # at most, of one job
+STEPS = 10  # that count, at most
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,13 @@ def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, 
         return seconds[-1]
 
     bench.start_peak()
-    last = step()
-    if agreed(trial.steps == 0 and last < job.budget):
-        last = step()
-    warmup = 0 if agreed(trial.steps > 0 and last > LONG) else len(seconds)
+    step()
+    if agreed(trial.steps == 0):
+        step()
+    warmup = 0 if agreed(seconds[-1] > LONG and trial.steps > 0) else len(seconds)
     if warmup:
         bench.start_peak()
-        for _ in range(agreed(min(5, max(1, round(job.budget / last))))):
+        while agreed(len(seconds) < warmup + STEPS and sum(seconds[warmup:]) < job.budget):
             step()
     trial.steps += len(seconds)
     found = {"seconds": list(seconds), "warmup": warmup, "losses": list(losses), "peak_gib": bench.used_gib()["peak"]}
@@ -305,6 +306,8 @@ SAID = (
     "differences",
     "hidden",
     "exposed",
+    "transfer_ms",
+    "transfer_hidden",
     "skipped",
     "failed",
 )
@@ -364,6 +367,10 @@ def row_of(job: Job, found: Any) -> dict[str, Any]:
             span, purposes = first["overlap"]["span_ms"], first["overlap"]["purposes"].items()
             row |= {"hidden": {k: round(v["hidden"], 4) for k, v in purposes}}
             row |= {"exposed": {k: round(v["exposed_ms"] / span, 4) for k, v in purposes}}
+            sent = [rank["overlap"]["purposes"].get("sequence", {}) for rank in found]
+            if all("transfer_ms" in rank for rank in sent):
+                row |= {"transfer_ms": max(rank["transfer_ms"] for rank in sent)}
+                row |= {"transfer_hidden": round(min(rank["transfer_hidden"] for rank in sent), 4)}
     return row | {
         "tokens_per_second_per_gpu": 1e3 * job.rows * job.length / row["ms"],
         "seconds": first["total_seconds"],
@@ -452,7 +459,7 @@ def arguments() -> argparse.Namespace:
 
 def all_jobs(args: argparse.Namespace) -> list[Job]:
     layers = () if args.layers is None else (f"model.num_layers={args.layers}", f"model.pattern=L * {args.layers}")
-    named = (f"training.timeout_minutes={0.8 * args.timeout / 60:g}", f"training.steps={STEPS}", "run=unused",
+    named = (f"training.timeout_minutes={0.8 * args.timeout / 60:g}", f"training.steps={STEPS + 3}", "run=unused",
              "data.corpus=synthetic", "schedule.type=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4",
              f"training.recompute={'full' if args.recompute == 'full' else 'selective'}",
              "training.recompute_modules=[logits]")  # fmt: skip

@@ -100,12 +100,13 @@ def speed_table(rows: list[Row]) -> str:
         peaks = ["" if x is None or "ms" not in x else cell(x, "peak_gib", ".1f") for x in (one, dp, sp)]
         hidden = (sp or {}).get("hidden", {})
         shares = ["" if key not in hidden else f"{hidden[key]:.0%}" for key in ("sequence", "gradients")]
-        shares.append(f"{sp['exposed']['sequence']:.2%}" if sp is not None and "sequence" in hidden else "")
+        traced = sp is not None and "transfer_ms" in sp
+        shares += [f"{sp['transfer_ms']:.1f}", f"{sp['transfer_hidden']:.0%}"] if sp and traced else ["", ""]
         lines.append([label(row), short(row["length"]), *speeds, *ratios, *peaks, *shares])
     titles = ("case", "tokens per GPU", "single", "dp2", "sp2: tokens/s/GPU", "sp2 / dp2", "sp2 / single",
               "sp2 / dp2, same sequence",
               "GiB single", "dp2", "sp2", "sequence's hidden", "gradients' hidden",
-              "sequence's exposed, of the step")  # fmt: skip
+              "of the sequence's, ms of transfer", "hidden")  # fmt: skip
     return markdown(titles, lines)
 
 

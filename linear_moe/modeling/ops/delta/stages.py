@@ -1,8 +1,8 @@
 """The delta rule without decay or with one per head, on CUDA, stopped between the WY form and the states.
 
-What comes before pieces of sequences is known only once the WY form of all has been summarised. In stages it is made
-once for both. The kernels are flash-linear-attention's, in the order of its `chunk_delta_rule` and
-`chunk_gated_delta_rule`.
+What comes before pieces of sequences is known only once the WY form of all has been summarised, and what comes behind
+them, in the backward pass, once the gradients of their writes have. In stages both are made once for the summary and
+the op. The kernels are flash-linear-attention's, in the order of its `chunk_delta_rule` and `chunk_gated_delta_rule`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,32 @@ class WY(NamedTuple):
     u: Tensor  # [B, T, H, V]
     inverse: Tensor  # [B, T, H, 64]
     sums: Tensor | None  # [B, T, H] fp32, since the beginning of the chunk
+
+
+class Backward:
+    """What a backward pass begins with: the WY form once more, and the writes' gradients from outputs of their chunk.
+
+    Made for the gradient of the initial state, which is sent while the op's own backward pass waits, and `take`n by it.
+    """
+
+    def __init__(self) -> None:
+        self.made: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def make(self, wy: dict[str, Any], q: Tensor, d_o: Tensor, scale: float, packing: dict[str, Any]) -> None:
+        """`wy`: k, v, beta, A, the inverse, and g, the sums or None."""
+        k, gate = wy["k"], wy["g"]
+        if gate is None:
+            given = {name: x for name, x in wy.items() if name != "g"}
+            w, u = fla("ops.delta_rule.wy_fast").recompute_w_u_fwd(**given, **packing)
+        else:
+            w, u = fla("ops.gated_delta_rule.wy_fast").recompute_w_u_fwd(**wy, **packing)
+        local = fla("ops.common.chunk_o").chunk_bwd_dv_local
+        self.made = w, u, local(q=q, k=k, do=d_o, g=gate, scale=scale, chunk_size=CHUNK, **packing)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.made is not None
+        made, self.made = self.made, None
+        return made
 
 
 def through(
@@ -57,10 +83,12 @@ def through(
 
     def run(initial_state: Tensor) -> tuple[Tensor, Tensor]:
         start = F.pad(initial_state, (0, 0, 0, k.shape[-1] - keys))
-        o, final = _Rest.apply(q, k, v, beta, g, made, start, scale, packing)
+        o, final = _Rest.apply(q, k, v, beta, g, made, start, scale, packing, backward)
         return o, final[:, :, :keys]
 
-    gradient = partial(_start_gradient, keys, scale)
+    backward = Backward()
+    # Of packed documents only each piece's first is asked for, cut off from the others.
+    gradient = partial(_start_gradient, keys, scale, None if pieces.packed else backward)
     return pieces.through(
         run, (summary, k, made.w, made.u, made.sums), (gradient, q, k, v, beta, made.inverse, made.sums), matrix=True
     )
@@ -80,6 +108,7 @@ def _wy(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, packing: dict[str,
 def _start_gradient(
     keys: int,
     scale: float,
+    shared: Backward | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,13 +117,13 @@ def _start_gradient(
     sums: Tensor | None,
     d_o: Tensor,
 ) -> Tensor:
-    d_o = d_o.contiguous()
+    q, k, v, beta, inverse, d_o = (x.contiguous() for x in (q, k, v, beta, inverse, d_o))
+    backward = shared or Backward()
     with torch.cuda.device_of(v):
-        if sums is None:
-            w, _ = fla("ops.delta_rule.wy_fast").recompute_w_u_fwd(k=k, v=v, beta=beta, A=inverse, cu_seqlens=None)
-        else:
-            w, _ = fla("ops.gated_delta_rule.wy_fast").recompute_w_u_fwd(k=k, v=v, beta=beta, A=inverse, g=sums)
-        dv = fla("ops.common.chunk_o").chunk_bwd_dv_local(q=q, k=k, do=d_o, g=sums, scale=scale, chunk_size=CHUNK)
+        wy = {"k": k, "v": v, "beta": beta, "A": inverse, "g": sums}
+        backward.make(wy, q, d_o, scale, {"cu_seqlens": None})
+        assert backward.made is not None
+        w, _, dv = backward.made
         _, start = summary_gpu.scan(k, w, dv, sums, q=q, do=d_o, scale=scale, backwards=True)
     return start[:, :, :keys]
 
@@ -114,6 +143,7 @@ class _Rest(torch.autograd.Function):
         initial_state: Tensor,
         scale: float,
         packing: dict[str, Any],
+        backward: Backward,
     ) -> tuple[Tensor, Tensor]:
         common: dict[str, Any] = {"k": k, "g": made.sums, "chunk_size": CHUNK, **packing}
         with torch.cuda.device_of(v):
@@ -122,21 +152,39 @@ class _Rest(torch.autograd.Function):
             )
             o = fla("ops.common.chunk_o").chunk_fwd_o(q=q, v=writes, h=h, scale=scale, **common)
         ctx.save_for_backward(q, k, v, beta, g, made.inverse, made.sums, initial_state)
-        ctx.scale, ctx.packing = scale, packing
+        ctx.scale, ctx.packing, ctx.begun = scale, packing, backward
         return o.to(v.dtype), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, beta, g, inverse, sums, initial_state = ctx.saved_tensors
-        given: dict[str, Any] = {"q": q, "k": k, "v": v, "beta": beta, "A": inverse, "scale": ctx.scale, **ctx.packing}
-        given |= {"initial_state": initial_state, "do": d_o.contiguous(), "dht": d_final.contiguous()}
+        d_o, wy = d_o.contiguous(), {"k": k, "v": v, "beta": beta, "A": inverse, "g": sums}
+        options: dict[str, Any] = {"k": k, "g": sums, "chunk_size": CHUNK, **ctx.packing}
+        reads: dict[str, Any] = {"q": q, "do": d_o, "scale": ctx.scale}
+        states = fla("ops.common.chunk_delta_h")
         with torch.cuda.device_of(v):
+            if ctx.begun.made is None:
+                ctx.begun.make(wy, q, d_o, ctx.scale, ctx.packing)
+            w, u, dv = ctx.begun.take()
+            h, writes, _ = states.chunk_gated_delta_rule_fwd_h(
+                w=w, u=u, initial_state=initial_state, output_final_state=False, **options
+            )
+            dh, _, du = states.chunk_gated_delta_rule_bwd_dhu(
+                w=w, dv=dv, h0=initial_state, dht=d_final.contiguous(), **reads, **options
+            )
+            dq, dk, dw, dg = fla("ops.common.chunk_o").chunk_bwd_dqkwg(
+                v=writes, w=w, h=h, dv=du, dh=dh, **reads, **options
+            )
+            wy |= {"dw": dw, "du": du, **ctx.packing}
             if g is None:
-                dq, dk, dv, dbeta, _ = fla("ops.delta_rule.chunk").chunk_delta_rule_bwd(**given)
+                del wy["g"]
+                more, dv, dbeta = fla("ops.delta_rule.wy_fast").prepare_wy_repr_bwd(**wy)
                 dg = None
             else:
-                found = fla("ops.gated_delta_rule.chunk").chunk_gated_delta_rule_bwd(g=sums, **given)
-                dq, dk, dv, dbeta, dg = found[:5]
-                dg = dg.to(g.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, None, None, None, None
+                more, dv, dbeta, dg_more = fla("ops.gated_delta_rule.wy_fast").prepare_wy_repr_bwd(**wy)
+                sums_of = fla("ops.utils").chunk_local_cumsum
+                dg = sums_of(dg.add_(dg_more), chunk_size=CHUNK, reverse=True, **ctx.packing).to(g.dtype)
+            dk.add_(more)
+        gradients = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg
+        return *gradients, None, None, None, None, None

@@ -165,10 +165,11 @@ def scan(
     most = max(1, chunks // LEAST) if block <= MAX_JOINED else 1
     tokens = triton.cdiv(chunks, min(most, max(1, PROGRAMS // (rows * heads * tiles)))) * chunk
     parts = triton.cdiv(length, tokens)
+    warps, stages = (4, 1) if backwards else (4 if q is None else 8, 2)  # measured on an H200 with 128 keys
     part = torch.empty(rows, parts, heads, keys, values + keys, dtype=torch.float32, device=k.device)
     _parts[(tiles, parts, rows * heads)](
         q, k, w, u, do, g, gk, part, scale, length, heads, keys, values, tokens, SIGN=sign, BACKWARDS=backwards,
-        CHUNK=chunk, BK=block, COLUMNS=COLUMNS, num_warps=4 if q is None and block <= 128 else 8, num_stages=2,
+        CHUNK=chunk, BK=block, COLUMNS=COLUMNS, num_warps=warps if block <= 128 else 8, num_stages=stages,
     )  # fmt: skip
     joined = part[:, 0]
     if parts > 1:

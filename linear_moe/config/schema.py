@@ -150,6 +150,13 @@ class ParallelConfig:
         "the n-th from the end, which balances causal softmax attention (zigzag)",
         choices=("contiguous", "zigzag"),
     )
+    sequence_pieces: int | None = opt(
+        None,
+        "pieces of every sequence on a rank, which recurrences compute side by side: with few rows of long sequences, "
+        "one alone does not fill a GPU. Without parallel.sequence too. null: two in zigzag, else one",
+        ge=1,
+        le=256,
+    )
     sequence_exchange: str = opt(
         "all_gather",
         "how recurrent states travel: all at once, or from piece to piece, in blocks; then what a rank sends and "

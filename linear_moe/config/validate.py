@@ -81,6 +81,11 @@ def expert_dispatcher(moe: MoEConfig, expert: int) -> str:
     return "allgather" if expert <= 2 and not moe.capacity_pad else "alltoall"
 
 
+def in_pieces(parallel: ParallelConfig) -> bool:
+    """Whether sequences are cut into pieces."""
+    return parallel.sequence > 1 or (parallel.sequence_pieces or 1) > 1
+
+
 def smallest_world(parallel: ParallelConfig) -> int:
     """The fewest ranks that the parallel sizes allow."""
     dense = parallel.tensor * parallel.sequence
@@ -88,10 +93,10 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 
 def padded_length(config: Config) -> int:
-    """training.sequence_length, up to equal pieces for the ranks of parallel.sequence."""
+    """training.sequence_length, up to equal pieces of `in_pieces`."""
     parallel = config.parallel
-    pieces = parallel.sequence * (2 if parallel.sequence > 1 and parallel.sequence_layout == "zigzag" else 1)
-    step = pieces * (parallel.tensor if parallel.sequence > 1 and tensor_sequence(parallel) else 1)
+    each = parallel.sequence_pieces or (2 if parallel.sequence > 1 and parallel.sequence_layout == "zigzag" else 1)
+    step = parallel.sequence * each * (parallel.tensor if in_pieces(parallel) and tensor_sequence(parallel) else 1)
     return -(-config.training.sequence_length // step) * step
 
 
@@ -219,6 +224,7 @@ def mixer_path(model: ModelConfig, symbol: str) -> str:
 
 def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
     first: dict[str, tuple[str, Any]] = {}  # of each type, the first layer's path and config
+    pieces = f"parallel.sequence{'' if config.parallel.sequence > 1 else '_pieces'} > 1"
     for i, layer in enumerate(layers):
         path, cls = mixer_path(config.model, layer.symbol), mixer_class(layer.mixer.type)
         first_path, first_mixer = first.setdefault(layer.mixer.type, (path, layer.mixer))
@@ -231,7 +237,7 @@ def _check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
         for needed, capability, option in (
             (config.parallel.tensor > 1, "tensor_parallel", "parallel.tensor > 1"),
             (config.data.isolate_documents, "packing", "data.isolate_documents"),
-            (config.parallel.sequence > 1, "sequence_parallel", "parallel.sequence > 1"),
+            (in_pieces(config.parallel), "sequence_parallel", pieces),
         ):
             if needed and not getattr(cls.capabilities, capability):
                 why = f": {cls.limits[capability]}" if capability in cls.limits else ""
@@ -322,7 +328,7 @@ def _check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
     parallel = config.parallel
     _check_pipeline(config, len(layers))
     _check_sequence(config, layers)
-    if tensor_sequence(parallel) and parallel.sequence == 1:
+    if tensor_sequence(parallel) and not in_pieces(parallel):
         length = config.training.sequence_length
         _check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
 
@@ -334,6 +340,11 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
         fields = ("sequence_layout", "sequence_exchange", "sequence_dtype", "sequence_attention")
         unused("parallel", parallel, *fields, needs="set parallel.sequence")
         return
+    each = parallel.sequence_pieces
+    if each is not None and each % 2 and parallel.sequence_layout == "zigzag":
+        constraint = "must be even with parallel.sequence_layout=zigzag, which balances pairs of pieces"
+        fix = f"{nearest(each, step=2)}, or parallel.sequence_layout=contiguous"
+        raise ConfigError("parallel.sequence_pieces", each, constraint, fix=fix)
     _check_sequence_attention(config, layers)
 
 

@@ -191,7 +191,8 @@ def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messag
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
     away = group.nodes - 1
     walk = (split.order.size - 1 - away) * inside + away * between
-    seconds = split.order.per_rank * (walk + (BLOCKS - 1) * (between if away else inside))
+    turns = 1 if split.order.layout == "contiguous" else split.order.per_rank
+    seconds = turns * (walk + (BLOCKS - 1) * (between if away else inside))
     forward, backward = state_sent(state, split)
     there = Message(forward, forward, seconds, kept=not state.serial)
     return there, Message(backward, backward, seconds, gap)
@@ -276,10 +277,12 @@ def layer_exchange(
         core: FLOPs of the recurrence, or of attention, per token of sequences so long (`Mixer.recurrence_flops`).
         length: of the sequences.
     """
-    if split.order.size == 1:
+    if split.order.count == 1:
         return Exchange()
     if by_heads(needs, split):
         return Exchange((_to_heads(needs, split, group),))
+    if split.order.size == 1:
+        return Exchange(local=sum(local_seconds(state, split, speed) for state in needs.states))
     attend, gap = split.tokens * core(length) / speed.together, split.tokens * needs.gap / speed.rate
     messages = [KEYS[split.attention](keys, split, group, attend) for keys in needs.keys]
     messages += [STATES["ring" if state.serial else split.exchange](state, split, group, gap) for state in needs.states]
@@ -308,7 +311,7 @@ def kept_bytes(needs: Needs, split: Split) -> float:
     pieces = split.order.per_rank
     behind = pieces if split.exchange == "ring" else split.order.count - 1
     numbers = sum(pieces * state.numbers + behind * state.transition for state in needs.states)
-    return float(FP32 * split.rows * numbers) if split.order.size > 1 else 0.0
+    return float(FP32 * split.rows * numbers) if split.order.count > 1 else 0.0
 
 
 def imbalance(core: Callable[[int], float], length: int, order: Order) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.validate import in_pieces
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan.needs import Needs, layer_needs
@@ -59,7 +60,7 @@ class RankModels:
 
     def split_needs(self, parallel: ParallelConfig) -> dict[int, Needs]:
         """The same, none where sequences are not shared out."""
-        return self.needs(parallel) if parallel.sequence > 1 else {}
+        return self.needs(parallel) if in_pieces(parallel) else {}
 
 
 @dataclass(frozen=True)

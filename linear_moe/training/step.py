@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import padded_length
+from linear_moe.config.validate import in_pieces, padded_length
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.training.faults import StopSignal
@@ -46,11 +46,12 @@ def layout_of(batch: Batch, line: Line | None = None) -> Layout:
 
 
 def sequence_line(config: Config) -> Line | None:
-    """This rank among those that share out its sequences; None: it is alone."""
-    if config.parallel.sequence == 1:
-        return None
-    group, rank = ps.get_context_parallel_group(), ps.get_context_parallel_rank()
+    """This rank among those that share out its sequences; None: they are not cut."""
     parallel = config.parallel
+    if not in_pieces(parallel):
+        return None
+    alone = parallel.sequence == 1
+    group, rank = (None, 0) if alone else (ps.get_context_parallel_group(), ps.get_context_parallel_rank())
     dtype = DTYPES[parallel.sequence_dtype]
     return Line(order_of(parallel), rank, group, parallel.sequence_exchange, parallel.sequence_attention, dtype)
 

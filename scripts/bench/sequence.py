@@ -116,9 +116,9 @@ class Job:
             f"training.micro_batch={self.rows}",
             f"training.global_batch={self.rows * (2 if self.layout == 'dp2' else 1)}",
         )
-        cut = "zigzag" if self.model in ("hybrid", "softmax") else "contiguous"
-        layout = (*LAYOUTS.get(self.layout, LAYOUTS["sp2"]), *((f"parallel.sequence_layout={cut}",) if shared else ()))
-        own = tuple(text for text in self.overrides if shared or not text.startswith("parallel."))
+        layout = LAYOUTS.get(self.layout, LAYOUTS["sp2"])
+        everywhere = "parallel.sequence_pieces="
+        own = tuple(x for x in self.overrides if shared or x.startswith(everywhere) or not x.startswith("parallel."))
         config = load_config(path, [*self.common, f"model.pattern={pattern}", *mixer, *layout, *sizes, *own])
         validate(config, self.ranks, files=False)
         return config

@@ -72,8 +72,14 @@ def own(x: Tensor, line: Line) -> Tensor:
 Group = dist.ProcessGroup | None
 
 
+def order_of(size: int, layout: str) -> Order:
+    """`contiguous`, or with so many pieces each: `contiguous*3`."""
+    name, _, each = layout.partition("*")
+    return Order(size, name, int(each) if each else None)
+
+
 def line_of(group: Group, layout: str, strategy: str, dtype: str = "fp32") -> Line:
-    order, group = Order(dist.get_world_size(), layout), group or dist.group.WORLD
+    order, group = order_of(dist.get_world_size(), layout), group or dist.group.WORLD
     return Line(order, dist.get_rank(), group, strategy, dtype=DTYPES[dtype])
 
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from linear_moe.training.sequence.exchange import STRATEGIES, Line
-from linear_moe.training.sequence.layout import Order
-from tests.distributed.exchange_cases import KINDS, ROWS, STATE, TRANSITIONS, expected, own
+from tests.distributed.exchange_cases import KINDS, ROWS, STATE, TRANSITIONS, expected, order_of, own
 from tests.distributed.harness import run
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close, relative_error
 
 WORLDS = (2, 4)
 LAYOUTS = ("contiguous", "zigzag")
+PIECES = ("contiguous*3", "zigzag*4")
 CASES = list(product(KINDS, LAYOUTS, STRATEGIES, ("fp32", "bf16")))
-MANY = {f"many-{layout}-{again}": (layout, again) for layout, again in product(LAYOUTS, (False, True))}
+CASES += list(product(("none", "key", "matrix"), PIECES, STRATEGIES, ("fp32",)))
+MANY = {f"many-{layout}-{again}": (layout, again) for layout, again in product((*LAYOUTS, *PIECES), (False, True))}
 Results = dict[tuple[int, str], list[Any]]
 
 
@@ -39,7 +40,7 @@ def test_states_and_gradients(results: Results, world: int, kind: str, layout: s
 
 def assert_states(ranks: list[Any], kind: str, layout: str, dtype: str) -> None:
     """Those of one process. In bf16 as far off as one rounding, however many pieces: but not exact."""
-    order = Order(len(ranks), layout)
+    order = order_of(len(ranks), layout)
     whole = dict(zip(("before", "transition", "state"), expected(kind, order.count), strict=True))
     errors = []
     for rank, found in enumerate(ranks):
@@ -65,7 +66,7 @@ def test_bf16_halves_the_bytes(results: Results, world: int, kind: str, layout: 
         assert wide["sent"] == tuple(2 * n for n in narrow["sent"])
         if strategy == "all_gather":
             elements = 2 if kind == "complex" else 1
-            sizes = [ROWS * len(Order(world, layout).pieces(0)) * prod(s) for s in (STATE, TRANSITIONS[kind])]
+            sizes = [ROWS * len(order_of(world, layout).pieces(0)) * prod(s) for s in (STATE, TRANSITIONS[kind])]
             assert wide["sent"] == (4 * elements * sum(sizes), 4 * elements * sizes[0])
 
 
@@ -73,7 +74,7 @@ def test_bf16_halves_the_bytes(results: Results, world: int, kind: str, layout: 
 @pytest.mark.parametrize(("kind", "layout"), list(product(KINDS, LAYOUTS)))
 def test_what_the_backward_pass_keeps(results: Results, world: int, kind: str, layout: str) -> None:
     """The states before, and transitions: all_gather those of all pieces behind this rank's first, else its own."""
-    order, size = Order(world, layout), ROWS * prod(TRANSITIONS[kind])
+    order, size = order_of(world, layout), ROWS * prod(TRANSITIONS[kind])
     states = ROWS * order.per_rank * prod(STATE)
     for rank in range(world):
         gathered, ring = (results[world, f"{kind}-{layout}-{s}-fp32"][rank]["kept"] for s in STRATEGIES)
@@ -88,7 +89,7 @@ def test_many_at_once(results: Results, world: int, name: str) -> None:
 
 
 def assert_many(ranks: list[Any], layout: str) -> None:
-    order = Order(len(ranks), layout)
+    order = order_of(len(ranks), layout)
     for seed, kind in enumerate(KINDS):
         whole = expected(kind, order.count, seed)
         for rank, found in enumerate(ranks):

@@ -78,6 +78,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "padded-sp4": ("padded", 4, {"sequence": 4, "sequence_exchange": "ring", "sequence_attention": "ring"}),
     "routers-sp2": ("routers", 2, {"sequence": 2, "expert": 2}),
     "memories-sp2": ("memories", 2, {"sequence": 2}),
+    "padded-pieces": ("padded", 1, {"sequence_pieces": 3}),
+    "hybrid-sp2-pieces": ("hybrid", 2, {"sequence": 2, "sequence_pieces": 4, "sequence_attention": "ring"}),
     "drop-pad-sp2-ep2": ("drop-pad", 2, {"sequence": 2, "expert": 2, "sequence_layout": "contiguous"}),
 }
 MORE: dict[str, tuple[str, int, dict[str, Any]]] = {  # minutes long
@@ -112,7 +114,7 @@ def outcomes(cases: dict[str, tuple[str, int, dict[str, Any]]], cache: Path) -> 
         return "sequence_training", {"config": tree(model, parallel, cache), "steps": STEPS}
 
     found = run(1, {model: case(model, {}) for model, _, _ in cases.values()})
-    for world in (2, 4):
+    for world in (1, 2, 4):
         found |= run(
             world, {name: case(model, sizes) for name, (model, ranks, sizes) in cases.items() if ranks == world}
         )

@@ -207,7 +207,8 @@ def test_times_grow_with_ranks_and_states_not_with_tokens(name: str) -> None:
 
 def test_one_rank_is_no_sequence_parallelism() -> None:
     for name, ways in (("gla", STATES), ("attention", KEYS)):
-        assert all(exchange_of(needs_of(name), 1, **{"exchange": way, "attention": way}) == Exchange() for way in ways)
+        found = [exchange_of(needs_of(name), 1, layout="contiguous", exchange=way, attention=way) for way in ways]
+        assert all(exchange == Exchange() for exchange in found)
     config = tree()
     simulation = simulate(config, [1], CLUSTER, 4096, total=True)
     flops, layers = forward_flops(config), RankModels(config, 512)(config.parallel).layers

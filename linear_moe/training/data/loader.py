@@ -77,7 +77,7 @@ class Collate:
             positions = (torch.arange(tokens.numel()) - starts).view_as(tokens)
             batch |= {"cu_seqlens": cu_seqlens, "max_document": int(lengths.max())}
         batch["positions"] = positions.contiguous()
-        return batch if self.order.size == 1 else split(batch, self.order, self.rank, self.padded)
+        return batch if self.order.count == 1 else split(batch, self.order, self.rank, self.padded)
 
 
 def document_offsets(tokens: Tensor, eod_id: int) -> Tensor:

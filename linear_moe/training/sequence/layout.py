@@ -1,4 +1,4 @@
-"""How sequences are cut into pieces, one or two a rank, and a micro-batch into the ranks' shares."""
+"""How sequences are cut into pieces, one or several a rank, and a micro-batch into the ranks' shares."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from linear_moe.config.schema import ParallelConfig
 class Order:
     """Which rank of `size` holds which piece of every row.
 
-    contiguous: piece r of `size`. zigzag: pieces r and 2 size - 1 - r of 2 size, so that with causal softmax attention
-    every rank has equally many pairs of a query and a key.
+    contiguous: a rank's follow each other. zigzag: ranks take one each, in order, then one each in the reverse order,
+    and so on; with two each, pieces r and 2 size - 1 - r of 2 size, every rank has equally many pairs of a query and a
+    key in causal softmax attention.
+
+    Attributes:
+        each: pieces of a rank; None: two in zigzag, else one.
     """
 
     size: int
     layout: str = "contiguous"
+    each: int | None = None
 
     @property
     def per_rank(self) -> int:
-        return 2 if self.layout == "zigzag" else 1
+        return self.each or (2 if self.layout == "zigzag" else 1)
 
     @property
     def count(self) -> int:
@@ -36,11 +41,17 @@ class Order:
         return self.size * self.per_rank
 
     def pieces(self, rank: int) -> tuple[int, ...]:
-        return (rank, self.count - 1 - rank)[: self.per_rank]
+        turns = range(self.per_rank)
+        if self.layout == "contiguous":
+            return tuple(rank * self.per_rank + turn for turn in turns)
+        return tuple(turn * self.size + (self.size - 1 - rank if turn % 2 else rank) for turn in turns)
 
     def owner(self, piece: int) -> tuple[int, int]:
         """The rank that holds a piece, and its place among that rank's."""
-        return (piece, 0) if piece < self.size else (self.count - 1 - piece, 1)
+        if self.layout == "contiguous":
+            return divmod(piece, self.per_rank)
+        turn, place = divmod(piece, self.size)
+        return (self.size - 1 - place if turn % 2 else place), turn
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,8 @@ class Cut:
 
 
 def order_of(parallel: ParallelConfig) -> Order:
-    return Order(parallel.sequence, parallel.sequence_layout if parallel.sequence > 1 else "contiguous")
+    layout = parallel.sequence_layout if parallel.sequence > 1 else "contiguous"
+    return Order(parallel.sequence, layout, parallel.sequence_pieces)
 
 
 def cut(

@@ -25,9 +25,12 @@ from linear_moe.training.sequence import exchange
 from linear_moe.training.sequence.exchange import Line, states_before
 from linear_moe.training.sequence.layout import Order, cut, split
 from linear_moe.training.sequence.pieces import RankPieces
-from tests.tolerances import FP32, assert_close
+from tests.distributed.sequences import one_pass, own_layout, stream, whole_layout
+from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
+from tests.unit.mixers.common import build, case_ids, cases
 
 ORDERS = [Order(size, layout) for size in (1, 2, 4) for layout in ("contiguous", "zigzag")]
+ORDERS += [Order(1, "contiguous", 4), Order(2, "contiguous", 4), Order(2, "zigzag", 4)]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
@@ -161,6 +164,24 @@ def test_summary_of_groups_windows() -> None:
         assert torch.equal(after[0, m], torch.cat([before[0, m], own])[-3:]), m
 
 
+CUT = {
+    key: case
+    for key, case in zip(case_ids(), cases(), strict=True)
+    if mixer_class(case[0]).capabilities.sequence_parallel
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("key", CUT)
+def test_pieces_on_one_rank_are_the_whole(key: str, packed: bool) -> None:
+    mixer = build(*CUT[key])
+    _, layout = own_layout(Line(Order(1, "contiguous", 4), 0), packed)
+    actual = one_pass(mixer, stream(packed, 0), stream(packed, 1), layout)
+    expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))
+    assert_close(actual.pop("output"), expected.pop("output"), FP32, key)
+    assert_gradients_close(actual, expected, FP32, FP32_GRADIENT_FLOOR)
+
+
 def test_pieces_take_no_initial_state() -> None:
     order = Order(1, "zigzag")
     with pieces_of(RankPieces(cut(1, 8, order, 0), Line(order, 0), torch.device("cpu"))):
@@ -191,7 +212,10 @@ def messages(order: Order, rank: int) -> list[list[tuple[str, int]]]:
     return [found[:split], found[split:]]
 
 
-@pytest.mark.parametrize("order", [Order(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")], ids=str)
+WALKS = [Order(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")]
+
+
+@pytest.mark.parametrize("order", [*WALKS, Order(3, "contiguous", 3), Order(3, "zigzag", 4)], ids=str)
 def test_the_ring_cannot_lock_up(order: Order) -> None:
     """Ranks whose messages go one after the other, each only when the other side has come to it."""
     for direction in range(2):

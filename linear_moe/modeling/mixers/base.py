@@ -143,9 +143,11 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """`x [tokens, hidden]` (this rank's share) -> the same shape."""
         activations = self.host.activations
-        # Gradients of weights are computed while the backward pass waits for other ranks' pieces.
-        weights = None if layout.pieces is None or not torch.is_grad_enabled() else weights_of(self.modules())
-        with pieces_of(layout.pieces), once_by(activations.once), later(weights):
+        # The gradient of the output projection's weight is computed while that of the state travels. Others could fill
+        # the gaps of convolutions, but putting one off takes the host longer than such a small message.
+        waits = layout.pieces is not None and torch.is_grad_enabled()
+        weights = weights_of(m for m in self.modules() if getattr(m, "split", None) == "row") if waits else None
+        with pieces_of(layout.pieces), once_by(activations.once):
             inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
 
         def mix(*values: Any) -> Tensor:

@@ -93,12 +93,11 @@ SPLIT = {
     for key, (name, fields) in zip(case_ids(), cases(), strict=True)
     if key.endswith("-0") and mixer_class(name).family != "softmax" and mixer_class(name).capabilities.sequence_parallel
 }
-BEHIND_CONVOLUTIONS = {"deltanet", "gated_deltanet", "kda", "mamba2"}  # of projections alone
 
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
-    """That of the state's gradient, which comes first, in every mixer; of all convolutions of projections."""
+    """That of the state's gradient, which comes first: the output projection's weight."""
     _, layout = own_layout(Line(Order(1, "zigzag"), 0), packed=False)
     waited: list[int] = []
 
@@ -110,7 +109,6 @@ def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
         one_pass(build(*SPLIT[name]), stream(False, 0), stream(False, 1), layout)
     forward, backward = waited[: len(waited) // 2], waited[len(waited) // 2 :]
     assert not any(forward) and backward[0] > 0
-    assert name not in BEHIND_CONVOLUTIONS or (len(backward) == 2 and min(backward) > 0)
 
 
 @pytest.mark.parametrize("name", SPLIT)

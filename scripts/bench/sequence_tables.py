@@ -27,6 +27,11 @@ def shared(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("model", "length", "rows", "preset", "layers", "recompute", "hidden_size")) + work
 
 
+def ways(row: Row) -> list[str]:
+    """What a row overrides of how work is spread."""
+    return [text for text in row["overrides"] if text.startswith("parallel.")]
+
+
 def own(row: Row) -> tuple[Any, ...]:
     """Two rows that share it are the same measurement."""
     return *shared(row), row["layout"], *row["overrides"]
@@ -38,7 +43,7 @@ def compare(rows: list[Row]) -> None:
     `of_dp2_same_sequence`: of dp2's with sequences as long as those that sp2 shares out, and so as many attention
     scores a token in a hybrid, but twice the tokens per GPU.
     """
-    plain = {(shared(row), row["layout"]): row for row in rows if "ms" in row}
+    plain = {(shared(row), row["layout"]): row for row in rows if "ms" in row and not ways(row)}
     for row in rows:
         for layout in ("dp2", "single", "alone"):
             base = plain.get((shared(row), layout))
@@ -85,7 +90,8 @@ def cell(row: Row | None, key: str, form: str) -> str:
 
 def speed_table(rows: list[Row]) -> str:
     """A line for each case in sp2, and for each work without one."""
-    by_layout = {layout: {shared(r): r for r in rows if r["layout"] == layout} for layout in ("dp2", "single")}
+    plain = [row for row in rows if not ways(row)]
+    by_layout = {layout: {shared(r): r for r in plain if r["layout"] == layout} for layout in ("dp2", "single")}
     leading = [row for row in rows if row["layout"] == "sp2"]
     seen = {shared(row) for row in leading}
     leading += [row for key, row in by_layout["dp2"].items() if key not in seen]
@@ -144,19 +150,21 @@ def layer_table(rows: list[Row]) -> str:
 
 
 def same_tokens(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Measured runs on one GPU by case and tokens per step, of at least two lengths."""
+    """Measured runs on one GPU by case and tokens per step, of at least two lengths; in one piece, then in several."""
     found: dict[tuple[str, int], list[Row]] = {}
-    for row in sorted((r for r in rows if r["layout"] == "single" and "ms" in r), key=lambda r: r["length"]):
-        found.setdefault((label(row), row["length"] * row["rows"]), []).append(row)
+    alone = (row for row in rows if row["layout"] == "single" and "ms" in row)
+    for row in sorted(alone, key=lambda r: (len(ways(r)), r["length"])):
+        plain = label(row | {"overrides": [text for text in row["overrides"] if text not in ways(row)]})
+        found.setdefault((plain, row["length"] * row["rows"]), []).append(row)
     return {key: group for key, group in found.items() if len(group) > 1}
 
 
 def lengths_table(rows: list[Row]) -> str:
     lines = []
-    for (name, tokens), group in same_tokens(rows).items():
+    for (_, tokens), group in same_tokens(rows).items():
         speeds = [row["tokens_per_second_per_gpu"] for row in group]
         for row, speed in zip(group, speeds, strict=True):
-            sizes = [name, short(tokens), short(row["length"]), str(row["rows"])]
+            sizes = [label(row), short(tokens), short(row["length"]), str(row["rows"])]
             figures = [f"{speed:,.0f}", f"{speed / max(speeds):.3f}", f"{row['mib_per_1k_tokens']:.1f}"]
             lines.append([*sizes, *figures, cell(row, "peak_gib", ".1f")])
     titles = (
@@ -271,7 +279,8 @@ def plot(result: dict[str, Any], path: Path) -> list[Path]:
             two.setdefault((label(row), row["layout"] == "dp2"), []).append(row)
         elif row["model"] == "layer":
             layer.setdefault((" ".join([row["layout"], *row["overrides"]]), False), []).append(row)
-    one = {(f"{name}, {short(n)} a step", False): rows for (name, n), rows in same_tokens(measured).items()}
+    whole = same_tokens([row for row in measured if not ways(row)])
+    one = {(f"{name}, {short(n)} a step", False): rows for (name, n), rows in whole.items()}
     speed = "tokens/s/GPU"
     if two:
         title = f"A sequence of twice the length on two {device}, and one on each"

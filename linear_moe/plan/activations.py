@@ -29,7 +29,7 @@ def layer_elements(
         modules: those computed again, as `Activations` names them.
 
     Returns:
-        Elements per token that it keeps, and most that the backward pass makes again at a time.
+        Elements per token that it keeps, and most that the backward pass has besides at a time, made again.
     """
     model, parallel, hidden = config.model, config.parallel, config.model.hidden_size
     wide = 4 / DTYPES[config.training.dtype].itemsize
@@ -57,7 +57,8 @@ def layer_elements(
     inside["ffn"] += 4 * dense  # gate, up, silu(gate), product
     parts["activation"] = "ffn", 2 * dense
     if "layer" in modules:
-        return stream, 2 * stream + sum(inside.values()) + sum(normed.values())
+        gradients = max(2 * dense, parts["experts"][1] if "experts" in parts else 0.0)  # of gate and up, with all that
+        return stream, 2 * stream + sum(inside.values()) + sum(normed.values()) + gradients
     kept, again = 2 * stream, [0.0]  # inputs of both norms
     for half in ("mixer", "ffn"):
         left_out = {name: elements for name, (of, elements) in parts.items() if of == half and name in modules}

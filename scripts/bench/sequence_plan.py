@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from linear_moe.cli import main as linear_moe
 
-COMMAND = ["plan", "configs/models/a0.3b_2b.yaml", "--tokens-per-gpu", "32K", "--gpu", "h200"]
+# NVLink's bandwidth as measured between two H200s: keys and values of 128K tokens, in docs/results/sequence_gpu.json
+LINKS = ["--intra-node-bandwidth", "250"]
+COMMAND = ["plan", "configs/models/a0.3b_2b.yaml", "--tokens-per-gpu", "32K", "--gpu", "h200", *LINKS]
 CASES = {
     "sequence_plan_pure": ["model.pattern=L*12", "parallel.sequence_layout=contiguous"],
     "sequence_plan_hybrid": [],
@@ -56,7 +58,7 @@ def main() -> None:
         print("$", command)
         print(output(words))
         found = json.loads(output([*words, "--json", "--plot", str(args.folder / f"{name}.svg")]))
-        result = {"name": name, "command": f"{command} --json", "measured": False} | rounded(found)
+        result = {"name": name, "command": f"{command} --json", "measured": "bandwidth within a node"} | rounded(found)
         (args.folder / f"{name}.json").write_text(json.dumps(result) + "\n")
 
 

@@ -120,7 +120,7 @@ def activation_bytes(
             if key not in chunk.elements:
                 chunk.elements[key] = layer_elements(config, layer, stream, key[1])
             elements, most = chunk.elements[key]
-            if needs and not key[1] & {"layer", "mixer", "core"}:
+            if needs:  # also where the layer is computed again
                 elements += kept_bytes(needs[number], split) / (tokens * size)
             kept, again = kept + elements, max(again, most)
         if chunk.logits:

@@ -184,6 +184,7 @@ def at(config: Config, world: int, length: int) -> Config:
         raise ConfigError("--world", world, f"must be a multiple of parallel.tensor = {tensor}, at most {MAX_WORLD}")
     given = config.parallel
     parallel = ParallelConfig(tensor=tensor, tensor_sequence=given.tensor_sequence, sequence=world // tensor)
+    parallel.sequence_pieces = given.sequence_pieces
     if parallel.sequence > 1:
         parallel.sequence_layout, parallel.sequence_dtype = given.sequence_layout, given.sequence_dtype
     training = replace(config.training, sequence_length=length, micro_batch=1)

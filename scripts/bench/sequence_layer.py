@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parallel import start_peak, used_gib
+from launcher import start_peak, used_gib
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

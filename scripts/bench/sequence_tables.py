@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,86 @@ Row = dict[str, Any]
 RATIOS = ("of_dp2", "of_single", "of_dp2_same_sequence")
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 380, 70, 34, 260, 46
+
+
+SAID = (
+    "ms",
+    "tokens_per_second_per_gpu",
+    "peak_gib",
+    "seconds",
+    "differences",
+    "hidden",
+    "exposed",
+    "transfer_ms",
+    "transfer_hidden",
+    "skipped",
+    "failed",
+)
+
+
+def row_of(job: Any, found: Any) -> Row:
+    """Of a Job of sequence.py, and what its ranks found, or why they did not."""
+    config = job.config()
+    model, training = config.model, config.training
+    row: dict[str, Any] = {
+        "model": job.model,
+        "layout": job.layout,
+        "gpus": job.ranks,
+        "length": job.length,
+        "rows": job.rows,
+    }
+    row |= {
+        "overrides": list(job.overrides),
+        "preset": job.preset,
+        "layers": 1 if job.model == "layer" else model.num_layers,
+    }
+    row |= {
+        "mixer": model.mixer.type,
+        "pattern": model.pattern,
+        "dtype": training.dtype,
+        "hidden_size": model.hidden_size,
+    }
+    row |= {
+        "sequence_length": training.sequence_length,
+        "global_batch": training.global_batch,
+        "recompute": training.recompute,
+    }
+    row |= {"parallel": {k: v for k, v in vars(config.parallel).items() if k.startswith("sequence")}}
+    if isinstance(found, dict):
+        return row | {"failed": found["failed"]}
+    first = found[0]
+    if "skipped" in first:
+        return row | first
+    if job.model == "layer":
+        row |= {
+            "ms": max(rank["milliseconds"] for rank in found),
+            "ms_of_passes": [rank["ms_of_passes"] for rank in found],
+        }
+        row |= {key: first[key] for key in ("differences", "agrees") if key in first}
+        row |= {"peak_gib": [rank["peak_gib"] for rank in found]}
+    else:
+        steps = first["seconds"][first["warmup"] :]
+        row |= {
+            "ms": 1e3 * statistics.median(steps),
+            "ms_of_steps": [1e3 * s for s in first["seconds"]],
+            "warmup": first["warmup"],
+        }
+        row |= {key: [rank[key] for rank in found] for key in ("peak_gib", "state_gib", "plan_gib")}
+        beside = max(rank["peak_gib"] - rank["state_gib"] for rank in found)
+        row |= {"losses": first["losses"], "mib_per_1k_tokens": beside * 1024 * 1024 / (job.rows * job.length)}
+        if first.get("overlap"):
+            row |= {"overlap": [rank["overlap"] for rank in found]}
+            span, purposes = first["overlap"]["span_ms"], first["overlap"]["purposes"].items()
+            row |= {"hidden": {k: round(v["hidden"], 4) for k, v in purposes}}
+            row |= {"exposed": {k: round(v["exposed_ms"] / span, 4) for k, v in purposes}}
+            sent = [rank["overlap"]["purposes"].get("sequence", {}) for rank in found]
+            if all("transfer_ms" in rank for rank in sent):
+                row |= {"transfer_ms": max(rank["transfer_ms"] for rank in sent)}
+                row |= {"transfer_hidden": round(min(rank["transfer_hidden"] for rank in sent), 4)}
+    return row | {
+        "tokens_per_second_per_gpu": 1e3 * job.rows * job.length / row["ms"],
+        "seconds": first["total_seconds"],
+    }
 
 
 def short(tokens: int) -> str:

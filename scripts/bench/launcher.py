@@ -78,8 +78,8 @@ def end_groups() -> float:
 class Group:
     """Jobs with the same number of ranks, in processes that are started again when one fails.
 
-    Jobs are dataclasses with `ranks` and a `name` for files. `script --worker FOLDER` does those of FOLDER/jobs.json, and
-    each rank leaves FOLDER/NAME.RANK.json.
+    Jobs are dataclasses with `ranks` and a `name` for files. `script --worker FOLDER` does those of FOLDER/jobs.json,
+    and each rank leaves FOLDER/NAME.RANK.json.
     """
 
     script: str

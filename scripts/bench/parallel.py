@@ -218,7 +218,8 @@ class Group(launcher.Group):
             text += (
                 f", peak {max(r['peak_gib'] for r in found):.2f} GiB, plan {max(r['plan']['total'] for r in found):.2f}"
             )
-            text += f", first step {first['seconds'][0]:.1f} s, all {first['total_seconds']:.1f} + {first['end_seconds']:.1f} s"
+            text += f", first step {first['seconds'][0]:.1f} s"
+            text += f", all {first['total_seconds']:.1f} + {first['end_seconds']:.1f} s"
         elif isinstance(found, dict):
             text = f"{found['failed']}\n{found['log'][-3000:]}"
         print(f"[{time.monotonic() - STARTED:5.0f} s] {job.name}: {text}", flush=True)

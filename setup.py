@@ -33,7 +33,7 @@ setup(
         "gpu": ["triton; platform_system == 'Linux'", "fla-core>=0.6"],
         # GEMMs for model.moe.experts=quack; their arguments change between its minor versions
         "quack": ["quack-kernels~=0.3.11; platform_system == 'Linux'"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["linear-moe = linear_moe.cli:main"]},
 )

@@ -14,14 +14,5 @@ mypy
 if [ $# -gt 0 ]; then
   exec python -m pytest -q "$@"
 fi
-# Tests over several processes wait for one another half of the time: three groups run beside each other.
-folder=$(mktemp -d)
-beside() { { python -m pytest -q "${@:2}" >"$folder/$1" 2>&1 || echo "$1" >>"$folder/failed"; } & }
-beside unit tests --ignore tests/distributed
-beside sequences tests/distributed/test_sequence*.py
-status=0
-python -m pytest -q tests/distributed --ignore-glob='*/test_sequence*' || status=$?
-wait
-cat "$folder/unit" "$folder/sequences"
-[ ! -e "$folder/failed" ] && exit $status
-exit 1
+# Tests over several processes wait for one another half of the time. A file stays in one worker: its cases share a run.
+exec python -m pytest -q -n 3 --dist loadfile

@@ -146,8 +146,8 @@ class ParallelConfig:
     sequence: int = opt(1, "ranks that share out every sequence (Megatron-Core: context parallel)", ge=1, le=2**16)
     sequence_layout: str = opt(
         "zigzag",
-        "a rank's tokens of a sequence: one piece (contiguous), or of twice as many pieces the n-th from the start and "
-        "the n-th from the end, which balances causal softmax attention (zigzag)",
+        "a rank's tokens of a sequence: those that follow each other (contiguous), or of twice as many pieces the n-th "
+        "from the start and the n-th from the end, which balances causal softmax attention (zigzag)",
         choices=("contiguous", "zigzag"),
     )
     sequence_pieces: int | None = opt(

@@ -339,6 +339,8 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
     if parallel.sequence == 1:
         fields = ("sequence_layout", "sequence_exchange", "sequence_dtype", "sequence_attention")
         unused("parallel", parallel, *fields, needs="set parallel.sequence")
+        if all(mixer_class(layer.mixer.type).family == "softmax" for layer in layers):
+            unused("parallel", parallel, "sequence_pieces", needs="have a layer with a state")
         return
     each = parallel.sequence_pieces
     if each is not None and each % 2 and parallel.sequence_layout == "zigzag":
@@ -358,7 +360,8 @@ def _check_sequence_attention(config: Config, layers: list[ResolvedLayer]) -> No
     if not softmax:
         unused("parallel", config.parallel, "sequence_attention", needs="have a layer of softmax attention")
     if softmax == len(layers):
-        unused("parallel", config.parallel, "sequence_exchange", "sequence_dtype", needs="have a layer with a state")
+        fields = ("sequence_exchange", "sequence_dtype", "sequence_pieces")
+        unused("parallel", config.parallel, *fields, needs="have a layer with a state")
 
 
 def _check_ulysses(queries: int, keys: int, parallel: ParallelConfig, path: str) -> None:

@@ -81,6 +81,7 @@ class Candidate:
                 *("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "expert", "expert_tensor", "sequence"),
                 *EXCHANGES,
                 "sequence_dtype",
+                "sequence_pieces",
             ),
             "training": ("micro_batch", "recompute", "recompute_modules", "recompute_layers"),
             "optimizer": ("distributed", "overlap"),

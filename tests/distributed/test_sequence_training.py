@@ -79,6 +79,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "routers-sp2": ("routers", 2, {"sequence": 2, "expert": 2}),
     "memories-sp2": ("memories", 2, {"sequence": 2}),
     "padded-pieces": ("padded", 1, {"sequence_pieces": 3}),
+    "routers-pieces": ("routers", 1, {"sequence_pieces": 3}),
+    "drop-pieces": ("drop", 1, {"sequence_pieces": 3}),
+    "hybrid-tp2-pieces": ("hybrid", 2, {"tensor": 2, "sequence_pieces": 3}),
     "hybrid-sp2-pieces": ("hybrid", 2, {"sequence": 2, "sequence_pieces": 4, "sequence_attention": "ring"}),
     "drop-pad-sp2-ep2": ("drop-pad", 2, {"sequence": 2, "expert": 2, "sequence_layout": "contiguous"}),
 }
@@ -96,6 +99,8 @@ MORE: dict[str, tuple[str, int, dict[str, Any]]] = {  # minutes long
     "drop-sp4": ("drop", 4, {"sequence": 4, "sequence_layout": "contiguous", "expert": 2}),
     "routers-sp2-tp2": ("routers", 4, {"sequence": 2, "tensor": 2, "expert": 2}),
     "routers-rows-sp2-pp2": ("routers-rows", 4, {"sequence": 2, "pipeline": 2}),
+    "routers-tp2-pieces": ("routers", 2, {"tensor": 2, "expert": 2, "sequence_pieces": 3}),
+    "padded-pp2-pieces": ("padded", 2, {"pipeline": 2, "sequence_pieces": 3}),
     "hybrid-sp2-bf16": ("hybrid", 2, {"sequence": 2, "sequence_dtype": "bf16"}),
 }
 
@@ -114,7 +119,7 @@ def outcomes(cases: dict[str, tuple[str, int, dict[str, Any]]], cache: Path) -> 
         return "sequence_training", {"config": tree(model, parallel, cache), "steps": STEPS}
 
     found = run(1, {model: case(model, {}) for model, _, _ in cases.values()})
-    for world in (1, 2, 4):
+    for world in sorted({ranks for _, ranks, _ in cases.values()}):
         found |= run(
             world, {name: case(model, sizes) for name, (model, ranks, sizes) in cases.items() if ranks == world}
         )

@@ -262,6 +262,18 @@ def test_exchanges_keep_states_and_transitions() -> None:
     assert kept(replace(config, training=recomputed)) == kept(config)  # so that nothing is sent again
 
 
+def test_pieces_on_one_rank_cost_and_are_kept() -> None:
+    config = sequence(tree(model={"mixer": {"type": "gla", "expand_k": 1.0}}), 1, sequence_pieces=4)
+    models, layout = RankModels(config, 512), parallel_layout(config, 1)
+    needs, flops = models.split_needs(config.parallel), forward_flops(config)
+    chunks = rank_chunks(config, models(config.parallel), 0)
+    cost = stage_cost(config, layout, chunks, flops, CLUSTER, needs).micro_batch
+    assert len(needs) == 4 and cost["sequence"] > 0
+    more, less = (activation_bytes(config, layout, chunks, 0, x)["activations"] for x in (needs, {}))
+    assert more - less == 3 * 4 * config.training.micro_batch * (4 * 8 * 8 * 8 + 3 * 8 * 8)  # of three layers
+    assert not models.split_needs(replace(config.parallel, sequence_pieces=None))
+
+
 def test_search_shares_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences a step on eight GPUs: data parallelism alone is not enough."""
     proposals = propose(tree(training={"sequence_length": 2**17}), 8, CLUSTER)

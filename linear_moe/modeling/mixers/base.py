@@ -145,7 +145,7 @@ class Mixer(nn.Module):
         activations = self.host.activations
         # The gradient of the output projection's weight is computed while that of the state travels. Others could fill
         # the gaps of convolutions, but putting one off takes the host longer than such a small message.
-        waits = layout.pieces is not None and torch.is_grad_enabled()
+        waits = layout.pieces is not None and self.family != "softmax" and torch.is_grad_enabled()
         weights = weights_of(m for m in self.modules() if getattr(m, "split", None) == "row") if waits else None
         with pieces_of(layout.pieces), once_by(activations.once):
             inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
@@ -178,7 +178,7 @@ class LinearMixer(Mixer):
     def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         """`x [B*T, hidden]` through the module `{name}_proj` and, if there is one, `{name}_conv1d` -> `[B, T, C]`."""
         conv = getattr(self, f"{name}_conv1d", None)
-        if conv is None or layout.pieces is None:
+        if conv is None or conv.size == 1 or layout.pieces is None:
             y = self._projection(name, x, layout)
             return y if conv is None else conv(y, layout, cache)
         if self._behind is None or self._behind[0] is not x:

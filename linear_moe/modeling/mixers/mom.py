@@ -164,7 +164,7 @@ class MixtureOfMemories(LinearMixer):
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
         if config.balance_loss and torch.is_grad_enabled():
             counted, sums = (t if padding is None else t.masked_fill(padding, 0) for t in (chosen, scores))
-            load = self.host.sum_over_sequence(counted.sum(0))
+            load = self.host.activations.once(partial(self.host.sum_over_sequence, counted.sum(0)))
             tokens = load.sum() / config.top_k
             balance = config.num_memories * (load * sums.sum(0)).sum() / tokens**2
             weights = self.host.auxiliary_loss(weights, "memory_balance_loss", balance, config.balance_loss, tokens)

@@ -2,7 +2,8 @@
 
 Ops that carry something from token to token ask the pieces of the running forward pass for what comes before theirs:
 recurrences for the state, convolutions and token shifts for inputs, softmax attention for keys and values. Mixers know
-nothing of it. Where there are no pieces, which is everywhere but in training with parallel.sequence > 1, nothing asks.
+nothing of it. Where there are no pieces, which is everywhere but in training with parallel.sequence or .sequence_pieces
+above 1, nothing asks.
 """
 
 from __future__ import annotations

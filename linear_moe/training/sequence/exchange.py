@@ -132,7 +132,7 @@ class _Start(torch.autograd.Function):
         ctx.exchange, ctx.shape = exchange, None if transition is None else transition.shape
         if exchange.before is None:
             if exchange.line.strategy == "ring":
-                exchange.kept = transition
+                exchange.kept = None if transition is None else transition.detach()
                 exchange.finish = _ring(exchange, transition, state, reverse=False)
             else:
                 exchange.finish = _gather(exchange, transition, state)
@@ -146,7 +146,7 @@ class _Start(torch.autograd.Function):
         exchange.before = exchange.kept = None
         if not ctx.needs_input_grad[0]:
             return None, after, None
-        assert before is not None, "an exchange has one backward pass"
+        assert before is not None
         if exchange.matrix:
             return after @ before.mT, after, None
         return (after * before.conj()).sum_to_size(ctx.shape), after, None
@@ -166,6 +166,7 @@ class _Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         exchange: Exchange = ctx.exchange
+        assert exchange.before is not None, "an exchange has one backward pass"
         if exchange.line.strategy == "ring":
             transition = None if exchange.kept is None else exchange.adjoint(exchange.kept)
             exchange.finish = _ring(exchange, transition, gradient, reverse=True)
@@ -288,35 +289,47 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _walk(exchange: Exchange, transition: Tensor | None, state: Tensor, before: Tensor, reverse: bool) -> None:
-    line = exchange.line
-    order, rank = line.order, line.rank
-    last, step = (0, -1) if reverse else (order.count - 1, 1)
-    mine = list(enumerate(order.pieces(rank)))
-    inside = list[Tensor]()
-    sent: list[tuple[Any, Tensor]] = []
+    """Block by block through own pieces that follow each other, so that the next rank waits for one block only."""
+    line, step = exchange.line, -1 if reverse else 1
+    order, rank, sent = line.order, line.rank, list[tuple[Any, Tensor]]()
     by_column = transition is not None and not exchange.matrix and transition.shape[-1] == state.shape[-1]
-    for place, piece in reversed(mine) if reverse else mine:
-        own_states, starts = state[place].chunk(BLOCKS, -1), before[place].chunk(BLOCKS, -1)
-        own = None if transition is None else transition[place]
-        own_transitions = own.chunk(BLOCKS, -1) if own is not None and by_column else [own] * len(starts)
-        first = piece == (order.count - 1 if reverse else 0)
-        source = None if first else order.owner(piece - step)[0]
-        target = None if piece == last else order.owner(piece + step)[0]
-        left, inside = inside, []
-        for n, (a, e, start) in enumerate(zip(own_transitions, own_states, starts, strict=True)):
-            if source is None:
-                start.zero_()
-            else:
-                start.copy_(left[n] if source == rank else _receive(e, source, line))
-            if target is None:
-                continue
-            carried = e if source is None else exchange.step(e, a, start)
-            if target == rank:
-                inside.append(carried)
-            else:
-                sent.append(_send(carried, target, line))
+    states, starts = state.chunk(BLOCKS, -1), before.chunk(BLOCKS, -1)
+    transitions = transition.chunk(BLOCKS, -1) if transition is not None and by_column else [transition] * len(states)
+    for run in _runs(order.pieces(rank)[::step], step):
+        source, target = (
+            order.owner(piece)[0] if 0 <= piece < order.count else None for piece in (run[0] - step, run[-1] + step)
+        )
+        ready: list[Tensor] = []
+        for a, e, start in zip(transitions, states, starts, strict=True):
+            carried = None if source is None else _receive(e[0], source, line)
+            for piece in run:
+                place = order.owner(piece)[1]
+                if carried is None:
+                    start[place] = 0
+                    carried = e[place]
+                else:
+                    start[place] = carried
+                    carried = exchange.step(e[place], None if a is None else a[place], start[place])
+            if target is not None and carried is not None:
+                ready.append(carried)
+            if source != target:
+                sent += [_send(x, target, line) for x in ready if target is not None]
+                ready = []
+        # Where zigzag turns round, the neighbour sends all blocks before it receives one.
+        sent += [_send(x, target, line) for x in ready if target is not None]
     for work, _ in sent:
         work.wait()
+
+
+def _runs(pieces: Sequence[int], step: int) -> list[list[int]]:
+    """Those that follow each other together."""
+    found: list[list[int]] = []
+    for piece in pieces:
+        if found and found[-1][-1] + step == piece:
+            found[-1].append(piece)
+        else:
+            found.append([piece])
+    return found
 
 
 def _send(x: Tensor, rank: int, line: Line) -> tuple[Any, Tensor]:

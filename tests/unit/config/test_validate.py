@@ -9,8 +9,10 @@ import pytest
 from linear_moe.config.errors import ConfigError
 from linear_moe.config.load import from_dict, load_config, parse_overrides
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import parallel_layout, smallest_world, validate
+from linear_moe.config.validate import padded_length, parallel_layout, smallest_world, validate
 from linear_moe.config.vocabulary import embedding_rows, vocab_size
+from linear_moe.modeling.mixers.base import Capabilities
+from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training import platform
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
@@ -42,6 +44,12 @@ BAD: list[tuple[str, int | None, list[str]]] = [
         None,
         ["model.symbols.M.mixer.expand_v = 2.0: must be model.mixer.expand_v = 1.0"],
     ),
+    (
+        "parallel.sequence=2 parallel.sequence_pieces=3",
+        2,
+        ["parallel.sequence_pieces = 3", "even", "nearest valid: 2 or 4, or parallel.sequence_layout=contiguous"],
+    ),
+    ("model.pattern=N*4 parallel.sequence_pieces=2", 1, ["parallel.sequence_pieces = 2", "have a layer with a state"]),
     ("parallel.tensor=8", None, ["model.mixer.num_heads = 4", "parallel.tensor = 8"]),
     ("model.moe.top_k=9", None, ["model.moe.top_k = 9", "model.moe.num_experts = 8", "nearest valid: 8"]),
     (
@@ -194,6 +202,16 @@ LAYOUTS: list[tuple[int, dict[str, int]]] = [
     (12, {"pipeline": 3, "tensor": 2, "expert": 2}),
     (16, {"tensor": 1, "expert": 2, "expert_tensor": 4}),
 ]
+
+
+def test_pieces_without_ranks_to_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are padded, over tensor ranks too, and every mixer must know of them."""
+    pieces = config("parallel.sequence_pieces=3", "parallel.tensor=2", "training.sequence_length=101")
+    validate(pieces, 2, files=False)
+    assert padded_length(pieces) == 102 and padded_length(config("training.sequence_length=101")) == 101
+    monkeypatch.setattr(mixer_class("gla"), "capabilities", Capabilities(sequence_parallel=False))
+    with pytest.raises(ConfigError, match=r"does not support parallel\.sequence_pieces > 1"):
+        validate(pieces, 2, files=False)
 
 
 @pytest.mark.parametrize(("world", "sizes"), LAYOUTS)

@@ -171,6 +171,9 @@ CUT = {
 }
 
 
+CUT["gated_deltanet-one-tap"] = "gated_deltanet", {"conv_size": 1}
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("key", CUT)
 def test_pieces_on_one_rank_are_the_whole(key: str, packed: bool) -> None:
@@ -180,6 +183,16 @@ def test_pieces_on_one_rank_are_the_whole(key: str, packed: bool) -> None:
     expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))
     assert_close(actual.pop("output"), expected.pop("output"), FP32, key)
     assert_gradients_close(actual, expected, FP32, FP32_GRADIENT_FLOOR)
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+def test_an_exchange_has_one_backward_pass(strategy: str) -> None:
+    """A second one would find no transitions any more."""
+    state = torch.randn(4, 2, 8, requires_grad=True)
+    before = states_before(torch.rand(4, 2, 1), state, Line(Order(1, "contiguous", 4), 0, None, strategy), False)
+    before.sum().backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="one backward pass"):
+        before.sum().backward()
 
 
 def test_pieces_take_no_initial_state() -> None:

@@ -52,8 +52,9 @@ def sequence_line(config: Config) -> Line | None:
         return None
     alone = parallel.sequence == 1
     group, rank = (None, 0) if alone else (ps.get_context_parallel_group(), ps.get_context_parallel_rank())
+    attention = "ulysses" if alone else parallel.sequence_attention  # of all heads, whole sequences
     dtype = DTYPES[parallel.sequence_dtype]
-    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, parallel.sequence_attention, dtype)
+    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, attention, dtype)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -67,8 +67,10 @@ def test_model_is_that_of_one_process(models: dict[str, list[dict[str, Tensor]]]
 def results(request: pytest.FixtureRequest) -> Results:
     """Of the tests that were asked for."""
     chosen = [
-        item.callspec.params["key"] for item in request.session.items if "key" in getattr(item, "fixturenames", ())
-    ]  # type: ignore[attr-defined]
+        item.callspec.params["key"]  # type: ignore[attr-defined]
+        for item in request.session.items
+        if item.path == request.path and "key" in getattr(item, "fixturenames", ())
+    ]
     todo = {key: ("sequence_mixer", dict(zip(("name", "fields"), IDS[key], strict=True))) for key in chosen}
     firsts = {key: case for key, case in todo.items() if key.endswith("-0")}
     return {4: run(4, todo), 2: run(2, firsts)}

@@ -180,8 +180,7 @@ class Exchange:
 
 def attention(q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
     """Softmax attention of the local queries `[B, T, H, D] -> [B, T, H, V]`, by the line's strategy. Collective."""
-    way = task.line.attention if task.line.order.size > 1 else "ulysses"  # alone it has whole sequences
-    flat = STRATEGIES[way](q.flatten(0, 1), tuple(x.flatten(0, 1) for x in shared), task)
+    flat = STRATEGIES[task.line.attention](q.flatten(0, 1), tuple(x.flatten(0, 1) for x in shared), task)
     return flat.unflatten(0, q.shape[:2])
 
 

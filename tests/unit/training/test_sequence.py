@@ -168,10 +168,7 @@ CUT = {
     key: case
     for key, case in zip(case_ids(), cases(), strict=True)
     if mixer_class(case[0]).capabilities.sequence_parallel
-}
-
-
-CUT["gated_deltanet-one-tap"] = "gated_deltanet", {"conv_size": 1}
+} | {"gated_deltanet-one-tap": ("gated_deltanet", {"conv_size": 1})}
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])

@@ -22,7 +22,7 @@ from linear_moe.modeling.ops.sequence import affine, current, pieces_of, start_g
 from linear_moe.modeling.ops.short_conv import last_tokens
 from linear_moe.training.data.loader import document_offsets
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import Line, states_before
+from linear_moe.training.sequence.exchange import Exchange, Line, states_before
 from linear_moe.training.sequence.layout import Order, cut, split
 from linear_moe.training.sequence.pieces import RankPieces
 from tests.distributed.sequences import one_pass, own_layout, stream, whole_layout
@@ -186,8 +186,11 @@ def test_pieces_on_one_rank_are_the_whole(key: str, packed: bool) -> None:
 def test_an_exchange_has_one_backward_pass(strategy: str) -> None:
     """A second one would find no transitions any more."""
     state = torch.randn(4, 2, 8, requires_grad=True)
-    before = states_before(torch.rand(4, 2, 1), state, Line(Order(1, "contiguous", 4), 0, None, strategy), False)
+    one = Exchange(Line(Order(1, "contiguous", 4), 0, None, strategy))
+    before = one.begin(torch.rand(4, 2, 1), state)()
+    assert one.before is not None and one.kept is not None
     before.sum().backward(retain_graph=True)
+    assert one.before is None and one.kept is None
     with pytest.raises(AssertionError, match="one backward pass"):
         before.sum().backward()
 

@@ -1,26 +1,48 @@
 #!/usr/bin/env bash
-# Makes .venv with linear-moe and what it needs, from nothing but Python >= 3.11. Quick when it is there already.
-# Without an NVIDIA GPU, torch is pinned to a release with a CPU build (constraints-cpu.txt).
-# PYTHON=python3.12 scripts/setup.sh picks the interpreter. Afterwards: source .venv/bin/activate
+# Makes .venv with linear-moe and the releases that were tested (requirements/*.txt), from nothing but Python >= 3.11.
+# Quick when it is there already. Afterwards: source .venv/bin/activate
+#   PYTHON=python3.12 scripts/setup.sh    with that interpreter
+#   scripts/setup.sh --newest             .venv-newest, with the newest releases of everything, tested or not
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case ${1:-} in
+  "") venv=.venv ;;
+  --newest) venv=.venv-newest ;;
+  *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
+esac
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "setup: $python not found; set PYTHON to a Python >= 3.11" >&2; exit 2; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "setup: $("$python" --version) is too old; set PYTHON to a Python >= 3.11" >&2; exit 2; }
 
-extras=dev
-constraints=(-c constraints-cpu.txt)
+kind=cpu extras=dev
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-  extras=dev,gpu
-  constraints=()
+  kind=gpu extras=dev,gpu,quack
 fi
+lock=requirements/$kind-$("$python" -c 'import sys; print("py%d.%d" % sys.version_info[:2])').txt
+[ -f "$lock" ] || lock=requirements/$kind.in
 
-stamp=$("$python" --version; echo "$extras"; cat setup.py constraints-cpu.txt)
-if [ "$(cat .venv/.installed 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+stamp=$("$python" --version; echo "$lock $extras"; cat pyproject.toml "$lock")
+if [ $venv = .venv ] && [ "$(cat $venv/.installed 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
-echo "setup: installing into .venv (about a minute)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "${constraints[@]}" -e ".[$extras]"
-printf '%s\n' "$stamp" >.venv/.installed
+[ -x $venv/bin/python ] || "$python" -m venv $venv
+pip() { $venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
+rm -f $venv/.installed
+if [ $venv = .venv-newest ]; then
+  echo "setup: installing the newest releases into $venv"
+  pip install packaging
+  $venv/bin/python scripts/requirements.py --newest $extras >$venv/newest.txt
+  pip install --upgrade --upgrade-strategy eager -r $venv/newest.txt
+  pip install --no-deps --no-build-isolation -e .
+else
+  echo "setup: installing into $venv (about a minute), as $lock says"
+  case $lock in *.in)
+    echo "setup: no lock for $("$python" --version) ($kind), only: $(echo requirements/*.txt); what $lock leaves open is" \
+      "the newest inside the windows of pyproject.toml" >&2 ;;
+  esac
+  pip install -c "$lock" setuptools
+  pip install -c "$lock" --no-build-isolation -e ".[$extras]"
+  $venv/bin/python scripts/requirements.py --check "$lock"
+fi
+printf '%s\n' "$stamp" >$venv/.installed

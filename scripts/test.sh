@@ -2,12 +2,21 @@
 # Sets itself up from nothing and runs everything CI runs: ruff, mypy, pytest (CPU, gloo). Arguments go to pytest.
 #   scripts/test.sh                     all
 #   scripts/test.sh tests/unit -k gla   some
+#   scripts/test.sh --newest            all, with the newest releases of everything instead of the locked ones
 # GPU tests run with it on a machine with a GPU; slow proofs with `scripts/test.sh -m slow`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/setup.sh
-source .venv/bin/activate
+venv=.venv
+if [ "${1:-}" = --newest ]; then
+  venv=.venv-newest
+  shift
+  scripts/setup.sh --newest
+else
+  scripts/setup.sh
+fi
+source $venv/bin/activate
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python scripts/requirements.py --versions
 
 ruff check .
 mypy

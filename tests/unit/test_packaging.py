@@ -1,0 +1,158 @@
+"""Windows, locks, and the distributions: built from the sources, installed where nothing else is, used."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+LOCKS = {  # lock: the extras that it has
+    "cpu-py3.11": ["dev"],
+    "gpu-py3.12": ["dev", "gpu", "quack"],
+}
+CLOSELY_USED = {"torch", "megatron-core", "transformers", "triton", "fla-core", "quack-kernels"}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("requirements", ROOT / "scripts" / "requirements.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+requirements = load_script()
+
+
+def test_every_lock_has_its_files() -> None:
+    assert {path.stem for path in (ROOT / "requirements").glob("*.txt")} == set(LOCKS)
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_locks_hold_every_dependency_inside_its_window(lock: str) -> None:
+    pins = requirements.pins((ROOT / "requirements" / f"{lock}.txt").read_text())
+    for requirement in requirements.dependencies(LOCKS[lock]):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+    kind = lock.partition("-")[0]
+    chosen = requirements.pins((ROOT / "requirements" / f"{kind}.in").read_text())
+    assert chosen and chosen.items() <= pins.items()
+
+
+def test_what_is_used_closely_has_a_window() -> None:
+    everything = requirements.dependencies(["gpu", "quack"])
+    windows = {r.name: {s.operator for s in r.specifier} for r in everything}
+    assert windows.keys() >= CLOSELY_USED
+    for name, operators in windows.items():
+        assert operators == {">=", "<"}, name
+
+
+def test_newest_lifts_upper_ends_only() -> None:
+    requirement = Requirement("a[b]>=5.20,<5.25,!=5.21.1; platform_system == 'Linux'")
+    lifted = requirements.without_upper_end(requirement)
+    assert str(lifted) == 'a[b]!=5.21.1,>=5.20; platform_system == "Linux"'
+    assert requirement.specifier.contains("5.20") and not requirement.specifier.contains("5.25")
+
+
+def test_check_names_what_differs() -> None:
+    """Another release differs, a local version of the same does not, and what is not installed is not compared."""
+    installed = requirements.pins(f"pytest=={pytest.__version__}+local  # why\nnot-installed==1.0")
+    assert requirements.differences(installed) == []
+    (line,) = requirements.differences({"pytest": Version("0.1")})
+    assert pytest.__version__ in line and "0.1" in line
+
+
+# ---------------------------------------------------------------------------------------------------- distributions
+
+
+def sources() -> list[str]:
+    """Files of the checkout, without what git ignores."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in files if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the wheel that is built from it; from a copy, where earlier builds have left nothing."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout, to know which files belong to it")
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
+    for name in sources():
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def test_distributions_are_complete(distributions: tuple[Path, Path]) -> None:
+    sdist, wheel = distributions
+    files = set(sources())
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert packed == {name for name in files if name.startswith("linear_moe/")}
+    with tarfile.open(sdist) as archive:
+        shipped = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    hidden = {name for name in files if name.startswith(".")}  # of the repository: CI, git's settings
+    assert files - hidden <= shipped
+
+
+def test_wheel_works_where_nothing_else_is(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    """In an empty environment and folder: installed as locked, it trains, exports and generates."""
+    lock = ROOT / "requirements" / f"cpu-py{sys.version_info[0]}.{sys.version_info[1]}.txt"
+    constraints = lock if lock.exists() else lock.with_name("cpu.in")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    bin_ = tmp_path / "venv" / "bin"
+
+    def run(*command: Any) -> str:
+        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    pip = (bin_ / "python", "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "install", "-c", constraints, distributions[1])
+    run(*pip, "check")
+    if lock.exists():
+        listed = json.loads(run(*pip, "list", "--format=json"))
+        unlocked = {canonicalize_name(p["name"]) for p in listed} - requirements.pins(lock.read_text()).keys()
+        assert unlocked <= {"linear-moe", "pip", "setuptools"}
+
+    (tmp_path / "text").mkdir()
+    for n in range(8):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"The square of {n} is {n * n}. " * 200)
+    moe = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 32}
+    model = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "pattern": "LN", "mixer": {"type": "gla"}, "moe": moe}
+    data = {"corpus": "text", "tokenizer": {"type": "bytes"}, "cache": "cache", "validation_fraction": 0.25}
+    training = {"dtype": "fp32", "sequence_length": 64, "micro_batch": 2, "global_batch": 2, "steps": 2}
+    tree = {"model": model, "data": data, "training": training | {"eval_batches": 1}, "run": "run"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree | {"schedule": {"warmup_steps": 1}}))
+    linear_moe = bin_ / "linear-moe"
+    assert run(linear_moe, "--version").startswith("linear-moe ")
+    run(linear_moe, "train", "tiny.yaml")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "event" not in r] == [1, 2]
+    run(linear_moe, "export", "run", "exported")
+    generated = json.loads(
+        run(linear_moe, "generate", "exported", "--prompt", "The square", "--max-new-tokens", "4", "--json")
+    )
+    assert len(generated["tokens"][0]) == 4
+    where = run(bin_ / "python", "-c", "import linear_moe; print(linear_moe.__file__)")
+    assert Path(where.strip()).is_relative_to(tmp_path / "venv")

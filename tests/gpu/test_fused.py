@@ -213,7 +213,7 @@ def test_layouts_that_autograd_makes() -> None:
     """Gradients of sums have no strides, inputs may be transposed."""
     x, weight, column = draw(6, 2, 20), draw(8, 6, seed=2).T, draw(20, 6, seed=3).T
     calls: list[tuple[ModuleType, list[Tensor | None], dict[str, Any]]] = [
-        (repeat_heads_gpu, [x, weight], {"heads": 6}),
+        (repeat_heads_gpu, [x, weight], {"heads": weight.shape[-1]}),
         (gates_gpu, [column, None, None], {"function": "softplus", "scale": 1.0, "floor": None}),
         (bounded_gate_gpu, [column, column, None], {}),
         (feature_maps_gpu, [column], {}),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -272,15 +272,17 @@ def _ring(exchange: Exchange, transition: Tensor | None, state: Tensor, reverse:
     stream.wait_stream(torch.cuda.current_stream(state.device))
     with torch.cuda.stream(stream):
         _walk(exchange, transition, state, before, reverse)
-    for x in (transition, state, before):  # of another stream, and free before this one is done
-        if x is not None:
-            x.record_stream(stream)
+    return partial(_joined, before, stream, (transition, state))
 
-    def finish() -> Tensor:
-        torch.cuda.current_stream(before.device).wait_stream(stream)
-        return before
 
-    return finish
+def _joined(before: Tensor, stream: torch.cuda.Stream, _read: tuple[Tensor | None, ...]) -> Tensor:
+    """`before`, which the current stream waits for.
+
+    What `stream` reads and writes is an argument so that it lives until then: its memory is the current stream's, which
+    would use it again. `Tensor.record_stream` does not do: it refuses expanded tensors, such as S4's transitions.
+    """
+    torch.cuda.current_stream(before.device).wait_stream(stream)
+    return before
 
 
 @cache

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linear_moe.inference.cache import DecodingState
 from linear_moe.inference.hf.configuration import REMOTE_MODULE, LinearMoEConfig
+from linear_moe.inference.hf.output import CACHE_NAME, LinearMoEOutput
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Layout
 from linear_moe.modeling.model import LanguageModel
@@ -27,7 +27,7 @@ __all__ = ["LinearMoEConfig", "LinearMoEForCausalLM"]
 
 
 class LinearMoECache(Cache):
-    """`past_key_values`: recurrent states and key-value caches of all layers, updated in place.
+    """The decoding state for transformers: recurrent states and key-value caches of all layers, updated in place.
 
     Attributes:
         state: the rows' DecodingState.
@@ -43,6 +43,11 @@ class LinearMoECache(Cache):
 
     def __len__(self) -> int:
         return len(self.state.layers)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        # generate() feeds a cache of linear layers alone what it has seen again: those, unlike this, know no length
+        return [False] * len(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -64,7 +69,14 @@ class LinearMoECache(Cache):
         raise NotImplementedError("a recurrent state cannot forget its last tokens")
 
     def reset(self) -> None:
-        raise NotImplementedError("start with past_key_values=None instead")
+        raise NotImplementedError("start without a cache instead")
+
+
+def _given(past_key_values: LinearMoECache | None, cache: LinearMoECache | None) -> LinearMoECache | None:
+    """The cache that a caller gave by either name, None if by neither; ValueError for two different ones."""
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
+        raise ValueError("past_key_values and cache are two names of one argument; two different caches were given")
+    return cache if past_key_values is None else past_key_values
 
 
 def left_padding(mask: Tensor) -> list[int]:
@@ -128,17 +140,19 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        cache: LinearMoECache | None = None,
         **loss_kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> LinearMoEOutput:
         """Logits of `input_ids [B, T]`, and the mean next-token loss if labels are given.
 
         Args:
-            input_ids: tokens; with `past_key_values` only those not seen yet.
+            input_ids: tokens; with a cache only those not seen yet.
             attention_mask: `[B, T]` (with a cache: `[B, seen + T]`), 0 for padding. Padding on the right only
                 without a cache, where it changes nothing to its left: give it the label -100.
-            past_key_values: what an earlier call with `use_cache` returned; updated in place.
+            past_key_values, cache: what an earlier call with `use_cache` returned; updated in place. Two names of one
+                argument, whichever transformers is installed.
             labels: `[B, T]`, equal to `input_ids` (shifted here); -100 is ignored.
-            use_cache: return the decoding state as `past_key_values`; not while gradients are recorded.
+            use_cache: return the decoding state, readable by both its names; not while gradients are recorded.
             logits_to_keep: compute logits of the last positions only; 0: of all.
             return_dict: only True is supported.
             loss_kwargs: for the loss alone (num_items_in_batch of the Trainer).
@@ -146,16 +160,25 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         items = {"num_items_in_batch": loss_kwargs.pop("num_items_in_batch", None)}
         if not return_dict or any(loss_kwargs.values()):
             raise ValueError(f"not supported: return_dict={return_dict}, {loss_kwargs}")
-        if past_key_values is not None or use_cache:
+        cache = _given(past_key_values, cache)
+        if cache is not None or use_cache:
             if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
                 raise ValueError("decoding state is updated in place: use torch.no_grad() with use_cache")
-            logits, past_key_values = self._decode(input_ids, attention_mask, past_key_values, logits_to_keep)
+            logits, cache = self._decode(input_ids, attention_mask, cache, logits_to_keep)
         else:
             logits = self._full(input_ids, attention_mask, logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **items)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        fields: dict[str, Any] = {"loss": loss, "logits": logits, CACHE_NAME: cache}
+        return LinearMoEOutput(**fields)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`; the cache to continue from, if any, may have either of its names here too."""
+        cache = _given(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol mypy finds unmet
 
     def _full(self, tokens: Tensor, mask: Tensor | None, keep: int) -> Tensor:
         """Without a cache: `[B, T, V]`; rows with padding before their tokens one by one, zeros at the padding."""

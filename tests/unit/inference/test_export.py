@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from linear_moe.cli import main
 from linear_moe.config.errors import ConfigError
 from linear_moe.inference import export as module
 from linear_moe.inference.export import export
+from linear_moe.inference.generate import generate
 from tests.unit.inference.common import CASES, TOKENS, VOCAB, build, byte_tokenizer, write_run
 
 
@@ -72,6 +77,35 @@ def test_hf_generate_of_an_export_leaves_padding_rows_alone(run: Path, tmp_path:
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     assert model.generate(torch.tensor([[1, 2]]), **options).max() < TOKENS
     assert model.generate(torch.tensor([[1, 2]]), **options, suppress_tokens=None).max() >= TOKENS
+
+
+def continuation(folder: Path, text: str, new: int) -> str:
+    """What our own generation adds to `text`, a stop token included."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    options = {"max_new_tokens": new, "stop": [TOKENS - 1], "tokenizer_size": TOKENS}
+    return tokenizer.decode(generate(model.model, [tokenizer(text).input_ids], **options).tokens[0])
+
+
+def test_the_cards_example_works_as_printed(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / run.name  # what the card calls the model
+    export(run, out)
+    (example,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    path = os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", example],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "PYTHONUTF8": "1"},
+        cwd=tmp_path, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stdout.decode() == "import os" + continuation(out, "import os", 64) + "\n"
+
+
+def test_text_generation_pipeline(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    generator = pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
+    texts = ["import os", "naïve"]
+    results = generator(texts, max_new_tokens=12, do_sample=False)
+    assert [r[0]["generated_text"] for r in results] == [t + continuation(tmp_path / "out", t, 12) for t in texts]
 
 
 def test_steps_and_incomplete_checkpoints(tmp_path: Path) -> None:

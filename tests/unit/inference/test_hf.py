@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linear_moe.inference.generate import generate
-from linear_moe.inference.hf import LinearMoEForCausalLM
+from linear_moe.inference.hf import LinearMoECache, LinearMoEForCausalLM
 from linear_moe.modeling.mixers.base import Layout
 from tests.tolerances import DECODE, FP32, assert_close
 from tests.unit.inference.common import CASES, VOCAB, build, prompt
 
+NAMES = ("past_key_values", "cache")  # transformers' old and new name of a decoding state
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -76,13 +78,48 @@ def test_decoding_equals_the_full_forward_pass(case: str, first: int) -> None:
         out = model(tokens[:, :first], use_cache=True)
         logits = [out.logits]
         for t in range(first, length):
-            out = model(tokens[:, t : t + 1], past_key_values=out.past_key_values)
+            out = model(tokens[:, t : t + 1], **{NAMES[t % 2]: out.cache})
             logits.append(out.logits)
         assert_close(torch.cat(logits, 1), full, DECODE)
         # a second chunk on top of a state
         cache = model(tokens[:, :first], use_cache=True).past_key_values
         assert_close(model(tokens[:, first:], past_key_values=cache).logits, full[:, first:], DECODE)
         assert cache.get_seq_length() == length and cache.state.positions.tolist() == [length, length]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_has_two_names(name: str) -> None:
+    model = build("hybrid")
+    tokens = torch.tensor([prompt(20)])
+    with torch.no_grad():
+        full = model(tokens).logits
+        caches = [model(tokens[:, :12], use_cache=True).cache for _ in range(2)]
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+            model(tokens[:, 12:], past_key_values=caches[0], cache=caches[1])
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+            model.generate(tokens, past_key_values=caches[0], cache=caches[1])
+        assert [cache.get_seq_length() for cache in caches] == [12, 12]
+        out = model(tokens[:, 12:15], **{name: caches[0]})
+        assert_close(out.logits, full[:, 12:15], DECODE)
+        assert out.cache is out.past_key_values is caches[0]
+        out = model(tokens[:, 15:], past_key_values=out.cache, cache=out.cache)  # one object, both names
+        assert_close(out.logits, full[:, 15:], DECODE)
+
+
+def test_output_is_that_of_transformers() -> None:
+    """One stored state, in the field that the installed transformers reads, whatever the output is used as."""
+    model = build("hybrid")
+    tokens = torch.tensor([prompt(6)])
+    with torch.no_grad():
+        out = model(tokens, labels=tokens, use_cache=True)
+        without = model(tokens)
+    assert isinstance(out, CausalLMOutputWithPast) and type(out.cache) is LinearMoECache
+    theirs = CausalLMOutputWithPast(out.loss, out.logits, out.cache)  # the third field, whatever its name
+    assert list(out.items()) == list(theirs.items())
+    assert out.to_tuple() == out[:] == (out.loss, out.logits, out.cache) and out[0] is out.loss
+    assert list(without) == ["logits"] and without.cache is None and without.past_key_values is None
+    again = type(out)((key, value) for key, value in out.items())  # as DataParallel gathers them
+    assert again.cache is again.past_key_values is out.cache and again.loss is out.loss
 
 
 @every_case
@@ -120,6 +157,28 @@ def test_beam_search_and_sampling_with_cache_equal_those_without() -> None:
             options |= {"attention_mask": mask, "max_new_tokens": 10, "use_cache": use_cache}
             runs.append(model.generate(tokens, **options))
         assert torch.equal(*runs), options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_continues_from_a_cache(name: str) -> None:
+    """The tokens it has seen are given again, as generate() wants them, but not fed again."""
+    model, new = build("hybrid"), 8
+    prompts = [prompt(n, seed=n) for n in (7, 15)]
+    alone = [generate(model.model, [p], max_new_tokens=new).tokens[0] for p in prompts]
+    tokens = torch.tensor([[5] * 8 + prompts[0], prompts[1]])
+    mask = torch.tensor([[0] * 8 + [1] * 7, [1] * 15])
+    with torch.no_grad():
+        cache = model(tokens[:, :11], attention_mask=mask[:, :11], use_cache=True).cache
+    out = model.generate(tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, **{name: cache})
+    assert out[:, 15:].tolist() == alone
+    assert cache.get_seq_length() == 15 + new - 1 and cache.state.positions.tolist() == [7 + new - 1, 15 + new - 1]
+
+
+def test_assisted_generation_is_refused() -> None:
+    model = build("hybrid")
+    for options in ({"assistant_model": build("tied")}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            model.generate(torch.tensor([prompt(9)]), max_new_tokens=4, do_sample=False, **options)
 
 
 def test_state_grows_beyond_its_first_capacity() -> None:

@@ -46,7 +46,8 @@ COMMANDS = {
         "linear_moe.training.main",
         arguments.with_config,
         "train as a config says; run it under torchrun, and again to resume",
-        "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml data.corpus=/data/slimpajama",
+        "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml \\\n"
+        "      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer",
     ),
     "plan": Command(
         "linear_moe.plan",
@@ -61,7 +62,8 @@ COMMANDS = {
         "linear_moe.check",
         arguments.with_world,
         "everything that `train` checks before it starts",
-        "linear-moe check configs/train/a0.3b_2b.yaml data.corpus=/data/slimpajama --world 8",
+        "linear-moe check configs/train/a0.3b_2b.yaml --world 8 \\\n"
+        "      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer",
     ),
     "mixers": Command(
         "linear_moe.mixers_table",

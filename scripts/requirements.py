@@ -68,13 +68,17 @@ def versions() -> list[str]:
     return found
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--newest", metavar="EXTRA,...", help="print dependencies with these extras, without upper ends")
     what.add_argument("--check", metavar="LOCK", type=Path, help="compare what is installed with a lock")
     what.add_argument("--versions", action="store_true", help="print what is installed of the direct dependencies")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     if args.versions:
         print(f"Python {sys.version.split()[0]}", *versions(), sep="\n")
         return 0

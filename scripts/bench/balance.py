@@ -104,13 +104,17 @@ def svg(runs: list[dict[str, Any]], window: int) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--window", type=int, default=10, help="steps")
     parser.add_argument("--name", default="moe_balance", help="FOLDER/NAME.json and .svg")
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     runs = [read(run, args.window) for run in args.runs]
     result = {
         "name": args.name,

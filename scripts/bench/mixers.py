@@ -431,7 +431,7 @@ def show_profile(name: str, at: Setting) -> None:
         print(averages.table(sort_by=key, row_limit=60, max_name_column_width=70))
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixers", help="comma separated; all of the registry unless given")
     parser.add_argument("--shapes", help="comma separated BATCHxLENGTH")
@@ -444,16 +444,21 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=1, help="mixers that take their first steps side by side")
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
     parser.add_argument("--update", action="store_true", help="keep the file's rows of mixers not measured now")
-    parser.add_argument("--profile", metavar="NAME", help="print one mixer's kernels, and write nothing")
+    profile = "print one mixer's kernels, and write nothing"
+    parser.add_argument("--profile", choices=sorted(MIXERS), metavar="NAME", help=profile)
     args = parser.parse_args()
+    if unknown := set(args.mixers.split(",") if args.mixers else ()) - set(MIXERS):
+        parser.error(f"no such mixers: {', '.join(sorted(unknown))}; there are {', '.join(sorted(MIXERS))}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
     at = setting(args.device, args.tiny, args.shapes, args.repeats)
     if args.profile:
         show_profile(args.profile, at)
         return
     names = args.mixers.split(",") if args.mixers else sorted(MIXERS)
-    unknown = [name for name in names if name not in MIXERS]
-    if unknown:
-        parser.error(f"no such mixers: {', '.join(unknown)}; there are {', '.join(sorted(MIXERS))}")
     path, rows = Path(args.folder) / f"{args.name}.json", []
     revision = args.commit or commit()
     describe = partial(write, path, at=at, revision=revision, update=args.update)

@@ -353,7 +353,7 @@ def show_profile(case: Case, name: str) -> None:
 ALL = ("loop", "eager", "ours", "grouped_mm", "quack", "sonicmoe", "dense", "dense_ffn")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", default="a0.3b_2b,a1b_7b", help="files of configs/models, comma separated")
     parser.add_argument("--tokens", default="16384,65536", help="comma separated")
@@ -365,11 +365,16 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
     parser.add_argument("--turns", type=int, default=5, help="of each contender")
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
-    parser.add_argument("--profile", metavar="NAME", help="print one contender's kernels, and write nothing")
+    parser.add_argument("--profile", choices=ALL, metavar="NAME", help="print a contender's kernels, write nothing")
     args = parser.parse_args()
-    wanted = args.contenders.split(",")
-    if unknown := set(wanted) - set(ALL):
+    if unknown := set(args.contenders.split(",")) - set(ALL):
         parser.error(f"no such contenders: {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    wanted = args.contenders.split(",")
     revision = args.commit or commit()
     path, rows = Path(args.folder) / f"{args.name}.json", []
     for preset in args.presets.split(","):

@@ -116,14 +116,18 @@ def mixers(length: int, only: str) -> Iterator[dict[str, Any]]:
         yield {"op": cls.family, "mixer": name, **measure(run, inputs)}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--only", default="", help="ops and mixers whose name has this in it")
     parser.add_argument("--name", default="ops_cpu", help="FOLDER/NAME.json")
     parser.add_argument("--folder", default="docs/results")
     parser.add_argument("--note", action="append", default=[], help="kept in the file")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(1)
     rows = []
     for row in chain(ops(args.length, args.only), mixers(args.length, args.only)):

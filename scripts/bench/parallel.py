@@ -354,6 +354,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if unknown := {layout.partition("@")[0] for layout in args.layouts.split(",")} - set(LAYOUTS):
         parser.error(f"no such layouts: {', '.join(sorted(unknown))}; there are {', '.join(LAYOUTS)}")
+    args.jobs = [] if args.worker else jobs_of(args)
     return args
 
 
@@ -378,7 +379,7 @@ def main() -> None:
     if args.worker is not None:
         work(args.worker)
         return
-    jobs, revision, path = jobs_of(args), args.commit or commit(), Path(args.folder) / f"{args.name}.json"
+    jobs, revision, path = args.jobs, args.commit or commit(), Path(args.folder) / f"{args.name}.json"
     cuda = args.device == "cuda"
     if not cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -374,7 +374,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--merge", nargs="+", type=Path, default=[], help="no runs: the rows of these JSONs together")
     parser.add_argument("--plot", action="store_true", help="no runs: FOLDER/NAME_*.svg of the JSON (after --merge)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    try:
+        args.jobs = all_jobs(args)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    return args
 
 
 def all_jobs(args: argparse.Namespace) -> list[Job]:
@@ -394,7 +399,7 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
-    jobs, cuda = all_jobs(args), args.device == "cuda"
+    jobs, cuda = args.jobs, args.device == "cuda"
     if not cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     top = header(path, cuda, args.commit or commit())
@@ -425,10 +430,7 @@ def main() -> None:
     if args.merge:
         write(path, merge([json.loads(part.read_text()) for part in args.merge], path.stem))
     elif not args.plot:
-        try:
-            run(args, path)
-        except argparse.ArgumentTypeError as error:
-            raise SystemExit(f"sequence.py: {error}") from None
+        run(args, path)
     if args.plot:
         for written in plot(json.loads(path.read_text()), path):
             print(written)

@@ -137,7 +137,7 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['mixer']:24} {spans}"
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of sequence_ops.json")
     parser.add_argument("--mixers", default=MIXERS, help="names with commas, or: all")
@@ -146,6 +146,13 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds for everything")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options = parser.parse_args()
+    if unknown := set(options.mixers.split(",")) - {"all", *ALL}:
+        parser.error(f"no such mixers: {', '.join(sorted(unknown))}; there are {', '.join(sorted(ALL))}")
+    return options
+
+
+def main() -> int:
+    options = arguments()
     able = sorted(name for name in ALL if mixer_class(name).capabilities.sequence_parallel)
     names = able if options.mixers == "all" else options.mixers.split(",")
     sizes = (1024, 8) if options.device == "cuda" else (64, 4)

@@ -126,7 +126,7 @@ def write(path: Path, header: dict[str, str], table: dict[str, list[tuned.Entry]
     temporary.replace(path)
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the configuration file")
     parser.add_argument("--mixers", nargs="*", choices=sorted(MIXERS), default=sorted(MIXERS), metavar="NAME")
@@ -137,7 +137,11 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="tune what the file has, too")
     parser.add_argument("--known", type=Path, help="measure this file's choices, too (of a similar GPU, say)")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     if args.worker:
         name, width, lock = args.worker
         tuned.install()

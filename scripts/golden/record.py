@@ -142,13 +142,17 @@ def record(name: str, out: Path) -> None:
     save_file(contents, out / f"{name}.safetensors", metadata)
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tests/golden"), help="folder of the files")
     parser.add_argument("--only", nargs="*", choices=list(LAYERS), metavar="NAME", help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--jobs", type=int, default=8, help="layers at a time, a process each")
     parser.add_argument("--here", action="store_true", help="in this process")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     names = args.only or list(LAYERS)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.here:

@@ -1,0 +1,56 @@
+"""Commands are found where documentation shows them, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.unit.documented import BLANK, commands_of, passages_of
+
+PAGE = """Text with `linear-moe plan CONFIG --world
+N` and `a.b=c`.
+```bash
+# a remark
+common="a.b=1 c.d=2"
+GPUS=8 bash examples/x.sh $common "e.f=g * 2" # the first
+bash examples/x.sh ... h=[1,2] [i.j=k ...] | head && linear-moe \\
+    checkpoint inspect|reshard "$RUN/x" 2>&1 > out
+```
+```
+$ linear-moe check x.yaml
+linear-moe: no
+```
+```python
+linear-moe = 3
+```
+"""
+SCRIPT = """#!/bin/bash
+# Starts it:  scripts/y.sh CONFIG [a.b=c ...]
+#   examples/x.sh 1      some
+#   model.x='L * 3' a.b=1
+# of linear-moe plan, no command
+set -e  # examples/z.sh
+"""
+MODULE = """'''Does it.
+
+    python scripts/z.py --a 1      # so
+    ours      a table
+bash is no command here, `torchrun -m linear_moe` is one.
+'''
+"""
+
+
+def test_commands_are_found() -> None:
+    def found(file: str, text: str) -> list[tuple[Any, ...]]:
+        commands = commands_of(file, passages_of(file, text))
+        return [(int(c.line.where.removeprefix(f"{file}:")), *c.env, *c.words) for c in commands]
+
+    inspect, reshard = ((7, "linear-moe", "checkpoint", action, f"{BLANK}/x") for action in ("inspect", "reshard"))
+    first = ("bash", "examples/x.sh", "a.b=1", "c.d=2", "e.f=g * 2")
+    assert found("a.md", PAGE) == [
+        (6, "GPUS", *first), (7, "GPUS", *first, "h=[1,2]"), (7, "head"), inspect, reshard,
+        (11, "linear-moe", "check", "x.yaml"), (1, "linear-moe", "plan", "CONFIG", "--world", "N"),
+    ]  # fmt: skip
+    assert [c.line.error for c in commands_of("a.md", passages_of("a.md", PAGE))][-2:] == ["linear-moe: no", ""]
+    own = (4, "bash", "examples/s.sh", "model.x=L * 3", "a.b=1")
+    assert found("examples/s.sh", SCRIPT) == [(2, "scripts/y.sh", "CONFIG"), (3, "examples/x.sh", "1"), own]
+    assert found("z.py", MODULE) == [(3, "python", "scripts/z.py", "--a", "1"), (5, "torchrun", "-m", "linear_moe")]

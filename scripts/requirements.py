@@ -46,7 +46,9 @@ def pins(lock: str) -> dict[str, Version]:
 
 def differences(lock: dict[str, Version]) -> list[str]:
     """A line for each installed package whose release is not the lock's; local versions (`+cpu`) do not count."""
-    installed = {canonicalize_name(d.name): Version(d.version) for d in metadata.distributions()}
+    installed: dict[str, Version] = {}
+    for found in metadata.distributions():  # the first of a name is the one imported, PYTHONPATH's before the others
+        installed.setdefault(canonicalize_name(found.name), Version(found.version))
     return [
         f"{name} {installed[name]} is installed, not {version}"
         for name, version in lock.items()

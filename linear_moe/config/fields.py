@@ -1,9 +1,10 @@
-"""`opt`: declares a config field with its documentation and constraint. Imports nothing of ours."""
+"""`opt` declares an option with its documentation and constraint; `OneOf` options of which there are several kinds."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 
 def opt(
@@ -21,3 +22,24 @@ def opt(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class OneOf:
+    """Base of dataclasses that stand for one another and are told apart by their field `type`.
+
+    Attributes:
+        noun: what one of them is called in messages.
+    """
+
+    noun: ClassVar[str]
+    type: str
+
+    @classmethod
+    def kinds(cls) -> Collection[str]:
+        """The names that `type` may have."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_kind(cls, kind: str) -> Self:
+        """The dataclass of `kind`, one of `kinds()`, with its defaults."""
+        raise NotImplementedError

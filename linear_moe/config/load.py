@@ -1,9 +1,9 @@
 """YAML files and `a.b=c` overrides -> one typed tree, every value checked against its field; and back to YAML.
 
 Layers, later ones win: the defaults of `schema.py`, the files that a file names under `include` (in order, relative to
-that file), the file itself, the command line's overrides. A layer that changes a mixer's `type` starts that mixer
-afresh: the new mixer's defaults, changed by what this layer and later ones set. Keys that earlier layers set for the
-old mixer do not carry over, even where both mixers know the name.
+that file), the file itself, the command line's overrides. A layer that changes the `type` of options of which there are
+several kinds (a mixer's) starts them afresh: the defaults of the new kind, changed by this layer and later ones. Keys
+that earlier layers set for the old kind do not carry over, even where both kinds know the name.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from typing import Any, TypeVar
 import yaml
 
 from linear_moe.config.errors import ConfigError
+from linear_moe.config.fields import OneOf
 from linear_moe.config.schema import Config
-from linear_moe.modeling.mixers.base import MixerConfig
-from linear_moe.modeling.mixers.registry import MIXERS, mixer_config
 
 T = TypeVar("T")
 
@@ -50,7 +49,7 @@ class _Loader(yaml.SafeLoader):
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The tree of a YAML file and `a.b=c` overrides. Raises ConfigError for anything a user can get wrong."""
     config = Config()
-    for layer in [*_read_layers(Path(path), ()), parse_overrides(overrides)]:
+    for layer in [*read_layers(Path(path), ()), parse_overrides(overrides)]:
         update(config, layer)
     return config
 
@@ -95,8 +94,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _read_layers(path: Path, above: tuple[Path, ...]) -> list[Mapping[str, Any]]:
-    """A file's layers, its includes' first; `above` are the files that include it."""
+def read_layers(path: Path, above: tuple[Path, ...]) -> list[Mapping[str, Any]]:
+    """A file's layers, its includes' first; `above` are the files that include it. Raises ConfigError."""
     if path.resolve() in above:
         raise ConfigError(str(above[-1]), ..., f"includes {path}, which includes it", fix="break the circle")
     try:
@@ -114,7 +113,7 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> list[Mapping[str, Any]]
     included = [included] if isinstance(included, str) else included
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise ConfigError(f"{path}: {INCLUDE}", included, "must be a file name or a list of them")
-    layers = [layer for name in included for layer in _read_layers(path.parent / name, (*above, path.resolve()))]
+    layers = [layer for name in included for layer in read_layers(path.parent / name, (*above, path.resolve()))]
     return [*layers, values]
 
 
@@ -142,7 +141,7 @@ def update(node: Any, values: Mapping[str, Any], path: str = "") -> None:
 
 def _unknown_key(key: Any, path: str, node: Any, known: list[str]) -> ConfigError:
     section = path or "the config"
-    if isinstance(node, MixerConfig):
+    if isinstance(node, OneOf):
         section += f" (type {node.type})"
     where = f"{path}.{key}" if path else str(key)
     return ConfigError(where, ..., f"unknown key of {section}", candidates=known, near_to=str(key))
@@ -155,8 +154,8 @@ def _convert(value: Any, hint: Any, current: Any, path: str) -> Any:
         if value is None and type(None) in options:
             return None
         (hint,) = [option for option in options if option is not type(None)]
-    if isinstance(hint, type) and issubclass(hint, MixerConfig):
-        return _convert_mixer(value, current, path)
+    if isinstance(hint, type) and issubclass(hint, OneOf):
+        return _convert_one_of(value, hint, current, path)
     if dataclasses.is_dataclass(hint):
         tree = current if isinstance(current, hint) else hint()  # type: ignore[arg-type,operator]
         update(tree, _mapping(value, path), path)
@@ -173,17 +172,17 @@ def _convert(value: Any, hint: Any, current: Any, path: str) -> Any:
     return _convert_scalar(value, hint, path)
 
 
-def _convert_mixer(value: Any, current: MixerConfig | None, path: str) -> MixerConfig:
+def _convert_one_of(value: Any, family: type[OneOf], current: OneOf | None, path: str) -> OneOf:
     fix = f"write {path}.type={value}" if isinstance(value, str) else ""
     values = _mapping(value, path, fix)
-    name = values.get("type", current.type if current else None)
-    if name is None:
-        raise ConfigError(f"{path}.type", ..., "must name a mixer", candidates=MIXERS)
-    if name not in MIXERS:
-        raise ConfigError(f"{path}.type", name, "unknown mixer", candidates=MIXERS, list_all=True)
-    mixer = current if current and current.type == name else mixer_config(name)
-    update(mixer, values, path)
-    return mixer
+    kind, kinds = values.get("type", current.type if current else None), family.kinds()
+    if kind is None:
+        raise ConfigError(f"{path}.type", ..., f"must name a {family.noun}", candidates=kinds)
+    if kind not in kinds:
+        raise ConfigError(f"{path}.type", kind, f"unknown {family.noun}", candidates=kinds, list_all=True)
+    chosen = current if current and current.type == kind else family.of_kind(kind)
+    update(chosen, values, path)
+    return chosen
 
 
 def _mapping(value: Any, path: str, fix: str = "") -> Mapping[str, Any]:

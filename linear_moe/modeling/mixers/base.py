@@ -6,16 +6,17 @@ recurrence, or softmax attention) and `output`. Tensors inside are `[B, T, H, D]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from linear_moe.config.fields import opt
+from linear_moe.config.fields import OneOf, opt
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.later import later, weights_of
+from linear_moe.modeling.mixers.registry import MIXERS, mixer_config
 from linear_moe.modeling.ops.sequence import Pieces, once_by, pieces_of
 from linear_moe.modeling.ops.short_conv import tokens_before
 
@@ -24,10 +25,19 @@ Cache = dict[str, Tensor]
 
 
 @dataclass
-class MixerConfig:
+class MixerConfig(OneOf):
     """Base of every mixer's config; the fields are the subclass's."""
 
+    noun: ClassVar[str] = "mixer"
     type: str = opt("gla", "name of the mixer")
+
+    @classmethod
+    def kinds(cls) -> Collection[str]:
+        return MIXERS
+
+    @classmethod
+    def of_kind(cls, kind: str) -> Any:
+        return mixer_config(kind)
 
 
 @dataclass(frozen=True)

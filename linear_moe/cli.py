@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from linear_moe import __version__, arguments
-from linear_moe.config.errors import ConfigError
+from linear_moe import __version__
+from linear_moe.commands import arguments
+from linear_moe.options.errors import ConfigError
 
 USER_ERROR, TRAINING_ERROR = 2, 3
 EXIT_CODES = (
@@ -43,7 +44,7 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        "linear_moe.training.main",
+        "linear_moe.commands.train",
         arguments.with_config,
         "train as a config says; run it under torchrun, and again to resume",
         "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml \\\n"
@@ -59,20 +60,20 @@ COMMANDS = {
         "  linear-moe plan configs/models/a0.3b_2b.yaml --tokens-per-gpu 32K --gpu h200 --plot sequence.svg",
     ),
     "check": Command(
-        "linear_moe.check",
+        "linear_moe.training.preflight",
         arguments.with_world,
         "everything that `train` checks before it starts",
         "linear-moe check configs/train/a0.3b_2b.yaml --world 8 \\\n"
         "      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer",
     ),
     "mixers": Command(
-        "linear_moe.mixers_table",
+        "linear_moe.plan.mixers",
         arguments.mixers,
         "every token mixer: recurrence, paper, where it runs, parameters and state of a layer",
         "linear-moe mixers --hidden 2048 --heads 16",
     ),
     "data": Command(
-        "linear_moe.training.data.cli",
+        "linear_moe.commands.data",
         arguments.data,
         "tokenize text files into an indexed dataset",
         "linear-moe data --help",
@@ -84,13 +85,13 @@ COMMANDS = {
         "linear-moe export runs/first exported/first",
     ),
     "import": Command(
-        "linear_moe.training.import_",
+        "linear_moe.training.import_weights",
         arguments.import_,
         "begin a run with the weights of another: of the same model, or of a dense one that gets experts",
         "linear-moe import runs/dense moe.yaml run=runs/moe --upcycle\n  linear-moe train runs/moe/config.yaml",
     ),
     "checkpoint": Command(
-        "linear_moe.checkpoint",
+        "linear_moe.commands.checkpoint",
         arguments.checkpoint,
         "what is in a checkpoint, and rewriting one; every checkpoint loads in any layout as it is",
         "linear-moe checkpoint inspect runs/first\n  linear-moe checkpoint reshard runs/first /fast/first --files 16",
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        faults = sys.modules.get("linear_moe.training.faults")  # not imported: not its error
+        faults = sys.modules.get("linear_moe.training.supervision.faults")  # not imported: not its error
         if debug or faults is None or not isinstance(error, faults.TrainingError):
             raise
         if os.environ.get("RANK", "0") == "0":  # raised alike on all ranks

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.mixers.base import Cache, Layout
+from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.model import LanguageModel
 
 

@@ -17,19 +17,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 from linear_moe.config.load import load_config
-from linear_moe.config.schema import Config, ModelConfig
-from linear_moe.config.validate import check_grouped_gemm
+from linear_moe.config.schema import Config
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.checks.experts import check_grouped_gemm
 from linear_moe.inference.card import model_card
-from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
+from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.checkpoints.run import EMBEDDING
+from linear_moe.checkpoints.run import find_checkpoint
+from linear_moe.checkpoints.run import is_run
+from linear_moe.options.errors import one_line
 
 if TYPE_CHECKING:
     from linear_moe.inference.hf import LinearMoEForCausalLM
 
-EMBEDDING = "embedding.weight"
 
 
 @dataclass
@@ -42,9 +46,6 @@ class LoadedRun:
     model: LinearMoEForCausalLM
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` looks like a run folder."""
-    return (path / "config.yaml").is_file()
 
 
 def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> LoadedRun:
@@ -81,18 +82,6 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
     return LoadedRun(config, checkpoint, read_info(checkpoint)["step"], model.eval())
 
 
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The complete checkpoint of `step`, or the latest; ConfigError if there is none."""
-    folder = run / "checkpoints"
-    if step is None:
-        if (latest := latest_checkpoint(folder)) is None:
-            raise ConfigError("run", str(run), "has no complete checkpoint yet")
-        return latest
-    complete = {read_info(path)["step"]: path for path in complete_checkpoints(folder)}
-    if step not in complete:
-        steps = ", ".join(map(str, complete)) or "none"
-        raise ConfigError("--step", step, f"no complete checkpoint of this step in {run}", fix=f"complete are: {steps}")
-    return complete[step]
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -119,9 +108,6 @@ def check_dtype(model: ModelConfig, dtype: str | None) -> None:
         raise ConfigError("--dtype", dtype, constraint, fix="leave it out") from None
 
 
-def one_line(error: BaseException) -> str:
-    """The beginning of an error's text, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor]) -> Any:
@@ -236,26 +222,3 @@ def _replace(temporary: Path, out: Path) -> None:
     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-def main(args: argparse.Namespace) -> int:
-    """`linear-moe export`. Returns the exit code."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    start = time.perf_counter()
-    record = export(
-        args.run,
-        args.out,
-        step=args.step,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        max_shard_size=args.max_shard_size,
-        say=(lambda text: None) if args.json else print,
-    )
-    if args.json:
-        print(json.dumps(record))
-    else:
-        print(
-            f"{args.out}: {record['parameters']:,} parameters in {record['dtype']}, verified bit for bit, "
-            f"{time.perf_counter() - start:.1f} s"
-        )
-    return 0

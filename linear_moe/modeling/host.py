@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.modeling.activations import Activations
-from linear_moe.modeling.ops.cross_entropy import cross_entropy
-from linear_moe.modeling.ops.linear_cross_entropy import linear_cross_entropy
+from linear_moe.modeling.ops.fused.cross_entropy import cross_entropy
+from linear_moe.modeling.ops.fused.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from linear_moe.config.schema import MoEConfig
-    from linear_moe.modeling.mixers.base import Layout
+    from linear_moe.modeling.moe.config import MoEConfig
+    from linear_moe.modeling.tokens import Layout
     from linear_moe.modeling.moe.dispatch import Dispatcher
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -7,14 +7,25 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.config.schema import ModelConfig
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.ffn import build_ffn
 from linear_moe.modeling.host import Host, normal
-from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Dims, Layout
+from linear_moe.modeling.layers.linear import Linear
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.norm import RMSNorm
+from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, permutations
+from linear_moe.config.schema import Config
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.flops import layer_flops
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.model import Layer, layer_dims
+from linear_moe.modeling.pattern import resolve_layers
 
 
 def layer_dims(config: ModelConfig, layer: int) -> Dims:
@@ -168,3 +179,11 @@ class LanguageModel(nn.Module):
         first = next(self.parameters())
         dtype = self.norm.weight.dtype if self.norm is not None else first.dtype
         return [layer.mixer.init_cache(batch, max_length, dtype, first.device) for layer in self.layers.values()]  # type: ignore[union-attr,operator]
+
+
+def crossing(model: ModelConfig, end: int | None = None) -> dict[str, int]:
+    """What the first `end` layers (None: all) leave for later ones in `Layout.shared`: name -> channels."""
+    found: dict[str, int] = {}
+    for i, layer in enumerate(resolve_layers(model)[:end]):
+        found |= mixer_class(layer.mixer.type).crossing(layer.mixer, layer_dims(model, i))
+    return found

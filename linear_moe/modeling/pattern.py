@@ -10,9 +10,29 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import ModelConfig
+from linear_moe.options.errors import ConfigError
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.mixers.base import MixerConfig
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from linear_moe.options.errors import ConfigError, nearest
+from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import MODULES
+from linear_moe.modeling.host import DTYPES
+from linear_moe.options.checks import check, unused
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.layout.pipeline import default_split
 
 PATH = "model.pattern"
 EXAMPLE = "for example LLLN * 3"
@@ -120,3 +140,10 @@ def _has_experts(model: ModelConfig, i: int) -> bool:
     """Whether a layer whose symbol leaves it open, and model.ffn = moe, is a mixture of experts."""
     beyond = i - model.moe.first_dense_layers
     return beyond >= 0 and beyond % model.moe.layer_frequency == 0
+
+
+def mixer_path(model: ModelConfig, symbol: str) -> str:
+    """Dotted path of the mixer that `symbol` stands for."""
+    if symbol in model.symbols and model.symbols[symbol].mixer is not None:
+        return f"model.symbols.{symbol}.mixer"
+    return "model.attention" if symbol == "N" else "model.mixer"

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from linear_moe.config.errors import ConfigError, nearest
-from linear_moe.config.schema import ModelConfig, MoEConfig
+from linear_moe.options.errors import ConfigError, nearest
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.host import ParameterSpec, initial_value
 from linear_moe.modeling.moe.router import route
 

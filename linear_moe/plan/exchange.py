@@ -15,14 +15,14 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import rank_tokens
+from linear_moe.layout.sequence import rank_tokens
 from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.needs import Needs, State, TokenKeys
-from linear_moe.training.sequence.exchange import BLOCKS
-from linear_moe.training.sequence.layout import Order, order_of
+from linear_moe.layout.sequence import RING_BLOCKS
+from linear_moe.layout.sequence import Order, order_of
 
 if TYPE_CHECKING:
-    from linear_moe.plan.cost import Group
+    from linear_moe.plan.network import Group
 
 FP32 = 4  # bytes
 STEP_SECONDS = 10e-6
@@ -187,12 +187,12 @@ def _gather_states(state: State, split: Split, group: Group, gap: float) -> Mess
 
 def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messages:
     """In blocks: once the last rank has got the first one, the others follow one by one; zigzag: there, then back."""
-    block = split.number * split.rows * state.numbers / BLOCKS
+    block = split.number * split.rows * state.numbers / RING_BLOCKS
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
     away = group.nodes - 1
     walk = (split.order.size - 1 - away) * inside + away * between
     turns = 1 if split.order.layout == "contiguous" else split.order.per_rank
-    seconds = turns * (walk + (BLOCKS - 1) * (between if away else inside))
+    seconds = turns * (walk + (RING_BLOCKS - 1) * (between if away else inside))
     forward, backward = state_sent(state, split)
     there = Message(forward, forward, seconds, kept=not state.serial)
     return there, Message(backward, backward, seconds, gap)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from linear_moe.config.schema import Config
 from linear_moe.plan.memory import KINDS
-from linear_moe.plan.model import Plan
+from linear_moe.plan.plan import Plan
 from linear_moe.plan.search import Candidate, Proposals
 
 ROWS = 12  # of a table or list of layouts; --json has all

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from linear_moe.config.schema import Config
-from linear_moe.training import watch
+from linear_moe.training.supervision import watch
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import parallel_layout
+from linear_moe.layout.processes import parallel_layout
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.plan.memory import rank_bytes
 from linear_moe.plan.ranks import RankModels
@@ -40,7 +40,7 @@ STARTED = time.monotonic()
 def used_gib() -> dict[str, float]:
     """Of this rank's device, now; on a CPU the process's resident set."""
     if not torch.cuda.is_available():
-        from linear_moe.training.metrics import memory_gib
+        from linear_moe.training.supervision.metrics import memory_gib
 
         return dict.fromkeys(("allocated", "peak", "device"), memory_gib())
     free, total = torch.cuda.mem_get_info()

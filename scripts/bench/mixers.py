@@ -48,9 +48,11 @@ from pretrain import commit, versions
 from torch import Tensor, nn
 
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.mixers.base import Dims, Layout, LinearMixer, Mixer
+from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.mixers.base import LinearMixer, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
-from linear_moe.modeling.ops import dispatch
+from linear_moe.modeling.ops import backends as dispatch
 
 Work = Callable[[], Any]
 """One forward and backward pass."""

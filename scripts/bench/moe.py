@@ -47,8 +47,9 @@ from pretrain import commit, versions
 from torch import Tensor
 
 from linear_moe.config.load import load_config
-from linear_moe.config.schema import MoEConfig
-from linear_moe.modeling.ops.experts import assign, experts, grouped_mm
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.modeling.ops.experts import assign, experts
+from linear_moe.modeling.ops.experts.products import grouped_mm
 
 PACKAGES = ("quack", "sonicmoe")
 """Contenders that are packages of the same name."""

@@ -55,10 +55,10 @@ from pretrain import commit, versions
 
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import validate
+from linear_moe.checks.validate import validate
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.plan.memory import STATE
-from linear_moe.plan.model import flops_per_token
+from linear_moe.layout.flops import flops_per_token
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "single": (),
@@ -122,12 +122,12 @@ def too_big(config: Config, job: Job) -> str | None:
 def steps_of(config: Config, job: Job, groups: Any) -> dict[str, Any]:
     """Build this rank's part, train, and say what was seen."""
     from linear_moe.training.data import TrainLoader, prepare_data
-    from linear_moe.training.faults import StopSignal
-    from linear_moe.training.model import build_model
-    from linear_moe.training.optimizer import build_optimizer
-    from linear_moe.training.schedule import learning_rate, set_learning_rate
+    from linear_moe.training.supervision.faults import StopSignal
+    from linear_moe.training.build import build_model
+    from linear_moe.training.optimizer.build import build_optimizer
+    from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
     from linear_moe.training.step import Stepper
-    from linear_moe.training.watch import mark
+    from linear_moe.training.supervision.watch import mark
 
     model = build_model(config, vocab_size(config), groups)
     optimizer = build_optimizer(model, config)
@@ -179,7 +179,8 @@ def measure(job: Job) -> dict[str, Any]:
 
 def work(folder: Path) -> None:
     """All jobs of `folder`/jobs.json, one after the other; each rank leaves FOLDER/NAME.RANK.json."""
-    from linear_moe.training import platform, watch
+    from linear_moe.training import platform
+    from linear_moe.training.supervision import watch
 
     platform.install()
     rank = int(os.environ.get("RANK", 0))

@@ -54,7 +54,7 @@ from sequence_tables import SAID, compare, merge, plot, row_of, tables
 
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import validate
+from linear_moe.checks.validate import validate
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.registry import MIXERS
 
@@ -139,8 +139,8 @@ class Trial:
     @classmethod
     def begin(cls, job: Job, config: Config) -> Trial:
         from linear_moe.training import parallel
-        from linear_moe.training.model import build_model
-        from linear_moe.training.optimizer import build_optimizer
+        from linear_moe.training.build import build_model
+        from linear_moe.training.optimizer.build import build_optimizer
 
         trial = cls(
             job, parallel.initialize(config), groups_named=frozenset(dist.distributed_c10d._world.pg_names.values())
@@ -178,10 +178,10 @@ def agreed(count: float) -> int:
 
 def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, Any]:
     from linear_moe.training.data import TrainLoader, prepare_data
-    from linear_moe.training.faults import StopSignal
-    from linear_moe.training.schedule import learning_rate, set_learning_rate
+    from linear_moe.training.supervision.faults import StopSignal
+    from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
     from linear_moe.training.step import Stepper
-    from linear_moe.training.watch import mark
+    from linear_moe.training.supervision.watch import mark
 
     groups, optimizer = trial.groups, trial.optimizer
     stepper = Stepper(config, trial.model, optimizer, groups.device, StopSignal())
@@ -240,7 +240,8 @@ def measure(trial: Trial | None, job: Job, folder: Path) -> tuple[Trial | None, 
 
 def work(folder: Path) -> None:
     """All jobs of `folder`/jobs.json, one after the other; each rank leaves FOLDER/NAME.RANK.json."""
-    from linear_moe.training import platform, watch
+    from linear_moe.training import platform
+    from linear_moe.training.supervision import watch
 
     platform.install()
     rank, cuda = int(os.environ.get("RANK", 0)), torch.cuda.is_available()

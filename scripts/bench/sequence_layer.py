@@ -24,15 +24,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import padded_length
+from linear_moe.layout.sequence import padded_length
 from linear_moe.modeling.host import DTYPES, Host, initialize
-from linear_moe.modeling.mixers.base import Cache, Layout
+from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.mixers.gated_deltanet import GatedDeltaNet
 from linear_moe.modeling.mixers.registry import mixer_config
 from linear_moe.modeling.model import layer_dims
-from linear_moe.modeling.ops.dispatch import fla, pad_keys, tiled
-from linear_moe.modeling.ops.short_conv import short_conv
-from linear_moe.training.sequence.layout import Order, cut, order_of, share, split
+from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
+from linear_moe.modeling.ops.fused.short_conv import short_conv
+from linear_moe.layout.sequence import Order, order_of
+from linear_moe.training.sequence.cut import cut, share, split
 from linear_moe.training.step import layout_of, sequence_line
 
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-4}
@@ -105,20 +106,20 @@ class FlaContextParallel(GatedDeltaNet):
         line, length = sequence_line(config), padded_length(config)
         assert line is not None
         offsets = torch.tensor([0, length])
-        self.context = fla("ops.cp").build_cp_context(
+        self.context = import_fla("ops.cp").build_cp_context(
             offsets.cuda(), group=line.group, conv1d_kernel_size=self.config.conv_size, cu_seqlens_cpu=offsets
         )
 
     def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         y = self.get_submodule(f"{name}_proj")(x).view(1, layout.length, -1)
         conv: Any = self.get_submodule(f"{name}_conv1d")
-        convolve = fla("modules.causal_conv1d").causal_conv1d
+        convolve = import_fla("modules.causal_conv1d").causal_conv1d
         return convolve(y, weight=conv.weight, activation=conv.activation, cp_context=self.context)[0]
 
     def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
         size = self.size(self.key_dim)
         padded = {name: pad_keys(inputs[name], -1, size) for name in "qk"}
-        run = fla("ops.gated_delta_rule").chunk_gated_delta_rule
+        run = import_fla("ops.gated_delta_rule").chunk_gated_delta_rule
         scale = self.key_dim**-0.5
         o, _ = run(**inputs | padded, scale=scale, use_qk_l2norm_in_kernel=True, cp_context=self.context)
         return o, {}

@@ -19,7 +19,8 @@ def inject(fault: str) -> None:
     platform.install()
     import torch
 
-    from linear_moe.training import step, watch
+    from linear_moe.training import step
+    from linear_moe.training.supervision import watch
     from linear_moe.training.data import TrainLoader
 
     def due() -> bool:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.config.errors import ConfigError
-from linear_moe.config.load import from_dict, save_config
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
+from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
-from linear_moe.inference.checkpoint_reader import complete_checkpoints, latest_checkpoint, load_full_weights
-from linear_moe.training.import_ import import_weights
+from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights
+from linear_moe.training.import_weights import import_weights
 from tests.distributed.harness import ROOT, all_tensors, run
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
@@ -218,7 +219,7 @@ def test_read_without_megatron(layouts: Results) -> None:
     rank = layouts["tp2-ep2"][0]
     code = (
         "import sys; sys.modules['megatron'] = None\n"
-        "from linear_moe.inference.checkpoint_reader import load_full_weights\n"
+        "from linear_moe.checkpoints.reader import load_full_weights\n"
         f"print(len(load_full_weights({str(rank['folder'])!r})))"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -376,8 +377,8 @@ def test_failing_saves(tmp_path: Path) -> None:
 
 # -- other models -----------------------------------------------------------------------------------------------------
 CHECK_DATA = "from linear_moe.training import platform; platform.install()\n" + (
-    "import sys, json; from linear_moe.config.load import from_dict; from linear_moe.config.schema import Config\n"
-    "from linear_moe.training.checkpoint import check_data_unchanged\n"
+    "import sys, json; from linear_moe.options.load import from_dict; from linear_moe.config.schema import Config\n"
+    "from linear_moe.training.checkpointing import check_data_unchanged\n"
     "for tree, data in json.loads(sys.argv[1]):\n"
     "    try: check_data_unchanged(from_dict(Config, tree), data); print('ok')\n"
     "    except ValueError as error: print(error)\n"
@@ -441,8 +442,8 @@ def test_damaged_files_are_named(copied: Path) -> None:
 
 
 CHECK = "from linear_moe.training import platform; platform.install()\n" + (
-    "import sys, json; from linear_moe.config.load import from_dict; from linear_moe.config.schema import Config\n"
-    "from linear_moe.training.checkpoint import check_resume\n"
+    "import sys, json; from linear_moe.options.load import from_dict; from linear_moe.config.schema import Config\n"
+    "from linear_moe.training.checkpointing import check_resume\n"
     "for tree in json.loads(sys.argv[1]):\n"
     "    try: check_resume(from_dict(Config, tree)); print('ok')\n"
     "    except ValueError as error: print(error)\n"

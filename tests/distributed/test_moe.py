@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 from tests.distributed.harness import run
 from tests.distributed.test_parallel_training import config, gradients, losses
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close

@@ -162,7 +162,7 @@ def test_bf16_moments_train_alike(results: Results, kind: str) -> None:
 def test_multi_tensor_functions() -> None:
     """What stands in for Apex's kernels, against plain arithmetic."""
     platform.install()
-    from linear_moe.training.optimizer import _foreach_copy, _foreach_norm, _foreach_scale
+    from linear_moe.training.optimizer.build import _foreach_copy, _foreach_norm, _foreach_scale
 
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(shape, generator=generator) for shape in ((3, 4), (1,), (17,))]

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem
 
 from linear_moe.cli import main
-from linear_moe.inference.checkpoint_reader import INFO
+from linear_moe.checkpoints.reader import INFO
 from tests.distributed.harness import all_tensors, run
 from tests.distributed.test_checkpoint import OVERLAP, config
 from tests.tolerances import FP32, assert_close
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing_that_counts(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever cannot be written: one line, no checkpoint, and the same command works when there is room."""
-    from linear_moe.training.checkpoint import reshard  # Megatron-Core: the command has made it ready
+    from linear_moe.training.checkpointing import reshard  # Megatron-Core: the command has made it ready
 
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.training.sequence.layout import Order, cut, share
+from linear_moe.layout.sequence import Order
+from linear_moe.training.sequence.cut import cut, share
 from tests.distributed import sequences
 from tests.distributed.harness import run
 from tests.distributed.sequences import ROWS, SHORT, one_pass, settings, stream, whole_layout

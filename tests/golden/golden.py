@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.mixers.base import Dims, Layout
+from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, assert_close
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linear_moe.modeling.ops import linear_cross_entropy as linear
-from linear_moe.modeling.ops.cross_entropy import cross_entropy
+from linear_moe.modeling.ops.fused import linear_cross_entropy as linear
+from linear_moe.modeling.ops.fused.cross_entropy import cross_entropy
 from tests.tolerances import BF16, FP32, assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

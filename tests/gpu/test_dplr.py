@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linear_moe.modeling.ops.dispatch import has_fla
-from linear_moe.modeling.ops.dplr import dplr
+from linear_moe.modeling.ops.backends import has_fla
+from linear_moe.modeling.ops.recurrences.dplr import dplr
 from tests.gpu.test_ops import DIM, HEADS, LENGTH, OFFSETS, compare, to_gpu
 from tests.tolerances import BF16
 from tests.unit.ops.cases import make_inputs, run

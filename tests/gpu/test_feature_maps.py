@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops import feature_maps, normalizer
-from linear_moe.modeling.ops.decay import decay
+from linear_moe.modeling.ops.fused import feature_maps, normalizer
+from linear_moe.modeling.ops.recurrences.decay import decay
 from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops import normalizer_gpu, quadratic_map_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops.fused import normalizer_triton as normalizer_gpu, quadratic_map_triton as quadratic_map_gpu  # noqa: E402  they import triton
 
 pytestmark = MARKS
 DTYPES = [torch.float32, torch.bfloat16]

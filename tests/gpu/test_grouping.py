@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.grouping import Grouping
+from linear_moe.modeling.ops.fused.grouping import Grouping
 from tests.gpu.kernels import DEVICE, HALF, MARKS
 from tests.tolerances import FP32, assert_close
 
 pytest.importorskip("triton")
-from linear_moe.modeling.ops import grouping_gpu  # imports triton
+from linear_moe.modeling.ops.fused import grouping_triton as grouping_gpu  # imports triton
 
 pytestmark = MARKS
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.dispatch import has_fla
-from linear_moe.modeling.ops.short_conv import short_conv
+from linear_moe.modeling.ops.backends import has_fla
+from linear_moe.modeling.ops.fused.short_conv import short_conv
 from tests.tolerances import BF16, BF16_CANCELLING, BF16_SAME, FP32, assert_close
 from tests.unit.ops import test_gsa
 from tests.unit.ops.cases import NO_KERNEL, OPS, VARIANTS, make_inputs, run, set_extreme_gates

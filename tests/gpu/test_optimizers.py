@@ -11,8 +11,8 @@ from torch import Tensor
 
 from linear_moe.config.schema import MuonConfig
 from linear_moe.modeling.host import Matrices, ParameterSpec, constant
-from linear_moe.training.adamw import AdamW, round_stochastically
-from linear_moe.training.muon import Muon, Share, newton_schulz
+from linear_moe.training.optimizer.adamw import AdamW, round_stochastically
+from linear_moe.training.optimizer.muon import Muon, Share, newton_schulz
 from tests.tolerances import BF16, FP32, assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -67,7 +67,7 @@ def test_multi_tensor_functions() -> None:
     from linear_moe.training import platform
 
     platform.install()
-    from linear_moe.training.optimizer import _foreach_copy, _foreach_norm, _foreach_scale
+    from linear_moe.training.optimizer.build import _foreach_copy, _foreach_norm, _foreach_scale
 
     tensors = [torch.randn(shape, device="cuda") for shape in SHAPES]
     whole = torch.cat([t.flatten() for t in tensors]).double().norm()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.dispatch import has_fla
-from linear_moe.modeling.ops.scan import linear_scan
+from linear_moe.modeling.ops.backends import has_fla
+from linear_moe.modeling.ops.recurrences.scan import linear_scan
 from tests.tolerances import BF16, FP32, assert_close
 from tests.unit.ops.cases import run
 from tests.unit.ops.scans import SCANS, make_inputs

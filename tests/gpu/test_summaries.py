@@ -12,22 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops import scan, sequence
-from linear_moe.modeling.ops.delta import chunk, delta, product
-from linear_moe.modeling.ops.delta import gpu as delta_gpu
-from linear_moe.modeling.ops.dispatch import has_fla
-from linear_moe.modeling.ops.dplr import dplr
+from linear_moe.modeling.ops.recurrences import scan
+from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.recurrences.delta import chunk, delta, product
+from linear_moe.modeling.ops.recurrences.delta import fla as delta_gpu
+from linear_moe.modeling.ops.backends import has_fla
+from linear_moe.modeling.ops.recurrences.dplr import dplr
 from linear_moe.modeling.ops.packing import segment_sums
 from tests.gpu.kernels import DEVICE, INTERPRETED, MARKS
 from tests.tolerances import BF16, FP32, assert_close
 
 pytest.importorskip("triton")
-decay_kernels = importlib.import_module("linear_moe.modeling.ops.decay.summary_gpu")
-decay_summary = importlib.import_module("linear_moe.modeling.ops.decay.summary")
-scan_kernels = importlib.import_module("linear_moe.modeling.ops.scan.summary_gpu")
-delta_kernels = importlib.import_module("linear_moe.modeling.ops.delta.summary_gpu")
-delta_summary = importlib.import_module("linear_moe.modeling.ops.delta.summary")
-dplr_summary = importlib.import_module("linear_moe.modeling.ops.dplr.summary")
+decay_kernels = importlib.import_module("linear_moe.modeling.ops.recurrences.decay.summary_triton")
+decay_summary = importlib.import_module("linear_moe.modeling.ops.recurrences.decay.summary")
+scan_kernels = importlib.import_module("linear_moe.modeling.ops.recurrences.scan.summary_triton")
+delta_kernels = importlib.import_module("linear_moe.modeling.ops.recurrences.delta.summary_triton")
+delta_summary = importlib.import_module("linear_moe.modeling.ops.recurrences.delta.summary")
+dplr_summary = importlib.import_module("linear_moe.modeling.ops.recurrences.dplr.summary")
 
 pytestmark = MARKS
 TF32 = 2e-3  # products of fp32 tensors on a GPU, which drops the last 13 bits of their factors

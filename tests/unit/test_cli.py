@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from linear_moe import cli
 from linear_moe.cli import COMMANDS, main
-from linear_moe.training.faults import TrainingError
+from linear_moe.training.supervision.faults import TrainingError
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "models" / "tiny.yaml")

@@ -64,12 +64,12 @@ def test_rule_holds() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("linear_moe.modeling.ops.decay.chunk", "from linear_moe.modeling.host import Host"),
+        ("linear_moe.modeling.ops.recurrences.decay.chunk", "from linear_moe.modeling.host import Host"),
         ("linear_moe.modeling.model", "def f():\n    import megatron.core"),
         ("linear_moe.modeling.mixers.gla", "from linear_moe import training"),
         ("linear_moe.training.sequence.lsm", "from linear_moe.modeling.mixers import gla"),
         ("linear_moe.inference.export", "from ..training.loop import train"),
-        ("linear_moe.config.validate", "from megatron.core import parallel_state"),
+        ("linear_moe.checks.validate", "from megatron.core import parallel_state"),
     ],
 )
 def test_rule_sees_violations(module: str, source: str) -> None:

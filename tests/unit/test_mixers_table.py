@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from linear_moe import mixers_table
+from linear_moe.plan import mixers as mixers_table
 from linear_moe.cli import main
-from linear_moe.config.load import from_dict
+from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.inference.cache import DecodingState
 from linear_moe.modeling.host import Host

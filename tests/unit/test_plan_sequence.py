@@ -13,33 +13,26 @@ import pytest
 import torch
 
 from linear_moe.cli import main
-from linear_moe.config.load import from_dict
+from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.config.validate import parallel_layout, validate_fields
+from linear_moe.layout.processes import parallel_layout
+from linear_moe.checks.fields import validate_fields
 from linear_moe.gpus import GPU
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
 from linear_moe.plan.activations import activation_bytes
-from linear_moe.plan.cost import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group, layer_seconds, stage_cost
-from linear_moe.plan.exchange import (
-    HEADS,
-    KEYS,
-    STATES,
-    STEP_SECONDS,
-    Exchange,
-    Speed,
-    Split,
-    imbalance,
-    layer_exchange,
-)
-from linear_moe.plan.model import forward_flops, make_plan
+from linear_moe.plan.network import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group
+from linear_moe.plan.cost import layer_seconds, stage_cost
+from linear_moe.plan.exchange import HEADS, KEYS, STATES, STEP_SECONDS, Exchange, Speed, Split, imbalance, layer_exchange
+from linear_moe.layout.flops import forward_flops
+from linear_moe.plan.plan import make_plan
 from linear_moe.plan.needs import TOKENS, Needs, mixer_needs
 from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.search import propose
 from linear_moe.plan.simulate import SCHEMES, WAYS, simulate, worlds
-from linear_moe.training.sequence.exchange import BLOCKS
-from linear_moe.training.sequence.layout import Order
+from linear_moe.layout.sequence import RING_BLOCKS
+from linear_moe.layout.sequence import Order
 from tests.unit.mixers.common import cases, dims
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -144,7 +137,7 @@ def walk(ranks: int, layout: str, node: int, block: float) -> float:
     waits for one, and sends it on as soon as those before have left."""
     order = Order(ranks, layout)
     clock, link = dict.fromkeys(range(ranks), 0.0), dict.fromkeys(range(ranks), 0.0)
-    arrivals = [0.0] * BLOCKS
+    arrivals = [0.0] * RING_BLOCKS
     for piece in range(order.count):
         (rank, _), arrived = order.owner(piece), arrivals
         arrivals = []
@@ -165,7 +158,7 @@ def test_a_ring_of_states_is_a_pipeline(ranks: int, node: int, layout: str) -> N
     needs = needs_of("gla", expand_k=1.0)
     messages = exchange_of(needs, ranks, node=node, layout=layout, exchange="ring").messages
     ((forward, backward),) = messages
-    assert forward.seconds == backward.seconds == pytest.approx(walk(ranks, layout, node, 4 * 256 / BLOCKS))
+    assert forward.seconds == backward.seconds == pytest.approx(walk(ranks, layout, node, 4 * 256 / RING_BLOCKS))
     assert forward.sent == 4 * 256 * (2 if layout == "zigzag" and ranks > 2 else 1)
 
 

@@ -13,7 +13,8 @@ import torch
 
 from linear_moe.cli import main
 from linear_moe.config.load import load_config
-from linear_moe.config.validate import smallest_world, validate
+from linear_moe.layout.processes import smallest_world
+from linear_moe.checks.validate import validate
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.pattern import resolve_layers
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from linear_moe.config.load import from_dict
+from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan import make_plan, micro_batches_in_flight
-from linear_moe.stages import balanced, crossing, default_split, layer_costs, stage_chunks
+from linear_moe.layout.pipeline import balanced, default_split, layer_costs, stage_chunks
+from linear_moe.modeling.model import crossing
 
 
 def config(parallel: dict[str, Any], **model: Any) -> Config:

@@ -7,15 +7,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from linear_moe.config.errors import ConfigError, nearest
-from linear_moe.modeling.ops.delta.gpu import MAX_KEY_DIM
+from linear_moe.options.errors import ConfigError, nearest
+from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
+from linear_moe.options.checks import check
 
 
-def check(path: str, value: int, valid: Callable[[int], bool], constraint: str) -> None:
-    """Raises ConfigError unless `valid(value)`, offering the nearest smaller and larger positive valid values."""
-    if value >= 1 and valid(value):
-        return
-    raise ConfigError(path, value, constraint, fix=nearest(value, valid))
 
 
 def check_heads(path: str, heads: int, tensor: int, divided: dict[str, int]) -> None:
@@ -52,10 +48,3 @@ def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) ->
     return whole * multiple
 
 
-def unused(path: str, config: Any, *names: str, needs: str) -> None:
-    """Raises ConfigError for the first of these fields that is not at its default, where it would do nothing."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in names and value != field.default:
-            fix = f"{needs}, or leave it at {field.default!r}"
-            raise ConfigError(f"{path}.{field.name}", value, "does nothing here", fix=fix)

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.config.fields import opt
-from linear_moe.modeling.conv import ShortConv, conv_states
+from linear_moe.options.fields import opt
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, constant, normal
-from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.mixers.base import Cache, Dims, Layout, LinearMixer, MixerConfig
-from linear_moe.modeling.mixers.checks import check, unused
-from linear_moe.modeling.norm import LayerNorm
-from linear_moe.modeling.ops.fast_weights import ttt
-from linear_moe.modeling.ops.gates import gate as evaluate
-from linear_moe.modeling.rotary import rotary_angles, token_positions
+from linear_moe.modeling.layers.linear import Linear
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
+from linear_moe.options.checks import check, unused
+from linear_moe.modeling.layers.norm import LayerNorm
+from linear_moe.modeling.ops.recurrences.fast_weights import ttt
+from linear_moe.modeling.ops.fused.gates import gate as evaluate
+from linear_moe.modeling.layers.rotary import rotary_angles, token_positions
 
 
 @dataclass

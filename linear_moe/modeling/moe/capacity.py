@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from linear_moe.config.schema import MoEConfig
+from linear_moe.modeling.moe.config import MoEConfig
 
 
 def capacity(tokens: int, config: MoEConfig) -> int:

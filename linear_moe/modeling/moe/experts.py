@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.config.errors import ConfigError
-from linear_moe.config.schema import MoEConfig
+from linear_moe.options.errors import ConfigError
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.host import Host, Matrices, normal
 from linear_moe.modeling.ops import experts as ops
 

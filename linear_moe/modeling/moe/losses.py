@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 
 
 def balance_loss(counts: Tensor, score_sums: Tensor, tokens: Tensor | int) -> Tensor:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import Config
 from linear_moe.training.data import indexed
 from linear_moe.training.data.loader import validation_batches
-from linear_moe.training.data.prepare import PreparedData
+from linear_moe.training.data.prepared import PreparedData
 
 CHUNK = 1 << 24  # tokens counted at a time
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 
 STDLIB = "stdlib"
 SYNTHETIC = "synthetic"

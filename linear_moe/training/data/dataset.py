@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from linear_moe.config.schema import Config
-from linear_moe.training.data.prepare import PreparedData
+from linear_moe.training.data.prepared import PreparedData
 
 VALIDATION_SEED = 0  # the same sequences whatever training.seed is
 AHEAD = 4  # epochs whose orders are written ahead

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, document boundaries

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from linear_moe.config.schema import Config
-from linear_moe.config.validate import padded_length
+from linear_moe.layout.sequence import padded_length
 from linear_moe.training.data.dataset import PADDING, Sample, open_dataset, samples_per_epoch
-from linear_moe.training.data.prepare import PreparedData
-from linear_moe.training.sequence.layout import order_of, split
+from linear_moe.training.data.prepared import PreparedData
+from linear_moe.layout.sequence import order_of
+from linear_moe.training.sequence.cut import split
 
 Batch = dict[str, Any]
 """A micro-batch of b rows: tokens, labels, positions `[b, T]` int64, loss_mask `[b, T]` fp32; with isolated documents

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.sequence import Run, Summary, once
 from linear_moe.training.sequence.exchange import Exchange, Line
-from linear_moe.training.sequence.layout import Cut
+from linear_moe.training.sequence.cut import Cut
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.modeling.later import fill_gap
-from linear_moe.training.sequence.layout import Order
+from linear_moe.modeling.deferred import fill_gap
+from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import RING_BLOCKS
 
 STRATEGIES = ("all_gather", "ring")
-BLOCKS = 4  # of a state's columns, that a ring passes on one by one
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,8 @@ def _walk(exchange: Exchange, transition: Tensor | None, state: Tensor, before: 
     line, step = exchange.line, -1 if reverse else 1
     order, rank, sent = line.order, line.rank, list[tuple[Any, Tensor]]()
     by_column = transition is not None and not exchange.matrix and transition.shape[-1] == state.shape[-1]
-    states, starts = state.chunk(BLOCKS, -1), before.chunk(BLOCKS, -1)
-    transitions = transition.chunk(BLOCKS, -1) if transition is not None and by_column else [transition] * len(states)
+    states, starts = state.chunk(RING_BLOCKS, -1), before.chunk(RING_BLOCKS, -1)
+    transitions = transition.chunk(RING_BLOCKS, -1) if transition is not None and by_column else [transition] * len(states)
     for run in _runs(order.pieces(rank)[::step], step):
         source, target = (
             order.owner(piece)[0] if 0 <= piece < order.count else None for piece in (run[0] - step, run[-1] + step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from linear_moe.config.load import from_dict
+from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
 
 WORDS = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import Config
 from linear_moe.training.data.bigram import Bigram, bigram_loss
 from linear_moe.training.data.loader import validation_batches

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 from linear_moe.training.data.corpus import documents, open_corpus, validation_names
 
 

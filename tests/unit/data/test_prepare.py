@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import Config
 from linear_moe.training import platform
-from linear_moe.training.data import cli, prepare
+from linear_moe.commands import data as cli
+from linear_moe.training.data import prepare
 from linear_moe.training.data.corpus import documents, open_corpus
 from linear_moe.training.data.prepare import check_data, prepare_data
 
@@ -101,7 +102,7 @@ def test_torn_preparation_is_not_picked_up(
 def test_processes_that_start_together_prepare_once(config_of: ConfigOf, tmp_path: Path) -> None:
     config = config_of()
     code = f"""if True:
-        from linear_moe.config.load import from_dict
+        from linear_moe.options.load import from_dict
         from linear_moe.config.schema import Config
         from linear_moe.training.data import prepare
         tokenize = prepare._tokenize
@@ -318,7 +319,7 @@ def test_command(config_of: ConfigOf, tmp_path: Path, capsys: pytest.CaptureFixt
 
     import yaml
 
-    from linear_moe import arguments
+    from linear_moe.commands import arguments
 
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"data": config_of().to_dict()["data"], "training": {"sequence_length": 16}}))

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from linear_moe.cli import main
-from linear_moe.config.errors import ConfigError
+from linear_moe.options.errors import ConfigError
 from linear_moe.inference import export as module
 from linear_moe.inference.export import export
 from linear_moe.inference.generate import generate

@@ -17,7 +17,7 @@ from linear_moe.config.load import load_config, save_config
 from linear_moe.inference.cache import DecodingState, prefill
 from linear_moe.inference.export import export
 from linear_moe.inference.generate import Sampling, TextStream, generate, load_model, sample
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import DECODE, assert_close
 from tests.unit.inference.common import CASES, TOKENS, VOCAB, build, byte_tokenizer, prompt, write_run
 

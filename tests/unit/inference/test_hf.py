@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linear_moe.inference.generate import generate
 from linear_moe.inference.hf import LinearMoECache, LinearMoEForCausalLM
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import DECODE, FP32, assert_close
 from tests.unit.inference.common import CASES, VOCAB, build, prompt
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.softmax import visible
+from linear_moe.modeling.ops.attention.softmax import visible
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import LENGTH, compare, load, randomise
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 from tests.golden.golden import compare_golden
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import compare, randomise

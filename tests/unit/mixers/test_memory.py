@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling import conv
+from linear_moe.modeling.layers import conv
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.mixers.base import Layout, Mixer
+from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import mixer_class
 from tests.unit.mixers.common import build, case_ids, cases, dims
 

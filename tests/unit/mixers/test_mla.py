@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream
 from tests.unit.mixers.truth import LENGTH, compare, load, randomise

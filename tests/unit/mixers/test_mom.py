@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.mixers.base import Layout
+from linear_moe.modeling.tokens import Layout
 from tests.golden.golden import compare_golden
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 from tests.unit.mixers.common import build, dims, packed, stream

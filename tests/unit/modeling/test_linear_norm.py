@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.linear import Linear
-from linear_moe.modeling.norm import RMSNorm, l2_norm
+from linear_moe.modeling.layers.linear import Linear
+from linear_moe.modeling.layers.norm import RMSNorm, l2_norm
 from tests.tolerances import FP32, assert_close
 
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from linear_moe.config.errors import ConfigError
-from linear_moe.config.load import from_dict
-from linear_moe.config.schema import ModelConfig
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.pattern import parse_pattern, resolve_layers
 
 

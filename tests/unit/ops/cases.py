@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.decay import decay
-from linear_moe.modeling.ops.delta import delta
-from linear_moe.modeling.ops.delta.product import delta_product
-from linear_moe.modeling.ops.dplr import dplr
+from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.ops.recurrences.delta import delta
+from linear_moe.modeling.ops.recurrences.delta.product import delta_product
+from linear_moe.modeling.ops.recurrences.dplr import dplr
 
 OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "decay": decay,

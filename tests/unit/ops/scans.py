@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.scan import diagonal_scan, linear_scan, selective_scan
+from linear_moe.modeling.ops.recurrences.scan import diagonal_scan, linear_scan, selective_scan
 
 SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "linear": linear_scan,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.complex_decay import complex_decay
+from linear_moe.modeling.ops.recurrences.complex_decay import complex_decay
 from tests.tolerances import FP32, assert_close
 from tests.unit.ops.cases import run
 

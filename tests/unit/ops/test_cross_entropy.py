@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops import cross_entropy as module
-from linear_moe.modeling.ops import linear_cross_entropy as linear
+from linear_moe.modeling.ops.fused import cross_entropy as module
+from linear_moe.modeling.ops.fused import linear_cross_entropy as linear
 from tests.tolerances import BF16, FP32, assert_close
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.complex_decay import complex_decay
-from linear_moe.modeling.ops.gsa import gsa
+from linear_moe.modeling.ops.recurrences.complex_decay import complex_decay
+from linear_moe.modeling.ops.recurrences.gsa import gsa
 from tests.unit.ops import cases, scans, test_complex_decay, test_fast_weights, test_gsa
 
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.delta import delta
-from linear_moe.modeling.ops.delta.product import delta_product
-from linear_moe.modeling.ops.dplr import dplr
+from linear_moe.modeling.ops.recurrences.delta import delta
+from linear_moe.modeling.ops.recurrences.delta.product import delta_product
+from linear_moe.modeling.ops.recurrences.dplr import dplr
 from tests.tolerances import FP32, assert_close
 from tests.unit.ops.cases import make_inputs, run, set_extreme_gates
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.dispatch import use_backend
-from linear_moe.modeling.ops.fast_weights import titans, ttt
+from linear_moe.modeling.ops.backends import use_backend
+from linear_moe.modeling.ops.recurrences.fast_weights import titans, ttt
 from tests.tolerances import FP32, assert_close, relative_error
 
 SIZE = 16  # of a mini-batch

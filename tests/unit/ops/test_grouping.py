@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from linear_moe.modeling.ops.grouping import Grouping
+from linear_moe.modeling.ops.fused.grouping import Grouping
 from tests.tolerances import FP32, assert_close
 
 

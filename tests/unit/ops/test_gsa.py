@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.gsa import gsa
+from linear_moe.modeling.ops.recurrences.gsa import gsa
 from tests.tolerances import FP32, assert_close
 
 SIZES = {"q": 12, "k": 12, "v": 8, "s": 10, "g": 10}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.short_conv import short_conv
+from linear_moe.modeling.ops.fused.short_conv import short_conv
 from tests.tolerances import BF16_SAME, FP32, assert_close
 from tests.unit.ops.cases import run
 

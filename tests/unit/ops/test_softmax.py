@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops import softmax
-from linear_moe.modeling.ops.dispatch import use_backend
-from linear_moe.modeling.ops.softmax import softmax_attention, softmax_attention_reference
+from linear_moe.modeling.ops.attention import softmax
+from linear_moe.modeling.ops.backends import use_backend
+from linear_moe.modeling.ops.attention.softmax import softmax_attention, softmax_attention_reference
 from tests.tolerances import BF16, FP32, assert_close
 
 

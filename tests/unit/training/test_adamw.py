@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.training import adamw
-from linear_moe.training.adamw import AdamW, round_stochastically
+from linear_moe.training.optimizer import adamw
+from linear_moe.training.optimizer.adamw import AdamW, round_stochastically
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 SHAPES = [(7, 5), (1,), (33,), (2, 3, 4), (129,)]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from linear_moe.config.errors import ConfigError
-from linear_moe.training.faults import TrainingError, check_finite, lock_run
+from linear_moe.options.errors import ConfigError
+from linear_moe.training.supervision.faults import TrainingError, check_finite, lock_run
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -44,7 +44,7 @@ def test_finite() -> None:
 
 SIGNALS = """
 import os, signal, sys
-from linear_moe.training.faults import StopSignal
+from linear_moe.training.supervision.faults import StopSignal
 stop = StopSignal()
 print(stop.received)
 for name in sys.argv[1:]:
@@ -73,7 +73,7 @@ def test_signals(sent: list[str], seen: list[str], code: int) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from linear_moe.training.faults import lock_run
+from linear_moe.training.supervision.faults import lock_run
 lock = lock_run(Path(sys.argv[1]))
 print("locked", flush=True)
 sys.stdin.read()

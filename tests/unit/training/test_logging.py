@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from linear_moe.training.logging import Logger, duration, one_line
+from linear_moe.training.supervision.logging import Logger, duration, one_line
 from tests.tolerances import FP32
 
 STEPS: list[dict[str, Any]] = [

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from linear_moe.training import metrics
-from linear_moe.training.metrics import Throughput, memory_gib, peak_tflops, seconds_alive
+from linear_moe.training.supervision import metrics
+from linear_moe.training.supervision.metrics import Throughput, memory_gib, peak_tflops, seconds_alive
 from tests.tolerances import FP64
 
 

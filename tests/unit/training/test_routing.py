@@ -11,12 +11,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from linear_moe.training import platform
-from linear_moe.training.logging import Logger, routing_line
+from linear_moe.training.supervision.logging import Logger, routing_line
 from tests.tolerances import FP32
 
 platform.install()
 
-from linear_moe.training.routing import LayerRouting, summary  # noqa: E402
+from linear_moe.training.experts.routing import LayerRouting, summary  # noqa: E402
 
 EVEN = LayerRouting(layer=1, load=[1.0] * 4, dropped=0.0, idle=[0, 0, 0, 0], bias=None)
 SKEWED = LayerRouting(layer=3, load=[2.0, 1.0, 1.0, 0.0], dropped=0.25, idle=[0, 0, 3, 9], bias=[-0.5, 0.0, 0.0, 0.5])

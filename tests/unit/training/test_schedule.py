@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linear_moe.config.schema import Config, OptimizerConfig, ScheduleConfig, TrainingConfig
-from linear_moe.training.schedule import learning_rate, set_learning_rate
+from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
 from tests.tolerances import FP64
 
 

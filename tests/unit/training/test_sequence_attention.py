@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.block_attention import Block
-from linear_moe.modeling.ops.softmax import visible
+from linear_moe.modeling.ops.attention.blocks import Block
+from linear_moe.modeling.ops.attention.softmax import visible
 from linear_moe.training.sequence.attention import Reach
-from linear_moe.training.sequence.layout import Order, cut, share
+from linear_moe.layout.sequence import Order
+from linear_moe.training.sequence.cut import cut, share
 
 ROWS, LENGTH = 2, 48
 DOCUMENTS = [0, 1, 11, 11, 13, 48, 55, 96]  # a row's end is a document's

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from linear_moe.training import watch
-from linear_moe.training.watch import Watch
+from linear_moe.training.supervision import watch
+from linear_moe.training.supervision.watch import Watch
 
 TRAINING = "forward and backward"
 

@@ -1,0 +1,141 @@
+"""What is in a checkpoint, and whether it is whole: read without a process group and without Megatron-Core."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from linear_moe.options.errors import ConfigError
+from linear_moe.checkpoints.reader import INFO, MODEL, complete_checkpoints, damaged, latest_checkpoint, read_info, verify_files
+
+OPTIMIZER = "optimizer."
+NEEDED = ("step", "samples", "optimizer_step", "world", "config", "dtypes", "files")
+
+
+def find(place: Path, step: int | None = None) -> Path:
+    """The step folder that a user means: `place` itself, or of the run `place` that of `step` (None: the latest).
+
+    Raises ConfigError, in one line, where there is none, or it is incomplete: which file is missing or short.
+    """
+    if not place.is_dir():
+        raise ConfigError("checkpoint", str(place), "is no folder", fix="give a run folder or RUN/checkpoints/step_...")
+    if (place / INFO).exists() or place.name.lstrip(".").startswith("step_"):
+        if step is not None:
+            raise ConfigError("--step", step, f"{place} is one step", fix="leave it out")
+        check_complete(place)
+        return place
+    checkpoints = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    if step is not None:
+        folder = next((f for f in checkpoints.glob("step_*") if int(f.name.removeprefix("step_") or -1) == step), None)
+        if folder is None:
+            there = ", ".join(str(read_info(f)["step"]) for f in complete_checkpoints(checkpoints)) or "none"
+            raise ConfigError("--step", step, f"{checkpoints} has no such checkpoint", fix=f"complete are: {there}")
+        check_complete(folder)
+        return folder
+    latest = latest_checkpoint(checkpoints, warn=False)
+    if latest is None:
+        for folder in sorted(checkpoints.glob("step_*")):
+            check_complete(folder)
+        raise ConfigError("checkpoint", str(place), "is neither a run folder with a checkpoint nor a checkpoint")
+    return latest
+
+
+def check_complete(folder: Path) -> None:
+    """Raises ConfigError, about the first file that is missing or not of the size that it was saved with."""
+    if folder.name.startswith("."):
+        raise ConfigError(
+            "checkpoint", str(folder), "is what a save that did not end left behind", fix=f"rm -r {folder}"
+        )
+    files = read_info(folder, NEEDED)["files"]
+    for name, size in files.items():
+        try:
+            here = (folder / name).stat().st_size
+        except OSError as error:
+            raise damaged(folder / name, f"is missing: {error.strerror}") from None
+        if here != size:
+            raise damaged(folder / name, f"is incomplete: {here:,} of {size:,} bytes")
+
+
+def verify(folder: Path) -> None:
+    """Raises ConfigError unless the content of every file is what was written."""
+    wrong = verify_files(folder)
+    if wrong is not None:
+        raise damaged(folder / wrong[0], wrong[1])
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Which tensors there are, and where; ConfigError where that cannot be read."""
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except Exception as error:  # unpickling raises anything
+        raise damaged(folder / ".metadata", f"is damaged: {type(error).__name__}: {error}") from None
+
+
+def describe(folder: Path, pattern: str | None = None, *, checked: bool = True) -> dict[str, Any]:
+    """What `linear-moe checkpoint inspect --json` prints, with stable keys.
+
+    Args:
+        folder: a complete checkpoint.
+        pattern: of tensors' names to list (as in a shell: `model.layers.0.*`); None: none.
+        checked: compare all files with the sums that they were written with.
+
+    Raises:
+        ConfigError: a file is damaged.
+    """
+    info = read_info(folder, NEEDED)
+    if checked:
+        verify(folder)
+    config, parallel = info["config"], info["config"]["parallel"]
+    tensors = [
+        _tensor(name, entry, info["dtypes"])
+        for name, entry in sorted(read_metadata(folder).state_dict_metadata.items())
+        if isinstance(entry, TensorStorageMetadata)
+    ]
+    model = [t for t in tensors if t["name"].startswith(MODEL)]
+    state = [t for t in tensors if t["name"].startswith(OPTIMIZER)]
+    return {
+        "checkpoint": str(folder),
+        "step": info["step"],
+        "samples": info["samples"],
+        "tokens": info["samples"] * config["training"]["sequence_length"],
+        "config_digest": digest(config),
+        "data": info.get("data"),
+        "imported": info.get("imported"),
+        "versions": info.get("versions", {}),
+        "layout": {"world": info["world"], **parallel, "distributed_optimizer": config["optimizer"]["distributed"]},
+        "parameters": sum(math.prod(t["shape"]) for t in model),
+        "model_bytes": sum(t["bytes"] for t in model),
+        "optimizer": {"step": info["optimizer_step"], "tensors": len(state), "bytes": sum(t["bytes"] for t in state)}
+        if state
+        else None,
+        "files": len(info["files"]),
+        "bytes": sum(info["files"].values()),
+        "verified": checked and bool(info.get("crc32")),
+        "tensors": [t for t in tensors if fnmatch.fnmatchcase(t["name"], pattern)] if pattern else [],
+    }
+
+
+def digest(config: dict[str, Any]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a configuration, however its keys are ordered."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tensor(name: str, entry: TensorStorageMetadata, dtypes: dict[str, str]) -> dict[str, Any]:
+    kind = entry.properties.dtype
+    found = {
+        "name": name,
+        "shape": list(entry.size),
+        "dtype": str(kind).removeprefix("torch."),
+        "bytes": math.prod(entry.size) * kind.itemsize,
+        "pieces": len(entry.chunks),
+    }
+    if name.startswith(MODEL):
+        found["trained_in"] = dtypes.get(name.removeprefix(MODEL))
+    return found

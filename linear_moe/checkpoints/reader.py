@@ -1,0 +1,180 @@
+"""Checkpoints on disk, read without a process group and without Megatron-Core.
+
+Layout: `RUN/checkpoints/step_00000100/` holds `checkpoint.json` (step, configuration, data types, every file and its
+size and CRC-32; written last), `.metadata` and `*.distcp` (tensors, in PyTorch's format) and `metadata.json`
+(Megatron-Core's format mark). `RUN/checkpoints/latest` names the folder to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from linear_moe.options.errors import ConfigError
+
+INFO, LATEST, MODEL = "checkpoint.json", "latest", "model."
+FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+def step_name(step: int) -> str:
+    """Name of a step's folder."""
+    return f"step_{step:08d}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that the checkpoint was saved with is there in its full size."""
+    try:
+        files = json.loads((folder / INFO).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints` folder, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    folders = [f for f in checkpoints.iterdir() if re.fullmatch(r"step_\d{8,}", f.name)]
+    return sorted((f for f in folders if is_complete(f)), key=lambda f: int(f.name.removeprefix("step_")))
+
+
+def latest_checkpoint(checkpoints: Path, *, warn: bool = True) -> Path | None:
+    """The checkpoint to resume from: the one that `latest` names if it is complete, else the newest complete one.
+
+    Logs a warning, unless told not to, where it is not the one that `latest` names. Raises ConfigError where `latest`
+    names one and none is complete, rather than let a training start again from nothing.
+    """
+    named = None
+    try:
+        named = (checkpoints / LATEST).read_text().strip()
+        if named and is_complete(checkpoints / named):
+            return checkpoints / named
+    except FileNotFoundError:
+        pass
+    complete = complete_checkpoints(checkpoints)
+    if complete:
+        problem = f"names {named}, which is missing or incomplete" if named else "is missing"
+        if warn:
+            message = "%s %s: taking the newest complete checkpoint, %s"
+            logger.warning(message, checkpoints / LATEST, problem, complete[-1].name)
+        return complete[-1]
+    if named:
+        raise ConfigError(
+            str(checkpoints / LATEST),
+            named,
+            "is missing or incomplete, and so is every other checkpoint",
+            fix="delete the checkpoints folder to start again, or choose another run folder",
+        )
+    return None
+
+
+def read_info(checkpoint: Path, needed: Iterable[str] = ("step", "dtypes", "files")) -> dict[str, Any]:
+    """`checkpoint.json`: {format, step, samples, optimizer_step, world, config, data, dtypes, versions, files, crc32}.
+
+    Raises ConfigError where it cannot be read, is of another format, or lacks a key that is `needed`.
+    """
+    try:
+        info = json.loads((checkpoint / INFO).read_text())
+    except OSError as error:
+        raise ConfigError(str(checkpoint), ..., f"is not a checkpoint ({error})") from None
+    except ValueError as error:
+        raise damaged(checkpoint / INFO, f"is not valid JSON ({error})") from None
+    if not isinstance(info, dict):
+        raise damaged(checkpoint / INFO, "is damaged: not a JSON object")
+    if info.get("format") != FORMAT:
+        raise ConfigError(str(checkpoint), info.get("format"), f"this version reads checkpoint format {FORMAT}")
+    missing = [key for key in needed if key not in info]
+    if missing:
+        raise damaged(checkpoint / INFO, f"is damaged: it has no {missing[0]!r}")
+    return info
+
+
+def damaged(file: Path, constraint: str) -> ConfigError:
+    """The error for a broken file of a checkpoint: what to do depends on what else there is."""
+    others = [folder.name for folder in complete_checkpoints(file.parent.parent) if folder != file.parent]
+    older = f"{others[-1]} is then the newest one" if others else "there is no other one"
+    return ConfigError(str(file), ..., constraint, fix=f"remove {file.parent}; {older}")
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of a file (4 GB/s on one core; it finds storage errors, not forgeries)."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def verify_files(checkpoint: Path, part: int = 0, parts: int = 1) -> tuple[str, str] | None:
+    """Compare the checkpoint's files, or every `parts`-th of them, with the CRC-32 they were written with.
+
+    Returns the name of a file that is not what was written, and what is wrong with it, for `damaged`. A folder that
+    `save` has not made may record no sums.
+    """
+    sums = read_info(checkpoint).get("crc32", {})
+
+    def verify(name: str) -> tuple[str, str] | None:
+        try:
+            right = file_crc(checkpoint / name) == sums[name]
+        except OSError as error:
+            return name, f"cannot be read: {error.strerror}"
+        return None if right else (name, "is damaged: its content is not what was written")
+
+    with ThreadPoolExecutor(4) as threads:
+        return next(filter(None, threads.map(verify, sorted(sums)[part::parts])), None)
+
+
+def read_tensors(checkpoint: Path, tensors: dict[str, Any], planner: LoadPlanner | None = None) -> None:
+    """Fill `tensors` (by checkpoint key) in place, in this process alone, converting to their data types."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+        dcp.load(tensors, storage_reader=FileSystemReader(checkpoint), planner=planner, no_dist=True)
+
+
+def weight_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Full shape of every model parameter, by name."""
+    tensors = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {
+        key.removeprefix(MODEL): tuple(tensor.size)
+        for key, tensor in tensors.items()
+        if key.startswith(MODEL) and isinstance(tensor, TensorStorageMetadata)
+    }
+
+
+def load_full_weights(checkpoint_folder: str | Path, *, fp32: bool = False) -> dict[str, Tensor]:
+    """Every model parameter, whole, on the CPU, by its name in the model, whatever layout wrote it.
+
+    Args:
+        checkpoint_folder: `RUN/checkpoints/step_...`.
+        fp32: the optimizer's fp32 weights; else each in the data type it was trained in (the same weights, rounded as
+            in training).
+
+    Raises:
+        ConfigError: a file is missing, or is not what was written.
+    """
+    folder = Path(checkpoint_folder)
+    wrong = verify_files(folder)
+    if wrong is not None:
+        raise damaged(folder / wrong[0], wrong[1])
+    dtypes = read_info(folder)["dtypes"]
+    tensors: dict[str, Any] = {
+        MODEL + name: torch.empty(shape, dtype=torch.float32 if fp32 else getattr(torch, dtypes[name]))
+        for name, shape in weight_shapes(folder).items()
+    }
+    read_tensors(folder, tensors)
+    return {key.removeprefix(MODEL): tensor for key, tensor in tensors.items()}

@@ -1,0 +1,48 @@
+"""TODO checks.mixers."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from linear_moe.options.errors import ConfigError, nearest
+from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import MODULES
+from linear_moe.modeling.host import DTYPES
+from linear_moe.options.checks import check, unused
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.layout.pipeline import default_split
+from linear_moe.layout.sequence import in_pieces
+from linear_moe.modeling.pattern import mixer_path
+
+
+def check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
+    first: dict[str, tuple[str, Any]] = {}  # of each type, the first layer's path and config
+    pieces = f"parallel.sequence{'' if config.parallel.sequence > 1 else '_pieces'} > 1"
+    for i, layer in enumerate(layers):
+        path, cls = mixer_path(config.model, layer.symbol), mixer_class(layer.mixer.type)
+        first_path, first_mixer = first.setdefault(layer.mixer.type, (path, layer.mixer))
+        for name in cls.crossing_fields:
+            value, expected = getattr(layer.mixer, name), getattr(first_mixer, name)
+            if value != expected:
+                constraint = f"must be {first_path}.{name} = {expected!r}: these layers pass each other tensors"
+                raise ConfigError(f"{path}.{name}", value, constraint)
+        cls.validate(layer.mixer, layer_dims(config.model, i), config.parallel.tensor, path)
+        for needed, capability, option in (
+            (config.parallel.tensor > 1, "tensor_parallel", "parallel.tensor > 1"),
+            (config.data.isolate_documents, "packing", "data.isolate_documents"),
+            (in_pieces(config.parallel), "sequence_parallel", pieces),
+        ):
+            if needed and not getattr(cls.capabilities, capability):
+                why = f": {cls.limits[capability]}" if capability in cls.limits else ""
+                raise ConfigError(f"{path}.type", layer.mixer.type, f"does not support {option}{why}")

@@ -1,0 +1,74 @@
+"""TODO checks.nearest."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from linear_moe.options.errors import ConfigError, nearest
+from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import MODULES
+from linear_moe.modeling.host import DTYPES
+from linear_moe.options.checks import check, unused
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.layout.pipeline import default_split
+from linear_moe.layout.processes import MAX_WORLD
+from linear_moe.checks.fields import validate_fields
+
+
+TRIES = 200  # layouts that `nearest_layout` tries: of a large model a second or two
+
+
+def nearest_layout(config: Config, world: int) -> str:
+    """The parallel sizes for `world` ranks that change the fewest of the config's, and those least, as overrides.
+
+    "" where there are none: the sizes are not what is wrong.
+    """
+    axes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "sequence")
+    given = {axis: getattr(config.parallel, axis) for axis in axes}
+
+    def works(sizes: dict[str, int], world: int | None) -> bool:
+        split = config.parallel.pipeline_layers
+        same = split is not None and len(split) == sizes["pipeline"] * sizes["virtual_pipeline"]
+        parallel = replace(config.parallel, pipeline_layers=split if same else None, **sizes)  # type: ignore[arg-type]
+        try:
+            validate_fields(replace(config, parallel=parallel), world)
+        except ConfigError:
+            return False
+        return True
+
+    if not 1 <= world <= MAX_WORLD or not works(dict.fromkeys(axes, 1), None):
+        return ""
+    parts = [n for n in range(1, min(world, 2**16) + 1) if world % n == 0]
+
+    def far(axis: str, size: int) -> float:
+        return abs(math.log(size / given[axis]))
+
+    choices = [{1, *sorted(parts, key=partial(far, axis))[:6]} for axis in axes]
+    choices[axes.index("virtual_pipeline")] = {given["virtual_pipeline"], 2, 1}
+    choices[axes.index("sequence")] = {given["sequence"], 1}
+    found: list[tuple[int, float, dict[str, int]]] = []
+    for values in product(*choices):
+        sizes = dict(zip(axes, values, strict=True))
+        tensor, pipeline, virtual, expert, inside, sequence = values
+        if (
+            world % (tensor * sequence * pipeline)
+            or world % (expert * inside * pipeline)
+            or (virtual > 1 and pipeline == 1)
+        ):
+            continue
+        changed = [axis for axis in axes if sizes[axis] != given[axis]]
+        found.append((len(changed), sum(far(axis, sizes[axis]) for axis in changed), sizes))
+    found.sort(key=lambda entry: entry[:2])
+    near = next((sizes for _, _, sizes in found[:TRIES] if works(sizes, world)), None)
+    return "" if near is None else " ".join(f"parallel.{a}={near[a]}" for a in axes if near[a] != given[a])

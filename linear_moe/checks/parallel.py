@@ -1,0 +1,111 @@
+"""TODO checks.parallel."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from linear_moe.options.errors import ConfigError, nearest
+from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import MODULES
+from linear_moe.modeling.host import DTYPES
+from linear_moe.options.checks import check, unused
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.layout.pipeline import default_split
+from linear_moe.options.checks import check_divisible
+from linear_moe.layout.sequence import in_pieces
+from linear_moe.modeling.pattern import mixer_path
+from linear_moe.layout.sequence import tensor_sequence
+
+
+def check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
+    parallel = config.parallel
+    _check_pipeline(config, len(layers))
+    _check_sequence(config, layers)
+    if tensor_sequence(parallel) and not in_pieces(parallel):
+        length = config.training.sequence_length
+        check_divisible("training.sequence_length", length, "parallel.tensor", parallel.tensor)
+
+
+def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
+    """What goes with parallel.sequence; mixers are checked elsewhere."""
+    parallel = config.parallel
+    if parallel.sequence == 1:
+        fields = ("sequence_layout", "sequence_exchange", "sequence_dtype", "sequence_attention")
+        unused("parallel", parallel, *fields, needs="set parallel.sequence")
+        if all(mixer_class(layer.mixer.type).family == "softmax" for layer in layers):
+            unused("parallel", parallel, "sequence_pieces", needs="have a layer with a state")
+        return
+    each = parallel.sequence_pieces
+    if each is not None and each % 2 and parallel.sequence_layout == "zigzag":
+        constraint = "must be even with parallel.sequence_layout=zigzag, which balances pairs of pieces"
+        fix = f"{nearest(each, step=2)}, or parallel.sequence_layout=contiguous"
+        raise ConfigError("parallel.sequence_pieces", each, constraint, fix=fix)
+    _check_sequence_attention(config, layers)
+
+
+def _check_sequence_attention(config: Config, layers: list[ResolvedLayer]) -> None:
+    softmax = 0
+    for i, layer in enumerate(layers):
+        heads = mixer_class(layer.mixer.type).softmax_heads(layer.mixer, layer_dims(config.model, i))
+        softmax += heads is not None
+        if heads is not None and config.parallel.sequence_attention == "ulysses":
+            _check_ulysses(*heads, config.parallel, mixer_path(config.model, layer.symbol))
+    if not softmax:
+        unused("parallel", config.parallel, "sequence_attention", needs="have a layer of softmax attention")
+    if softmax == len(layers):
+        fields = ("sequence_exchange", "sequence_dtype", "sequence_pieces")
+        unused("parallel", config.parallel, *fields, needs="have a layer with a state")
+
+
+def _check_ulysses(queries: int, keys: int, parallel: ParallelConfig, path: str) -> None:
+    """The ranks of a sequence share out the heads that tensor parallelism leaves; few of keys may be repeated."""
+    tensor, ranks = parallel.tensor, parallel.sequence
+    what = f"parallel.sequence = {ranks} with parallel.sequence_attention=ulysses"
+    instead = "or parallel.sequence_attention=ring"
+    if queries % (step := tensor * ranks):
+        constraint = f"must be divisible by parallel.tensor {tensor} * {ranks} = {step}: {what}"
+        fix = f"{nearest(queries, step=step)}, {instead}"
+        raise ConfigError(f"{path}.num_heads", queries, constraint, fix=fix)
+
+    def fits(n: int) -> bool:
+        return queries % n == 0 and n % tensor == 0 and ((n // tensor) % ranks == 0 or ranks % (n // tensor) == 0)
+
+    if not fits(keys):
+        constraint = f"must be a multiple or divisor of {ranks} on each of parallel.tensor = {tensor} ranks: {what}"
+        raise ConfigError(f"{path}.num_kv_heads", keys, constraint, fix=f"{nearest(keys, fits)}, {instead}")
+
+
+def _check_pipeline(config: Config, num_layers: int) -> None:
+    """Every chunk has a layer, and an explicit split has all of them."""
+    parallel, path = config.parallel, "parallel.pipeline_layers"
+    stages, virtual, sizes = parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
+    if virtual > 1 and stages == 1:
+        constraint = "interleaves the chunks of several pipeline stages, and there is one"
+        raise ConfigError("parallel.virtual_pipeline", virtual, constraint, fix="set it to 1, or parallel.pipeline=2")
+    chunks = stages * virtual
+    if chunks > num_layers:
+        name, other = ("virtual_pipeline", stages) if virtual > 1 and stages <= num_layers else ("pipeline", virtual)
+        constraint = f"cuts model.num_layers = {num_layers} into {chunks} chunks: at least one has no layer"
+        fix = f"nearest valid: {max(num_layers // other, 1)}"
+        raise ConfigError(f"parallel.{name}", getattr(parallel, name), constraint, fix=fix)
+    if sizes is None:
+        return
+    fix = f"balanced: {default_split(config)}"
+    if len(sizes) != chunks:
+        terms = f"parallel.pipeline {stages} * parallel.virtual_pipeline {virtual} = {chunks}"
+        raise ConfigError(path, sizes, f"must have {terms} numbers, one for each chunk", fix=fix)
+    if min(sizes) < 1:
+        raise ConfigError(path, sizes, "must be >= 1 each", fix=fix)
+    if sum(sizes) != num_layers:
+        raise ConfigError(path, sizes, f"must add up to model.num_layers = {num_layers}, not {sum(sizes)}", fix=fix)

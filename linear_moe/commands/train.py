@@ -1,0 +1,37 @@
+"""`linear-moe train`: every check that needs no process group, then the groups, then the loop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from linear_moe.training.preflight import check
+from linear_moe.config.load import load_config
+from linear_moe.training.supervision.faults import end_with_parent, lock_run
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train as the configuration says; rerunning the same command resumes. Returns the exit code."""
+    config = load_config(args.config, args.overrides)
+    check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    end_with_parent()
+    lock = lock_run(Path(config.run)) if os.environ.get("RANK", "0") == "0" else None
+
+    from linear_moe.training import platform
+    from linear_moe.training.supervision import watch
+
+    platform.install()
+
+    from linear_moe.training.checkpointing.load import check_data_unchanged
+    from linear_moe.training.data import prepare_data
+    from linear_moe.training.loop import train
+
+    with watch.watching(config):
+        watch.mark("preparing the data")
+        data = prepare_data(config)
+        check_data_unchanged(config, data.fingerprint)
+        code = train(config, data)
+    if lock is not None:
+        lock.close()
+    return code

@@ -1,0 +1,114 @@
+"""TODO modeling.moe.config."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from linear_moe.options.fields import opt
+from linear_moe.modeling.activations import MODULES
+from linear_moe.modeling.mixers.base import MixerConfig
+from linear_moe.modeling.mixers.registry import mixer_config
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from linear_moe.options.errors import ConfigError, nearest
+from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.activations import MODULES
+from linear_moe.modeling.host import DTYPES
+from linear_moe.options.checks import check, unused
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.layout.pipeline import default_split
+
+
+@dataclass
+class MoEConfig:
+    num_experts: int = opt(8, "number of routed experts", ge=1, le=2**16)
+    top_k: int = opt(2, "experts each token is sent to", ge=1)
+    expert_ffn_size: int = opt(256, "hidden size of one expert's SwiGLU", ge=1, le=2**20)
+    shared_ffn_size: int = opt(
+        0, "hidden size of the always-active shared expert (of several: their sum); 0: none", ge=0, le=2**20
+    )
+    shared_gate: bool = opt(False, "multiply the shared expert's output by a sigmoid gate of the token (Qwen2-MoE)")
+    overlap_shared_expert: bool = opt(
+        False, "on a GPU, compute the shared expert while tokens travel to other ranks' experts and back; same numbers"
+    )
+    first_dense_layers: int = opt(
+        0, "of the layers whose channel mixer is model.ffn = moe, those among the first so many layers are dense", ge=0
+    )
+    layer_frequency: int = opt(
+        1, "of those after first_dense_layers, every so-manieth layer is moe, the first is", ge=1
+    )
+    score: str = opt("softmax", "router score function", choices=("softmax", "sigmoid"))
+    top_k_first: bool = opt(
+        False,
+        "choose by the logits, then take the softmax over the chosen (Mixtral); false: the softmax over all, then "
+        "choose (Qwen2-MoE, DeepSeek)",
+    )
+    normalize_top_k: bool = opt(True, "divide the chosen experts' scores by their sum")
+    routed_scaling_factor: float = opt(1.0, "multiplies the weights of the chosen experts", gt=0)
+    num_groups: int = opt(1, "equal groups of consecutive experts, of which a token may use only some", ge=1)
+    top_k_groups: int = opt(1, "groups that a token's experts are chosen from", ge=1)
+    group_score: str = opt(
+        "max",
+        "a group's score: its best expert's (DeepSeek-V2), or the sum of its best two (DeepSeek-V3)",
+        choices=("max", "sum_top_2"),
+    )
+    expert_bias: bool = opt(
+        False, "balance the load without a loss: a bias per expert that only the choice sees (arXiv 2408.15664)"
+    )
+    bias_update_rate: float = opt(0.001, "what each step adds to the bias of an expert below the mean load", ge=0)
+    aux_loss: float = opt(0.01, "coefficient of the load-balancing loss (Switch Transformer, eq. 4); 0: off", ge=0)
+    sequence_aux_loss: float = opt(0.0, "coefficient of the same loss within each sequence (DeepSeek-V2, -V3)", ge=0)
+    global_aux_loss: float = opt(
+        0.0,
+        "coefficient of the same loss with the load of all replicas and of the step's micro-batches so far "
+        "(arXiv 2501.11873)",
+        ge=0,
+    )
+    z_loss: float = opt(0.001, "coefficient of the router z-loss (ST-MoE, eq. 5); 0: off", ge=0)
+    capacity_factor: float | None = opt(
+        None,
+        "in training, an expert takes at most this times the mean load of a micro-batch, and the rest is dropped; "
+        "null, and always in validation and inference: all",
+        gt=0,
+    )
+    capacity_pad: bool = opt(
+        False,
+        "between the ranks of parallel.expert and .expert_tensor, exchange as many rows as capacity allows instead of "
+        "as many as there are: more is sent, but no rank waits to hear how much",
+    )
+    drop_policy: str = opt(
+        "probs", "what is dropped: the least weights, or the last tokens", choices=("probs", "position")
+    )
+    experts: str = opt(
+        "auto",
+        "experts' implementation: grouped GEMMs (grouped: our Triton kernels on Hopper, else PyTorch's; quack: those "
+        "of quack-kernels, for bf16 on GPUs of compute capability 9.0 or above; auto: quack on Hopper where it can be, "
+        "else grouped), or a loop (sequential: the definition)",
+        choices=("auto", "grouped", "quack", "sequential"),
+    )
+    dispatcher: str = opt(
+        "auto",
+        "how tokens travel to other ranks' experts: each to its own (alltoall), or all to all ranks (allgather), which "
+        "needs more memory but does not wait for the device; auto: allgather up to parallel.expert = 2",
+        choices=("auto", "alltoall", "allgather"),
+    )
+
+
+def expert_dispatcher(moe: MoEConfig, expert: int) -> str:
+    """`model.moe.dispatcher` with `expert` ranks, "alltoall" or "allgather"."""
+    if moe.dispatcher != "auto":
+        return moe.dispatcher
+    return "allgather" if expert <= 2 and not moe.capacity_pad else "alltoall"

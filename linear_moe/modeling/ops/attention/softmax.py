@@ -1,0 +1,212 @@
+"""Causal softmax attention with grouped query heads: packed documents, sliding window, key-value cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.backends import requested
+
+
+def visible(
+    length: int,
+    keys: int,
+    device: torch.device,
+    *,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Which keys each query sees, `[1 or B, T, S]` bool: those of its document, not later than it, within `window`."""
+    slots = torch.arange(keys, device=device)
+    at = slots[:length].unsqueeze(0) if positions is None else positions
+    mask = slots <= at.unsqueeze(-1)
+    if window is not None:
+        mask = mask & (slots > at.unsqueeze(-1) - window)
+    if cu_seqlens is not None:
+        document = torch.bucketize(slots, cu_seqlens[1:].to(device), right=True)
+        mask = mask & (document[:length, None] == document)
+    return mask
+
+
+def softmax_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The definition, in fp32: `o_t = sum_s softmax_s(q_t . k_s scale) v_s` over visible s. Arguments as below."""
+    mask = visible(q.shape[1], k.shape[1], q.device, cu_seqlens=cu_seqlens, positions=positions, window=window)
+    k, v = (t.float().repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v).to(q.dtype)
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """PyTorch's packed FlashAttention (torch >= 2.10) and its parameters, which grew from release to release."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def suits_flash(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    offsets: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    window: int | None,
+) -> Tensor | None:
+    """FlashAttention over packed documents, or over rows; None where this PyTorch cannot.
+
+    Args:
+        offsets, longest: int32 `[documents + 1]` and the most tokens of one, of queries and of keys. A document's
+            queries are its last tokens.
+    """
+    if (found := _varlen()) is None:
+        return None
+    varlen_attn, parameters = found
+    extra: dict[str, Any] = {}
+    if "window_size" in parameters:
+        extra["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None and "is_causal" in parameters:
+        extra["is_causal"] = True
+    else:
+        return None
+    if scale is not None:
+        if "scale" not in parameters:
+            return None
+        extra["scale"] = scale
+    if q.shape[2] != k.shape[2]:
+        if "enable_gqa" in parameters:
+            extra["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    batch, length = q.shape[:2]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return varlen_attn(q, k, v, *offsets, *longest, **extra).unflatten(0, (batch, length))
+
+
+def one_size(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, multiple: int
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """Heads padded to one size, a multiple of `multiple`, as FlashAttention takes them; and the scale of the scores."""
+    size, width = q.shape[-1], max(q.shape[-1], v.shape[-1])
+    width = -(-width // multiple) * multiple
+    if size < width and scale is None:
+        scale = size**-0.5
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
+    return q, k, v, scale
+
+
+def aligned(x: Tensor) -> Tensor:
+    """FlashAttention reads 16 bytes at a time wherever a head begins, and does not look whether it may."""
+    starts = [x.storage_offset(), *(s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)]
+    return (
+        x
+        if x.stride(-1) == 1 and all(s * x.element_size() % 16 == 0 for s in starts)
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_document: int | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] -> o [B, T, H, V]`; G divides H, head h reads group h // (H / G).
+
+    On PyTorch's fused kernels. Packed documents and windows take its variable-length FlashAttention on a GPU in half
+    precision; elsewhere, and with a cache, a dense `[T, S]` mask. Within `use_backend("reference")`, the definition.
+
+    Args:
+        scale: of the scores; None: 1 / sqrt(D).
+        cu_seqlens: `[documents + 1]` offsets of packed documents, B = 1.
+        max_document: longest document, a host integer; None: T.
+        positions: `[B, T]` positions of the queries when k, v are a cache whose slot s holds position s; None: S = T.
+        window: a query sees itself and the `window - 1` tokens before it; None: all before it.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or (positions is None and q.shape[1] != k.shape[1]):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+    if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
+        raise ValueError("packed documents need a batch of 1 and no cache")
+    if positions is None and (pieces := sequence.current()) is not None:
+        return pieces.attention(q, (k, v), lambda k, v: (k, v), (), scale, window)
+    visibility: dict[str, Any] = {"cu_seqlens": cu_seqlens, "positions": positions, "window": window}
+    if requested("auto") == "reference":
+        return softmax_attention_reference(q, k, v, scale=scale, **visibility)
+    value_dim = v.shape[-1]
+    plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
+    if positions is None:
+        q, k, v, scale = one_size(q, k, v, scale, 1 if plain else 8)
+    if q.is_cuda:
+        q, k, v = (aligned(t) for t in (q, k, v))
+    if positions is None and not plain and suits_flash(q):
+        ends = torch.arange(q.shape[0] + 1, device=q.device) * q.shape[1] if cu_seqlens is None else cu_seqlens
+        offsets, longest = ends.to(torch.int32), max_document or q.shape[1]
+        packed = _packed(q, k, v, scale, (offsets, offsets), (longest, longest), window)
+        if packed is not None:
+            return packed[..., :value_dim]
+    mask = None if plain else visible(q.shape[1], k.shape[1], q.device, **visibility)
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else mask.unsqueeze(1),
+        is_causal=plain,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o.transpose(1, 2)[..., :value_dim]
+
+
+def latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    expand: sequence.Expand,
+    parameters: Sequence[Tensor],
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_document: int | None = None,
+) -> Tensor:
+    """`softmax_attention` whose keys and values are made of something smaller, `latent [B, S, ...]`, token by token.
+
+    Args:
+        expand: `latent -> k [B, S, G, D], v [B, S, G, V]`.
+        parameters: those that it uses, all of them.
+    """
+    if (pieces := sequence.current()) is not None:
+        return pieces.attention(q, (latent,), expand, parameters, None, None)
+    return softmax_attention(q, *expand(latent), cu_seqlens=cu_seqlens, max_document=max_document)
+
+
+IMPLEMENTATIONS = {"reference": softmax_attention_reference, "sdpa": softmax_attention}

@@ -1,0 +1,167 @@
+"""Input checks and choice of implementation, the same for every family of recurrences."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops import tuned
+
+BACKENDS = ("auto", "reference", "chunk", "gpu")
+
+Result = TypeVar("Result")
+
+_auto: ContextVar[str] = ContextVar("backend", default="auto")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within it, ops called with backend "auto" (as mixers call them) use this one: to compare implementations."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    token = _auto.set(backend)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
+def requested(backend: str) -> str:
+    """`backend`, or what `use_backend` says for "auto". Every op begins with it."""
+    return _auto.get() if backend == "auto" else backend
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, tuple[Tensor | None, Sequence[tuple[int, ...]]]],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises ValueError for shapes and dtypes that no implementation takes.
+
+    Args:
+        gates: name -> (tensor, the shapes it may have).
+    """
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(f"q and k must both be [B, T, H, K], got {tuple(q.shape)} and {tuple(k.shape)}")
+    batch, length, heads, key_dim = q.shape
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v must be [B, T, H, V] with [B, T, H] = {(batch, length, heads)}, got {tuple(v.shape)}")
+    if length == 0:
+        raise ValueError("T must be at least 1")
+    for name, (gate, shapes) in gates.items():
+        if gate is not None and tuple(gate.shape) not in shapes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, shapes))}, got {tuple(gate.shape)}")
+    for name, x in {"q": q, "k": k, "v": v, **{name: gate for name, (gate, _) in gates.items()}}.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    sequences = batch
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, length)
+        sequences = len(cu_seqlens) - 1
+    shape = (sequences, heads, key_dim, v.shape[-1])
+    if initial_state is not None and (tuple(initial_state.shape) != shape or initial_state.dtype != torch.float32):
+        raise ValueError(
+            f"initial_state must be float32 {shape}, got {initial_state.dtype} {tuple(initial_state.shape)}"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """Raises ValueError unless these are offsets of packed documents. Values are read on CPU only: no device sync."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int64:
+        raise ValueError(f"cu_seqlens must be int64 [documents + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if batch != 1:
+        raise ValueError(f"packed documents (cu_seqlens) need B = 1, got B = {batch}")
+    if cu_seqlens.device.type != "cpu":
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != length or sorted(offsets) != offsets:
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {length}, got {offsets}")
+
+
+def decodes(length: int, state: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    """Whether a call with backend "auto" is one step of decoding, which updates the state in place."""
+    return length == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
+
+
+def choose(
+    backend: str,
+    implementations: dict[str, Callable[..., Result]],
+    v: Tensor,
+    unsupported: str | None,
+) -> Callable[..., Result]:
+    """The implementation that `backend` names.
+
+    "auto" is the kernels for 16-bit tensors on CUDA when they are installed and take the shapes, else "chunk": the
+    kernels multiply in bf16 or tf32, so tensors kept in fp32 get fp32 arithmetic. Within `torch.autocast` too:
+    dtypes are those of the inputs and of the implementation's own choice.
+
+    Args:
+        unsupported: why the kernels cannot take these inputs; None if they can.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        fits = v.is_cuda and v.element_size() == 2 and unsupported is None and has_fla()
+        backend = "gpu" if fits else "chunk"
+    if backend == "gpu":
+        if not v.is_cuda:
+            raise ValueError(f"backend 'gpu' needs CUDA tensors, got tensors on {v.device}")
+        if unsupported is not None:
+            raise ValueError(f"backend 'gpu': {unsupported}")
+    chosen, device = implementations[backend], v.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+    return _without_autocast(chosen, device) if autocast else chosen
+
+
+def _without_autocast(function: Callable[..., Result], device: str) -> Callable[..., Result]:
+    def run(*args: Any, **options: Any) -> Result:
+        with torch.autocast(device, enabled=False):
+            return function(*args, **options)
+
+    return run
+
+
+@cache
+def has_fla() -> bool:
+    """Whether flash-linear-attention and triton are installed; a broken installation raises when it is used."""
+    return find_spec("fla") is not None and find_spec("triton") is not None
+
+
+def import_fla(module: str) -> ModuleType:
+    """Imports `fla.<module>`, late: it needs triton."""
+    if not has_fla():
+        raise ImportError("the GPU kernels need fla-core and triton: pip install 'linear-moe[gpu]'")
+    tuned.install()
+    return importlib.import_module(f"fla.{module}")
+
+
+def tiled(key_dim: int) -> int:
+    """`key_dim` rounded up to the size that the kernels are given.
+
+    flash-linear-attention 0.6.0's `chunk_bwd_dqkwg`, under Triton 3.7.1 on an H100, has configurations that its tuner
+    may choose for K below 64, and that then give wrong gradients (K = 32) or fault (K = 24). Zero channels change
+    nothing.
+    """
+    return -(-key_dim // 64) * 64
+
+
+def pad_keys(x: Tensor, dim: int, size: int) -> Tensor:
+    """Zeros behind `x` along `dim`, up to `size`."""
+    missing = size - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_zeros(shape)], dim)

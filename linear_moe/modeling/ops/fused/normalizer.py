@@ -1,0 +1,70 @@
+"""The normaliser of linear attention (arXiv 2006.16236): outputs are weighted means of values, not sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.backends import pad_keys, requested
+from linear_moe.modeling.ops.kernels import has_triton, on_kernels
+
+NAMES = ("state", "normalizer")
+
+
+def normalized(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    eps: float,
+    scale: float,
+    states: dict[str, Tensor],
+    cu_seqlens: Tensor | None,
+    features: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`o_t = q_t S_t / (q_t z_t + eps)`, with S the state of `op` and z the one it has for values of 1.
+
+    The denominators are a second call of the op, with one column of ones for v: packing, initial states and decoding
+    are the op's. A column appended to v would copy v and o, leave their rows unaligned and round V = 64 or 128 up to
+    twice as many columns of the GPU kernels' tiles; a running sum of k would be K fp32 numbers a head and token to
+    write and to read, several times the bytes that the recurrence itself moves. On CUDA, 16-bit tensors without
+    initial states have Triton kernels instead, which keep the running sum by chunks of tokens.
+
+    Args:
+        op: `decay`, or one with its signature.
+        q, k, v, scale, cu_seqlens: as the op's. The features should not be negative.
+        states: "state" `[N, H, K, V]` and "normalizer" `[N, H, K, 1]`, or none: zeros.
+        features: K of the states, where q and k have zeros behind that.
+
+    Returns:
+        `o [B, T, H, V]` and the final states by name.
+    """
+    size = q.shape[-1]
+    starts = [None if (s := states.get(name)) is None else pad_keys(s, 2, size) for name in NAMES]
+    kernels = not states and sequence.current() is None and _has_kernels(q, k, v)
+    if kernels:
+        from linear_moe.modeling.ops.fused.normalizer_triton import totals
+
+        q, k, total, sums = totals(q, k, scale, cu_seqlens)
+    o, state = op(q, k, v, scale=scale, initial_state=starts[0], cu_seqlens=cu_seqlens)
+    if not kernels:
+        ones = v.new_ones(1).expand(*v.shape[:-1], 1)
+        total, sums = op(q, k, ones, scale=scale, initial_state=starts[1], cu_seqlens=cu_seqlens)
+    if features is not None and features < size:
+        state, sums = state[:, :, :features], sums[:, :, :features]
+    y = on_kernels("normalizer_gpu", o, total, eps=eps) if kernels else divide(o, total, eps=eps)
+    return y, {"state": state, "normalizer": sums}
+
+
+def divide(o: Tensor, total: Tensor, *, eps: float) -> Tensor:
+    """`o [B, T, H, V]` by `total + eps`, `[B, T, H, 1]`."""
+    return o / (total + eps)
+
+
+def _has_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Where the op's kernels would serve too: they multiply in 16 bits."""
+    of_one_kind = v.is_cuda and v.element_size() == 2 and q.dtype == k.dtype == v.dtype
+    return of_one_kind and requested("auto") in ("auto", "gpu") and has_triton()

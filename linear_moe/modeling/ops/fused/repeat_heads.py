@@ -1,0 +1,65 @@
+"""Keys or queries that groups of heads share, repeated for every head and scaled by it if need be, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from linear_moe.modeling.ops.kernels import fused, has_triton, upcast
+
+
+def repeat_heads(x: Tensor, weight: Tensor | None = None, *, heads: int | None = None) -> Tensor:
+    """`y[.., h, :] = weight[.., h] * x[.., h // (H / G), :]`, rounded once. Triton kernels on CUDA.
+
+    Args:
+        x: `[..., G, K]`.
+        weight: `[..., H]`, H a multiple of G; without it, 1.
+        heads: H, where there is no weight.
+
+    Returns:
+        `[..., H, K]` in x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if weight is None:
+        if heads is None or heads % x.shape[-2]:
+            raise ValueError(f"heads must be a multiple of {x.shape[-2]}, got {heads}")
+        if x.is_cuda and x.dtype != torch.float64 and has_triton():
+            with torch.cuda.device_of(x):
+                return _Repeat.apply(x, heads)
+        return definition(x, None, heads=heads)
+    elif heads is not None or weight.shape[:-1] != x.shape[:-2] or weight.shape[-1] % x.shape[-2]:
+        raise ValueError(
+            f"weight must be {[*x.shape[:-2], 'a multiple of ' + str(x.shape[-2])]}, got {[*weight.shape]}, and "
+            f"heads is for no weight, got {heads}"
+        )
+    else:
+        heads = weight.shape[-1]
+    return fused(definition, "repeat_heads_gpu", x, weight, heads=heads)
+
+
+def definition(x: Tensor, weight: Tensor | None, *, heads: int) -> Tensor:
+    """See `repeat_heads`."""
+    repeated = x.repeat_interleave(heads // x.shape[-2], dim=-2)
+    return repeated if weight is None else (upcast(repeated) * weight.unsqueeze(-1)).to(x.dtype)
+
+
+class _Repeat(torch.autograd.Function):
+    """The kernels without a weight, for which nothing need be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+        from linear_moe.modeling.ops.fused import repeat_heads_triton as repeat_heads_gpu  # imports triton
+
+        ctx.kernels, ctx.groups = repeat_heads_gpu, x.shape[-2]
+        return repeat_heads_gpu.forward(x, None, heads=heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        like = grad.new_empty(*grad.shape[:-2], ctx.groups, grad.shape[-1])
+        return ctx.kernels.backward(grad, like, None, heads=grad.shape[-2])[0], None

@@ -1,0 +1,82 @@
+"""The decay family on CUDA: the kernels of flash-linear-attention, imported at the first call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
+
+# The kernels subtract cumulative sums of gates, which ruins small gates after huge ones; exp(-80) is nothing already.
+MIN_GATE = -80.0
+
+
+def unsupported(gv: Tensor | None, bonus: Tensor | None) -> str | None:
+    """Why the kernels cannot take these inputs; None: they can."""
+    return "there is no kernel for gv and bonus together" if gv is not None and bonus is not None else None
+
+
+def decay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    bonus: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    bounded: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `linear_moe.modeling.ops.recurrences.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80.
+
+    With gv the kernel goes token by token, in fp32: there is none in chunks that has an initial state and gradients.
+    """
+    keys, size = q.shape[-1], tiled(q.shape[-1])
+    values = v.shape[-1]
+    width = values if values % 2 == 0 else -(-values // 16) * 16  # the backward kernels refuse odd ones
+    g, gv = (x if x is None or bounded else x.float().clamp(min=MIN_GATE) for x in (g, gv))
+    inputs: dict[str, Any] = {
+        "k": pad_keys(k.to(v.dtype), -1, size),
+        "v": pad_keys(v, -1, width),
+        "scale": scale,
+        "initial_state": None if initial_state is None else pad_keys(pad_keys(initial_state, 2, size), 3, width),
+        "output_final_state": True,
+        "cu_seqlens": cu_seqlens,
+    }
+    q = pad_keys(q.to(v.dtype), -1, size)
+    if gv is not None:
+        if g is not None and g.ndim < 4:
+            gv, g = gv + g[..., None], None
+        gk = None if g is None else pad_keys(g, -1, size)
+        o, state = import_fla("ops.gla").fused_recurrent_gla(q=q, gk=gk, gv=pad_keys(gv, -1, width), **inputs)
+    elif bonus is not None:
+        w = pad_keys(_by_channel(g, k), -1, size)
+        o, state = import_fla("ops.rwkv6").chunk_rwkv6(r=q, w=w, u=pad_keys(bonus.float(), -1, size), **inputs)
+    elif g is not None and g.ndim == 4:
+        o, state = import_fla("ops.gla").chunk_gla(q=q, g=pad_keys(g, -1, size), **inputs)
+    elif g is not None and g.ndim == 1 and _constant(g, q, cu_seqlens):
+        o, state = import_fla("ops.simple_gla").chunk_simple_gla(q=q, g_gamma=g, **inputs)
+    else:
+        g = g.expand(q.shape[:3]) if g is not None and g.ndim == 1 else g
+        o, state = import_fla("ops.simple_gla").chunk_simple_gla(q=q, g=g, **inputs)
+    return o[..., :values].to(v.dtype), state[:, :, :keys, :values]
+
+
+def _constant(g: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the kernels' own form of constants can serve.
+
+    It has no gradient of them, and past the end of a chunk that is not full it makes NaN of g below -88 / 63: zeros
+    times exp(63 g) overflown.
+    """
+    return not g.requires_grad and cu_seqlens is None and q.shape[1] % 64 == 0
+
+
+def _by_channel(g: Tensor | None, k: Tensor) -> Tensor:
+    """Any form of g as `[B, T, H, K]`."""
+    if g is None:
+        return torch.zeros_like(k, dtype=torch.float32)
+    return g if g.ndim == 4 else g[..., None].expand(k.shape)

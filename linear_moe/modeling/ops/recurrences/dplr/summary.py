@@ -1,0 +1,100 @@
+"""What a stretch of tokens does to the state of DPLR, and to a gradient of it.
+
+On CUDA from the WY form of its chunks, as for the delta rule (`delta/summary.py`); elsewhere by running the op.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
+
+CHUNKS = (64, 16)  # tokens: if gates are bounded well enough for the kernels, or not
+
+Op = Callable[..., tuple[Tensor, Tensor]]
+"""`op(q, k, v, a, b, g, scale=..., initial_state=..., cu_seqlens=...) -> (o, final_state)`."""
+
+
+def through(
+    pieces: sequence.Pieces,
+    op: Op,
+    *inputs: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    min_gate: float | None,
+    kernels: bool,
+) -> tuple[Tensor, Tensor]:
+    """`op` of pieces of sequences.
+
+    Args:
+        inputs: q, k, v, a, b, g.
+        min_gate: a value that no g is below.
+        kernels: `op` is that of the GPU kernels.
+    """
+    summary: Callable[..., Any] = partial(_by_running, op)
+    gradient: Callable[..., Any] = partial(sequence.gradient_by_running, op, scale)
+    if kernels:
+        assert min_gate is not None
+        summary, gradient = partial(_on_kernels, min_gate), partial(_gradient_on_kernels, min_gate, scale)
+
+    def run(initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        return op(*inputs, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+    return pieces.through(run, (summary, *inputs), (gradient, *inputs), matrix=True)
+
+
+def _by_running(op: Op, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return sequence.affine(partial(op, torch.zeros_like(q), scale=1.0, cu_seqlens=None), *inputs)
+
+
+def _on_kernels(min_gate: float, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    keys = q.shape[-1]
+    with torch.cuda.device_of(v):
+        made = _wy(min_gate, q, k, v, *inputs)
+        own = {"q": made.pop("k"), "do": v, "sign": 1, "chunk": made.pop("chunk")}
+        for name in ("q", "scores"):
+            del made[name]
+        transition, state = _kernels().scan(made.pop("b"), **made, **own)
+    return transition[:, :, :keys, :keys], state[:, :, :keys]
+
+
+def _gradient_on_kernels(min_gate: float, scale: float, *inputs: Any) -> Tensor:
+    *given, d_o = inputs
+    keys = given[0].shape[-1]
+    with torch.cuda.device_of(d_o):
+        made = _wy(min_gate, *given, scale=scale)
+        options: dict[str, Any] = {"gk": made["gk"], "sign": 1, "chunk": made["chunk"], "backwards": True}
+        dv = _kernels().local(made["scores"], d_o)
+        _, start = _kernels().scan(made["b"], made["w"], dv, q=made["q"], do=d_o, **options)
+    return start[:, :, :keys]
+
+
+def _wy(
+    min_gate: float, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, *, scale: float = 1.0
+) -> dict[str, Any]:
+    """The WY form, as `delta.summary_gpu.scan` takes it, q with the scale; and what outputs see of writes."""
+    module = "ops.generalized_delta_rule.dplr"
+    size, safe = tiled(q.shape[-1]), import_fla(f"{module}.chunk").gate_bound_is_safe
+    q, k, a, b = (pad_keys(x.to(v.dtype), -1, size).contiguous() for x in (q, k, a, b))
+    chunk = next(n for n in CHUNKS if n == CHUNKS[-1] or safe(min_gate, n))
+    options: dict[str, Any] = {"chunk_size": chunk, "cu_seqlens": None}
+    log2 = import_fla("ops.utils.constant").RCP_LN2
+    gk = pad_keys(g.float(), -1, size).contiguous()
+    sums, before = import_fla("ops.rwkv6.chunk").chunk_rwkv6_fwd_cumsum(gk, chunk, scale=log2, cu_seqlens=None)
+    options["safe_gate"] = safe(min_gate, chunk)
+    intra = import_fla(f"{module}.chunk_A_fwd").chunk_dplr_fwd_intra
+    A_ab, _, A_ak, A_qb, qg, kg, ag, bg = intra(q=q, k=k, a=a, b=b, gi=sums, ge=before, scale=scale, **options)
+    form = import_fla(f"{module}.wy_fast_fwd").prepare_wy_repr_fwd
+    w, u, _ = form(ag=ag, A_ab=A_ab, A_ak=A_ak, v=v.contiguous(), **options)
+    return {"q": qg, "k": kg, "b": bg, "w": w, "u": u, "gk": sums, "scores": A_qb, "chunk": chunk}
+
+
+def _kernels() -> Any:
+    return importlib.import_module("linear_moe.modeling.ops.recurrences.delta.summary_triton")

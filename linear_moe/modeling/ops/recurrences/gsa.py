@@ -1,0 +1,115 @@
+"""Gated slot attention: two recurrences of the decay family with a softmax over slots between them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.ops.recurrences.decay.summary import differentiable
+from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested, tiled
+
+States = tuple[Tensor, Tensor]
+
+
+def gsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_states: States | None = None,
+    cu_seqlens: Tensor | None = None,
+    bounded: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention over M slots of keys and values, which forget and are written slot by slot (arXiv 2409.07146):
+
+    K_t = K_{t-1} diag(exp(g_t)) + k_t s_t^T,  V_t = diag(exp(g_t)) V_{t-1} + s_t v_t^T,
+    o_t = V_t^T softmax(scale * K_t^T q_t).
+
+    Args:
+        q, k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        s: `[B, T, H, M]`, how much of the token each slot takes; published: 1 - exp(g).
+        g: `[B, T, H, M]` log-decay of slots, at most 0.
+        scale: K**-0.5 unless given.
+        initial_states: of keys `[N, H, K, M]` and of values `[N, H, M, V]`, fp32, zeros unless given.
+        cu_seqlens, bounded, backend: as for `decay`; decoding too updates the states in place.
+
+    Returns:
+        `o [B, T, H, V]` in v's dtype and both final states, differentiable in every input.
+
+    Raises:
+        ValueError: shapes, dtypes or a backend that do not fit; ImportError: "gpu" without its packages.
+    """
+    keys, values = initial_states or (None, None)
+    check_inputs(q, k, s, {"g": (g, (tuple(s.shape),))}, keys, cu_seqlens)
+    check_inputs(s, s, v, {}, values, cu_seqlens)
+    scale, backend = q.shape[-1] ** -0.5 if scale is None else scale, requested(backend)
+    pieces = sequence.current(keys)
+    if pieces is None and backend == "auto" and decodes(q.shape[1], keys, cu_seqlens):
+        return _two_passes(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded, backend)
+    implementations: dict[str, Any] = {
+        name: partial(_two_passes, backend=name) for name in ("reference", "chunk", "gpu")
+    }
+    # slots cannot be padded in one kernel: its softmax would see the padding; it refuses odd values
+    if s.shape[-1] == tiled(s.shape[-1]) and v.shape[-1] % 2 == 0:
+        implementations["gpu"] = _kernel
+    implementation = choose(backend, implementations, v, None)
+    if pieces is not None:  # neither pass writes what the other one reads: both states are known before
+        initial_states = pieces.states(differentiable, k, s, None, g), pieces.states(differentiable, s, v, g, None)
+    with sequence.pieces_of(None):
+        return implementation(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded)
+
+
+def _two_passes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor,
+    scale: float,
+    states: States | None,
+    cu_seqlens: Tensor | None,
+    bounded: bool,
+    backend: str,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    keys, values = states or (None, None)
+    options: Any = {"cu_seqlens": cu_seqlens, "bounded": bounded, "backend": backend}
+    scores, keys = decay(q, k, s, gv=g, scale=scale, initial_state=keys, **options)
+    o, values = decay(torch.softmax(scores.float(), -1), s, v, g, scale=1.0, initial_state=values, **options)
+    return o, (keys, values)
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor,
+    scale: float,
+    states: States | None,
+    cu_seqlens: Tensor | None,
+    bounded: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    key_dim, size = q.shape[-1], tiled(q.shape[-1])
+    o, (keys, values) = import_fla("ops.gsa").chunk_gsa(
+        q=pad_keys(q.to(v.dtype), -1, size),
+        k=pad_keys(k.to(v.dtype), -1, size),
+        v=v,
+        s=s.to(v.dtype),
+        g=g if bounded else g.float().clamp(min=MIN_GATE),
+        scale=scale,
+        initial_state=None if states is None else (pad_keys(states[0], 2, size), states[1]),
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
+    return o, (keys[:, :, :key_dim], values)

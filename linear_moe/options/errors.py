@@ -1,0 +1,85 @@
+"""The one exception a user's mistake raises; the command line prints it and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+import torch
+from torch import Tensor
+from linear_moe.options.errors import ConfigError
+from linear_moe.config.load import load_config
+from linear_moe.config.schema import Config
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.checks.experts import check_grouped_gemm
+from linear_moe.inference.card import model_card
+from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
+from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.pattern import resolve_layers
+if TYPE_CHECKING:
+    from linear_moe.inference.hf import LinearMoEForCausalLM
+
+
+class ConfigError(ValueError):
+    """One line for people: `path = value: constraint; did you mean ...? fix`.
+
+    Args:
+        path: dotted config path ("model.moe.top_k"), or a file or command-line argument.
+        value: the offending value; leave out (`...`) where there is none, e.g. a missing file.
+        constraint: what must hold, in words.
+        candidates: valid names; the ones near `value` are offered, or all of them when none is near.
+        near_to: what to compare the candidates with, if not `value`.
+        list_all: offer all candidates in any case.
+        fix: what to do about it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        value: object,
+        constraint: str,
+        *,
+        candidates: Iterable[str] = (),
+        near_to: str | None = None,
+        list_all: bool = False,
+        fix: str = "",
+    ):
+        self.path, self.value, self.constraint = path, value, constraint
+        candidates = sorted(candidates)
+        self.near = difflib.get_close_matches(str(value) if near_to is None else near_to, candidates, n=3, cutoff=0.6)
+        head = path if value is ... else f"{path} = {value!r}"
+        parts = [f"{head}: {constraint}"]
+        if self.near:
+            parts.append("did you mean " + " or ".join(repr(n) for n in self.near) + "?")
+        if candidates and (list_all or not self.near):
+            parts.append("valid: " + ", ".join(candidates))
+        if fix:
+            parts.append(fix)
+        super().__init__("; ".join(parts).replace("\n", " "))
+
+
+def nearest(value: int, valid: Callable[[int], bool] = lambda n: True, step: int = 1) -> str:
+    """The `fix` "nearest valid: 6 or 8": closest smaller and larger positive multiples of `step` that are `valid`.
+
+    Searches only so far; "" when there is none.
+    """
+    far, start = 10_000, max(value, 0) // step * step
+    below = next((n for n in range(start, 0, -step)[:far] if n != value and valid(n)), None)
+    above = next((n for n in range(start + step, start + far * step, step) if valid(n)), None)
+    near = " or ".join(str(n) for n in (below, above) if n is not None)
+    return f"nearest valid: {near}" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's text, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,97 @@
+"""What a configuration costs, from its model built on the meta device: parameters, FLOPs and a rank's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from linear_moe.config.schema import Config
+from linear_moe.layout.processes import ParallelLayout, parallel_layout, smallest_world
+from linear_moe.checks.validate import validate
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.modeling.flops import Flops, active, layer_flops, products
+from linear_moe.modeling.host import DTYPES, Host
+from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.plan.memory import rank_bytes
+from linear_moe.plan.ranks import RankModels
+from linear_moe.layout.flops import _parameters
+from linear_moe.layout.flops import forward_flops
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    mixer: str
+    ffn: str
+    params: int
+    active_params: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters are counted once over all ranks; memory is that of the rank that needs most.
+
+    Attributes:
+        active_params: those that one token meets: of the routed experts, top_k.
+        forward_flops: per token, at training.sequence_length; training costs three times that.
+    """
+
+    layers: list[LayerPlan]
+    total_params: int
+    active_params: int
+    active_params_without_embeddings: int
+    forward_flops: float
+    vocab_size: int
+    layout: ParallelLayout
+    memory: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        layout = self.layout
+        sizes = {axis: len(groups[0]) for axis, groups in layout.groups.items()}
+        return {
+            "total_params": self.total_params,
+            "active_params": self.active_params,
+            "active_params_without_embeddings": self.active_params_without_embeddings,
+            "flops_per_token": 3 * self.forward_flops,
+            "forward_flops_per_token": self.forward_flops,
+            "vocab_size": self.vocab_size,
+            "layers": [{"mixer": p.mixer, "ffn": p.ffn, "params": p.params} for p in self.layers],
+            "memory_per_rank_bytes": self.memory,
+            "world": layout.world,
+            "parallel": sizes,
+            "groups": layout.groups,
+        }
+
+
+def make_plan(config: Config, world: int | None = None) -> Plan:
+    """The plan for `world` ranks (None: the fewest possible); raises ConfigError when the config cannot run on them."""
+    world = smallest_world(config.parallel) if world is None else world
+    validate(config, world, files=False)
+    layout = parallel_layout(config, world)
+    rows = vocab_size(config)
+    model = LanguageModel(config.model, rows, Host(DTYPES[config.training.dtype], "meta"))
+    total, active = _count(model, config)
+    outside = sum(p.numel() for name in ("embedding", "head") for p in _parameters(getattr(model, name)))
+    layers = [
+        LayerPlan(layer.mixer.type, layer.ffn, *_count(model.layers[str(i)], config))
+        for i, layer in enumerate(resolve_layers(config.model))
+    ]
+    rank = RankModels(config, rows)
+    stages = (rank_bytes(config, layout, rank, stage) for stage in range(layout.pipeline))
+    memory = max(stages, key=lambda kinds: kinds["total"])
+    flops = forward_flops(config, model).total
+    return Plan(layers, total, active, active - outside, flops, rows, layout, memory)
+
+
+
+
+
+
+
+
+def _count(module: nn.Module, config: Config) -> tuple[int, int]:
+    """(total, active) parameters."""
+    parameters = _parameters(module)
+    return sum(p.numel() for p in parameters), sum(active(p, config) for p in parameters)

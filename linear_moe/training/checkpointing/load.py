@@ -1,0 +1,245 @@
+"""Loading: into any layout, after checking that the checkpoint is of this model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
+from megatron.core.optimizer import MegatronOptimizer
+
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
+from linear_moe.config.schema import Config
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.pattern import mixer_path
+from linear_moe.checkpoints.reader import INFO, damaged, latest_checkpoint, read_info, read_tensors, verify_files, weight_shapes
+from linear_moe.modeling.host import ParameterSpec
+from linear_moe.modeling.mixers.base import MixerConfig
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.training.checkpointing import state
+from linear_moe.training.checkpointing.collective import on_rank_0
+
+logger = logging.getLogger(__name__)
+
+WAY_OUT = "set it back, or choose another run folder"
+MISSING = object()
+
+# What may differ between a checkpoint's model and the one that resumes from it: how it started, how it is computed, and
+# what its losses weigh; the weights mean the same. The rows of the embedding are for the parameters' shapes to tell.
+FREE = {"init_std", "scale_output_init", "vocab_multiple"}
+FREE_MOE = {"aux_loss", "sequence_aux_loss", "global_aux_loss", "z_loss", "bias_update_rate", "experts", "dispatcher"}
+FREE_MOE |= {"capacity_factor", "capacity_pad", "drop_policy"}  # in training only
+FREE_MOE |= {"overlap_shared_expert"}
+FREE_MOE |= {"first_dense_layers", "layer_frequency"}  # compared layer by layer
+
+# What the layers are made from: these are compared layer by layer, as far as a layer uses them.
+LAYERS = {"num_heads", "pattern", "mixer", "attention", "symbols", "ffn", "ffn_size", "moe"}
+
+# What the position in the data means nothing without, besides the data (`check_data_unchanged`).
+ORDER = ("seed", "global_batch", "sequence_length")
+
+# What may have changed the data, for the message.
+DATA = ("validation_fraction", "tokenizer.type", "tokenizer.vocab_size")
+
+Difference = tuple[str, Any, Any]
+"""A dotted path, its value here, and its value there."""
+
+
+def check_resume(config: Config) -> None:
+    """Raises ConfigError, naming the first differing path, when the run's checkpoint is of another model or data order.
+
+    Needs no process group; does nothing where there is no checkpoint.
+    """
+    folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
+    if folder is None:
+        return
+    model, training = _saved(folder, "model"), _saved(folder, "training")
+    try:
+        there = from_dict(ModelConfig, model)
+        difference = model_difference(config.model, there)
+    except ConfigError as error:
+        raise damaged(folder / INFO, f"has a model that this version does not know: {error}") from None
+    if difference is None and read_info(folder)["step"]:  # an imported model has seen no data
+        sides = ((name, getattr(config.training, name), training.get(name)) for name in ORDER)
+        difference = next(((f"training.{name}", a, b) for name, a, b in sides if a != b), None)
+        optimizer = _saved(folder, "optimizer").get("type", "adamw")  # older checkpoints do not say
+        if difference is None and optimizer != config.optimizer.type:
+            difference = "optimizer.type", config.optimizer.type, optimizer
+    if difference is not None:
+        path, here, value = difference
+        raise ConfigError(path, here, f"the checkpoint {folder} has {value!r}", fix=WAY_OUT)
+
+
+def check_data_unchanged(config: Config, fingerprint: str) -> None:
+    """Raises ConfigError when the run's checkpoint was trained on other data than that of this fingerprint.
+
+    Needs no process group; does nothing where there is no checkpoint, or it recorded no data.
+    """
+    folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
+    if folder is None or read_info(folder).get("data") in (None, fingerprint):
+        return
+    here, there = dict(_leaves(config.to_dict()["data"])), dict(_leaves(_saved(folder, "data")))
+    hint = next((f" (data.{path} was {there[path]!r})" for path in DATA if there.get(path) != here[path]), "")
+    raise ConfigError(
+        "data.corpus",
+        config.data.corpus,
+        f"the run was trained on other data: files, tokenizer or validation share changed{hint}",
+        fix=WAY_OUT,
+    )
+
+
+def _saved(folder: Path, section: str) -> dict[str, Any]:
+    """A section of the configuration that a checkpoint was saved with."""
+    config = read_info(folder, ["config"])["config"]
+    if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+        raise damaged(folder / INFO, f"is damaged: it has no configuration of {section!r}")
+    return config[section]
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def model_difference(here: ModelConfig, there: ModelConfig, *, upcycle: bool = False) -> Difference | None:
+    """The first thing in which two models differ, not their spelling: LLLN and L * 3 + N are the same.
+
+    With `upcycle`, layers that are dense there may have experts here.
+    """
+    for name in (field.name for field in dataclasses.fields(ModelConfig)):
+        a, b = getattr(here, name), getattr(there, name)
+        unset = name == "vocab_size" and None in (a, b)  # the tokenizer's
+        if a != b and not unset and name not in FREE | LAYERS:
+            return f"model.{name}", a, b
+    layers = list(zip(resolve_layers(here), resolve_layers(there), strict=True))  # num_layers is the same
+    for a, b in layers:
+        mixers = _mixer_fields(here, a.mixer), _mixer_fields(there, b.mixer)
+        same_ffn = a.ffn == b.ffn or (upcycle and a.ffn == "moe")
+        if mixers[0] == mixers[1] and same_ffn:
+            continue
+        if a.symbol != b.symbol:
+            return "model.pattern", here.pattern, there.pattern
+        if not same_ffn:
+            return _ffn_difference(here, there, a, b)
+        name = next(name for name in mixers[0] if mixers[0][name] != mixers[1].get(name, MISSING))
+        shared = name == "num_heads" and getattr(a.mixer, name) is None
+        path = "model" if shared else mixer_path(here, a.symbol)
+        return f"{path}.{name}", mixers[0][name], mixers[1].get(name)
+    kinds = {a.ffn for a, b in layers if a.ffn == b.ffn}
+    if "dense" in kinds and here.ffn_size != there.ffn_size:
+        return "model.ffn_size", here.ffn_size, there.ffn_size
+    for name in (field.name for field in dataclasses.fields(here.moe) if "moe" in kinds):
+        if name not in FREE_MOE and getattr(here.moe, name) != getattr(there.moe, name):
+            return f"model.moe.{name}", getattr(here.moe, name), getattr(there.moe, name)
+    return None
+
+
+def _mixer_fields(model: ModelConfig, mixer: MixerConfig) -> dict[str, Any]:
+    """A mixer's configuration, `type` first, with the model's number of heads where it has none of its own."""
+    fields = dataclasses.asdict(mixer)
+    return fields | ({"num_heads": model.num_heads} if fields.get("num_heads", MISSING) is None else {})
+
+
+def _ffn_difference(here: ModelConfig, there: ModelConfig, a: ResolvedLayer, b: ResolvedLayer) -> Difference:
+    if a.symbol in here.symbols and here.symbols[a.symbol].ffn is not None:
+        return f"model.symbols.{a.symbol}.ffn", a.ffn, b.ffn
+    for name in ("first_dense_layers", "layer_frequency"):
+        mine, other = getattr(here.moe, name), getattr(there.moe, name)
+        if here.ffn == there.ffn and mine != other:
+            return f"model.moe.{name}", mine, other
+    return "model.ffn", a.ffn, b.ffn
+
+
+def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) -> int:
+    """Resume from the run's newest complete checkpoint; collective. Returns its step, 0 where there is none.
+
+    Weights, Adam's moments and step are restored in any layout; the random states only in the one that saved them.
+    """
+    folder = on_rank_0(lambda: latest_checkpoint(Path(config.run) / "checkpoints"))
+    if folder is None:
+        return 0
+    info = load(folder, model, optimizer)
+    now = config.to_dict()["parallel"]
+    if info["world"] == dist.get_world_size() and info["config"]["parallel"] == now:
+        rng = state.rng_object(None)
+        state.set_rng_state(_read(folder, {rng.unique_key: [rng]})[rng.unique_key][0])
+    elif dist.get_rank() == 0 and info["step"]:
+        logger.warning("%s was saved in another layout: the random generators start anew", folder)
+    return info["step"]
+
+
+def imported_from(config: Config) -> str | None:
+    """Where the weights of the run's newest checkpoint were imported from; None: they were trained, or it has none."""
+    folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
+    return None if folder is None else read_info(folder).get("imported", {}).get("source")
+
+
+def load(folder: Path, model: list[Any], optimizer: MegatronOptimizer | None = None) -> dict[str, Any]:
+    """Read a checkpoint's weights, and the optimizer's state, into `model` and `optimizer`; collective.
+
+    An imported checkpoint has no optimizer state: `optimizer` must not have made a step yet.
+
+    Returns the checkpoint's `checkpoint.json`. Raises ConfigError, alike on all ranks, when parameters differ or a file
+    is not what was written. The ranks share out the files to verify: all of a checkpoint, at about 4 GB/s a file.
+    """
+    info = read_info(folder, ["step", "dtypes", "files", "config", "world", "optimizer_step"])
+    _verify(folder)
+    _check_parameters(folder, model)
+    _read(folder, state.weights(model))
+    if optimizer is not None:
+        moments = state.moments(model, optimizer) if info["optimizer_step"] else {}
+        _read(folder, state.main_weights(model, optimizer) | moments)
+        state.set_optimizer_step(optimizer, info["optimizer_step"])
+    return info
+
+
+def _verify(folder: Path) -> None:
+    """Raises ConfigError, alike on all ranks, unless all files are what was written."""
+    world = dist.get_world_size()
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, verify_files(folder, dist.get_rank(), world))
+    wrong = next(filter(None, everyone), None)
+    if wrong is not None:
+        raise damaged(folder / wrong[0], wrong[1])
+
+
+def _read(folder: Path, shards: dict[str, Any]) -> dict[str, Any]:
+    """Fill the shards' tensors in place; objects come in the returned dict. Each rank reads what it needs."""
+    tensors = mcore_to_pyt_state_dict(shards, is_loading=True)
+    planner = MCoreLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    read_tensors(folder, tensors, planner)
+    return tensors
+
+
+def _check_parameters(folder: Path, model: list[Any]) -> None:
+    local: dict[str, tuple[int, ...]] = {}
+    for name, parameter in state.named_parameters(model).items():
+        spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
+        local[name] = spec.shape
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, local)
+    expected = {name: shape for rank in everyone for name, shape in rank.items()}
+    check_shapes(str(folder), expected, weight_shapes(folder), fix="choose another run folder")
+
+
+def check_shapes(
+    folder: str, expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], fix: str
+) -> None:
+    """Raises ConfigError, about the first one, where the parameters in `folder` are not the expected."""
+    for name in sorted(expected.keys() | saved.keys()):
+        if expected.get(name) != saved.get(name):
+            here, there = (_words(shapes.get(name)) for shapes in (expected, saved))
+            constraint = f"is of another model: parameter {name} is {there} there and {here} here"
+            raise ConfigError(folder, ..., constraint, fix=fix)
+
+
+def _words(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape)) or "a scalar"

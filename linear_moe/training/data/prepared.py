@@ -1,0 +1,79 @@
+"""TODO training.data.prepared."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from linear_moe.options.errors import ConfigError
+from linear_moe.config.schema import Config, DataConfig, TokenizerConfig
+from linear_moe.config.vocabulary import embedding_rows
+from linear_moe.training.data import indexed
+from linear_moe.training.data.corpus import STDLIB, SYNTHETIC, Corpus, documents, holds_text, open_corpus, unit_hash
+from linear_moe.training.data.tokenizer import BPE_SAMPLE_BYTES, Encoder, check_tokenizer, load_tokenizer, make_tokenizer, pieces, tokenizer_key, vocabulary_size
+from linear_moe.training.data.prepare import copy_tokenizer
+from linear_moe.training.data.prepare import split_sequences
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenized data that is there and has been verified.
+
+    Attributes:
+        train_prefix, validation_prefix: of indexed datasets; None: synthetic data, or nothing held out.
+        tokenizer_folder: Hugging Face tokenizer; None: synthetic data.
+        vocab_size: ids are below it.
+        eod_id: the id that ends every document.
+        fingerprint: names corpus, tokenizer and split: the same fingerprint, the same tokens.
+        cache: where the sample orders are kept.
+        tokens: in each split.
+        held_out: where both prefixes are the same, the share of its documents that validate.
+        summary: counts of what was prepared, for people and `--json`.
+    """
+
+    train_prefix: str | None
+    validation_prefix: str | None
+    tokenizer_folder: str | None
+    vocab_size: int
+    eod_id: int
+    fingerprint: str
+    cache: str
+    tokens: dict[str, int] = field(default_factory=dict)
+    held_out: float = 0.0
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def synthetic(self) -> bool:
+        return self.train_prefix is None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out (data.validation_fraction > 0)."""
+        return self.synthetic or self.validation_prefix is not None
+
+    def prefix(self, split: str) -> str | None:
+        return self.train_prefix if split == "train" else self.validation_prefix
+
+    def sequences(self, split: str, total: int) -> np.ndarray:
+        """Which of a prefix's `total` sequences (documents) belong to the split, int32."""
+        return split_sequences(total, self.held_out, split)
+
+    def save_tokenizer(self, folder: str | Path) -> None:
+        """Copies the tokenizer to `folder`, whole or not at all; synthetic data has none to copy.
+
+        Raises ConfigError where `folder` already holds another tokenizer: what was trained with it means other ids.
+        """
+        if self.tokenizer_folder is not None:
+            copy_tokenizer(
+                Path(self.tokenizer_folder), Path(folder), "the one that data.corpus and data.tokenizer give"
+            )

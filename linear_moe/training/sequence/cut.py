@@ -1,0 +1,145 @@
+"""How sequences are cut into pieces, one or several a rank, and a micro-batch into the ranks' shares."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linear_moe.config.schema import ParallelConfig
+from linear_moe.layout.sequence import Order
+
+
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One rank's pieces of a micro-batch, row by row, those of a row in order of time: segments. Host integers only.
+
+    Attributes:
+        order, rank: see Order.
+        rows: of the micro-batch.
+        length: tokens of a piece.
+        starts: of each segment, where in it sequences begin: 0, and its packed documents.
+        begins: of each segment, the token of its row that its first sequence really begins at.
+        packed: False: no boundaries, so that segments are rows; else all lie in one row.
+        documents: if packed, offsets of all documents in the rows laid end to end, whoever holds them.
+        filled: tokens of a row; what is behind them in its pieces is padding.
+    """
+
+    order: Order
+    rank: int
+    rows: int
+    length: int
+    starts: tuple[tuple[int, ...], ...]
+    begins: tuple[int, ...]
+    packed: bool
+    filled: int
+    documents: tuple[int, ...] = ()
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Of each segment, its row and its piece."""
+        return [(row, piece) for row in range(self.rows) for piece in self.order.pieces(self.rank)]
+
+    @property
+    def continued(self) -> list[bool]:
+        """Whether each segment goes on with a sequence of the piece before."""
+        return [begin < piece * self.length for begin, (_, piece) in zip(self.begins, self.places, strict=True)]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Of the local sequences, segments laid end to end, and the end."""
+        found = [s * self.length + start for s, starts in enumerate(self.starts) for start in starts]
+        return [*found, len(self.starts) * self.length]
+
+    @property
+    def sequences(self) -> int:
+        """Rows, or packed documents, whoever holds them."""
+        return len(self.documents) - 1 if self.packed else self.rows
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of each local sequence, which of those it is part of."""
+        if not self.packed:
+            return [row for row, _ in self.places]
+        places = zip(self.places, self.starts, strict=True)
+        first = [((row * self.order.count + piece) * self.length, starts) for (row, piece), starts in places]
+        return [bisect_right(self.documents, token + start) - 1 for token, starts in first for start in starts]
+
+    @property
+    def padding(self) -> list[int]:
+        """Of each segment, how many of its last tokens are padding."""
+        ends = [(piece + 1) * self.length for _, piece in self.places]
+        return [min(max(end - self.filled, 0), self.length) for end in ends]
+
+
+
+
+def cut(
+    rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | None = None, filled: int | None = None
+) -> Cut:
+    """The cut of `rows` rows of `length` tokens (a multiple of `order.count`).
+
+    Args:
+        cu_seqlens: `[documents + 1]` offsets, on the CPU, of documents packed into the rows laid end to end; every row
+            begins one; documents may be empty.
+        filled: tokens of a row that are no padding; None: all.
+    """
+    size = length // order.count
+    assert size * order.count == length, (length, order)
+    boundaries: list[set[int]] = [{0} for _ in range(rows)]
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        assert {row * length for row in range(rows)} <= set(offsets), "a document lies in two rows"
+        for offset in offsets[:-1]:
+            if offset < rows * length:
+                boundaries[offset // length].add(offset % length)
+    starts, begins = [], []
+    for row in range(rows):
+        for piece in order.pieces(rank):
+            first, end = piece * size, (piece + 1) * size
+            starts.append((0, *sorted(b - first for b in boundaries[row] if first < b < end)))
+            begins.append(max(b for b in boundaries[row] if b <= first))
+    documents = () if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    filled = length if filled is None else filled
+    return Cut(order, rank, rows, size, tuple(starts), tuple(begins), cu_seqlens is not None, filled, documents)
+
+
+def share(x: Tensor, cut: Cut) -> Tensor:
+    """A rank's tokens of `x [rows, T, ...]`: `[rows, pieces * length, ...]`."""
+    pieces = x.unflatten(1, (cut.order.count, cut.length))
+    return pieces[:, list(cut.order.pieces(cut.rank))].flatten(1, 2)
+
+
+def split(batch: dict[str, Any], order: Order, rank: int, padded: int) -> dict[str, Any]:
+    """A rank's share of the loader's micro-batch, with its `cut`; rows are padded to `padded` tokens.
+
+    Padding counts in no loss and no statistic, comes after all that does, and is a document of its own where these are
+    isolated.
+    """
+    rows, length = batch["tokens"].shape
+    cu_seqlens = batch.get("cu_seqlens")
+    if cu_seqlens is not None and padded > length:
+        cu_seqlens = _pad_rows(cu_seqlens.tolist(), rows, length, padded)
+    found = cut(rows, padded, order, rank, cu_seqlens, length)
+    tokens = {name: batch[name] for name in ("tokens", "labels", "loss_mask", "positions")}
+    shares = {name: share(F.pad(x, (0, padded - length)), found).contiguous() for name, x in tokens.items()}
+    own: dict[str, Any] = {"cut": found}
+    if cu_seqlens is not None:
+        offsets = found.offsets
+        own |= {"cu_seqlens": torch.tensor(offsets), "max_document": max(b - a for a, b in pairwise(offsets))}
+    return shares | own
+
+
+def _pad_rows(offsets: Sequence[int], rows: int, length: int, padded: int) -> Tensor:
+    """Offsets in rows of `length` -> in rows of `padded`, each row's padding a document."""
+    moved = [offset // length * padded + offset % length for offset in offsets if offset < rows * length]
+    padding = [row * padded + length for row in range(rows)]
+    return torch.tensor(sorted([*moved, *padding, rows * padded]))

@@ -3,22 +3,20 @@
 A user's mistake is one line and exit code 2. Training that cannot go on (its loss is not finite) is one line and exit
 code 3: a launcher should not start it again as it is. A defect is a traceback and exit code 1.
 
-Imports nothing heavy: a subcommand's module, with its `main(args)`, is imported when its arguments have been read.
+Imports nothing heavy: a subcommand imports what it needs when its arguments have been read.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from linear_moe import __version__
-from linear_moe.commands import arguments
+from linear_moe.commands import check, checkpoint, data, export, generate, import_, mixers, plan, train
 from linear_moe.options.errors import ConfigError
 
 USER_ERROR, TRAINING_ERROR = 2, 3
@@ -34,75 +32,18 @@ USER_ERRNOS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Command:
-    module: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    help: str
-    example: str
-
-
-COMMANDS = {
-    "train": Command(
-        "linear_moe.commands.train",
-        arguments.with_config,
-        "train as a config says; run it under torchrun, and again to resume",
-        "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml \\\n"
-        "      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer",
-    ),
-    "plan": Command(
-        "linear_moe.plan",
-        arguments.plan,
-        "parameters, FLOPs, process groups and memory of a config, layouts that fit, or what it costs to share out "
-        "sequences; needs no GPU",
-        "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64\n"
-        "  linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100\n"
-        "  linear-moe plan configs/models/a0.3b_2b.yaml --tokens-per-gpu 32K --gpu h200 --plot sequence.svg",
-    ),
-    "check": Command(
-        "linear_moe.training.preflight",
-        arguments.with_world,
-        "everything that `train` checks before it starts",
-        "linear-moe check configs/train/a0.3b_2b.yaml --world 8 \\\n"
-        "      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer",
-    ),
-    "mixers": Command(
-        "linear_moe.plan.mixers",
-        arguments.mixers,
-        "every token mixer: recurrence, paper, where it runs, parameters and state of a layer",
-        "linear-moe mixers --hidden 2048 --heads 16",
-    ),
-    "data": Command(
-        "linear_moe.commands.data",
-        arguments.data,
-        "tokenize text files into an indexed dataset",
-        "linear-moe data --help",
-    ),
-    "export": Command(
-        "linear_moe.inference.export",
-        arguments.export,
-        "write a run's model as a Hugging Face folder",
-        "linear-moe export runs/first exported/first",
-    ),
-    "import": Command(
-        "linear_moe.training.import_weights",
-        arguments.import_,
-        "begin a run with the weights of another: of the same model, or of a dense one that gets experts",
-        "linear-moe import runs/dense moe.yaml run=runs/moe --upcycle\n  linear-moe train runs/moe/config.yaml",
-    ),
-    "checkpoint": Command(
-        "linear_moe.commands.checkpoint",
-        arguments.checkpoint,
-        "what is in a checkpoint, and rewriting one; every checkpoint loads in any layout as it is",
-        "linear-moe checkpoint inspect runs/first\n  linear-moe checkpoint reshard runs/first /fast/first --files 16",
-    ),
-    "generate": Command(
-        "linear_moe.inference.generate",
-        arguments.generate,
-        "continue a prompt with an exported model",
-        "linear-moe generate exported/first --prompt 'def main('",
-    ),
+COMMANDS: dict[str, Any] = {
+    "train": train,
+    "plan": plan,
+    "check": check,
+    "mixers": mixers,
+    "data": data,
+    "export": export,
+    "import": import_,
+    "checkpoint": checkpoint,
+    "generate": generate,
 }
+"""Modules with HELP, EXAMPLE, `add_arguments(parser)` and `main(args)`, which imports what it needs when it runs."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
-            help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
-            epilog=f"example:\n  {command.example}",
+            help=command.HELP,
+            description=command.HELP[0].upper() + command.HELP[1:] + ".",
+            epilog=f"example:\n  {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(sub)
@@ -157,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("LINEAR_MOE_DEBUG") == "1"
     try:
         args = parse(argv)
-        return importlib.import_module(COMMANDS[args.command].module).main(args) or 0
+        return COMMANDS[args.command].main(args) or 0
     except ConfigError as error:
         if debug:
             raise

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Answers about pyproject.toml, the locks and what is installed, for scripts/setup.sh and scripts/test.sh.
 
-    python scripts/requirements.py --newest dev,gpu                        the dependencies without upper ends, for pip
-    python scripts/requirements.py --check requirements/cpu-py3.11.txt     is what is installed what the lock says?
-    python scripts/requirements.py --versions                              what is installed, beside the windows
+python scripts/requirements.py --newest dev,gpu                        the dependencies without upper ends, for pip
+python scripts/requirements.py --check requirements/cpu-py3.11.txt     is what is installed what the lock says?
+python scripts/requirements.py --versions                              what is installed, beside the windows
 """
 
 from __future__ import annotations

@@ -12,8 +12,16 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from linear_moe.checkpoints.reader import (
+    INFO,
+    MODEL,
+    complete_checkpoints,
+    damaged,
+    latest_checkpoint,
+    read_info,
+    verify_files,
+)
 from linear_moe.options.errors import ConfigError
-from linear_moe.checkpoints.reader import INFO, MODEL, complete_checkpoints, damaged, latest_checkpoint, read_info, verify_files
 
 OPTIMIZER = "optimizer."
 NEEDED = ("step", "samples", "optimizer_step", "world", "config", "dtypes", "files")

@@ -1,31 +1,15 @@
-"""TODO checkpoints.run."""
+"""A run's folder and the checkpoints in it."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import errno
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, read_info
 from linear_moe.options.errors import ConfigError
-from linear_moe.config.load import load_config
-from linear_moe.config.schema import Config
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.checks.experts import check_grouped_gemm
-from linear_moe.inference.card import model_card
-from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
-from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.pattern import resolve_layers
+
 if TYPE_CHECKING:
-    from linear_moe.inference.hf import LinearMoEForCausalLM
+    pass
 
 
 EMBEDDING = "embedding.weight"

@@ -12,13 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
-from linear_moe.config.load import load_config
-from linear_moe.modeling.config import ModelConfig
 from linear_moe.checkpoints.reader import MODEL, damaged, read_tensors, verify_files, weight_shapes
 from linear_moe.checkpoints.run import find_checkpoint, is_run
-from linear_moe.options.errors import one_line
+from linear_moe.config.load import load_config
+from linear_moe.modeling.config import ModelConfig
+from linear_moe.options.errors import ConfigError, one_line
+from linear_moe.options.load import from_dict
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = 4  # tensors that are kept when read: all experts of a layer are made from the same

@@ -1,35 +1,17 @@
-"""TODO checks.fields."""
+"""All constraints between options, which need no file and no process group."""
 
 from __future__ import annotations
 
-import math
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import product
-from pathlib import Path
-from typing import Any
-from linear_moe.options.errors import ConfigError, nearest
-from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.activations import MODULES
-from linear_moe.modeling.host import DTYPES
-from linear_moe.options.checks import check, unused
-from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.model import layer_dims
-from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-from linear_moe.layout.pipeline import default_split
-from linear_moe.checks.training import check_batch
-from linear_moe.options.checks import check_divisible
 from linear_moe.checks.experts import check_ffn
 from linear_moe.checks.mixers import check_mixers
 from linear_moe.checks.parallel import check_parallel
-from linear_moe.checks.training import check_recompute
-from linear_moe.checks.training import check_schedule
+from linear_moe.checks.training import check_batch, check_recompute, check_schedule
+from linear_moe.config.schema import Config
+from linear_moe.config.vocabulary import vocab_size
 from linear_moe.layout.processes import parallel_layout
+from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.options.checks import check_divisible, unused
+from linear_moe.options.errors import ConfigError
 
 
 def validate_fields(config: Config, world: int | None = None) -> None:

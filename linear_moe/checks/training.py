@@ -1,29 +1,12 @@
-"""TODO checks.training."""
+"""Constraints on recomputation, the learning rate's schedule and the batch."""
 
 from __future__ import annotations
 
-import math
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import product
-from pathlib import Path
-from typing import Any
-from linear_moe.options.errors import ConfigError, nearest
-from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.activations import MODULES
-from linear_moe.modeling.host import DTYPES
-from linear_moe.options.checks import check, unused
-from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.model import layer_dims
-from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-from linear_moe.layout.pipeline import default_split
+from linear_moe.config.schema import Config
 from linear_moe.layout.processes import ParallelLayout
-from linear_moe.options.checks import check_most
+from linear_moe.modeling.activations import MODULES
+from linear_moe.options.checks import check_most, unused
+from linear_moe.options.errors import ConfigError, nearest
 
 
 def check_recompute(config: Config) -> None:
@@ -45,9 +28,7 @@ def check_recompute(config: Config) -> None:
     if choice == "full" and (others := sorted(set(modules) - {"logits"})):
         constraint = "whole layers are recomputed, of which these are parts"
         raise ConfigError(path, others, constraint, fix="leave only logits, or set training.recompute=selective")
-    check_most(
-        "training.recompute_layers", training.recompute_layers or 1, "model.num_layers", config.model.num_layers
-    )
+    check_most("training.recompute_layers", training.recompute_layers or 1, "model.num_layers", config.model.num_layers)
 
 
 def check_schedule(config: Config) -> None:

@@ -5,50 +5,16 @@ Corpus and tokenizer are checked by `training/data`, a run's checkpoint by `trai
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
-from typing import Any
 
-from linear_moe.options.errors import ConfigError, nearest
-from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.activations import MODULES
-from linear_moe.modeling.host import DTYPES
-from linear_moe.options.checks import check, unused
-from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.model import layer_dims
-from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-from linear_moe.layout.pipeline import default_split
-from linear_moe.checks.nearest import nearest_layout
 from linear_moe.checks.fields import validate_fields
+from linear_moe.checks.nearest import nearest_layout
+from linear_moe.config.schema import Config
+from linear_moe.options.errors import ConfigError
 
 # What is said of these is what to do about them: another layout is no help.
 OWN_FIX = ("training.global_batch", "parallel.tensor_sequence", "parallel.pipeline_layers")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def validate(config: Config, world: int | None = None, *, files: bool = True) -> None:
@@ -71,40 +37,6 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
             _check_writable("data.cache", config.data.cache)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def _check_writable(path: str, folder: str) -> None:
     """Really creates and removes a file, in the folder or where it would be made: root passes any permission check."""
     existing = Path(folder).absolute()
@@ -116,7 +48,3 @@ def _check_writable(path: str, folder: str) -> None:
     except OSError as error:
         where = "" if existing == Path(folder).absolute() else f" in {existing}"
         raise ConfigError(path, folder, f"folder cannot be written: {error.strerror}{where}") from None
-
-
-
-

@@ -1,22 +1,24 @@
-"""TODO commands.check."""
+"""`linear-moe check`: everything that `train` checks before it starts."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
-import torch
-from linear_moe.config.load import load_config
-from linear_moe.config.schema import Config
-from linear_moe.layout.processes import parallel_layout, smallest_world
-from linear_moe.checks.validate import validate
-from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.moe.experts import check_quack
-from linear_moe.modeling.pattern import resolve_layers
-from linear_moe.training.preflight import check
+
+from linear_moe.commands import arguments
+
+HELP = "everything that `train` checks before it starts"
+EXAMPLE = "linear-moe check configs/train/a0.3b_2b.yaml --world 8 \\\n      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.with_world(parser)
 
 
 def main(args: argparse.Namespace) -> int:
+    from linear_moe.config.load import load_config
+    from linear_moe.layout.processes import parallel_layout, smallest_world
+    from linear_moe.training.preflight import check
+
     config = load_config(args.config, args.overrides)
     world = smallest_world(config.parallel) if args.world is None else args.world
     check(config, world)

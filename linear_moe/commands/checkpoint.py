@@ -5,9 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
+from linear_moe.commands import arguments
 from linear_moe.options.errors import ConfigError
+
+HELP = "what is in a checkpoint, and rewriting one; every checkpoint loads in any layout as it is"
+EXAMPLE = "linear-moe checkpoint inspect runs/first\n  linear-moe checkpoint reshard runs/first /fast/first --files 16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|reshard")
+    source = "run folder (its latest complete checkpoint), or RUN/checkpoints/step_..."
+    inspect = actions.add_parser("inspect", help="what is in it, and whether it is whole")
+    inspect.add_argument("source", type=Path, metavar="RUN_OR_STEP", help=source)
+    inspect.add_argument("--tensors", metavar="PATTERN", help="list those whose names match: 'model.layers.0.*', '*'")
+    inspect.add_argument("--no-verify", action="store_true", help="do not read the files to compare their sums")
+    reshard = actions.add_parser("reshard", help="rewrite it in other files, with or without the optimizer's state")
+    reshard.add_argument("source", type=Path, metavar="SRC", help=source)
+    reshard.add_argument("out", type=Path, metavar="DST", help="run folder to begin with it; must have no checkpoint")
+    positive = arguments.number(int, "a whole number from 1 to 65536", lambda n: 1 <= n <= 65536)
+    reshard.add_argument("--files", type=positive, default=8, help="that the tensors are spread over (default: 8)")
+    for axis in ("tensor", "expert", "expert-tensor"):
+        cut = f"cut tensors as parallel.{axis.replace('-', '_')} of so many ranks does (default: that of SRC)"
+        reshard.add_argument(f"--{axis}", type=positive, help=cut)
+    reshard.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
+    for action in (inspect, reshard):
+        action.add_argument("--step", type=int, help="checkpoint of a run folder (default: the latest complete one)")
+        action.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:

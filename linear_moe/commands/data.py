@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from linear_moe.commands import arguments
 from linear_moe.options.errors import ConfigError
-from linear_moe.config.load import load_config
-from linear_moe.config.schema import Config
-from linear_moe.training.data.prepared import PreparedData
-from linear_moe.training.data.prepare import prepare_data
+
+if TYPE_CHECKING:
+    from linear_moe.config.schema import Config
+    from linear_moe.training.data.prepared import PreparedData
+
+HELP = "tokenize text files into an indexed dataset"
+EXAMPLE = "linear-moe data --help"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.with_config(parser)
+    parser.add_argument("--bigram", action="store_true", help="print a bigram model's validation loss")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prepare the corpus; print files, documents, tokens, vocabulary and bytes per token. Returns the exit code."""
+    from linear_moe.config.load import load_config
+    from linear_moe.training.data.prepare import prepare_data
+
     config = load_config(args.config, args.overrides)
     if args.bigram and config.data.validation_fraction == 0:
         raise ConfigError("data.validation_fraction", 0, "must be above 0: --bigram scores the held-out files")
@@ -52,6 +62,9 @@ def describe(config: Config, prepared: PreparedData) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=f"{result['corpus']}, {result.get('tokenizer', 'no')} tokenizer")
     for column in ("", "documents", "tokens", "bytes", "bytes/token"):
         table.add_column(column, justify="right" if column else "left")

@@ -1,37 +1,33 @@
-"""TODO commands.export."""
+"""`linear-moe export`: write a run's model as a Hugging Face folder."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import errno
 import json
-import os
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-import torch
-from torch import Tensor
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.load import load_config
-from linear_moe.config.schema import Config
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.checks.experts import check_grouped_gemm
-from linear_moe.inference.card import model_card
-from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
-from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.pattern import resolve_layers
-from linear_moe.inference.export import export
-if TYPE_CHECKING:
-    from linear_moe.inference.hf import LinearMoEForCausalLM
+
+from linear_moe.commands import arguments
+
+HELP = "write a run's model as a Hugging Face folder"
+EXAMPLE = "linear-moe export runs/first exported/first"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the latest complete one)")
+    parser.add_argument("--dtype", choices=arguments.DTYPES, help="default: as trained")
+    parser.add_argument("--max-shard-size", type=arguments.size, default="5GB", help="of a weights file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """`linear-moe export`. Returns the exit code."""
     from transformers.utils import logging
+
+    from linear_moe.inference.export import export
 
     logging.disable_progress_bar()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""TODO commands.generate."""
+"""`linear-moe generate`: continue a prompt with an exported model."""
 
 from __future__ import annotations
 
@@ -6,30 +6,48 @@ import argparse
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-import torch
-from torch import Tensor
+
+from linear_moe.commands import arguments
 from linear_moe.options.errors import ConfigError
-from linear_moe.inference.cache import prefill
-from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.tokens import Layout
-from linear_moe.modeling.model import LanguageModel
-from linear_moe.inference.generate import Generation
-from linear_moe.inference.generate import Sampling
-from linear_moe.inference.generate import TextStream
-from linear_moe.inference.generate import check_device
-from linear_moe.inference.generate import generate
-from linear_moe.inference.generate import load_model
-if TYPE_CHECKING:  # transformers takes seconds to import
+
+if TYPE_CHECKING:
+    from linear_moe.inference.generate import Generation
     from linear_moe.inference.hf import LinearMoEForCausalLM
+
+HELP = "continue a prompt with an exported model"
+EXAMPLE = "linear-moe generate exported/first --prompt 'def main('"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    count = arguments.number(int, "a whole number >= 0", lambda n: n >= 0)
+    parser.add_argument("model", type=Path, help="exported folder, or run folder")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; give several for a batch")
+    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="the same, from a UTF-8 file")
+    parser.add_argument(
+        "--max-new-tokens", type=arguments.number(int, "a whole number >= 1", lambda n: n >= 1), default=128
+    )
+    finite = arguments.number(float, "a number >= 0", lambda t: 0 <= t < math.inf)
+    parser.add_argument("--temperature", type=finite, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top-k", type=count, default=0, help="choose among the k most likely tokens; 0: all")
+    share = arguments.number(float, "a number in (0, 1]", lambda p: 0 < p <= 1)
+    parser.add_argument("--top-p", type=share, default=1.0, help="choose among the likeliest of this probability")
+    seed = arguments.number(int, "a whole number from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)
+    parser.add_argument("--seed", type=seed, default=0, help="row i of a batch draws with seed + i")
+    parser.add_argument("--no-cache", action="store_true", help="recompute the whole text for every token")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: latest)")
+    parser.add_argument("--dtype", choices=arguments.DTYPES, help="default: as stored")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of streamed text")
 
 
 def main(args: argparse.Namespace) -> int:
     """`linear-moe generate`. Returns the exit code."""
+    from linear_moe.inference.generate import Sampling, TextStream, check_device, generate, load_model
+
     prompts = [*args.prompt, *(_read(path) for path in args.prompt_file)]
     if not prompts:
         raise ConfigError("--prompt", ..., "is needed", fix="or --prompt-file FILE")

@@ -1,33 +1,36 @@
-"""TODO commands.import_."""
+"""`linear-moe import`: begin a run with the weights of another: of the same model, or of a dense one that gets experts."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any
-from torch import nn
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.load import load_config, save_config
-from linear_moe.config.schema import Config
-from linear_moe.checks.validate import validate
-from linear_moe.config.vocabulary import vocab_size
-from linear_moe.checkpoints.reader import LATEST, complete_checkpoints
-from linear_moe.checkpoints.run import EMBEDDING
-from linear_moe.checkpoints.weights import Weights, open_weights
-from linear_moe.modeling.host import DTYPES, Host, ParameterSpec
-from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.pattern import resolve_layers
-from linear_moe.modeling.upcycle import DENSE, Upcycler, granularity, is_exact
-from linear_moe.training import platform
-from linear_moe.training.supervision.faults import lock_run
-from linear_moe.training.import_weights import import_weights
+
+from linear_moe.commands import arguments
+
+HELP = "begin a run with the weights of another: of the same model, or of a dense one that gets experts"
+EXAMPLE = "linear-moe import runs/dense moe.yaml run=runs/moe --upcycle\n  linear-moe train runs/moe/config.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="run folder, or folder that `linear-moe export` wrote")
+    arguments.with_config(parser)
+    parser.add_argument(
+        "--upcycle",
+        action="store_true",
+        help="where SOURCE has a dense FFN and the config has experts, make them of it: copies, or parts of copies",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint of a run folder (default: the latest complete one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """`linear-moe import`. Returns the exit code."""
+    from linear_moe.checks.validate import validate
+    from linear_moe.config.load import load_config
+    from linear_moe.training.import_weights import import_weights
+
     start = time.perf_counter()
     config = load_config(args.config, args.overrides)
     validate(config)

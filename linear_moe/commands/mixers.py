@@ -1,32 +1,31 @@
-"""TODO commands.mixers."""
+"""`linear-moe mixers`: every token mixer: recurrence, paper, where it runs, parameters and state of a layer."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib
-import inspect
 import json
-import math
-import re
-import sys
-from collections.abc import Iterator
-from typing import Any
-import torch
-from linear_moe.options.errors import ConfigError
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.mixers.base import MixerConfig
-from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
-from linear_moe.modeling.model import layer_dims
-from linear_moe.modeling.ops.backends import has_fla
-from linear_moe.plan import human
-from linear_moe.plan.mixers import describe
-from linear_moe.plan.mixers import markdown
-from linear_moe.plan.mixers import show
+
+from linear_moe.commands import arguments
+
+HELP = "every token mixer: recurrence, paper, where it runs, parameters and state of a layer"
+EXAMPLE = "linear-moe mixers --hidden 2048 --heads 16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    positive = arguments.number(int, "a whole number from 1 to 2**20", lambda n: 1 <= n <= 2**20)
+    parser.add_argument("--hidden", type=positive, default=1024, help="width of the residual stream (default: 1024)")
+    parser.add_argument("--heads", type=positive, default=8, help="model.num_heads (default: 8)")
+    length = "tokens that the state of attention has seen (default: 2048)"
+    parser.add_argument("--length", type=positive, default=2048, help=length)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print docs/mixers.md: options and weight names too")
 
 
 def main(args: argparse.Namespace) -> int:
+    from linear_moe.modeling.mixers.registry import MIXERS
+    from linear_moe.plan.mixers import describe, markdown, show
+
     sizes = args.hidden, args.heads, args.length
     if args.markdown:
         print(markdown(*sizes), end="")

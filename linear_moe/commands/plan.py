@@ -4,25 +4,70 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.load import load_config
+from linear_moe.commands import arguments
 from linear_moe.gpus import DEFAULT_GPU, GPUS
-from linear_moe.plan.network import LATENCY, Cluster
-from linear_moe.plan.plan import Plan, make_plan
-from linear_moe.plan.plot import svg
-from linear_moe.plan.search import Proposals, propose
-from linear_moe.plan.show import show, show_layouts
-from linear_moe.plan.show_sequence import show_simulation
-from linear_moe.plan.simulate import LARGEST, Simulation, simulate, worlds
+from linear_moe.options.errors import ConfigError
+
+if TYPE_CHECKING:
+    from linear_moe.plan.network import Cluster
+    from linear_moe.plan.plan import Plan
+    from linear_moe.plan.search import Proposals
+    from linear_moe.plan.simulate import Simulation
+
+HELP = "parameters, FLOPs, process groups and memory of a config, layouts that fit, or what it costs to share out sequences; needs no GPU"
+EXAMPLE = "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64\n  linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100\n  linear-moe plan configs/models/a0.3b_2b.yaml --tokens-per-gpu 32K --gpu h200 --plot sequence.svg"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.with_world(parser)
+    positive = arguments.number(float, "a number > 0", lambda n: 0 < n < math.inf)
+    layouts = parser.add_argument_group("layouts", "with --gpu or --memory: how to spread the model over --world GPUs")
+    names = f"propose layouts that fit into this GPU: {', '.join(GPUS)}"
+    layouts.add_argument("--gpu", choices=GPUS, metavar="NAME", help=names)
+    layouts.add_argument(
+        "--memory",
+        type=positive,
+        metavar="GiB",
+        help=f"the same for so much memory; without --gpu, at the speed of {DEFAULT_GPU}",
+    )
+    sequences = parser.add_argument_group(
+        "sequences",
+        "with one of the first two: bytes and time of a layer if all GPUs share out one sequence, in every way that "
+        "there is, on 8, 16, ... up to --world GPUs (default: 4096)",
+    )
+    length = sequences.add_mutually_exclusive_group()
+    length.add_argument("--sequence-length", type=arguments.tokens, metavar="N", help="tokens of the sequence: 1M")
+    length.add_argument("--tokens-per-gpu", type=arguments.tokens, metavar="N", help="tokens of it for each GPU: 32K")
+    sequences.add_argument("--plot", metavar="FILE.svg", help="draw what is not hidden of the exchange, too")
+    cluster = parser.add_argument_group("cluster", "of both")
+    node = arguments.number(int, "a whole number from 1 to 1024", lambda n: 1 <= n <= 1024)
+    cluster.add_argument("--node", type=node, default=8, metavar="N", help="GPUs in a node (default: 8)")
+    sheet = "each way and GPU (default: the data sheet's of --gpu)"
+    cluster.add_argument("--intra-node-bandwidth", type=positive, metavar="GB/s", help=f"within a node, {sheet}")
+    cluster.add_argument("--inter-node-bandwidth", type=positive, metavar="GB/s", help=f"between nodes, {sheet}")
+    microseconds = "of any collective or message (default: 20, assumed)"
+    cluster.add_argument("--latency", type=positive, metavar="us", help=microseconds)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
 
 CLUSTER = ("intra_node_bandwidth", "inter_node_bandwidth", "latency")
 
 
 def main(args: argparse.Namespace) -> int:
+    from linear_moe.config.load import load_config
+    from linear_moe.plan.plan import make_plan
+    from linear_moe.plan.plot import svg
+    from linear_moe.plan.search import propose
+    from linear_moe.plan.show import show, show_layouts
+    from linear_moe.plan.show_sequence import show_simulation
+    from linear_moe.plan.simulate import LARGEST, simulate, worlds
+
     config = load_config(args.config, args.overrides)
     simulates = args.sequence_length is not None or args.tokens_per_gpu is not None
     layouts = not simulates and (args.gpu is not None or args.memory is not None)
@@ -63,6 +108,8 @@ def check_options(args: argparse.Namespace, simulates: bool, layouts: bool) -> N
 
 def cluster(args: argparse.Namespace) -> Cluster:
     """What the options say of GPUs and their connections."""
+    from linear_moe.plan.network import LATENCY, Cluster
+
     gpu, changes = GPUS[args.gpu or DEFAULT_GPU], {}
     if args.memory is not None:
         changes["memory_gib"] = args.memory

@@ -6,13 +6,22 @@ import argparse
 import os
 from pathlib import Path
 
-from linear_moe.training.preflight import check
-from linear_moe.config.load import load_config
-from linear_moe.training.supervision.faults import end_with_parent, lock_run
+from linear_moe.commands import arguments
+
+HELP = "train as a config says; run it under torchrun, and again to resume"
+EXAMPLE = "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml \\\n      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.with_config(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Train as the configuration says; rerunning the same command resumes. Returns the exit code."""
+    from linear_moe.config.load import load_config
+    from linear_moe.training.preflight import check
+    from linear_moe.training.supervision.faults import end_with_parent, lock_run
+
     config = load_config(args.config, args.overrides)
     check(config, int(os.environ.get("WORLD_SIZE", 1)))
     end_with_parent()

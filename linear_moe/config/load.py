@@ -1,24 +1,16 @@
-"""TODO config.load."""
+"""Loading and saving a run's configuration: `options/load.py` for the tree in `schema.py`."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-import re
 import tempfile
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+
 import yaml
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.fields import OneOf
+
 from linear_moe.config.schema import Config
-from linear_moe.options.load import parse_overrides
-from linear_moe.options.load import read_layers
-from linear_moe.options.load import update
+from linear_moe.options.load import parse_overrides, read_layers, update
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

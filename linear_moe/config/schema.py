@@ -8,20 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from linear_moe.options.fields import opt
 from linear_moe.modeling.activations import MODULES
-from linear_moe.modeling.mixers.base import MixerConfig
-from linear_moe.modeling.mixers.registry import mixer_config
 from linear_moe.modeling.config import ModelConfig
-
-
-
-
-
-
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import Config, DataConfig
 from linear_moe.modeling.config import ModelConfig
+from linear_moe.options.errors import ConfigError
 
 
 def tokenizer_size(data: DataConfig) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.tokens import Cache, Layout
 
 
 class DecodingState:

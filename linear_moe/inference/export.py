@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
-import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
+from linear_moe.checkpoints.reader import load_full_weights, read_info
+from linear_moe.checkpoints.run import EMBEDDING, find_checkpoint, is_run
+from linear_moe.checks.experts import check_grouped_gemm
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.checks.experts import check_grouped_gemm
 from linear_moe.inference.card import model_card
-from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights, read_info
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.pattern import resolve_layers
-from linear_moe.checkpoints.run import EMBEDDING
-from linear_moe.checkpoints.run import find_checkpoint
-from linear_moe.checkpoints.run import is_run
-from linear_moe.options.errors import one_line
+from linear_moe.options.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from linear_moe.inference.hf import LinearMoEForCausalLM
-
 
 
 @dataclass
@@ -44,8 +37,6 @@ class LoadedRun:
     checkpoint: Path
     step: int
     model: LinearMoEForCausalLM
-
-
 
 
 def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> LoadedRun:
@@ -82,8 +73,6 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
     return LoadedRun(config, checkpoint, read_info(checkpoint)["step"], model.eval())
 
 
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a folder; ConfigError if it holds none that works."""
     from transformers import AutoTokenizer
@@ -106,8 +95,6 @@ def check_dtype(model: ModelConfig, dtype: str | None) -> None:
     except ConfigError as error:
         constraint = f"{error.path} {error.value} {error.constraint}"
         raise ConfigError("--dtype", dtype, constraint, fix="leave it out") from None
-
-
 
 
 def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor]) -> Any:
@@ -220,5 +207,3 @@ def _replace(temporary: Path, out: Path) -> None:
     os.rename(out, old)
     os.rename(temporary, out)
     shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.inference.cache import prefill
 from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.errors import ConfigError
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from linear_moe.inference.hf import LinearMoEForCausalLM
@@ -230,8 +228,8 @@ def _load_exported(path: Path, dtype: str | None) -> tuple[Any, LinearMoEForCaus
     from safetensors import SafetensorError
 
     from linear_moe.inference.export import check_dtype, load_tokenizer
-    from linear_moe.options.errors import one_line
     from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
+    from linear_moe.options.errors import one_line
 
     if not (path / "config.json").is_file():
         raise ConfigError("model", str(path), "is neither an exported folder nor a run folder")
@@ -269,11 +267,3 @@ def check_device(device: str | None) -> None:
     if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
         constraint = f"this machine has {gpus} usable GPUs"
         raise ConfigError("--device", device, constraint, fix="" if gpus else "use --device cpu")
-
-
-
-
-
-
-
-

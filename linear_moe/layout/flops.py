@@ -1,20 +1,64 @@
-"""TODO layout.flops."""
+"""Forward FLOPs per token: two per active weight of a matrix product, and what mixers declare for their recurrences."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
 from torch import nn
+
 from linear_moe.config.schema import Config
-from linear_moe.layout.processes import ParallelLayout, parallel_layout, smallest_world
-from linear_moe.checks.validate import validate
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.flops import Flops, active, layer_flops, products
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.pattern import resolve_layers
-from linear_moe.plan.memory import rank_bytes
-from linear_moe.plan.ranks import RankModels
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of a model, over all ranks' shares.
+
+    Attributes:
+        layers: of each layer, by the parts of `layer_flops`.
+    """
+
+    layers: list[dict[str, float]]
+    head: float
+
+    @property
+    def total(self) -> float:
+        return sum(layer["mixer"] + layer["ffn"] for layer in self.layers) + self.head
+
+    def again(self, layer: int, modules: frozenset[str]) -> float:
+        """What of a layer is computed again in the backward pass if `modules` are (as `Activations` names them)."""
+        parts = self.layers[layer]
+        return sum(
+            parts[half] if modules & {"layer", half} else parts[part] * (part in modules)
+            for half, part in (("mixer", "core"), ("ffn", "experts"))
+        )
+
+
+def active(parameter: nn.Parameter, config: Config) -> int:
+    """Elements of `parameter` that one token meets: of the routed experts, top_k."""
+    moe, spec = config.model.moe, parameter.spec  # type: ignore[attr-defined]
+    return parameter.numel() * moe.top_k // moe.num_experts if spec.by_expert else parameter.numel()
+
+
+def products(parameters: Iterable[nn.Parameter], config: Config) -> float:
+    return 2.0 * sum(active(p, config) for p in parameters if p.dim() >= 2)
+
+
+def layer_flops(layer: Any, config: Config) -> dict[str, float]:
+    """Of a `Layer`: "mixer", of which "core" is the recurrence, and "ffn", of which "experts" are the routed experts'
+    gate and up projections; sequences as long as training.sequence_length."""
+    core = layer.mixer.recurrence_flops(config.training.sequence_length)
+    experts = getattr(layer.ffn, "experts", None)
+    return {
+        "mixer": products(layer.mixer.parameters(), config) + core,
+        "core": core,
+        "ffn": products(layer.ffn.parameters(), config),
+        "experts": 0.0 if experts is None else products([experts.gate_up_proj], config),
+    }
 
 
 def flops_per_token(config: Config) -> float:

@@ -1,17 +1,8 @@
-"""TODO layout.optimizer."""
+"""Which optimizer updates a parameter, and the state that it keeps."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from linear_moe.config.schema import MuonConfig
 from linear_moe.modeling.host import ParameterSpec
-from linear_moe.training.optimizer.adamw import AdamW, pieces, round_stochastically
 
 
 def orthogonalized(spec: ParameterSpec) -> bool:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise, permutations
 
 from linear_moe.config.schema import Config
-from linear_moe.modeling.config import ModelConfig
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.flops import layer_flops
+from linear_moe.layout.flops import layer_flops
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.model import Layer, layer_dims
 from linear_moe.modeling.pattern import resolve_layers
 
@@ -116,5 +114,3 @@ def layer_costs(config: Config) -> list[float]:
             parts = layer_flops(Layer(layer, config.model, layer_dims(config.model, i), Host(device="meta")), config)
             known[key] = parts["mixer"] + parts["ffn"]
     return [known[repr(layer)] for layer in layers]
-
-

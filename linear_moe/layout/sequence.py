@@ -1,46 +1,10 @@
-"""TODO layout.sequence."""
+"""How sequences are cut into pieces, which rank holds which, and the lengths that follow."""
 
 from __future__ import annotations
 
-import math
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import product
-from pathlib import Path
-from typing import Any
-from linear_moe.options.errors import ConfigError, nearest
+from dataclasses import dataclass
+
 from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.activations import MODULES
-from linear_moe.modeling.host import DTYPES
-from linear_moe.options.checks import check, unused
-from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.model import layer_dims
-from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-from linear_moe.layout.pipeline import default_split
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from linear_moe.config.schema import ParallelConfig
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from linear_moe.modeling.deferred import fill_gap
-from linear_moe.layout.sequence import Order
 
 
 def tensor_sequence(parallel: ParallelConfig) -> bool:
@@ -110,4 +74,4 @@ def order_of(parallel: ParallelConfig) -> Order:
     return Order(parallel.sequence, layout, parallel.sequence_pieces)
 
 
-BLOCKS = 4  # of a state's columns, that a ring passes on one by one
+RING_BLOCKS = 4  # of a state's columns, that a ring passes on one by one

@@ -1,23 +1,25 @@
-"""TODO modeling.config."""
+"""The options of the model."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-from linear_moe.options.fields import opt
-from linear_moe.modeling.activations import MODULES
+
 from linear_moe.modeling.mixers.base import MixerConfig
-from linear_moe.modeling.mixers.registry import mixer_config
+from linear_moe.modeling.mixers.registry import MIXERS, mixer_config
 from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.options.fields import Variants, opt
+
+MIXER = Variants("mixer", MIXERS, mixer_config)
 
 
 @dataclass
 class LayerConfig:
     """What one symbol of the layer pattern stands for."""
 
-    mixer: MixerConfig | None = opt(None, "token mixer; null: model.mixer (model.attention for the symbol N)")
+    mixer: MixerConfig | None = opt(
+        None, "token mixer; null: model.mixer (model.attention for the symbol N)", variants=MIXER
+    )
     ffn: str | None = opt(None, "channel mixer; null: model.ffn", choices=(None, "moe", "dense"))
 
 
@@ -27,8 +29,8 @@ class ModelConfig:
     num_layers: int = opt(4, "number of layers", ge=1, le=2**12)
     num_heads: int = opt(4, "heads of every mixer that does not set its own num_heads", ge=1, le=2**16)
     pattern: str = opt("L * 4", 'one symbol per layer; letters, "* n", "+" and brackets: LLLN * 3')
-    mixer: MixerConfig = opt(partial(mixer_config, "gla"), "the mixer of symbol L; `type` names it")
-    attention: MixerConfig = opt(partial(mixer_config, "attention"), "the mixer of symbol N")
+    mixer: MixerConfig = opt(partial(mixer_config, "gla"), "the mixer of symbol L; `type` names it", variants=MIXER)
+    attention: MixerConfig = opt(partial(mixer_config, "attention"), "the mixer of symbol N", variants=MIXER)
     symbols: dict[str, LayerConfig] = opt(
         dict, "more symbols, or other meanings of L and N: {M: {mixer: {type: mamba2}}}"
     )

@@ -1,18 +1,8 @@
-"""TODO modeling.dims."""
+"""What a mixer or FFN must know of the model around it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
-import torch
-from torch import Tensor, nn
-from linear_moe.options.fields import OneOf, opt
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.deferred import later, weights_of
-from linear_moe.modeling.mixers.registry import MIXERS, mixer_config
-from linear_moe.modeling.ops.sequence import Pieces, once_by, pieces_of
-from linear_moe.modeling.ops.fused.short_conv import tokens_before
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)

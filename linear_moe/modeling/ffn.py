@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.moe.experts import Experts
 from linear_moe.modeling.moe.overlap import Branch
 from linear_moe.modeling.moe.router import Router
+from linear_moe.modeling.tokens import Layout
 
 
 class SwiGLU(nn.Module):

@@ -24,8 +24,8 @@ from linear_moe.modeling.ops.fused.linear_cross_entropy import linear_cross_entr
 
 if TYPE_CHECKING:
     from linear_moe.modeling.moe.config import MoEConfig
-    from linear_moe.modeling.tokens import Layout
     from linear_moe.modeling.moe.dispatch import Dispatcher
+    from linear_moe.modeling.tokens import Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """By their names in a config."""

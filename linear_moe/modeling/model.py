@@ -8,24 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.modeling.config import ModelConfig
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.ffn import build_ffn
 from linear_moe.modeling.host import Host, normal
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.layers.norm import RMSNorm
-from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-from dataclasses import dataclass
-from itertools import accumulate, pairwise, permutations
-from linear_moe.config.schema import Config
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.flops import layer_flops
-from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.model import Layer, layer_dims
-from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.modeling.tokens import Cache, Layout
 
 
 def layer_dims(config: ModelConfig, layer: int) -> Dims:

@@ -10,29 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.mixers.base import MixerConfig
-import math
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import product
-from pathlib import Path
-from typing import Any
-from linear_moe.options.errors import ConfigError, nearest
-from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.activations import MODULES
-from linear_moe.modeling.host import DTYPES
-from linear_moe.options.checks import check, unused
-from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.model import layer_dims
-from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-from linear_moe.layout.pipeline import default_split
+from linear_moe.options.errors import ConfigError
 
 PATH = "model.pattern"
 EXAMPLE = "for example LLLN * 3"

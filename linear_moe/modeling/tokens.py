@@ -1,19 +1,12 @@
-"""TODO modeling.tokens."""
+"""How the tokens of a forward pass lie, and what decoding keeps of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
-import torch
-from torch import Tensor, nn
-from linear_moe.options.fields import OneOf, opt
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.deferred import later, weights_of
-from linear_moe.modeling.mixers.registry import MIXERS, mixer_config
-from linear_moe.modeling.ops.sequence import Pieces, once_by, pieces_of
-from linear_moe.modeling.ops.fused.short_conv import tokens_before
 
+from torch import Tensor
+
+from linear_moe.modeling.ops.sequence import Pieces
 
 Cache = dict[str, Tensor]
 """One layer's decoding state, by the names of `Mixer.state_shapes`; mixers update it in place."""

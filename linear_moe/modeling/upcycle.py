@@ -15,11 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError, nearest
 from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.host import ParameterSpec, initial_value
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.moe.router import route
+from linear_moe.options.errors import ConfigError, nearest
 
 DENSE = ("gate_proj", "up_proj", "down_proj")
 SAMPLES = 4096

@@ -1,10 +1,25 @@
-"""`opt` declares an option with its documentation and constraint; `OneOf` options of which there are several kinds."""
+"""`opt` declares an option, a dataclass field with its documentation and constraint."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import field
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The dataclasses that one option may hold, which their field `type` tells apart: the configs of mixers.
+
+    Attributes:
+        noun: what one of them is called in messages.
+        types: the values that `type` may have.
+        make: the dataclass of a type, with its defaults.
+    """
+
+    noun: str
+    types: Collection[str]
+    make: Callable[[str], Any]
 
 
 def opt(
@@ -16,30 +31,10 @@ def opt(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    variants: Variants | None = None,
 ) -> Any:
-    """A config field: its default (a callable: the default's factory), documentation and constraint."""
-    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    """A dataclass field with a default (a callable is the default's factory), documentation and constraint."""
+    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "variants": variants}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-class OneOf:
-    """Base of dataclasses that stand for one another and are told apart by their field `type`.
-
-    Attributes:
-        noun: what one of them is called in messages.
-    """
-
-    noun: ClassVar[str]
-    type: str
-
-    @classmethod
-    def kinds(cls) -> Collection[str]:
-        """The names that `type` may have."""
-        raise NotImplementedError
-
-    @classmethod
-    def of_kind(cls, kind: str) -> Self:
-        """The dataclass of `kind`, one of `kinds()`, with its defaults."""
-        raise NotImplementedError

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
 from linear_moe.options.errors import ConfigError
-from linear_moe.options.fields import OneOf
-from linear_moe.config.schema import Config
+from linear_moe.options.fields import Variants
 
 T = TypeVar("T")
 
@@ -46,15 +43,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-
-
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass of the schema (Config, ModelConfig, ...) from a plain nested dict, checked like a YAML file."""
     tree = cls()
     update(tree, values)
     return tree
-
-
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -107,61 +100,62 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(source, ..., f"not valid YAML: {where}{problem}") from None
 
 
-def update(node: Any, values: Mapping[str, Any], path: str = "") -> None:
-    """Set the fields of dataclass `node` from `values`, recursively; raises ConfigError with the dotted path."""
+def update(node: Any, values: Mapping[str, Any], path: str = "", variant: str = "") -> None:
+    """Set the fields of dataclass `node` from `values`, recursively; raises ConfigError with the dotted path.
+
+    `variant`: the type of a node that is one of several `Variants`, for the message.
+    """
     hints = typing.get_type_hints(type(node))
     fields = {f.name: f for f in dataclasses.fields(node)}
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            raise _unknown_key(key, path, node, list(fields))
-        setattr(node, key, _convert(value, hints[key], getattr(node, key), where))
-        _check_constraint(getattr(node, key), fields[key].metadata, where)
-
-
-def _unknown_key(key: Any, path: str, node: Any, known: list[str]) -> ConfigError:
-    section = path or "the config"
-    if isinstance(node, OneOf):
-        section += f" (type {node.type})"
-    where = f"{path}.{key}" if path else str(key)
-    return ConfigError(where, ..., f"unknown key of {section}", candidates=known, near_to=str(key))
+            section = (path or "the config") + (f" (type {variant})" if variant else "")
+            raise ConfigError(where, ..., f"unknown key of {section}", candidates=fields, near_to=str(key))
+        variants, current = fields[key].metadata.get("variants"), getattr(node, key)
+        if variants is None:
+            converted = _convert(value, hints[key], current, where)
+        else:
+            converted = _convert_variant(value, variants, current, where, optional=type(None) in get_args(hints[key]))
+        setattr(node, key, converted)
+        _check_constraint(converted, fields[key].metadata, where)
 
 
 def _convert(value: Any, hint: Any, current: Any, path: str) -> Any:
     """`value` as a `hint`, updating what `current` holds where it is a tree itself."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
+        options = get_args(hint)
         if value is None and type(None) in options:
             return None
         (hint,) = [option for option in options if option is not type(None)]
-    if isinstance(hint, type) and issubclass(hint, OneOf):
-        return _convert_one_of(value, hint, current, path)
     if dataclasses.is_dataclass(hint):
         tree = current if isinstance(current, hint) else hint()  # type: ignore[arg-type,operator]
         update(tree, _mapping(value, path), path)
         return tree
-    if typing.get_origin(hint) is dict:
+    if get_origin(hint) is dict:
         entries = dict(current)
         for key, entry in _mapping(value, path).items():
-            entries[key] = _convert(entry, typing.get_args(hint)[1], entries.get(key), f"{path}.{key}")
+            entries[key] = _convert(entry, get_args(hint)[1], entries.get(key), f"{path}.{key}")
         return entries
-    if typing.get_origin(hint) is list:
+    if get_origin(hint) is list:
         if not isinstance(value, list):
             raise ConfigError(path, value, "must be a list")
-        return [_convert(entry, typing.get_args(hint)[0], None, f"{path}.{i}") for i, entry in enumerate(value)]
+        return [_convert(entry, get_args(hint)[0], None, f"{path}.{i}") for i, entry in enumerate(value)]
     return _convert_scalar(value, hint, path)
 
 
-def _convert_one_of(value: Any, family: type[OneOf], current: OneOf | None, path: str) -> OneOf:
-    fix = f"write {path}.type={value}" if isinstance(value, str) else ""
-    values = _mapping(value, path, fix)
-    kind, kinds = values.get("type", current.type if current else None), family.kinds()
-    if kind is None:
-        raise ConfigError(f"{path}.type", ..., f"must name a {family.noun}", candidates=kinds)
-    if kind not in kinds:
-        raise ConfigError(f"{path}.type", kind, f"unknown {family.noun}", candidates=kinds, list_all=True)
-    chosen = current if current and current.type == kind else family.of_kind(kind)
-    update(chosen, values, path)
+def _convert_variant(value: Any, variants: Variants, current: Any, path: str, optional: bool) -> Any:
+    if value is None and optional:
+        return None
+    values = _mapping(value, path, f"write {path}.type={value}" if isinstance(value, str) else "")
+    name = values.get("type", current.type if current else None)
+    if name is None:
+        raise ConfigError(f"{path}.type", ..., f"must name a {variants.noun}", candidates=variants.types)
+    if name not in variants.types:
+        message = f"unknown {variants.noun}"
+        raise ConfigError(f"{path}.type", name, message, candidates=variants.types, list_all=True)
+    chosen = current if current and current.type == name else variants.make(name)
+    update(chosen, values, path, variant=name)
     return chosen
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from linear_moe.config.schema import Config
 from linear_moe.layout.processes import ParallelLayout
-from linear_moe.modeling.moe.config import expert_dispatcher
-from linear_moe.layout.sequence import rank_tokens, tensor_sequence
 from linear_moe.layout.recompute import recomputed
+from linear_moe.layout.sequence import rank_tokens, tensor_sequence
 from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.moe.config import expert_dispatcher
 from linear_moe.modeling.ops.fused.linear_cross_entropy import block_rows
 from linear_moe.plan.exchange import Split, kept_bytes
 from linear_moe.plan.needs import Needs

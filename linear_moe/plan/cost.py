@@ -30,20 +30,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.processes import ParallelLayout
-from linear_moe.modeling.moe.config import expert_dispatcher
-from linear_moe.layout.sequence import padded_length, rank_tokens
-from linear_moe.layout.recompute import recomputed
-from linear_moe.modeling.flops import Flops
 from linear_moe.gpus import GPU
+from linear_moe.layout.flops import Flops
+from linear_moe.layout.pipeline import HEAD_SPEED
+from linear_moe.layout.processes import ParallelLayout
+from linear_moe.layout.recompute import recomputed
+from linear_moe.layout.sequence import padded_length, rank_tokens
 from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.moe.config import expert_dispatcher
 from linear_moe.plan.exchange import Exchange, Speed, Split, layer_exchange
 from linear_moe.plan.memory import optimizer_bytes
 from linear_moe.plan.needs import Needs
+from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.ranks import RankChunk, is_expert
-from linear_moe.layout.pipeline import HEAD_SPEED
-from linear_moe.plan.network import Cluster
-from linear_moe.plan.network import Group
 
 EFFICIENCY = 0.35
 MEMORY_EFFICIENCY = 0.5
@@ -51,10 +50,6 @@ LAYER_SECONDS = 7e-3
 TENSOR_SPEED = 0.7
 TENSOR_LAUNCHES = 1.3
 WAIT_SECONDS = 4e-3
-
-
-
-
 
 
 @dataclass(frozen=True)

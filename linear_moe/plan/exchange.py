@@ -15,11 +15,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import rank_tokens
+from linear_moe.layout.sequence import RING_BLOCKS, Order, order_of, rank_tokens
 from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.needs import Needs, State, TokenKeys
-from linear_moe.layout.sequence import RING_BLOCKS
-from linear_moe.layout.sequence import Order, order_of
 
 if TYPE_CHECKING:
     from linear_moe.plan.network import Group

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from linear_moe.config.schema import Config, OptimizerConfig
+from linear_moe.layout.optimizer import state_names
 from linear_moe.layout.processes import ParallelLayout
 from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.ranks import RankChunk, RankModels, is_expert, rank_chunks
-from linear_moe.layout.optimizer import state_names
 
 STATE = ("weights", "gradients", "optimizer")
 KINDS = (*STATE, "activations", "logits", "total")

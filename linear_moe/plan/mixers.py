@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import inspect
@@ -15,13 +14,13 @@ from typing import Any
 
 import torch
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import MixerConfig
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.ops.backends import has_fla
+from linear_moe.options.errors import ConfigError
 from linear_moe.plan import human
 
 DTYPE = torch.bfloat16  # of the model whose states are counted; states declared fp32 stay fp32

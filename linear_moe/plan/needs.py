@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.ops.sequence import FromState, pieces_of
+from linear_moe.modeling.tokens import Layout
 
 TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
 

@@ -1,25 +1,10 @@
-"""TODO plan.network."""
+"""The GPUs of a cluster, how they are connected, and the time that a message takes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-from linear_moe.config.schema import Config
-from linear_moe.layout.processes import ParallelLayout
-from linear_moe.modeling.moe.config import expert_dispatcher
-from linear_moe.layout.sequence import padded_length, rank_tokens
-from linear_moe.layout.recompute import recomputed
-from linear_moe.modeling.flops import Flops
-from linear_moe.gpus import GPU
-from linear_moe.modeling.host import DTYPES
-from linear_moe.plan.exchange import Exchange, Speed, Split, layer_exchange
-from linear_moe.plan.memory import optimizer_bytes
-from linear_moe.plan.needs import Needs
-from linear_moe.plan.ranks import RankChunk, is_expert
-from linear_moe.layout.pipeline import HEAD_SPEED
 
+from linear_moe.gpus import GPU
 
 LATENCY = 20e-6
 

@@ -7,18 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from linear_moe.config.schema import Config
-from linear_moe.layout.processes import ParallelLayout, parallel_layout, smallest_world
 from linear_moe.checks.validate import validate
+from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.flops import Flops, active, layer_flops, products
+from linear_moe.layout.flops import _parameters, active, forward_flops
+from linear_moe.layout.processes import ParallelLayout, parallel_layout, smallest_world
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.plan.memory import rank_bytes
 from linear_moe.plan.ranks import RankModels
-from linear_moe.layout.flops import _parameters
-from linear_moe.layout.flops import forward_flops
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,6 @@ def make_plan(config: Config, world: int | None = None) -> Plan:
     memory = max(stages, key=lambda kinds: kinds["total"])
     flops = forward_flops(config, model).total
     return Plan(layers, total, active, active - outside, flops, rows, layout, memory)
-
-
-
-
-
-
 
 
 def _count(module: nn.Module, config: Config) -> tuple[int, int]:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.layout.pipeline import stage_chunks
 from linear_moe.layout.sequence import in_pieces
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan.needs import Needs, layer_needs
-from linear_moe.layout.pipeline import stage_chunks
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -7,21 +7,21 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.layout.processes import MAX_WORLD, ParallelLayout, parallel_layout
 from linear_moe.checks.fields import validate_fields
+from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.options.checks import check
+from linear_moe.layout.flops import forward_flops
+from linear_moe.layout.pipeline import default_split
+from linear_moe.layout.processes import MAX_WORLD, ParallelLayout, parallel_layout
 from linear_moe.modeling.pattern import resolve_layers
+from linear_moe.options.checks import check
+from linear_moe.options.errors import ConfigError
 from linear_moe.plan.activations import activation_bytes
-from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.cost import layer_seconds, stage_cost, step_seconds
 from linear_moe.plan.exchange import Split
 from linear_moe.plan.memory import state_bytes, with_total
-from linear_moe.layout.flops import forward_flops
+from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.ranks import RankModels, rank_chunks
-from linear_moe.layout.pipeline import default_split
 
 HEADROOM = 0.1
 """Of a GPU's memory, what is left to its driver, to communication buffers, to kernels and to fragmentation."""

@@ -12,21 +12,21 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from linear_moe.options.errors import ConfigError
+from linear_moe.checks.fields import validate_fields
 from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.vocabulary import vocab_size
+from linear_moe.layout.flops import forward_flops
+from linear_moe.layout.pipeline import HEAD_SPEED
 from linear_moe.layout.processes import MAX_WORLD
 from linear_moe.layout.sequence import padded_length, rank_tokens
-from linear_moe.checks.fields import validate_fields
-from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.options.errors import ConfigError
 from linear_moe.plan.cost import EFFICIENCY, layer_seconds, speed
-from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.exchange import HEADS, KEYS, STATES, Exchange, Split
-from linear_moe.layout.flops import forward_flops
 from linear_moe.plan.needs import Needs
+from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.ranks import RankModels
-from linear_moe.layout.pipeline import HEAD_SPEED
 
 SMALLEST, LARGEST = 8, 4096  # worlds
 WAYS = {"exchange": (*STATES, HEADS["exchange"]), "attention": (*KEYS, HEADS["attention"])}

@@ -11,13 +11,12 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from linear_moe.config.schema import Config
+from linear_moe.layout.pipeline import Chunk, stage_chunks
 from linear_moe.layout.recompute import recomputed
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import initialize
+from linear_moe.modeling.model import LanguageModel, crossing
 from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.model import LanguageModel
-from linear_moe.layout.pipeline import Chunk, stage_chunks
-from linear_moe.modeling.model import crossing
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import crossing_columns, transformer_config
 from linear_moe.training.optimizer.build import ddp_config

@@ -26,17 +26,16 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
-from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.modeling.moe.config import expert_dispatcher
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host, Init, Matrices
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.moe.capacity import capacity
+from linear_moe.modeling.moe.config import MoEConfig, expert_dispatcher
 from linear_moe.modeling.moe.dispatch import Dispatcher
 from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens, z_loss
 from linear_moe.modeling.moe.router import scores
 from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.fused.linear_cross_entropy import linear_cross_entropy
+from linear_moe.modeling.tokens import Layout
 from linear_moe.training.experts.gathered import GatheredExchange
 from linear_moe.training.experts.padded import PaddedExchange
 from linear_moe.training.experts.routing import RoutingStatistics

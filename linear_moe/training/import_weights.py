@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.load import load_config, save_config
-from linear_moe.config.schema import Config
-from linear_moe.checks.validate import validate
-from linear_moe.config.vocabulary import vocab_size
 from linear_moe.checkpoints.reader import LATEST, complete_checkpoints
 from linear_moe.checkpoints.run import EMBEDDING
 from linear_moe.checkpoints.weights import Weights, open_weights
+from linear_moe.config.load import save_config
+from linear_moe.config.schema import Config
+from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import DTYPES, Host, ParameterSpec
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.modeling.upcycle import DENSE, Upcycler, granularity, is_exact
+from linear_moe.options.errors import ConfigError
 from linear_moe.training import platform
 from linear_moe.training.supervision.faults import lock_run
 
@@ -156,5 +152,3 @@ def _upcycled(name: str, layers: list[int]) -> tuple[str, str] | None:
 
 def _spec(parameter: nn.Parameter) -> ParameterSpec:
     return parameter.spec  # type: ignore[attr-defined]
-
-

@@ -7,22 +7,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import embedding_rows
-from linear_moe.plan import flops_per_token
+from linear_moe.layout.flops import flops_per_token
+from linear_moe.options.errors import ConfigError
 from linear_moe.training import parallel
+from linear_moe.training.build import build_model
 from linear_moe.training.checkpointing import imported_from, load_latest, save
 from linear_moe.training.data import PreparedData, TrainLoader, validation_batches
+from linear_moe.training.experts.routing import summary
+from linear_moe.training.optimizer.build import build_optimizer
+from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
+from linear_moe.training.step import Stepper
 from linear_moe.training.supervision.faults import StopSignal, check_finite
 from linear_moe.training.supervision.logging import Logger
 from linear_moe.training.supervision.metrics import Throughput, memory_gib, peak_tflops, seconds_alive
-from linear_moe.training.build import build_model
-from linear_moe.training.optimizer.build import build_optimizer
-from linear_moe.training.experts.routing import summary
-from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
-from linear_moe.training.step import Stepper
 from linear_moe.training.supervision.watch import mark
 
 

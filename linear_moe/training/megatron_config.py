@@ -10,8 +10,8 @@ from megatron.core.transformer import TransformerConfig
 from linear_moe.config.schema import Config
 from linear_moe.layout.sequence import tensor_sequence
 from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.modeling.model import crossing
+from linear_moe.modeling.pattern import resolve_layers
 
 
 def crossing_columns(config: Config) -> dict[str, int]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 import torch
 
-from linear_moe.config.load import load_config
-from linear_moe.config.schema import Config
-from linear_moe.layout.processes import parallel_layout, smallest_world
 from linear_moe.checks.validate import validate
+from linear_moe.config.schema import Config
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.moe.experts import check_quack
 from linear_moe.modeling.pattern import resolve_layers
@@ -35,5 +32,3 @@ def check(config: Config, world: int) -> None:
         from linear_moe.training.checkpointing import check_resume
 
         check_resume(config)
-
-

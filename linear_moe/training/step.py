@@ -15,15 +15,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import in_pieces, padded_length
+from linear_moe.layout.sequence import in_pieces, order_of, padded_length
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.tokens import Layout
-from linear_moe.training.supervision.faults import StopSignal
-from linear_moe.training.host import MegatronHost
 from linear_moe.training.experts.routing import LayerRouting, routers_of
+from linear_moe.training.host import MegatronHost
 from linear_moe.training.sequence import pieces
 from linear_moe.training.sequence.exchange import Line
-from linear_moe.layout.sequence import order_of
+from linear_moe.training.supervision.faults import StopSignal
 from linear_moe.training.supervision.watch import mark
 
 Batch = dict[str, Any]

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.processes import parallel_layout
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.layout.processes import parallel_layout
 from linear_moe.plan.memory import rank_bytes
 from linear_moe.plan.ranks import RankModels
 

@@ -47,12 +47,12 @@ import torch
 from pretrain import commit, versions
 from torch import Tensor, nn
 
-from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import LinearMixer, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 from linear_moe.modeling.ops import backends as dispatch
+from linear_moe.modeling.tokens import Layout
 
 Work = Callable[[], Any]
 """One forward and backward pass."""

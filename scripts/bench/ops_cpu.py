@@ -30,12 +30,12 @@ import torch
 from pretrain import commit, versions
 from torch import Tensor
 
-from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import LinearMixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 from linear_moe.modeling.ops.backends import use_backend
+from linear_moe.modeling.tokens import Layout
 from tests.unit.ops.cases import OPS, VARIANTS, make_inputs
 
 HEADS, SIZE = 4, 64

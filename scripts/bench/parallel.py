@@ -53,12 +53,12 @@ import torch.distributed as dist
 from launcher import GIB, LEFT_GIB, ROOT, STARTED, TINY, end_groups, gpu_name, planned_gib, run, start_peak, used_gib
 from pretrain import commit, versions
 
+from linear_moe.checks.validate import validate
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
-from linear_moe.checks.validate import validate
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.plan.memory import STATE
 from linear_moe.layout.flops import flops_per_token
+from linear_moe.plan.memory import STATE
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "single": (),
@@ -121,12 +121,12 @@ def too_big(config: Config, job: Job) -> str | None:
 
 def steps_of(config: Config, job: Job, groups: Any) -> dict[str, Any]:
     """Build this rank's part, train, and say what was seen."""
-    from linear_moe.training.data import TrainLoader, prepare_data
-    from linear_moe.training.supervision.faults import StopSignal
     from linear_moe.training.build import build_model
+    from linear_moe.training.data import TrainLoader, prepare_data
     from linear_moe.training.optimizer.build import build_optimizer
     from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
     from linear_moe.training.step import Stepper
+    from linear_moe.training.supervision.faults import StopSignal
     from linear_moe.training.supervision.watch import mark
 
     model = build_model(config, vocab_size(config), groups)

@@ -52,9 +52,9 @@ from overlap import profile
 from pretrain import commit, versions
 from sequence_tables import SAID, compare, merge, plot, row_of, tables
 
+from linear_moe.checks.validate import validate
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
-from linear_moe.checks.validate import validate
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.mixers.registry import MIXERS
 
@@ -178,9 +178,9 @@ def agreed(count: float) -> int:
 
 def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, Any]:
     from linear_moe.training.data import TrainLoader, prepare_data
-    from linear_moe.training.supervision.faults import StopSignal
     from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
     from linear_moe.training.step import Stepper
+    from linear_moe.training.supervision.faults import StopSignal
     from linear_moe.training.supervision.watch import mark
 
     groups, optimizer = trial.groups, trial.optimizer

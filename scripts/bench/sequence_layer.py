@@ -24,15 +24,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import padded_length
+from linear_moe.layout.sequence import Order, order_of, padded_length
 from linear_moe.modeling.host import DTYPES, Host, initialize
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.mixers.gated_deltanet import GatedDeltaNet
 from linear_moe.modeling.mixers.registry import mixer_config
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
 from linear_moe.modeling.ops.fused.short_conv import short_conv
-from linear_moe.layout.sequence import Order, order_of
+from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.training.sequence.cut import cut, share, split
 from linear_moe.training.step import layout_of, sequence_line
 

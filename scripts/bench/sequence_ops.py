@@ -35,15 +35,15 @@ import torch
 from mixers import Setting, Work, busy, milliseconds, profiled
 from pretrain import commit, versions
 
-from linear_moe.modeling.host import Host, initialize
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import MIXERS as ALL
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
-from linear_moe.training.sequence.exchange import Line
-from linear_moe.layout.sequence import Order
+from linear_moe.modeling.tokens import Layout
 from linear_moe.training.sequence.cut import cut
+from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.pieces import layout_of
 
 MIXERS = "linear_attention,gla,mamba2,gated_deltanet"

@@ -68,8 +68,8 @@ def run_mixer(name: str, hidden: int, heads: int) -> None:
     """Forward and backward of one mixer: rows of 2048, and documents packed into one row."""
     import torch
 
-    from linear_moe.modeling.host import Host, initialize
     from linear_moe.modeling.dims import Dims
+    from linear_moe.modeling.host import Host, initialize
     from linear_moe.modeling.tokens import Layout
 
     dims = Dims(hidden, heads, num_layers=12, layer=1, norm_eps=1e-5, init_std=0.02, output_init_std=0.02)

@@ -10,21 +10,21 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from linear_moe.options.load import from_dict
-from linear_moe.config.schema import Config
 from linear_moe.checks.validate import validate
+from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.moe.router import route
 from linear_moe.modeling.ops import experts
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.load import from_dict
 from linear_moe.training import parallel
+from linear_moe.training.build import build_model
+from linear_moe.training.experts.routing import routers_of
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import transformer_config
-from linear_moe.training.build import build_model
 from linear_moe.training.optimizer.build import build_optimizer
 from linear_moe.training.parallel import Groups
-from linear_moe.training.experts.routing import routers_of
 
 ROWS = 4
 LENGTH = 32

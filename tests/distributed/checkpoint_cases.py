@@ -25,20 +25,20 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.tokens import Layout
+from linear_moe.options.errors import ConfigError
 from linear_moe.training import build as training_model
-from linear_moe.training.checkpointing import SaveError, load_latest, save
-from linear_moe.training.supervision.faults import StopSignal
 from linear_moe.training.build import build_model
+from linear_moe.training.checkpointing import SaveError, load_latest, save
 from linear_moe.training.optimizer.build import build_optimizer, ddp_config
-from linear_moe.training.parallel import Groups
 from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
+from linear_moe.training.parallel import Groups
 from linear_moe.training.step import Stepper
+from linear_moe.training.supervision.faults import StopSignal
 from tests.distributed.cases import start
 
 

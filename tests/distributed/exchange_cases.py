@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling.activations import Activations
 from linear_moe.training.sequence import exchange
 from linear_moe.training.sequence.exchange import Exchange, Line
-from linear_moe.layout.sequence import Order
 
 ROWS = 2
 STATE = (3, 6, 8)  # H, K, V

@@ -20,8 +20,8 @@ def inject(fault: str) -> None:
     import torch
 
     from linear_moe.training import step
-    from linear_moe.training.supervision import watch
     from linear_moe.training.data import TrainLoader
+    from linear_moe.training.supervision import watch
 
     def due() -> bool:
         return watch._current is not None and watch._current.step == STEP

@@ -16,16 +16,16 @@ from torch import Tensor
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.training import build as training_model
+from linear_moe.training.build import build_model
 from linear_moe.training.checkpointing import load_latest, save, state
 from linear_moe.training.data import TrainLoader, prepare_data, validation_batches
 from linear_moe.training.data import loader as data_loader
 from linear_moe.training.data.dataset import SyntheticDataset
-from linear_moe.training.supervision.faults import StopSignal
-from linear_moe.training.build import build_model
 from linear_moe.training.optimizer.build import build_optimizer, optimizer_parts, stretches
-from linear_moe.training.parallel import Groups
 from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
+from linear_moe.training.parallel import Groups
 from linear_moe.training.step import Stepper
+from linear_moe.training.supervision.faults import StopSignal
 from tests.distributed.cases import start
 from tests.distributed.checkpoint_cases import small_buckets
 from tests.distributed.harness import all_tensors

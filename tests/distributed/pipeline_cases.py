@@ -12,11 +12,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.training import step as training_step
-from linear_moe.training.checkpointing import load_latest, save
-from linear_moe.training.supervision.faults import StopSignal
 from linear_moe.training.build import build_model
+from linear_moe.training.checkpointing import load_latest, save
 from linear_moe.training.optimizer.build import build_optimizer
 from linear_moe.training.step import Stepper
+from linear_moe.training.supervision.faults import StopSignal
 from tests.distributed.cases import shard, start
 from tests.distributed.masked import micro_batches
 

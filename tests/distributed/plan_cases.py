@@ -17,12 +17,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.layers import conv
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.moe import router
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.modeling.tokens import Layout
 from linear_moe.training import build as training_model
 from linear_moe.training.build import build_model
 from linear_moe.training.optimizer.build import build_optimizer, optimizer_parts

@@ -12,24 +12,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from linear_moe.options.load import from_dict
-from linear_moe.modeling.config import ModelConfig
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling.activations import Activations
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.options.load import from_dict
+from linear_moe.training.build import build_model
 from linear_moe.training.data import prepare_data
 from linear_moe.training.data.loader import TrainLoader, validation_batches
-from linear_moe.training.supervision.faults import StopSignal
-from linear_moe.training.build import build_model
 from linear_moe.training.optimizer.build import build_optimizer
 from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import Line
-from linear_moe.layout.sequence import Order
 from linear_moe.training.sequence.cut import cut, share
+from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.pieces import layout_of
 from linear_moe.training.step import Stepper
+from linear_moe.training.supervision.faults import StopSignal
 from tests.distributed import sequences
 from tests.distributed.cases import start
 from tests.distributed.sequences import (

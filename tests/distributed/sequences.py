@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.base import Mixer
-from linear_moe.training.sequence.exchange import STRATEGIES, Line
+from linear_moe.modeling.tokens import Layout
 from linear_moe.training.sequence.cut import Cut, cut, share
+from linear_moe.training.sequence.exchange import STRATEGIES, Line
 from linear_moe.training.sequence.pieces import layout_of
 
 ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 48, 32, 64

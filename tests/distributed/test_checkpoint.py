@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
+from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
-from linear_moe.checkpoints.reader import complete_checkpoints, latest_checkpoint, load_full_weights
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
 from linear_moe.training.import_weights import import_weights
 from tests.distributed.harness import ROOT, all_tensors, run
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from linear_moe.config.load import load_config
 from linear_moe.checks.validate import validate
+from linear_moe.config.load import load_config
 from linear_moe.modeling.mixers.registry import MIXERS
 from tests.distributed.every_mixer import CONFIG, PROMPT, SAVED, STEPS
 from tests.distributed.harness import ROOT, environment

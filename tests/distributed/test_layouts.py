@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.load import from_dict
 from linear_moe.training.data.dataset import SyntheticDataset
 from tests.distributed.harness import Ranks, run
 from tests.distributed.masked import masked_sample

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
-from linear_moe.layout.processes import parallel_layout
 from linear_moe.config.vocabulary import vocab_size
+from linear_moe.layout.processes import parallel_layout
+from linear_moe.options.load import from_dict
 from linear_moe.plan import memory as plan_memory
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.memory import state_bytes

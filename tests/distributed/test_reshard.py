@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem
 
-from linear_moe.cli import main
 from linear_moe.checkpoints.reader import INFO
+from linear_moe.cli import main
 from tests.distributed.harness import all_tensors, run
 from tests.distributed.test_checkpoint import OVERLAP, config
 from tests.tolerances import FP32, assert_close

@@ -8,13 +8,13 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.load import from_dict
 from tests.distributed.harness import run
 from tests.distributed.masked import micro_batches
 from tests.distributed.test_parallel_training import gradients

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.layout.sequence import Order
+from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training.sequence.cut import cut, share
 from tests.distributed import sequences
 from tests.distributed.harness import run

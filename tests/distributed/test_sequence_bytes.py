@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
 from linear_moe.plan.exchange import Split, layer_sent
 from linear_moe.plan.needs import mixer_needs
 from linear_moe.training.sequence.attention import STRATEGIES
-from linear_moe.layout.sequence import Order
 from tests.distributed.harness import run
 from tests.distributed.sequences import HIDDEN, ROWS
 from tests.unit.mixers.common import build, dims

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from linear_moe.modeling.host import Host
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, assert_close
 
 FOLDER = Path(__file__).parent

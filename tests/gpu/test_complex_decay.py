@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linear_moe.modeling.ops.recurrences.complex_decay import complex_decay
 from linear_moe.modeling.ops.backends import has_fla
+from linear_moe.modeling.ops.recurrences.complex_decay import complex_decay
 from tests.tolerances import BF16, assert_close
 from tests.unit.ops.cases import run
 from tests.unit.ops.test_complex_decay import make_inputs

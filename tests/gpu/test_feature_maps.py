@@ -14,7 +14,8 @@ from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops.fused import normalizer_triton as normalizer_gpu, quadratic_map_triton as quadratic_map_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops.fused import normalizer_triton as normalizer_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops.fused import quadratic_map_triton as quadratic_map_gpu
 
 pytestmark = MARKS
 DTYPES = [torch.float32, torch.bfloat16]

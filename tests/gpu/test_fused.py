@@ -10,14 +10,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.fused import bounded_gate, feature_maps, gates, norms, repeat_heads, rotary, shift_mix, short_conv
+from linear_moe.modeling.ops.fused import (
+    bounded_gate,
+    feature_maps,
+    gates,
+    norms,
+    repeat_heads,
+    rotary,
+    shift_mix,
+    short_conv,
+)
 from linear_moe.modeling.ops.packing import documents as documents_of
 from linear_moe.modeling.ops.packing import first_tokens
 from tests.gpu.kernels import DEVICE, HALF, MARKS
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops.fused import bounded_gate_triton as bounded_gate_gpu, feature_maps_triton as feature_maps_gpu, gates_triton as gates_gpu, norms_triton as norms_gpu, repeat_heads_triton as repeat_heads_gpu, rotary_triton as rotary_gpu, shift_mix_triton as shift_mix_gpu, short_conv_triton as short_conv_gpu
+from linear_moe.modeling.ops.fused import bounded_gate_triton as bounded_gate_gpu
+from linear_moe.modeling.ops.fused import feature_maps_triton as feature_maps_gpu
+from linear_moe.modeling.ops.fused import gates_triton as gates_gpu
+from linear_moe.modeling.ops.fused import norms_triton as norms_gpu
+from linear_moe.modeling.ops.fused import repeat_heads_triton as repeat_heads_gpu
+from linear_moe.modeling.ops.fused import rotary_triton as rotary_gpu
+from linear_moe.modeling.ops.fused import shift_mix_triton as shift_mix_gpu
+from linear_moe.modeling.ops.fused import short_conv_triton as short_conv_gpu
 
 pytestmark = MARKS
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.base import Mixer
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, assert_close
 from tests.unit.mixers.common import build, case_ids, cases, dims, packed, stream
 

@@ -9,20 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.activations import Activations
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.ffn import MoE
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.ops import experts as definition
-from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts import assign, experts, refused_by_quack
+from linear_moe.modeling.ops.experts.assignment import Assignment
 from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
 from tests.tolerances import BF16, BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops.experts import gemm_triton as experts_gemm_gpu, triton as experts_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops.experts import gemm_triton as experts_gemm_gpu  # noqa: E402  they import triton
+from linear_moe.modeling.ops.experts import triton as experts_gpu
 
 pytestmark = MARKS
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs CUDA")

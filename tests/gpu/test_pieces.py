@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.modeling.tokens import Layout
-from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.training.sequence.exchange import Line
 from linear_moe.layout.sequence import Order
+from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.tokens import Layout
 from linear_moe.training.sequence.cut import cut
+from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.pieces import layout_of
 from tests.gpu.test_mixers import HIDDEN, pair, run
 from tests.tolerances import (

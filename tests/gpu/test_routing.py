@@ -23,11 +23,11 @@ def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> Non
     from linear_moe.training import platform
 
     platform.install()
-    from linear_moe.options.load import from_dict
     from linear_moe.config.schema import Config
     from linear_moe.modeling.host import initialize
-    from linear_moe.modeling.tokens import Layout
     from linear_moe.modeling.moe.router import Router
+    from linear_moe.modeling.tokens import Layout
+    from linear_moe.options.load import from_dict
     from linear_moe.training import parallel
     from linear_moe.training.host import MegatronHost
     from linear_moe.training.megatron_config import transformer_config
@@ -64,8 +64,8 @@ def test_padded_exchange_does_not_wait() -> None:
     from linear_moe.training import platform
 
     platform.install()
-    from linear_moe.options.load import from_dict
     from linear_moe.config.schema import Config
+    from linear_moe.options.load import from_dict
     from linear_moe.training import parallel
     from linear_moe.training.experts.padded import PaddedExchange
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.ops.attention import blocks as block_attention
 from linear_moe.modeling.ops.attention.blocks import Block, attend, attend_backward, join
+from linear_moe.modeling.tokens import Layout
 from linear_moe.training.sequence import attention
-from linear_moe.training.sequence.exchange import STRATEGIES, Line
-from linear_moe.layout.sequence import Order
 from linear_moe.training.sequence.cut import cut
+from linear_moe.training.sequence.exchange import STRATEGIES, Line
 from linear_moe.training.sequence.pieces import layout_of
 from tests.gpu.test_mixers import HIDDEN, TOKENS, pair, run
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, FP32, assert_close

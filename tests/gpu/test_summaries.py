@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.recurrences import scan
 from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.backends import has_fla
+from linear_moe.modeling.ops.packing import segment_sums
+from linear_moe.modeling.ops.recurrences import scan
 from linear_moe.modeling.ops.recurrences.delta import chunk, delta, product
 from linear_moe.modeling.ops.recurrences.delta import fla as delta_gpu
-from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.modeling.ops.recurrences.dplr import dplr
-from linear_moe.modeling.ops.packing import segment_sums
 from tests.gpu.kernels import DEVICE, INTERPRETED, MARKS
 from tests.tolerances import BF16, FP32, assert_close
 

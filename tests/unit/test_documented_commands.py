@@ -28,9 +28,9 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from linear_moe import cli
+from linear_moe.config.schema import Config, TokenizerConfig
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import parse_overrides, update
-from linear_moe.config.schema import Config, TokenizerConfig
 from linear_moe.training.data.tokenizer import make_tokenizer
 from tests.unit.documented import BLANK, ROOT, Command, Line, commands_of, documented, passages_of
 

@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from linear_moe.plan import mixers as mixers_table
 from linear_moe.cli import main
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.inference.cache import DecodingState
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.options.load import from_dict
 from linear_moe.plan import make_plan
+from linear_moe.plan import mixers as mixers_table
 
 SIZES = ["--hidden", "128", "--heads", "4", "--length", "50"]
 

@@ -12,15 +12,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from linear_moe.cli import main
-from linear_moe.options.load import from_dict
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
 from linear_moe.layout.recompute import recomputed
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.load import from_dict
 from linear_moe.plan import flops_per_token, human, make_plan
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"

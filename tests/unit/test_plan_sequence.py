@@ -12,27 +12,36 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.cli import main
-from linear_moe.options.load import from_dict
-from linear_moe.config.schema import Config, ParallelConfig
-from linear_moe.layout.processes import parallel_layout
 from linear_moe.checks.fields import validate_fields
+from linear_moe.cli import main
+from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.gpus import GPU
+from linear_moe.layout.flops import forward_flops
+from linear_moe.layout.processes import parallel_layout
+from linear_moe.layout.sequence import RING_BLOCKS, Order
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from linear_moe.options.load import from_dict
 from linear_moe.plan.activations import activation_bytes
-from linear_moe.plan.network import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group
 from linear_moe.plan.cost import layer_seconds, stage_cost
-from linear_moe.plan.exchange import HEADS, KEYS, STATES, STEP_SECONDS, Exchange, Speed, Split, imbalance, layer_exchange
-from linear_moe.layout.flops import forward_flops
-from linear_moe.plan.plan import make_plan
+from linear_moe.plan.exchange import (
+    HEADS,
+    KEYS,
+    STATES,
+    STEP_SECONDS,
+    Exchange,
+    Speed,
+    Split,
+    imbalance,
+    layer_exchange,
+)
 from linear_moe.plan.needs import TOKENS, Needs, mixer_needs
+from linear_moe.plan.network import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group
+from linear_moe.plan.plan import make_plan
 from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.search import propose
 from linear_moe.plan.simulate import SCHEMES, WAYS, simulate, worlds
-from linear_moe.layout.sequence import RING_BLOCKS
-from linear_moe.layout.sequence import Order
 from tests.unit.mixers.common import cases, dims
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from linear_moe.checks.validate import validate
 from linear_moe.cli import main
 from linear_moe.config.load import load_config
 from linear_moe.layout.processes import smallest_world
-from linear_moe.checks.validate import validate
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.pattern import resolve_layers
 

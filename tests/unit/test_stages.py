@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.model import LanguageModel
-from linear_moe.plan import make_plan, micro_batches_in_flight
 from linear_moe.layout.pipeline import balanced, default_split, layer_costs, stage_chunks
-from linear_moe.modeling.model import crossing
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.model import LanguageModel, crossing
+from linear_moe.options.load import from_dict
+from linear_moe.plan import make_plan, micro_batches_in_flight
 
 
 def config(parallel: dict[str, Any], **model: Any) -> Config:
@@ -84,7 +83,7 @@ def test_the_head_and_expensive_layers_count() -> None:
 
 
 def test_layers_cost_what_the_whole_model_does() -> None:
-    from linear_moe.plan import flops_per_token
+    from linear_moe.layout.flops import flops_per_token
 
     tree = config({}, ffn="moe")
     head = 2.0 * 512 * 32

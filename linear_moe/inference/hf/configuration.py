@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from linear_moe import __version__
-from linear_moe.options.load import from_dict
 from linear_moe.modeling.config import ModelConfig
+from linear_moe.options.load import from_dict
 
 REMOTE_MODULE = "modeling_linear_moe"
 """Module in an exported folder that brings the classes in for `trust_remote_code=True`."""

@@ -15,8 +15,8 @@ from linear_moe.inference.cache import DecodingState
 from linear_moe.inference.hf.configuration import REMOTE_MODULE, LinearMoEConfig
 from linear_moe.inference.hf.output import CACHE_NAME, LinearMoEOutput
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.tokens import Layout
 
 REMOTE_SOURCE = '''"""Loads the model with `trust_remote_code=True`; needs the linear-moe package."""
 

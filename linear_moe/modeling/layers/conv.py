@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.layers.initializers import uniform
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.ops.fused.short_conv import short_conv
+from linear_moe.modeling.tokens import Cache, Layout
 
 
 class ShortConv(nn.Module):

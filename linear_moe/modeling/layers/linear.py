@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from linear_moe.modeling.host import Host, Init, Matrices, constant, normal
 from linear_moe.modeling.deferred import linear
+from linear_moe.modeling.host import Host, Init, Matrices, constant, normal
 
 Split = Literal["column", "row", "partial", "shared"] | None
 

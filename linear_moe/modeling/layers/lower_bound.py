@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.ops.fused.bounded_gate import bounded_gate
 
 BOUNDS = ("learned", "fixed", "none")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.ops.fused.rotary import rotate as rotate
+from linear_moe.modeling.tokens import Layout
 
 
 def token_positions(layout: Layout, device: torch.device) -> Tensor:

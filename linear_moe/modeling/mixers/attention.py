@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.fields import opt
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import Mixer, MixerConfig
-from linear_moe.options.checks import check, unused
-from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.layers.norm import RMSNorm
-from linear_moe.modeling.ops.attention.softmax import softmax_attention
 from linear_moe.modeling.layers.rotary import rotate, rotations
+from linear_moe.modeling.mixers.base import Mixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check_heads
+from linear_moe.modeling.ops.attention.softmax import softmax_attention
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check, unused
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.fields import opt
 
 
 @dataclass

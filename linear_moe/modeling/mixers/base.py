@@ -6,43 +6,27 @@ recurrence, or softmax attention) and `output`. Tensors inside are `[B, T, H, D]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from linear_moe.options.fields import OneOf, opt
-from linear_moe.modeling.host import Host
 from linear_moe.modeling.deferred import later, weights_of
-from linear_moe.modeling.mixers.registry import MIXERS, mixer_config
-from linear_moe.modeling.ops.sequence import Pieces, once_by, pieces_of
-from linear_moe.modeling.ops.fused.short_conv import tokens_before
-from linear_moe.modeling.tokens import Cache
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.tokens import Layout
-
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.ops.fused.short_conv import tokens_before
+from linear_moe.modeling.ops.sequence import once_by, pieces_of
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.fields import opt
 
 
 @dataclass
-class MixerConfig(OneOf):
+class MixerConfig:
     """Base of every mixer's config; the fields are the subclass's."""
 
-    noun: ClassVar[str] = "mixer"
     type: str = opt("gla", "name of the mixer")
-
-    @classmethod
-    def kinds(cls) -> Collection[str]:
-        return MIXERS
-
-    @classmethod
-    def of_kind(cls, kind: str) -> Any:
-        return mixer_config(kind)
-
-
-
-
 
 
 @dataclass(frozen=True)

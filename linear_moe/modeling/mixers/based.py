@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.fields import opt
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads
-from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.fused.feature_maps import taylor
 from linear_moe.modeling.ops.fused.normalizer import normalized
+from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.fields import opt
 
 
 @dataclass

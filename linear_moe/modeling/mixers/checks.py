@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
 
-from linear_moe.options.errors import ConfigError, nearest
 from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
 from linear_moe.options.checks import check
-
-
+from linear_moe.options.errors import ConfigError
 
 
 def check_heads(path: str, heads: int, tensor: int, divided: dict[str, int]) -> None:
@@ -46,5 +41,3 @@ def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) ->
             fix="nearest: " + " or ".join(f"{n * multiple / size:.12g}" for n in sorted(near)),
         )
     return whole * multiple
-
-

@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check
-from linear_moe.modeling.mixers.checks import scaled
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.layers.norm import GatedRMSNorm, RMSNorm, l2_norm
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import scaled
+from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.recurrences.delta import delta
 from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
-from linear_moe.modeling.ops.fused.gates import gate
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check
+from linear_moe.options.fields import opt
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers import conv
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, Matrices
+from linear_moe.modeling.layers import conv
 from linear_moe.modeling.layers.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.layers.norm import GatedRMSNorm, RMSNorm, l2_norm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.gated_deltanet import GatedDeltaNet
-from linear_moe.modeling.layers.norm import GatedRMSNorm, RMSNorm, l2_norm
+from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.delta.product import delta_product
-from linear_moe.modeling.ops.fused.gates import gate
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.layers.linear import Linear
+from linear_moe.modeling.layers.norm import GatedRMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads, scaled
-from linear_moe.modeling.layers.norm import GatedRMSNorm
+from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
-from linear_moe.modeling.ops.fused.gates import gate
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.fields import opt
 
 
 @dataclass

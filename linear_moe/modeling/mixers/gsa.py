@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.fields import opt
+from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.host import Host
 from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.layers.feature_maps import FeatureMap
-from linear_moe.modeling.host import Host
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads, scaled
-from linear_moe.modeling.layers.norm import RMSNorm
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.fused.gates import gate_and_complement
-from linear_moe.modeling.ops.recurrences.gsa import gsa
 from linear_moe.modeling.ops.fused.repeat_heads import repeat_heads
+from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.ops.recurrences.gsa import gsa
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.layers.lower_bound import BOUNDS, LowerBound
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.layers.norm import GatedRMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import scaled
-from linear_moe.options.checks import unused
-from linear_moe.modeling.layers.norm import GatedRMSNorm
 from linear_moe.modeling.ops.recurrences.scan import linear_scan
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import unused
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.layers.lower_bound import BOUNDS, LowerBound
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads
-from linear_moe.options.checks import unused
-from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import unused
+from linear_moe.options.fields import opt
 
 
 @dataclass

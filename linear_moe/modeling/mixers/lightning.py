@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.feature_maps import FeatureMap
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.layers.feature_maps import FeatureMap
+from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.layers.norm import GatedRMSNorm
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check
+from linear_moe.options.fields import opt
 
 
 @dataclass

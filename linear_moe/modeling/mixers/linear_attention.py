@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.feature_maps import FEATURE_MAPS, POSITIVE, TRAINED, FeatureMap
-from linear_moe.modeling.host import Host
-from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.host import Host
+from linear_moe.modeling.layers.feature_maps import FEATURE_MAPS, POSITIVE, TRAINED, FeatureMap
+from linear_moe.modeling.layers.linear import Linear
+from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads, scaled
-from linear_moe.options.checks import unused
-from linear_moe.modeling.layers.norm import RMSNorm
-from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.fused.feature_maps import sum_to_one
 from linear_moe.modeling.ops.fused.normalizer import normalized
+from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import unused
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, Matrices, constant
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.layers.initializers import inverse_softplus_step, log_integers, uniform
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.norms import norm
 from linear_moe.modeling.ops.recurrences.scan import selective_scan
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, constant
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.layers.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check
-from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.layers.norm import GatedRMSNorm
-from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.repeat_heads import repeat_heads
+from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check
+from linear_moe.options.fields import opt
 
 
 @dataclass

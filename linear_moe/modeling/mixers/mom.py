@@ -10,22 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers import conv
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, Matrices, constant, normal
+from linear_moe.modeling.layers import conv
 from linear_moe.modeling.layers.initializers import inverse_softplus_step, log_uniform_rate
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check, unused
-from linear_moe.modeling.mixers.checks import check_head_dims
 from linear_moe.modeling.layers.norm import GatedRMSNorm
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import check_head_dims
+from linear_moe.modeling.ops.fused.gates import gate
+from linear_moe.modeling.ops.fused.grouping import Grouping
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.delta import delta
-from linear_moe.modeling.ops.fused.gates import gate
-from linear_moe.modeling.ops.fused.grouping import Grouping
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check, unused
+from linear_moe.options.fields import opt
 
 
 @dataclass

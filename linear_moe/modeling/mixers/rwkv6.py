@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import shift_state
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, Init, Matrices
+from linear_moe.modeling.layers.conv import shift_state
 from linear_moe.modeling.layers.initializers import token_shift_share, uniform
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check
-from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.layers.norm import LayerNorm
-from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.shift_mix import shift_mix
+from linear_moe.modeling.ops.recurrences.decay import decay
+from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import shift_state
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, Init, constant
+from linear_moe.modeling.layers.conv import shift_state
 from linear_moe.modeling.layers.initializers import orthogonal, token_shift_share, uniform
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check
-from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.layers.norm import LayerNorm, l2_norm
-from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
-from linear_moe.modeling.ops.recurrences.dplr import dplr
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
+from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.shift_mix import shift_mix
+from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
+from linear_moe.modeling.ops.recurrences.dplr import dplr
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check
+from linear_moe.options.fields import opt
 
 MIN_LOG_DECAY = -math.exp(-0.5)
 

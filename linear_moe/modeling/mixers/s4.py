@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.fields import opt
+from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, Init, Matrices, normal
 from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
-from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check
 from linear_moe.modeling.ops.recurrences.scan import diagonal_scan
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
-from linear_moe.modeling.host import Host, constant, normal
-from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.dims import Dims
+from linear_moe.modeling.host import Host, constant, normal
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.layers.linear import Linear
+from linear_moe.modeling.layers.norm import GatedRMSNorm, l2_norm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads
-from linear_moe.modeling.layers.norm import GatedRMSNorm, l2_norm
-from linear_moe.modeling.ops.recurrences.fast_weights import titans
 from linear_moe.modeling.ops.fused.gates import Function
 from linear_moe.modeling.ops.fused.gates import gate as evaluate
+from linear_moe.modeling.ops.recurrences.fast_weights import titans
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.fields import opt
 
 _GATES: dict[str, tuple[str, Function, float]] = {
     "rate": ("theta", "sigmoid", 1.0),

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.fields import opt
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
-from linear_moe.modeling.host import Host, constant, normal
-from linear_moe.modeling.layers.linear import Linear
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
-from linear_moe.options.checks import check, unused
+from linear_moe.modeling.host import Host, constant, normal
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
+from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.layers.norm import LayerNorm
-from linear_moe.modeling.ops.recurrences.fast_weights import ttt
-from linear_moe.modeling.ops.fused.gates import gate as evaluate
 from linear_moe.modeling.layers.rotary import rotary_angles, token_positions
+from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
+from linear_moe.modeling.ops.fused.gates import gate as evaluate
+from linear_moe.modeling.ops.recurrences.fast_weights import ttt
+from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.options.checks import check, unused
+from linear_moe.options.fields import opt
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts import assign
+from linear_moe.modeling.ops.experts.assignment import Assignment
 
 
 class Dispatcher:

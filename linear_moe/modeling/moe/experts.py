@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.host import Host, Matrices, normal
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.ops import experts as ops
+from linear_moe.options.errors import ConfigError
 
 
 class Experts(nn.Module):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.host import Host, constant, normal
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.moe.capacity import capacity, within_capacity
+from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.modeling.tokens import Layout
 
 
 def scores(logits: Tensor, config: MoEConfig) -> Tensor:

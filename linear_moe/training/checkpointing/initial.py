@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from linear_moe.config.schema import Config
 from linear_moe.checkpoints.reader import MODEL, file_crc, step_name
+from linear_moe.config.schema import Config
 from linear_moe.training.checkpointing.save import SaveError, Writer, checkpoint_info, prepare, publish
 
 

@@ -12,15 +12,22 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
 from megatron.core.optimizer import MegatronOptimizer
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
+from linear_moe.checkpoints.reader import (
+    INFO,
+    damaged,
+    latest_checkpoint,
+    read_info,
+    read_tensors,
+    verify_files,
+    weight_shapes,
+)
 from linear_moe.config.schema import Config
 from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.pattern import mixer_path
-from linear_moe.checkpoints.reader import INFO, damaged, latest_checkpoint, read_info, read_tensors, verify_files, weight_shapes
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.mixers.base import MixerConfig
-from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
+from linear_moe.modeling.pattern import ResolvedLayer, mixer_path, resolve_layers
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
 from linear_moe.training.checkpointing import state
 from linear_moe.training.checkpointing.collective import on_rank_0
 

@@ -26,15 +26,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
-from linear_moe.config.load import load_config, save_config
-from linear_moe.config.schema import Config
+from linear_moe.checkpoints.inspect import OPTIMIZER, find, read_metadata, verify
 from linear_moe.checkpoints.reader import LATEST, MODEL, complete_checkpoints, read_info
 from linear_moe.checkpoints.run import EMBEDDING, is_run
-from linear_moe.checkpoints.inspect import OPTIMIZER, find, read_metadata, verify
+from linear_moe.config.load import load_config, save_config
+from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host, ParameterSpec
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
 from linear_moe.training.checkpointing.initial import Piece, Raw, save_pieces
 from linear_moe.training.supervision.faults import lock_run
 

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.futures import Future
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.schema import Config
 from linear_moe.checkpoints.reader import FORMAT, INFO, LATEST, complete_checkpoints, file_crc, step_name
+from linear_moe.config.schema import Config
+from linear_moe.options.errors import ConfigError
 from linear_moe.training.checkpointing import state
 from linear_moe.training.checkpointing.collective import on_rank_0
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import Config
+from linear_moe.options.errors import ConfigError
 from linear_moe.training.data import indexed
 from linear_moe.training.data.loader import validation_batches
 from linear_moe.training.data.prepared import PreparedData

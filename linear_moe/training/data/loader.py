@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import padded_length
+from linear_moe.layout.sequence import order_of, padded_length
 from linear_moe.training.data.dataset import PADDING, Sample, open_dataset, samples_per_epoch
 from linear_moe.training.data.prepared import PreparedData
-from linear_moe.layout.sequence import order_of
 from linear_moe.training.sequence.cut import split
 
 Batch = dict[str, Any]

@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,28 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import Config, DataConfig, TokenizerConfig
 from linear_moe.config.vocabulary import embedding_rows
+from linear_moe.options.errors import ConfigError
 from linear_moe.training.data import indexed
 from linear_moe.training.data.corpus import STDLIB, SYNTHETIC, Corpus, documents, holds_text, open_corpus, unit_hash
-from linear_moe.training.data.tokenizer import BPE_SAMPLE_BYTES, Encoder, check_tokenizer, load_tokenizer, make_tokenizer, pieces, tokenizer_key, vocabulary_size
 from linear_moe.training.data.prepared import PreparedData
+from linear_moe.training.data.tokenizer import (
+    BPE_SAMPLE_BYTES,
+    Encoder,
+    check_tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    pieces,
+    tokenizer_key,
+    vocabulary_size,
+)
 
 FORMAT = 2  # part of every key: raise it when the same corpus and tokenizer would give other files
 BATCH = 4_000_000  # characters tokenized at a time
 SPLITS = ("train", "validation")
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", "README.md", "modeling_*.py")  # of an export
 BROKEN_INDEX = "make it again, or give another corpus"  # the way out for a dataset of another maker
-
-
 
 
 def copy_tokenizer(source: Path, folder: Path, name: str) -> None:

@@ -1,28 +1,14 @@
-"""TODO training.data.prepared."""
+"""Data that is ready to train on, and the parts it is split into."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import shutil
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.schema import Config, DataConfig, TokenizerConfig
-from linear_moe.config.vocabulary import embedding_rows
-from linear_moe.training.data import indexed
-from linear_moe.training.data.corpus import STDLIB, SYNTHETIC, Corpus, documents, holds_text, open_corpus, unit_hash
-from linear_moe.training.data.tokenizer import BPE_SAMPLE_BYTES, Encoder, check_tokenizer, load_tokenizer, make_tokenizer, pieces, tokenizer_key, vocabulary_size
-from linear_moe.training.data.prepare import copy_tokenizer
-from linear_moe.training.data.prepare import split_sequences
+
+from linear_moe.training.data.prepare import copy_tokenizer, split_sequences
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import DataConfig, TokenizerConfig
 from linear_moe.config.vocabulary import tokenizer_size
+from linear_moe.options.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

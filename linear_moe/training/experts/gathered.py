@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from linear_moe.modeling.moe.dispatch import Dispatcher
-from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts import assign
+from linear_moe.modeling.ops.experts.assignment import Assignment
 
 
 class GatheredExchange(Dispatcher):

@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
-from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts import assign
+from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.kernels import upcast
 
 

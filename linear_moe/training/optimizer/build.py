@@ -17,10 +17,10 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor, nn
 
 from linear_moe.config.schema import Config
+from linear_moe.layout.optimizer import orthogonalized
 from linear_moe.modeling.host import DTYPES, ParameterSpec
 from linear_moe.training.optimizer.adamw import AdamW
 from linear_moe.training.optimizer.muon import Muon, Share
-from linear_moe.layout.optimizer import orthogonalized
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:

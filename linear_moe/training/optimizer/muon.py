@@ -36,10 +36,6 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-
-
-
-
 @dataclass(frozen=True)
 class Share:
     """The stretch of a parameter that this rank updates, and who has the rest.

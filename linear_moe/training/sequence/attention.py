@@ -27,11 +27,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import P2POp, irecv, isend
 
 from linear_moe.modeling.ops.attention.blocks import Block, Span, attend, attend_backward, join, put, take
+from linear_moe.modeling.ops.attention.softmax import softmax_attention
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Expand, pieces_of
-from linear_moe.modeling.ops.attention.softmax import softmax_attention
-from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.cut import Cut
+from linear_moe.training.sequence.exchange import Line
 
 
 class _Pair(NamedTuple):

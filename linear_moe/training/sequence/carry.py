@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.sequence import Run, Summary, once
-from linear_moe.training.sequence.exchange import Exchange, Line
 from linear_moe.training.sequence.cut import Cut
+from linear_moe.training.sequence.exchange import Exchange, Line
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.config.schema import ParallelConfig
 from linear_moe.layout.sequence import Order
-
-
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ class Cut:
         """Of each segment, how many of its last tokens are padding."""
         ends = [(piece + 1) * self.length for _, piece in self.places]
         return [min(max(end - self.filled, 0), self.length) for end in ends]
-
-
 
 
 def cut(

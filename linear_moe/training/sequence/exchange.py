@@ -24,9 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.layout.sequence import RING_BLOCKS, Order
 from linear_moe.modeling.deferred import fill_gap
-from linear_moe.layout.sequence import Order
-from linear_moe.layout.sequence import RING_BLOCKS
 
 STRATEGIES = ("all_gather", "ring")
 
@@ -296,7 +295,9 @@ def _walk(exchange: Exchange, transition: Tensor | None, state: Tensor, before: 
     order, rank, sent = line.order, line.rank, list[tuple[Any, Tensor]]()
     by_column = transition is not None and not exchange.matrix and transition.shape[-1] == state.shape[-1]
     states, starts = state.chunk(RING_BLOCKS, -1), before.chunk(RING_BLOCKS, -1)
-    transitions = transition.chunk(RING_BLOCKS, -1) if transition is not None and by_column else [transition] * len(states)
+    transitions = (
+        transition.chunk(RING_BLOCKS, -1) if transition is not None and by_column else [transition] * len(states)
+    )
     for run in _runs(order.pieces(rank)[::step], step):
         source, target = (
             order.owner(piece)[0] if 0 <= piece < order.count else None for piece in (run[0] - step, run[-1] + step)

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Run, Summary, once
+from linear_moe.modeling.tokens import Layout
 from linear_moe.training.sequence import attention as softmax
 from linear_moe.training.sequence.carry import carry
-from linear_moe.training.sequence.exchange import Exchange, Line, states_before
 from linear_moe.training.sequence.cut import Cut, share
+from linear_moe.training.sequence.exchange import Exchange, Line, states_before
 
 
 class RankPieces:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict, parse_overrides
 from linear_moe.config.load import load_config, save_config
 from linear_moe.config.schema import Config
 from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_config
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict, parse_overrides
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 

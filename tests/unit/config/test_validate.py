@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict, parse_overrides
+from linear_moe.checks.validate import validate
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import padded_length
-from linear_moe.layout.processes import parallel_layout, smallest_world
-from linear_moe.checks.validate import validate
 from linear_moe.config.vocabulary import embedding_rows, vocab_size
+from linear_moe.layout.processes import parallel_layout, smallest_world
+from linear_moe.layout.sequence import padded_length
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict, parse_overrides
 from linear_moe.training import platform
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
+from linear_moe.options.load import from_dict
 
 WORDS = (
     "state decay gate token expert router chunk scan head key value naïve ω λ 漢字 🙂 return def self\n    \t".split(

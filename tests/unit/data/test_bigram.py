@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import Config
+from linear_moe.options.errors import ConfigError
 from linear_moe.training.data.bigram import Bigram, bigram_loss
 from linear_moe.training.data.loader import validation_batches
 from linear_moe.training.data.prepare import prepare_data

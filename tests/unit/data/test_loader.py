@@ -14,8 +14,8 @@ from linear_moe.config.schema import Config
 from linear_moe.training.data import dataset
 from linear_moe.training.data.dataset import samples_per_epoch
 from linear_moe.training.data.loader import Batch, TrainLoader, validation_batches, validation_sequences
-from linear_moe.training.data.prepared import PreparedData
 from linear_moe.training.data.prepare import prepare_data
+from linear_moe.training.data.prepared import PreparedData
 
 ConfigOf = Callable[..., Config]
 

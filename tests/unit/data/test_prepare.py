@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.config.schema import Config
-from linear_moe.training import platform
 from linear_moe.commands import data as cli
+from linear_moe.config.schema import Config
+from linear_moe.options.errors import ConfigError
+from linear_moe.training import platform
 from linear_moe.training.data import prepare
 from linear_moe.training.data.corpus import documents, open_corpus
 from linear_moe.training.data.prepare import check_data, prepare_data

@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.config.schema import TokenizerConfig
-from linear_moe.training.data.tokenizer import END_OF_DOCUMENT, Encoder, check_tokenizer, make_tokenizer, pieces, tokenizer_key, vocabulary_size
+from linear_moe.options.errors import ConfigError
+from linear_moe.training.data.tokenizer import (
+    END_OF_DOCUMENT,
+    Encoder,
+    check_tokenizer,
+    make_tokenizer,
+    pieces,
+    tokenizer_key,
+    vocabulary_size,
+)
 
 TEXTS = ["def f(x):\n    return x\n" * 9, "naïve Ωλ 漢字 🙂\r\n\t\x00", f"a{END_OF_DOCUMENT}b", " x ,  y . n't"]
 

@@ -12,12 +12,12 @@ import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
-from linear_moe.modeling.config import ModelConfig
 from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.mixers.registry import MIXERS
+from linear_moe.options.load import from_dict
 from tests.unit.mixers.common import variants
 
 VOCAB, TOKENS = 320, 257  # rows of the embedding; ids of the tokenizer

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from linear_moe.cli import main
-from linear_moe.options.errors import ConfigError
 from linear_moe.inference import export as module
 from linear_moe.inference.export import export
 from linear_moe.inference.generate import generate
+from linear_moe.options.errors import ConfigError
 from tests.unit.inference.common import CASES, TOKENS, VOCAB, build, byte_tokenizer, write_run
 
 

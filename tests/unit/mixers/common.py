@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.dims import Dims
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
+from linear_moe.modeling.tokens import Layout
 
 
 def variants(name: str) -> list[dict[str, Any]]:

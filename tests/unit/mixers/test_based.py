@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.fused.feature_maps import squares, taylor
 from linear_moe.modeling.ops.fused.normalizer import normalized
+from linear_moe.modeling.ops.recurrences.decay import decay
 from tests.golden.golden import compare_golden
 from tests.tolerances import FP32, FP64, assert_close
 from tests.unit.mixers.common import build

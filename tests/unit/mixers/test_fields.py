@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.errors import ConfigError
 from tests.unit.mixers.common import build, dims, stream, variants
 
 

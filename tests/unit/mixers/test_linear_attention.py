@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.modeling.layers.feature_maps import TRAINED
+from linear_moe.options.errors import ConfigError
 from tests.golden.golden import compare_golden
 from tests.unit.mixers.common import build
 from tests.unit.mixers.truth import compare, randomise

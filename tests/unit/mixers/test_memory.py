@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.layers import conv
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.layers import conv
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import mixer_class
+from linear_moe.modeling.tokens import Layout
 from tests.unit.mixers.common import build, case_ids, cases, dims
 
 LENGTH, HIDDEN = 32, 256

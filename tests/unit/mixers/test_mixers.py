@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.mixers.base import LinearMixer, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.backends import use_backend
+from linear_moe.modeling.tokens import Cache, Layout
 from tests.tolerances import BF16, DECODE, FP32, FP32_GRADIENT_FLOOR, assert_close, relative_error
 from tests.unit.mixers.common import build, case_ids, cases, packed, stream
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.tokens import Cache, Layout
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.rwkv7 import RWKV7
 from linear_moe.modeling.ops.backends import use_backend
+from linear_moe.modeling.tokens import Cache, Layout
 from tests.golden.golden import compare_golden
 from tests.tolerances import DECODE, FP32, assert_close
 from tests.unit.mixers.common import build, dims, packed, stream

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from linear_moe.options.errors import ConfigError
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import LENGTH, compare, randomise
 

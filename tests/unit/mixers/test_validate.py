@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from linear_moe.options.errors import ConfigError
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
+from linear_moe.options.errors import ConfigError
 from tests.unit.mixers.common import case_ids, cases, dims
 
 

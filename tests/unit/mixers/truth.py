@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.base import Mixer
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import stream
 

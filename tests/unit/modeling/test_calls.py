@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.load import from_dict
 from tests.unit.mixers.common import variants
 
 VOCABULARY = 64

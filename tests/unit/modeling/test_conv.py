@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.layers.conv import ShortConv, conv_states
 from linear_moe.modeling.tokens import Layout
 from tests.tolerances import DECODE, FP32, assert_close
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling import deferred as module
 from linear_moe.modeling.activations import Activations
-from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.deferred import fill_gap, later, linear, weights_of
+from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training.sequence import exchange
 from linear_moe.training.sequence.exchange import Line
-from linear_moe.layout.sequence import Order
 from tests.distributed.sequences import one_pass, own_layout, stream
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, case_ids, cases

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.load import from_dict
 from linear_moe.training import platform
 from linear_moe.training.data import TrainLoader, prepare_data
 from linear_moe.training.data.loader import Batch

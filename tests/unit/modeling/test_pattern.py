@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
 from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.pattern import parse_pattern, resolve_layers
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
-from linear_moe.config.schema import Config
-from linear_moe.modeling.config import ModelConfig
-from linear_moe.layout.recompute import recomputed
 from linear_moe.checks.validate import validate
+from linear_moe.config.schema import Config
+from linear_moe.layout.recompute import recomputed
 from linear_moe.modeling.activations import MODULES, Activations, _Remade, _Transients
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.ops.fused import linear_cross_entropy
+from linear_moe.modeling.tokens import Layout
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
 from linear_moe.plan.activations import layer_elements
 from tests.unit.mixers.common import case_ids, cases
 from tests.unit.mixers.test_memory import Saves

@@ -14,15 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.ffn import MoE, SwiGLU
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.moe.experts import Experts
 from linear_moe.modeling.ops import experts as ops
+from linear_moe.modeling.ops.experts import assign, experts
 from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts.reference import activate, combine
-from linear_moe.modeling.ops.experts import assign, experts
 from tests.tolerances import FP32, assert_close
 
 HIDDEN, FFN = 24, 16

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.training.preflight import check
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
+from linear_moe.checks.experts import check_grouped_gemm
 from linear_moe.config.schema import Config
 from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.checks.experts import check_grouped_gemm
 from linear_moe.modeling.host import Host, initialize
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.moe.experts import Experts
 from linear_moe.modeling.ops import experts as ops
-from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts import assign, experts
+from linear_moe.modeling.ops.experts.assignment import Assignment
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
+from linear_moe.training.preflight import check
 from tests.tolerances import FP32, assert_close
 
 NAME = "linear_moe.modeling.ops.experts.quack"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.host import Host, initialize
-from linear_moe.modeling.tokens import Layout
 from linear_moe.modeling.moe.capacity import capacity, within_capacity
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens
 from linear_moe.modeling.moe.router import Router, route, scores
+from linear_moe.modeling.tokens import Layout
 from tests.tolerances import BF16_SAME, FP32, assert_close
 
 LOGITS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))

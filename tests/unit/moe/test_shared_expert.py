@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.ffn import MoE
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.moe.dispatch import Dispatcher
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling.ops.attention import blocks as block_attention
 from linear_moe.modeling.ops.attention.blocks import Block, attend, attend_backward, join, put, take
+from linear_moe.modeling.ops.attention.softmax import softmax_attention, softmax_attention_reference
 from linear_moe.modeling.ops.backends import use_backend
 from linear_moe.modeling.ops.sequence import pieces_of
-from linear_moe.modeling.ops.attention.softmax import softmax_attention, softmax_attention_reference
 from linear_moe.training.sequence.attention import STRATEGIES
-from linear_moe.training.sequence.exchange import Line
-from linear_moe.layout.sequence import Order
 from linear_moe.training.sequence.cut import cut
+from linear_moe.training.sequence.exchange import Line
 from linear_moe.training.sequence.pieces import RankPieces
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 

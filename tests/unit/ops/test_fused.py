@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops.fused.bounded_gate import bounded_gate
-from linear_moe.modeling.ops.kernels import on_kernels
 from linear_moe.modeling.ops.fused.gates import gate, gate_and_complement
 from linear_moe.modeling.ops.fused.norms import l2_norm, norm
 from linear_moe.modeling.ops.fused.repeat_heads import repeat_heads
 from linear_moe.modeling.ops.fused.shift_mix import shift_mix
+from linear_moe.modeling.ops.kernels import on_kernels
 from tests.tolerances import BF16_ROUNDING, FP64, assert_close
 
 ROWS, HEADS, SIZE = 3, 2, 4

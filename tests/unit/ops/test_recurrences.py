@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.modeling.ops.recurrences import decay as decay_family
 from linear_moe.modeling.ops.recurrences import delta as delta_family
-from linear_moe.modeling.ops.backends import has_fla
 from tests.tolerances import BF16_SAME, FP32, assert_close
 from tests.unit.ops.cases import OPS, VARIANTS, make_inputs, run, set_extreme_gates, tokens
 

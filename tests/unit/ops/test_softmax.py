@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops.attention import softmax
-from linear_moe.modeling.ops.backends import use_backend
 from linear_moe.modeling.ops.attention.softmax import softmax_attention, softmax_attention_reference
+from linear_moe.modeling.ops.backends import use_backend
 from tests.tolerances import BF16, FP32, assert_close
 
 

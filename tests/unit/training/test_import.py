@@ -13,13 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from linear_moe.checkpoints.weights import RunWeights
 from linear_moe.cli import main
-from linear_moe.options.load import from_dict
 from linear_moe.config.schema import Config
 from linear_moe.inference.export import export, load_run
-from linear_moe.checkpoints.weights import RunWeights
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.options.load import from_dict
 from linear_moe.training import platform
 from tests.tolerances import FP32, assert_close
 from tests.unit.inference.common import CASES, VOCAB, build, prompt, sizes, write_run

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
-from linear_moe.config.schema import Config, MuonConfig
-from linear_moe.modeling.config import ModelConfig
 from linear_moe.checks.validate import validate
+from linear_moe.config.schema import Config, MuonConfig
+from linear_moe.layout.optimizer import orthogonalized
+from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.host import Host, Matrices, ParameterSpec, constant, initialize
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
 from linear_moe.plan import make_plan
 from linear_moe.training.optimizer import adamw
 from linear_moe.training.optimizer.muon import Muon, Piece, Share, _missing, newton_schulz
-from linear_moe.layout.optimizer import orthogonalized
 from tests.tolerances import BF16_SAME, FP64, assert_close
 from tests.unit.mixers.common import variants
 

@@ -9,24 +9,23 @@ from unittest import mock
 import pytest
 import torch
 
-from linear_moe.options.errors import ConfigError
-from linear_moe.options.load import from_dict
-from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import padded_length
-from linear_moe.layout.processes import parallel_layout
 from linear_moe.checks.fields import validate_fields
+from linear_moe.config.schema import Config
+from linear_moe.layout.processes import parallel_layout
+from linear_moe.layout.sequence import Order, padded_length
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
+from linear_moe.modeling.ops.fused.grouping import Grouping, last_of_groups
+from linear_moe.modeling.ops.fused.short_conv import last_tokens
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.summary import gradient, summary
-from linear_moe.modeling.ops.fused.grouping import Grouping, last_of_groups
 from linear_moe.modeling.ops.sequence import affine, current, pieces_of, start_gradient
-from linear_moe.modeling.ops.fused.short_conv import last_tokens
+from linear_moe.options.errors import ConfigError
+from linear_moe.options.load import from_dict
 from linear_moe.training.data.loader import document_offsets
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import Exchange, Line, states_before
-from linear_moe.layout.sequence import Order
 from linear_moe.training.sequence.cut import cut, split
+from linear_moe.training.sequence.exchange import Exchange, Line, states_before
 from linear_moe.training.sequence.pieces import RankPieces
 from tests.distributed.sequences import one_pass, own_layout, stream, whole_layout
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close

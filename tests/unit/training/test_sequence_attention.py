@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_moe.layout.sequence import Order
 from linear_moe.modeling.ops.attention.blocks import Block
 from linear_moe.modeling.ops.attention.softmax import visible
 from linear_moe.training.sequence.attention import Reach
-from linear_moe.layout.sequence import Order
 from linear_moe.training.sequence.cut import cut, share
 
 ROWS, LENGTH = 2, 48

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.attention.softmax import aligned, one_size, suits_flash
 from linear_moe.modeling.ops.backends import requested
 from linear_moe.modeling.ops.packing import on_device
-from linear_moe.modeling.ops.attention.softmax import aligned, one_size, suits_flash
 
 Span = tuple[int, int]
 """From where, and up to where, in tokens laid end to end."""

@@ -18,20 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.modeling.ops.kernels import has_triton, upcast
-from linear_moe.modeling.ops.experts.assignment import Assignment
+from linear_moe.modeling.ops.experts.assignment import Assignment, offsets_of
 from linear_moe.modeling.ops.experts.products import Products
 from linear_moe.modeling.ops.experts.reference import Reference
-from linear_moe.modeling.ops.experts.assignment import offsets_of
-
+from linear_moe.modeling.ops.kernels import has_triton, upcast
 
 PRODUCTS = ("auto", "grouped", "grouped_mm", "triton", "quack")
 """Who multiplies: PyTorch's grouped_mm, our Triton kernels, quack-kernels. grouped: on Hopper triton where it can, else
 grouped_mm; auto: on Hopper quack where it can, else grouped."""
-
-
-
-
 
 
 def assign(index: Tensor, num_experts: int) -> Assignment:
@@ -48,18 +42,6 @@ def assign(index: Tensor, num_experts: int) -> Assignment:
 
 
 # -- definitions: differentiable PyTorch -------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -1,17 +1,12 @@
-"""TODO modeling.ops.experts.assignment."""
+"""The assignment of tokens to experts, and the order of their rows."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from linear_moe.modeling.ops.kernels import has_triton, upcast
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,14 @@
-"""TODO modeling.ops.experts.products."""
+"""The interface of the experts' matrix products, and PyTorch's grouped ones."""
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from linear_moe.modeling.ops.kernels import has_triton, upcast
-from linear_moe.modeling.ops.experts.assignment import Assignment
 
+from linear_moe.modeling.ops.experts.assignment import Assignment
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since torch 2.10
 

@@ -1,18 +1,13 @@
-"""TODO modeling.ops.experts.reference."""
+"""The experts' operation in PyTorch: the definition that kernels are compared with."""
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from linear_moe.modeling.ops.kernels import has_triton, upcast
+
 from linear_moe.modeling.ops.experts.assignment import Assignment
+from linear_moe.modeling.ops.kernels import upcast
 
 
 def collect(x: Tensor, to: Assignment) -> Tensor:

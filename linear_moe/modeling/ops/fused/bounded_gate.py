@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.kernels import fused, upcast
+from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 
 MIN_FORGET = math.exp(MIN_GATE)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.fused.short_conv import tokens_before
 from linear_moe.modeling.ops.kernels import fused
 from linear_moe.modeling.ops.packing import documents
-from linear_moe.modeling.ops.fused.short_conv import tokens_before
 
 MOST = 6  # interpolations that the kernels make at once
 

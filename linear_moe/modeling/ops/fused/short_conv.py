@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.backends import check_cu_seqlens, decodes, import_fla, has_fla
-from linear_moe.modeling.ops.kernels import has_triton, on_kernels
+from linear_moe.modeling.ops.backends import check_cu_seqlens, decodes, has_fla, import_fla
 from linear_moe.modeling.ops.fused.norms import l2_norm
+from linear_moe.modeling.ops.kernels import has_triton, on_kernels
 from linear_moe.modeling.ops.packing import documents, on_device
 
 ACTIVATIONS = ("silu", None)

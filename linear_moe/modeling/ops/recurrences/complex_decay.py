@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
 from linear_moe.modeling.ops.packing import Chunks, by_token, separately
+from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.pairwise import pairwise
 
 SEGMENT = 64  # tokens, for the kernels

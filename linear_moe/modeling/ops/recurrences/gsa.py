@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested, tiled
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.decay.summary import differentiable
-from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested, tiled
 
 States = tuple[Tensor, Tensor]
 

@@ -7,10 +7,11 @@ from functools import partial
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.recurrences.decay import chunk, fla as gpu, reference
+from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
+from linear_moe.modeling.ops.recurrences.decay import chunk, reference
+from linear_moe.modeling.ops.recurrences.decay import fla as gpu
 from linear_moe.modeling.ops.recurrences.decay.decode import step
 from linear_moe.modeling.ops.recurrences.decay.summary import gradient, summary
-from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
 
 __all__ = ["IMPLEMENTATIONS", "decay", "step"]
 

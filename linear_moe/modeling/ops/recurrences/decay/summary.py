@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.kernels import has_triton
+from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.sequence import remaining
 
 

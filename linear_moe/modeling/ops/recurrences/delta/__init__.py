@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.recurrences.delta import chunk, fla as gpu, reference
+from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
+from linear_moe.modeling.ops.recurrences.delta import chunk, reference
+from linear_moe.modeling.ops.recurrences.delta import fla as gpu
 from linear_moe.modeling.ops.recurrences.delta.decode import step
 from linear_moe.modeling.ops.recurrences.delta.summary import through
-from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
 
 __all__ = ["IMPLEMENTATIONS", "delta", "step"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
+from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 
 MAX_KEY_DIM = 256
 CHUNK = 64  # tokens, the kernels' own

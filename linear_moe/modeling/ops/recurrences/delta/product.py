@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.recurrences.delta import chunk, fla as gpu
-from linear_moe.modeling.ops.recurrences.delta.decode import step as delta_step
-from linear_moe.modeling.ops.recurrences.delta.summary import through
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested
 from linear_moe.modeling.ops.packing import by_token, separately, start_state
+from linear_moe.modeling.ops.recurrences.delta import chunk
+from linear_moe.modeling.ops.recurrences.delta import fla as gpu
+from linear_moe.modeling.ops.recurrences.delta.decode import step as delta_step
+from linear_moe.modeling.ops.recurrences.delta.summary import through
 
 
 def delta_product(

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.backends import import_fla
 from linear_moe.modeling.ops.recurrences.delta import summary_triton as summary_gpu
 from linear_moe.modeling.ops.recurrences.delta.fla import CHUNK
-from linear_moe.modeling.ops.backends import import_fla
 from linear_moe.modeling.ops.sequence import Pieces
 
 

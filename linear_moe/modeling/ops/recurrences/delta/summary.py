@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.recurrences.delta.fla import CHUNK, prepared
 from linear_moe.modeling.ops.backends import import_fla
+from linear_moe.modeling.ops.recurrences.delta.fla import CHUNK, prepared
 
 Op = Callable[..., tuple[Tensor, Tensor]]
 """`op(q, k, v, beta, g, scale=..., initial_state=..., cu_seqlens=...) -> (o, final_state)`."""

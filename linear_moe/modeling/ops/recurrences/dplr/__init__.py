@@ -9,7 +9,8 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
-from linear_moe.modeling.ops.recurrences.dplr import chunk, fla as gpu, reference
+from linear_moe.modeling.ops.recurrences.dplr import chunk, reference
+from linear_moe.modeling.ops.recurrences.dplr import fla as gpu
 from linear_moe.modeling.ops.recurrences.dplr.decode import step
 from linear_moe.modeling.ops.recurrences.dplr.summary import through
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.recurrences.delta.chunk import unit_lower_inverse
 from linear_moe.modeling.ops.packing import Chunks, start_state
+from linear_moe.modeling.ops.recurrences.delta.chunk import unit_lower_inverse
 from linear_moe.modeling.ops.recurrences.pairwise import pairwise
 
 

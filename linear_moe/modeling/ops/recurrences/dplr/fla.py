@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
 from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
+from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
 
 # In a chunk of at least 16 tokens the kernel multiplies exp of sums of -g by zero where it wants none of it: in fp32
 # they must stay finite.

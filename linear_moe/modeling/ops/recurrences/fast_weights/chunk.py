@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops.packing import Chunks, on_device, segment_sums
 from linear_moe.modeling.ops.recurrences.fast_weights.reference import with_one
 from linear_moe.modeling.ops.recurrences.fast_weights.walk import TTT, Titans
-from linear_moe.modeling.ops.packing import Chunks, on_device, segment_sums
 
 States = tuple[Tensor, ...]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_cu_seqlens, choose, decodes, requested
-from linear_moe.modeling.ops.recurrences.scan import chunk, triton as gpu, reference, summary
+from linear_moe.modeling.ops.recurrences.scan import chunk, reference, summary
+from linear_moe.modeling.ops.recurrences.scan import triton as gpu
 from linear_moe.modeling.ops.recurrences.scan.decode import diagonal_step, linear_step, selective_step
 
 __all__ = [

@@ -7,7 +7,8 @@ import argparse
 from linear_moe.commands import arguments
 
 HELP = "everything that `train` checks before it starts"
-EXAMPLE = "linear-moe check configs/train/a0.3b_2b.yaml --world 8 \\\n      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"
+EXAMPLE = r"""linear-moe check configs/train/a0.3b_2b.yaml --world 8 \
+      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`linear-moe import`: begin a run with the weights of another: of the same model, or of a dense one that gets experts."""
+"""`linear-moe import`: begin a run with the weights of another."""
 
 from __future__ import annotations
 

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from linear_moe.plan.search import Proposals
     from linear_moe.plan.simulate import Simulation
 
-HELP = "parameters, FLOPs, process groups and memory of a config, layouts that fit, or what it costs to share out sequences; needs no GPU"
-EXAMPLE = "linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64\n  linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100\n  linear-moe plan configs/models/a0.3b_2b.yaml --tokens-per-gpu 32K --gpu h200 --plot sequence.svg"
+HELP = (
+    "parameters, FLOPs, process groups and memory of a config, layouts that fit, or what it costs to share out "
+    "sequences; needs no GPU"
+)
+EXAMPLE = """linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64
+  linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100
+  linear-moe plan configs/models/a0.3b_2b.yaml --tokens-per-gpu 32K --gpu h200 --plot sequence.svg"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from linear_moe.commands import arguments
 
 HELP = "train as a config says; run it under torchrun, and again to resume"
-EXAMPLE = "torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml \\\n      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"
+EXAMPLE = r"""torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml \
+      data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import MixerConfig
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 from linear_moe.modeling.model import layer_dims
+from linear_moe.modeling.ops import FAMILIES
 from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.options.errors import ConfigError
 from linear_moe.plan import human
@@ -29,7 +30,7 @@ LETTERS = {"tensor_parallel": "T", "sequence_parallel": "S", "packing": "P", "de
 
 def backends(family: str) -> list[str]:
     """Implementations of a family's op; the kernels only where a GPU and flash-linear-attention are."""
-    implementations = importlib.import_module(f"linear_moe.modeling.ops.{family}").IMPLEMENTATIONS
+    implementations = importlib.import_module(f"linear_moe.modeling.ops.{FAMILIES[family]}").IMPLEMENTATIONS
     return [name for name in implementations if name != "gpu" or (torch.cuda.is_available() and has_fla())]
 
 

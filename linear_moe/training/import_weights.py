@@ -45,7 +45,7 @@ def import_weights(source: Path, config: Config, *, upcycle: bool = False, step:
     platform.install()
     from linear_moe.training.checkpointing.initial import save_initial
     from linear_moe.training.checkpointing.save import dtype_name
-    from linear_moe.training.data.prepare import copy_tokenizer
+    from linear_moe.training.data.tokenizer import copy_tokenizer
 
     run = Path(config.run)
     checkpoints = run / "checkpoints"

@@ -14,8 +14,10 @@ from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops.fused import normalizer_triton as normalizer_gpu  # noqa: E402  they import triton
-from linear_moe.modeling.ops.fused import quadratic_map_triton as quadratic_map_gpu
+from linear_moe.modeling.ops.fused import (  # noqa: E402  imports triton
+    normalizer_triton,
+    quadratic_map_triton,
+)
 
 pytestmark = MARKS
 DTYPES = [torch.float32, torch.bfloat16]
@@ -58,8 +60,8 @@ def test_quadratic_map(
     expected = feature_maps.quadratic_definition(*leaves, **options)
     grad = draw(*expected.shape, dtype=dtype, seed=2)
     gradients = torch.autograd.grad(expected, [t for t in leaves if t is not None], grad.float())
-    close(quadratic_map_gpu.forward(*inputs, **options), expected, dtype, "features")
-    found = [t for t in quadratic_map_gpu.backward(grad, *inputs, **options) if t is not None]
+    close(quadratic_map_triton.forward(*inputs, **options), expected, dtype, "features")
+    found = [t for t in quadratic_map_triton.backward(grad, *inputs, **options) if t is not None]
     for i, (a, e) in enumerate(zip(found, gradients, strict=True)):
         close(a, e, dtype, f"gradient {i}")
 
@@ -69,7 +71,7 @@ def test_every_pair_of_channels_is_found(size: int) -> None:
     """Channels so that a wrong pair's product shows: integers, their products exact."""
     x = (torch.arange(size, device=DEVICE) * 37 % 4093).float()[None]
     expected = feature_maps.quadratic_definition(x, None, None, eps=None, series=False, width=size * (size + 1) // 2)
-    actual = quadratic_map_gpu.forward(x, None, None, eps=None, series=False, width=expected.shape[-1])
+    actual = quadratic_map_triton.forward(x, None, None, eps=None, series=False, width=expected.shape[-1])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
@@ -95,7 +97,7 @@ def test_totals(
     wide = [t.detach().float().requires_grad_() for t in (q, k)]
     ones = torch.ones(batch, length, heads, 1, device=DEVICE)
     expected, sums = decay(*wide, ones, scale=0.3, cu_seqlens=offsets, backend="chunk")
-    *same, total, final = normalizer_gpu.totals(q, k, 0.3, offsets)
+    *same, total, final = normalizer_triton.totals(q, k, 0.3, offsets)
     assert all(torch.equal(a, b) for a, b in zip(same, (q, k), strict=True))
     assert_close(total, expected, FP32, "total")
     assert_close(final, sums, FP32, "sums")
@@ -118,7 +120,7 @@ def test_divide(size: int, dtype: torch.dtype) -> None:
     expected = normalizer.divide(*leaves, eps=0.1)
     grad = draw(*o.shape, dtype=dtype, seed=2)
     do, dtotal = torch.autograd.grad(expected, leaves, grad.float())
-    close(normalizer_gpu.forward(o, total, eps=0.1), expected, dtype, "quotient")
-    found = normalizer_gpu.backward(grad, o, total, eps=0.1)
+    close(normalizer_triton.forward(o, total, eps=0.1), expected, dtype, "quotient")
+    found = normalizer_triton.backward(grad, o, total, eps=0.1)
     close(found[0], do, dtype, "gradient of o")
     close(found[1], dtotal, torch.float32, "gradient of total")

@@ -26,14 +26,16 @@ from tests.gpu.kernels import DEVICE, HALF, MARKS
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops.fused import bounded_gate_triton as bounded_gate_gpu
-from linear_moe.modeling.ops.fused import feature_maps_triton as feature_maps_gpu
-from linear_moe.modeling.ops.fused import gates_triton as gates_gpu
-from linear_moe.modeling.ops.fused import norms_triton as norms_gpu
-from linear_moe.modeling.ops.fused import repeat_heads_triton as repeat_heads_gpu
-from linear_moe.modeling.ops.fused import rotary_triton as rotary_gpu
-from linear_moe.modeling.ops.fused import shift_mix_triton as shift_mix_gpu
-from linear_moe.modeling.ops.fused import short_conv_triton as short_conv_gpu
+from linear_moe.modeling.ops.fused import (  # noqa: E402  imports triton
+    bounded_gate_triton,
+    feature_maps_triton,
+    gates_triton,
+    norms_triton,
+    repeat_heads_triton,
+    rotary_triton,
+    shift_mix_triton,
+    short_conv_triton,
+)
 
 pytestmark = MARKS
 
@@ -112,7 +114,7 @@ def test_norm(
     ]
     activation = gate_first if isinstance(gate_first, str) else activation or "silu"
     options = {"eps": 1e-2, "kind": kind, "size": size, "activation": activation, "gate_first": bool(gate_first)}
-    compare(norms_gpu, norms.definition, inputs, options | {"scale": 0.3})
+    compare(norms_triton, norms.definition, inputs, options | {"scale": 0.3})
 
 
 # rows, features, function, scale, bias, heads of the rate, floor
@@ -139,7 +141,7 @@ def test_gate(
 ) -> None:
     inputs = [draw(rows, width, dtype=dtype, step=3), draw(width, seed=2) if bias else None]
     inputs.append(None if heads is None else draw(heads, seed=3))
-    compare(gates_gpu, gates.definition, inputs, {"function": function, "scale": scale, "floor": floor})
+    compare(gates_triton, gates.definition, inputs, {"function": function, "scale": scale, "floor": floor})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,7 +152,7 @@ def test_gate_and_complement(dtype: torch.dtype) -> None:
     expected = gates.definition(leaf, None, None, **options)
     grads = (draw(37, 130, seed=2), draw(37, 130, dtype=dtype, seed=3))
     wanted = [*expected, *torch.autograd.grad(expected, leaf, grads)]
-    found = [*gates_gpu.forward(x, None, None, **options), gates_gpu.backward(grads, x, None, None, **options)[0]]
+    found = [*gates_triton.forward(x, None, None, **options), gates_triton.backward(grads, x, None, None, **options)[0]]
     for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
         assert a.dtype == e.dtype, i
         assert_close(a, e, FP32 if e.dtype == torch.float32 else HALF, f"{i}")
@@ -159,9 +161,9 @@ def test_gate_and_complement(dtype: torch.dtype) -> None:
 def test_gate_far_from_zero() -> None:
     x = torch.tensor([[-1e30, -200.0, -30.0, -1e-8, 0.0, 30.0, 200.0, 1e30]], device=DEVICE)
     for function in ("logsigmoid", "softplus", "sigmoid"):
-        compare(gates_gpu, gates.definition, [x, None, None], {"function": function, "scale": 1.0, "floor": -80.0})
-    compare(gates_gpu, gates.definition, [x, None, None], {"function": "exp", "scale": -1.0, "floor": -80.0})
-    y = gates_gpu.forward(x, None, None, function="softplus", scale=1.0, floor=None)
+        compare(gates_triton, gates.definition, [x, None, None], {"function": function, "scale": 1.0, "floor": -80.0})
+    compare(gates_triton, gates.definition, [x, None, None], {"function": "exp", "scale": -1.0, "floor": -80.0})
+    y = gates_triton.forward(x, None, None, function="softplus", scale=1.0, floor=None)
     assert_close(y[0, 2], torch.tensor(-30.0).exp(), FP32)  # not rounded away beside 1
 
 
@@ -172,7 +174,7 @@ def test_gate_far_from_zero() -> None:
 def test_bounded_gate(rows: int, width: int, bounded: bool, with_input: bool, dtype: torch.dtype) -> None:
     x, y = draw(rows, width, dtype=dtype, step=3), draw(rows, width, dtype=dtype, seed=1, step=2)
     inputs = [x, y if with_input else None, draw(width, seed=2) if bounded else None]
-    compare(bounded_gate_gpu, bounded_gate.definition, inputs, {})
+    compare(bounded_gate_triton, bounded_gate.definition, inputs, {})
 
 
 def test_bounded_gate_far_from_zero() -> None:
@@ -181,14 +183,14 @@ def test_bounded_gate_far_from_zero() -> None:
         for y in (None, x, x.flip(-1)):
             inputs = [x, y, None if bound is None else torch.full_like(x[0], bound)]
             leaves = [t if t is None else t.double().requires_grad_() for t in inputs]
-            expected, actual = bounded_gate.definition(*leaves), bounded_gate_gpu.forward(*inputs)
+            expected, actual = bounded_gate.definition(*leaves), bounded_gate_triton.forward(*inputs)
             pairs = list(zip(actual, expected, strict=True))
             for grads in ((1.0, 0.0), (0.0, 1.0)):
                 given = tuple(torch.full_like(t, grad) for t, grad in zip(actual, grads, strict=True))
                 gradients = torch.autograd.grad(
                     expected, [t for t in leaves if t is not None], [t.double() for t in given], True
                 )
-                found = bounded_gate_gpu.backward(given, *inputs)
+                found = bounded_gate_triton.backward(given, *inputs)
                 pairs += zip([t for t in found if t is not None], gradients, strict=True)
             for a, e in pairs:
                 for one, truth in zip(a.flatten(), e.flatten(), strict=True):  # beside a gradient of 1, a wrong
@@ -204,17 +206,17 @@ def test_repeat_heads(groups: int, heads: int, size: int, dtype: torch.dtype) ->
         return repeat_heads.definition(x.float(), weight, heads=heads).to(x.dtype)  # heads on the way
 
     for weight in (draw(19, heads, seed=2), None):
-        compare(repeat_heads_gpu, rounded_once, [x, weight], {"heads": heads})
+        compare(repeat_heads_triton, rounded_once, [x, weight], {"heads": heads})
 
 
 def test_layouts_that_autograd_makes() -> None:
     """Gradients of sums have no strides, inputs may be transposed."""
     x, weight, column = draw(6, 2, 20), draw(8, 6, seed=2).T, draw(20, 6, seed=3).T
     calls: list[tuple[ModuleType, list[Tensor | None], dict[str, Any]]] = [
-        (repeat_heads_gpu, [x, weight], {"heads": weight.shape[-1]}),
-        (gates_gpu, [column, None, None], {"function": "softplus", "scale": 1.0, "floor": None}),
-        (bounded_gate_gpu, [column, column, None], {}),
-        (feature_maps_gpu, [column], {}),
+        (repeat_heads_triton, [x, weight], {"heads": weight.shape[-1]}),
+        (gates_triton, [column, None, None], {"function": "softplus", "scale": 1.0, "floor": None}),
+        (bounded_gate_triton, [column, column, None], {}),
+        (feature_maps_triton, [column], {}),
     ]
     for kernels, inputs, options in calls:
         dense = [t if t is None else t.contiguous() for t in inputs]
@@ -280,8 +282,8 @@ def test_short_conv(
     grad = draw(*expected.shape, dtype=dtype, seed=4)
     gradients = torch.autograd.grad(expected, leaves, grad.cpu())
     padded: list[Tensor | None] = [*inputs[:2], inputs[2] if bias else None, before, first, document]
-    actual = [short_conv_gpu.forward(*padded, **options)]  # type: ignore[arg-type]
-    actual += [x for x in short_conv_gpu.backward(grad, *padded, **options) if x is not None]  # type: ignore[arg-type]
+    actual = [short_conv_triton.forward(*padded, **options)]  # type: ignore[arg-type]
+    actual += [x for x in short_conv_triton.backward(grad, *padded, **options) if x is not None]  # type: ignore[arg-type]
     for i, (a, e) in enumerate(zip(actual, [expected, *gradients], strict=True)):
         assert a.dtype == e.dtype
         lost = 4 if norm == 1 else 1  # a group of one: gradients are what remains of differences
@@ -298,9 +300,11 @@ def test_rotate(rows: int, heads: int, dim: int, size: int, dtype: torch.dtype) 
     x = wide[..., 8:].detach().requires_grad_()
     angles = 30 * draw(rows, 37, 1, size // 2, seed=2)
     expected = rotary.definition(x.float(), angles.cos(), angles.sin()).to(dtype)  # rounded once, its gradient too
-    assert_close(rotary_gpu.rotate(x, angles.cos(), angles.sin()), expected, FP32 if dtype == torch.float32 else HALF)
+    assert_close(
+        rotary_triton.rotate(x, angles.cos(), angles.sin()), expected, FP32 if dtype == torch.float32 else HALF
+    )
     (gradient,) = torch.autograd.grad(expected, x, wide[..., :dim])
-    actual = rotary_gpu.rotate(wide[..., :dim], angles.cos(), -angles.sin())
+    actual = rotary_triton.rotate(wide[..., :dim], angles.cos(), -angles.sin())
     assert actual.dtype == dtype
     assert_close(actual, gradient, FP32 if dtype == torch.float32 else HALF)
 
@@ -308,7 +312,7 @@ def test_rotate(rows: int, heads: int, dim: int, size: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elu_plus_one(dtype: torch.dtype) -> None:
     inputs: list[Tensor | None] = [30 * draw(5, 7, 100, dtype=dtype, step=2)]
-    compare(feature_maps_gpu, feature_maps.elu_definition, inputs, {})
+    compare(feature_maps_triton, feature_maps.elu_definition, inputs, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -349,7 +353,10 @@ def test_shift_mix(
     grads = tuple(draw(batch, length, width, dtype=dtype, seed=4 + i) for i in range(count))
     wanted = [*expected, *torch.autograd.grad(expected, leaves, grads)]
     inputs = arguments(*(x.detach() for x in leaves))
-    found = [*shift_mix_gpu.forward(*inputs), *(x for x in shift_mix_gpu.backward(grads, *inputs) if x is not None)]
+    found = [
+        *shift_mix_triton.forward(*inputs),
+        *(x for x in shift_mix_triton.backward(grads, *inputs) if x is not None),
+    ]
     for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
         assert a.dtype == e.dtype, i
         assert_close(a, e, FP32 if dtype == torch.float32 else 4 * BF16_ROUNDING, f"{i}")  # every step is rounded

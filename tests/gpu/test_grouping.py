@@ -11,7 +11,7 @@ from tests.gpu.kernels import DEVICE, HALF, MARKS
 from tests.tolerances import FP32, assert_close
 
 pytest.importorskip("triton")
-from linear_moe.modeling.ops.fused import grouping_triton as grouping_gpu  # imports triton
+from linear_moe.modeling.ops.fused import grouping_triton  # imports triton
 
 pytestmark = MARKS
 
@@ -45,10 +45,10 @@ def test_grouping(
         x, dy = (draw(batch, length, heads, n, size, dtype=dtype, seed=n) for n in (own, groups))
         leaf = x.double().cpu().requires_grad_()
         expected = on_cpu.collect(leaf)
-        actual = grouping_gpu.scatter(x, places)
+        actual = grouping_triton.scatter(x, places)
         assert actual.dtype == dtype
         assert torch.equal(actual.cpu(), expected.to(dtype))
-        gradient = grouping_gpu.gather(dy, places, total=own == 1)
+        gradient = grouping_triton.gather(dy, places, total=own == 1)
         (wanted,) = torch.autograd.grad(expected, leaf, dy.double().cpu())
         assert_close(gradient.cpu().view(x.shape), wanted.to(dtype), tolerance)
     x, dy = draw(batch, length, heads, groups, size, dtype=dtype), draw(batch, length, heads, size, dtype=dtype, seed=2)
@@ -57,8 +57,8 @@ def test_grouping(
     expected = on_cpu.combine(leaves[0], leaves[1])
     gradients = torch.autograd.grad(expected, leaves, dy.double().cpu())
     found = [
-        grouping_gpu.gather(x, places, weights, total=True),
-        *grouping_gpu.scatter_weighted(dy, x, weights, places),
+        grouping_triton.gather(x, places, weights, total=True),
+        *grouping_triton.scatter_weighted(dy, x, weights, places),
     ]
     for a, e in zip(found, (expected, *gradients), strict=True):
         assert_close(a.cpu(), e.to(a.dtype), FP32 if a.dtype == torch.float32 else HALF)

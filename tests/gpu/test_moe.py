@@ -22,8 +22,8 @@ from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
 from tests.tolerances import BF16, BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
-from linear_moe.modeling.ops.experts import gemm_triton as experts_gemm_gpu  # noqa: E402  they import triton
-from linear_moe.modeling.ops.experts import triton as experts_gpu
+from linear_moe.modeling.ops.experts import gemm_triton  # noqa: E402  they import triton
+from linear_moe.modeling.ops.experts import triton as experts_gpu  # noqa: E402  imports triton
 
 pytestmark = MARKS
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
@@ -130,7 +130,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         for name in ("UP", "DOWN_BACKWARD", "DOWN_GRADIENT", "UP_GRADIENT"):
             small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16}
-            monkeypatch.setattr(experts_gemm_gpu, name, getattr(experts_gemm_gpu, name) | small)
+            monkeypatch.setattr(gemm_triton, name, getattr(gemm_triton, name) | small)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -157,7 +157,7 @@ def test_fused_products(
     used = int(to.ends[-1])
     rows, drows = definition.collect(x, to).float(), definition.collect(grad, to).float()
 
-    gate_up, h = experts_gemm_gpu.up(x, up, weights, to)
+    gate_up, h = gemm_triton.up(x, up, weights, to)
     expected = by_expert(rows, up.flatten(1, 2).transpose(1, 2), to)
     assert_close(gate_up[:used], expected[:used], tolerance, "gate and up")
     assert_close(h[:used], definition.activate(gate_up, weights, to)[:used], tolerance, "activation")
@@ -165,14 +165,14 @@ def test_fused_products(
     h_again = by_expert(drows, down, to)
     expected = gate_up.float().clone()
     dweights = definition.activate_backward(h_again, expected, weights, to)
-    h, found = experts_gemm_gpu.down_backward(grad, down, gate_up, weights, to)
+    h, found = gemm_triton.down_backward(grad, down, gate_up, weights, to)
     assert_close(h[:used], h_again[:used], tolerance, "activation again")
     assert_close(found, dweights, tolerance, "weights")
     assert_close(gate_up[:used], expected[:used], tolerance, "gradient of gate and up")
 
     for rows_of, other, tokens_left in ((drows, h, True), (rows, gate_up, False)) if by_slot else ():
         other[used:] = float("nan")
-        found = experts_gemm_gpu.outer(grad if tokens_left else x, other, to, tokens_left)
+        found = gemm_triton.outer(grad if tokens_left else x, other, to, tokens_left)
         a, b = (rows_of, other.float()) if tokens_left else (other.float(), rows_of)
         ends = [0, *to.ends.tolist()]
         parts = [a[i:j].T @ b[i:j] for i, j in zip(ends, ends[1:], strict=False)]
@@ -203,7 +203,7 @@ def test_operation_of_fused_products(
     results = []
     for fused in (True, False):
         if fused:
-            monkeypatch.setattr(definition, "_products", lambda *_: experts_gemm_gpu.Fused(experts_gpu))
+            monkeypatch.setattr(definition, "_products", lambda *_: gemm_triton.Fused(experts_gpu))
         y = experts(*leaves, to, "grouped_mm")
         y_, dx, *others = [y, *torch.autograd.grad(y, leaves, grad, retain_graph=True)]
         results.append([y_[:used], dx[:used], *others])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from linear_moe.layout.sequence import Order
 from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.ops.attention import blocks as block_attention
 from linear_moe.modeling.ops.attention.blocks import Block, attend, attend_backward, join
 from linear_moe.modeling.tokens import Layout
 from linear_moe.training.sequence import attention
@@ -104,7 +103,7 @@ def test_blocks_of_attention(
     half = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     expected = two_blocks([x.float() for x in half], left, right)
     for name in ("_tiles_forward", "_tiles_backward"):
-        monkeypatch.delattr(block_attention, name)
+        monkeypatch.delattr(f"linear_moe.modeling.ops.attention.blocks.{name}")
     actual = two_blocks([x.cuda() for x in half], left, right)
     for name, x in expected.items():
         assert_close(actual[name].float(), x, 10 * FP32 if name == "log-sum-exp" else BF16, name)

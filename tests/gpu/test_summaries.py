@@ -16,8 +16,7 @@ from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.modeling.ops.packing import segment_sums
 from linear_moe.modeling.ops.recurrences import scan
-from linear_moe.modeling.ops.recurrences.delta import chunk, delta, product
-from linear_moe.modeling.ops.recurrences.delta import fla as delta_gpu
+from linear_moe.modeling.ops.recurrences.delta import chunk, delta, fla, product
 from linear_moe.modeling.ops.recurrences.dplr import dplr
 from tests.gpu.kernels import DEVICE, INTERPRETED, MARKS
 from tests.tolerances import BF16, FP32, assert_close
@@ -124,7 +123,7 @@ def test_scan(shape: tuple[int, ...], gate: str, programs: int, least: int, monk
 
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_scan_of_dplr(chunk: int) -> None:
-    """Against the recurrence from chunk to chunk, as `delta/summary_gpu.py` has it."""
+    """Against the recurrence from chunk to chunk, as `delta/summary_triton.py` has it."""
     rows, length, heads, keys, values = 2, 150, 2, 24, 20
     q, k, b, w = (draw(rows, length, heads, keys, seed=i) / 8 for i in range(4))
     v, u, d_o, dv = (draw(rows, length, heads, values, seed=i) for i in range(4, 8))
@@ -193,7 +192,7 @@ def test_delta_from_the_kernels(gate: str, keys: int) -> None:
     g = None if shape is None else -draw(*shape, seed=6).abs() / 500
     inputs, d_o = (q, k, v, beta, g), d_o.bfloat16()
     expand = product._one_by_one if "product" in gate else None
-    q_p, k_p, g_p = delta_gpu.prepared(q, k, v, g, True)
+    q_p, k_p, g_p = fla.prepared(q, k, v, g, True)
     given = (q_p, k_p, v, beta, g_p)
     found = delta_summary._on_kernels(keys, expand, *given)
     found += (delta_summary._gradient_on_kernels(keys, 0.3, expand, *given, d_o),)

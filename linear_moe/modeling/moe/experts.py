@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from linear_moe.modeling.host import Host, Matrices, normal
 from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.ops import experts as ops
+from linear_moe.modeling.ops.experts import reference
 from linear_moe.options.errors import ConfigError
 
 
@@ -43,14 +44,14 @@ class Experts(nn.Module):
         """One expert after the other: the definition."""
         counts = to.counts.tolist()
         unassigned = weights.numel() - sum(counts)
-        *tokens, rest = ops.collect(x, to).split([*counts, unassigned])
-        *weight, _ = ops.row_weights(weights, to).split([*counts, unassigned])
+        *tokens, rest = reference.collect(x, to).split([*counts, unassigned])
+        *weight, _ = reference.row_weights(weights, to).split([*counts, unassigned])
         out = []
         for i in range(len(counts)):
             gate, up = F.linear(tokens[i], self.gate_up_proj[i].flatten(0, 1)).chunk(2, -1)
             h = (F.silu(gate) * up * weight[i].unsqueeze(-1)).to(x.dtype)
             out.append(F.linear(h, self.down_proj[i]))
-        return ops.combine(torch.cat([*out, torch.zeros_like(rest)]), to)
+        return reference.combine(torch.cat([*out, torch.zeros_like(rest)]), to)
 
 
 def check_quack(dtype: torch.dtype, device: torch.device) -> None:

@@ -68,7 +68,7 @@ def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, 
 
 def on_kernels(kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
     """The Triton kernels of `fused`, for inputs on CUDA."""
-    module = importlib.import_module(f"linear_moe.modeling.ops.{kernels}")
+    module = importlib.import_module(f"linear_moe.modeling.ops.fused.{kernels}")
     with torch.cuda.device_of(inputs[0]):  # where Triton launches; autograd sees to the backward pass
         return _Fused.apply(None, module, options, *inputs)
 

@@ -27,7 +27,7 @@ from linear_moe.config.vocabulary import embedding_rows
 from linear_moe.options.errors import ConfigError
 from linear_moe.training.data import indexed
 from linear_moe.training.data.corpus import STDLIB, SYNTHETIC, Corpus, documents, holds_text, open_corpus, unit_hash
-from linear_moe.training.data.prepared import PreparedData
+from linear_moe.training.data.prepared import PreparedData, split_sequences
 from linear_moe.training.data.tokenizer import (
     BPE_SAMPLE_BYTES,
     Encoder,
@@ -42,29 +42,7 @@ from linear_moe.training.data.tokenizer import (
 FORMAT = 2  # part of every key: raise it when the same corpus and tokenizer would give other files
 BATCH = 4_000_000  # characters tokenized at a time
 SPLITS = ("train", "validation")
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", "README.md", "modeling_*.py")  # of an export
 BROKEN_INDEX = "make it again, or give another corpus"  # the way out for a dataset of another maker
-
-
-def copy_tokenizer(source: Path, folder: Path, name: str) -> None:
-    """Copy a tokenizer, called `name`, to `folder`, whole or not at all; ConfigError where that holds another one."""
-    if folder.exists():
-        if _tokenizer_json(folder) != _tokenizer_json(source):
-            fix = f"set data.tokenizer.type=hf data.tokenizer.path={folder}, or choose another run folder"
-            raise ConfigError(str(folder), ..., f"holds another tokenizer than {name}", fix=fix)
-        return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*MODEL_FILES))
-    partial.rename(folder)
-
-
-def _tokenizer_json(folder: Path) -> Any:
-    """What a tokenizer does; None where it cannot be read. The files beside it vary with transformers' version."""
-    try:
-        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def check_data(config: Config) -> None:
@@ -148,19 +126,6 @@ def lock(folder: Path) -> Iterator[None]:
     with open(folder.parent / f"{folder.name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def split_sequences(total: int, held_out: float, split: str) -> np.ndarray:
-    """Which of `total` sequences belong to a split when a share is held out by hash of their number; int32."""
-    numbers = np.arange(total, dtype=np.uint64)
-    if held_out == 0:
-        return numbers.astype(np.int32)
-    # splitmix64's finaliser (Steele, Lea & Flood 2014): a fixed hash of the number
-    mixed = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    chosen = (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(held_out * 2**64))
-    return np.flatnonzero(chosen if split == "validation" else ~chosen).astype(np.int32)
 
 
 def load_prepared(folder: Path) -> PreparedData:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from linear_moe.training.data.prepare import copy_tokenizer, split_sequences
+from linear_moe.training.data.tokenizer import copy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,16 @@ class PreparedData:
             copy_tokenizer(
                 Path(self.tokenizer_folder), Path(folder), "the one that data.corpus and data.tokenizer give"
             )
+
+
+def split_sequences(total: int, held_out: float, split: str) -> np.ndarray:
+    """Which of `total` sequences belong to a split when a share is held out by hash of their number; int32."""
+    numbers = np.arange(total, dtype=np.uint64)
+    if held_out == 0:
+        return numbers.astype(np.int32)
+    # splitmix64's finaliser (Steele, Lea & Flood 2014): a fixed hash of the number
+    mixed = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    chosen = (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(held_out * 2**64))
+    return np.flatnonzero(chosen if split == "validation" else ~chosen).astype(np.int32)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_DOCUMENT = "<|endoftext|>"
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", "README.md", "modeling_*.py")  # of an export
 PIECE = 1 << 20  # characters encoded at a time
 BPE_SAMPLE_BYTES = 100_000_000  # more text hardly changes a vocabulary, and takes time
 
@@ -129,3 +132,24 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def copy_tokenizer(source: Path, folder: Path, name: str) -> None:
+    """Copy a tokenizer, called `name`, to `folder`, whole or not at all; ConfigError where that holds another one."""
+    if folder.exists():
+        if _tokenizer_json(folder) != _tokenizer_json(source):
+            fix = f"set data.tokenizer.type=hf data.tokenizer.path={folder}, or choose another run folder"
+            raise ConfigError(str(folder), ..., f"holds another tokenizer than {name}", fix=fix)
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*MODEL_FILES))
+    partial.rename(folder)
+
+
+def _tokenizer_json(folder: Path) -> Any:
+    """What a tokenizer does; None where it cannot be read. The files beside it vary with transformers' version."""
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -255,7 +255,7 @@ def test_gradients_that_are_not_contiguous(by_slot: bool) -> None:
         assert torch.equal(found[0], expected[0])
 
 
-QUACK, TRITON, MM = "experts_quack", "experts_gemm_gpu", "Products"
+QUACK, TRITON, MM = "quack", "gemm_triton", "Products"
 BF16_ONLY, BY_8 = "products 'quack' multiplies bf16, not ", "products 'quack' needs D and F divisible by 8, not "
 
 

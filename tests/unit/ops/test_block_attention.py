@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.layout.sequence import Order
-from linear_moe.modeling.ops.attention import blocks as block_attention
+from linear_moe.modeling.ops.attention import blocks
 from linear_moe.modeling.ops.attention.blocks import Block, attend, attend_backward, join, put, take
 from linear_moe.modeling.ops.attention.softmax import softmax_attention, softmax_attention_reference
 from linear_moe.modeling.ops.backends import use_backend
@@ -55,7 +55,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, T
 
 @pytest.fixture(params=[3, 512])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_attention, "TILE", request.param)
+    monkeypatch.setattr(blocks, "TILE", request.param)
 
 
 @pytest.mark.usefixtures("tile")
@@ -125,7 +125,7 @@ class Flash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float, **limits: int) -> tuple[Any, ...]:
         block = self.block(q, k, v, *rest, **limits)
-        o, lse = block_attention._tiles_forward(q, k, v, block, scale)
+        o, lse = blocks._tiles_forward(q, k, v, block, scale)
         assert lse.isfinite().all(), "a query that sees no key"
         return o.to(q.dtype), lse.mT.contiguous(), None, None, None
 
@@ -143,14 +143,14 @@ class Flash:
     ) -> tuple[Tensor, ...]:
         block = self.block(q, k, v, *rest, **limits)
         assert d_o.shape == o.shape == q.shape and lse.shape == (q.shape[1], len(q)) and lse.is_contiguous()
-        gradients = block_attention._tiles_backward(d_o, q, k, v, o, lse.mT, block, scale)
+        gradients = blocks._tiles_backward(d_o, q, k, v, o, lse.mT, block, scale)
         return tuple(x.to(q.dtype) for x in gradients)
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Flash:
     found = Flash()
-    monkeypatch.setattr(block_attention, "suits_flash", lambda q: True)
+    monkeypatch.setattr(blocks, "suits_flash", lambda q: True)
     for name in ("forward", "backward"):
         monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{name}", getattr(found, name))
     return found

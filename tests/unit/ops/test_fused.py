@@ -154,10 +154,10 @@ def test_kernels_are_launched_where_their_inputs_are(monkeypatch: pytest.MonkeyP
         seen.append(x)
 
     kernels = types.SimpleNamespace(forward=lambda x: x + len(seen))  # 1 where the device is that of the input
-    monkeypatch.setitem(sys.modules, "linear_moe.modeling.ops.stub_gpu", kernels)
+    monkeypatch.setitem(sys.modules, "linear_moe.modeling.ops.fused.stub_triton", kernels)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     x = torch.zeros(2)
-    assert on_kernels("stub_gpu", x).tolist() == [1, 1] and all(t is x for t in seen) and len(seen) == 2
+    assert on_kernels("stub_triton", x).tolist() == [1, 1] and all(t is x for t in seen) and len(seen) == 2
 
 
 @pytest.mark.parametrize(

@@ -245,8 +245,8 @@ def test_the_ring_cannot_lock_up(order: Order) -> None:
 
 def test_the_ring_is_a_pipeline() -> None:
     """A rank sends a block on before it receives the next."""
-    up = [("receive", 0), ("send", 2)] * exchange.BLOCKS
-    down = [("receive", 2), ("send", 0)] * exchange.BLOCKS
+    up = [("receive", 0), ("send", 2)] * exchange.RING_BLOCKS
+    down = [("receive", 2), ("send", 0)] * exchange.RING_BLOCKS
     assert messages(Order(4), 1) == [up, down]
     assert messages(Order(4, "zigzag"), 1) == [up + down, up + down]
 

@@ -8,20 +8,18 @@ for it. Triton kernels on CUDA, PyTorch elsewhere; between them, GEMMs of one of
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.experts.assignment import Assignment, offsets_of
 from linear_moe.modeling.ops.experts.products import Products
 from linear_moe.modeling.ops.experts.reference import Reference
-from linear_moe.modeling.ops.kernels import has_triton, upcast
+from linear_moe.modeling.ops.kernels import has_triton
 
 PRODUCTS = ("auto", "grouped", "grouped_mm", "triton", "quack")
 """Who multiplies: PyTorch's grouped_mm, our Triton kernels, quack-kernels. grouped: on Hopper triton where it can, else
@@ -91,8 +89,8 @@ def _products(name: str, x: Tensor, ffn: int) -> Products:
         name = "grouped_mm"
     if name == "grouped_mm" or len(x) == 0:
         return Products(around or Reference)
-    module = {"triton": "experts_gemm_gpu", "quack": "experts_quack"}[name]
-    return importlib.import_module(f"linear_moe.modeling.ops.{module}").Fused(around or Reference)
+    module = {"triton": "gemm_triton", "quack": "quack"}[name]
+    return importlib.import_module(f"linear_moe.modeling.ops.experts.{module}").Fused(around or Reference)
 
 
 # -- the operation -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def bounded_gate(x: Tensor, y: Tensor | None = None, logit: Tensor | None = None
         raise ValueError(f"y must be {tuple(x.shape)}, got {tuple(y.shape)}")
     if logit is not None and tuple(logit.shape) != (x.shape[-1],):
         raise ValueError(f"logit must be [{x.shape[-1]}], got {tuple(logit.shape)}")
-    gates: tuple[Tensor, Tensor] = fused(definition, "bounded_gate_gpu", x, y, logit)
+    gates: tuple[Tensor, Tensor] = fused(definition, "bounded_gate_triton", x, y, logit)
     return gates
 
 

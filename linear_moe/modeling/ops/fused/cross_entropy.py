@@ -45,9 +45,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         ctx.backend = None
         if logits.is_cuda and has_triton():
-            from linear_moe.modeling.ops.fused import cross_entropy_triton as cross_entropy_gpu
+            from linear_moe.modeling.ops.fused import cross_entropy_triton
 
-            ctx.backend = cross_entropy_gpu
+            ctx.backend = cross_entropy_triton
         with torch.cuda.device_of(logits):  # where Triton launches; autograd sees to the backward pass
             loss, normaliser = (ctx.backend.forward if ctx.backend else forward)(logits, labels)
         ctx.save_for_backward(labels, normaliser)

@@ -18,7 +18,7 @@ NORM_EPS = 1e-4  # flash-linear-attention's, so that weights trained there mean 
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """`elu(x) + 1` (arXiv 2006.16236), in fp32, rounded once. Triton kernels on CUDA."""
-    return fused(elu_definition, "feature_maps_gpu", x)
+    return fused(elu_definition, "feature_maps_triton", x)
 
 
 def elu_definition(x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _quadratic(
     width = size * (size + 1) // 2 + (1 + size if series else 0)
     if x.is_cuda and x.dtype != torch.float64 and has_triton():
         width = tiled(width) if pad and x.element_size() == 2 else width
-        return on_kernels("quadratic_map_gpu", x, gamma, beta, eps=eps, series=series, width=width)
+        return on_kernels("quadratic_map_triton", x, gamma, beta, eps=eps, series=series, width=width)
     return quadratic_definition(x, gamma, beta, eps=eps, series=series, width=width)
 
 

@@ -57,7 +57,7 @@ def gate(
         raise ValueError(f"bias must be [{width}], got {tuple(bias.shape)}")
     if log_rate is not None and (log_rate.ndim != 1 or width % len(log_rate)):
         raise ValueError(f"log_rate must be [heads], a divisor of {width}, got {tuple(log_rate.shape)}")
-    return fused(definition, "gates_gpu", x, bias, log_rate, function=function, scale=scale, floor=floor)
+    return fused(definition, "gates_triton", x, bias, log_rate, function=function, scale=scale, floor=floor)
 
 
 def gate_and_complement(
@@ -66,7 +66,7 @@ def gate_and_complement(
     """g = `gate(x, function, scale=scale, floor=floor)` and, in x's dtype, `1 - exp(g)`, in the same pass."""
     assert function in _FUNCTIONS, function
     options = {"function": function, "scale": scale, "floor": floor, "complement": True}
-    return fused(definition, "gates_gpu", x, None, None, **options)
+    return fused(definition, "gates_triton", x, None, None, **options)
 
 
 def definition(

@@ -21,9 +21,9 @@ Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def _kernels(x: Tensor) -> ModuleType:
     if x.is_cuda and has_triton():
-        from linear_moe.modeling.ops.fused import cross_entropy_triton as cross_entropy_gpu
+        from linear_moe.modeling.ops.fused import cross_entropy_triton
 
-        return cross_entropy_gpu
+        return cross_entropy_triton
     return definition
 
 

@@ -55,7 +55,7 @@ def normalized(
         total, sums = op(q, k, ones, scale=scale, initial_state=starts[1], cu_seqlens=cu_seqlens)
     if features is not None and features < size:
         state, sums = state[:, :, :features], sums[:, :, :features]
-    y = on_kernels("normalizer_gpu", o, total, eps=eps) if kernels else divide(o, total, eps=eps)
+    y = on_kernels("normalizer_triton", o, total, eps=eps) if kernels else divide(o, total, eps=eps)
     return y, {"state": state, "normalizer": sums}
 
 

@@ -85,7 +85,7 @@ def norm(
         if kind == "layer":
             return F.layer_norm(x, (size,), weight, bias, eps)
     options = {"eps": eps, "kind": kind, "size": size, "activation": activation, "gate_first": gate_first}
-    return fused(definition, "norms_gpu", x, weight, bias, gate, skip, skip_weight, scale=scale, **options)
+    return fused(definition, "norms_triton", x, weight, bias, gate, skip, skip_weight, scale=scale, **options)
 
 
 def definition(

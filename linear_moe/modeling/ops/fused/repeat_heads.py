@@ -39,7 +39,7 @@ def repeat_heads(x: Tensor, weight: Tensor | None = None, *, heads: int | None =
         )
     else:
         heads = weight.shape[-1]
-    return fused(definition, "repeat_heads_gpu", x, weight, heads=heads)
+    return fused(definition, "repeat_heads_triton", x, weight, heads=heads)
 
 
 def definition(x: Tensor, weight: Tensor | None, *, heads: int) -> Tensor:
@@ -53,10 +53,10 @@ class _Repeat(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:  # type: ignore[override]
-        from linear_moe.modeling.ops.fused import repeat_heads_triton as repeat_heads_gpu  # imports triton
+        from linear_moe.modeling.ops.fused import repeat_heads_triton  # imports triton
 
-        ctx.kernels, ctx.groups = repeat_heads_gpu, x.shape[-2]
-        return repeat_heads_gpu.forward(x, None, heads=heads)
+        ctx.kernels, ctx.groups = repeat_heads_triton, x.shape[-2]
+        return repeat_heads_triton.forward(x, None, heads=heads)
 
     @staticmethod
     @once_differentiable

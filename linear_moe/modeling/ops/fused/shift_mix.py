@@ -53,7 +53,7 @@ def shift_mix(
     document = None if cu_seqlens is None else documents(cu_seqlens, x.shape[1])
     first = None if cu_seqlens is None else cu_seqlens[document].int()
     document = None if state is None or document is None else document.int()
-    return fused(definition, "shift_mix_gpu", x, share, more, state, first, document)
+    return fused(definition, "shift_mix_triton", x, share, more, state, first, document)
 
 
 def definition(

@@ -83,7 +83,7 @@ def short_conv(
         first = None if cu_seqlens is None else cu_seqlens[document].int()
         document = None if before is None or document is None else document.int()
         known: Any = (x, weight, bias, before, first, document)
-        y = on_kernels("short_conv_gpu", *known, activation=activation, norm_size=norm_size)
+        y = on_kernels("short_conv_triton", *known, activation=activation, norm_size=norm_size)
         return y, _last(x, width - 1, cu_seqlens) if output_state else None
     if x.is_cuda and width > 1 and has_fla():
         return _kernel(x, weight, bias, activation, state, cu_seqlens)

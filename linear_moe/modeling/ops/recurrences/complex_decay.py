@@ -39,7 +39,7 @@ def complex_decay(
         g: `[B, T, H, K]` log-decay, at most 0.
         theta: `[B, T, H, K]` angles.
         initial_state: `[N, H, 2K, V]` fp32, real parts before imaginary ones; zeros unless given.
-        cu_seqlens, backend: as for `linear_moe.modeling.ops.recurrences.decay.decay`, decoding in place too.
+        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too.
 
     Returns:
         `o [B, T, H, V]` in v's dtype and the final state `[N, H, 2K, V]` in fp32; both differentiable in every input.

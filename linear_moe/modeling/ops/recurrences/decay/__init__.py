@@ -8,14 +8,13 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
-from linear_moe.modeling.ops.recurrences.decay import chunk, reference
-from linear_moe.modeling.ops.recurrences.decay import fla as gpu
+from linear_moe.modeling.ops.recurrences.decay import chunk, fla, reference
 from linear_moe.modeling.ops.recurrences.decay.decode import step
 from linear_moe.modeling.ops.recurrences.decay.summary import gradient, summary
 
 __all__ = ["IMPLEMENTATIONS", "decay", "step"]
 
-IMPLEMENTATIONS = {"reference": reference.decay, "chunk": chunk.decay, "gpu": gpu.decay}
+IMPLEMENTATIONS = {"reference": reference.decay, "chunk": chunk.decay, "gpu": fla.decay}
 
 
 def decay(
@@ -65,8 +64,8 @@ def decay(
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, g, gv, bonus, state=initial_state, scale=scale)
-    implementations = IMPLEMENTATIONS | {"gpu": partial(gpu.decay, bounded=bounded)}
-    implementation = choose(backend, implementations, v, gpu.unsupported(gv, bonus))
+    implementations = IMPLEMENTATIONS | {"gpu": partial(fla.decay, bounded=bounded)}
+    implementation = choose(backend, implementations, v, fla.unsupported(gv, bonus))
 
     def run(initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
         return implementation(q, k, v, g, gv, bonus, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)

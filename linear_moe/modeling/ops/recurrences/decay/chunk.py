@@ -21,7 +21,7 @@ def decay(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.decay.decay`."""
+    """See `recurrences.decay.decay`."""
     dtype, state, chunks = v.dtype, start_state(q, v, initial_state, cu_seqlens), Chunks(q, cu_seqlens)
     if g is not None and g.ndim < 4:
         g = g.expand(q.shape[:3])[..., None]

@@ -31,7 +31,7 @@ def decay(
     cu_seqlens: Tensor | None,
     bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80.
+    """See `recurrences.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80.
 
     With gv the kernel goes token by token, in fp32: there is none in chunks that has an initial state and gradients.
     """

@@ -23,7 +23,7 @@ def decay(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.decay.decay`."""
+    """See `recurrences.decay.decay`."""
     state = start_state(q, v, initial_state, cu_seqlens)
     if g is not None and g.ndim == 1:
         g = g.expand(q.shape[:3])

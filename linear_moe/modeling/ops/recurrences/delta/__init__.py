@@ -9,14 +9,13 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
-from linear_moe.modeling.ops.recurrences.delta import chunk, reference
-from linear_moe.modeling.ops.recurrences.delta import fla as gpu
+from linear_moe.modeling.ops.recurrences.delta import chunk, fla, reference
 from linear_moe.modeling.ops.recurrences.delta.decode import step
 from linear_moe.modeling.ops.recurrences.delta.summary import through
 
 __all__ = ["IMPLEMENTATIONS", "delta", "step"]
 
-IMPLEMENTATIONS = {"reference": reference.delta, "chunk": chunk.delta, "gpu": gpu.delta}
+IMPLEMENTATIONS = {"reference": reference.delta, "chunk": chunk.delta, "gpu": fla.delta}
 
 
 def delta(
@@ -65,8 +64,8 @@ def delta(
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, beta, g, state=initial_state, scale=scale)
-    implementations = IMPLEMENTATIONS | {"gpu": partial(gpu.delta, bounded=bounded)}
-    implementation = choose(backend, implementations, v, gpu.unsupported(q, v))
+    implementations = IMPLEMENTATIONS | {"gpu": partial(fla.delta, bounded=bounded)}
+    implementation = choose(backend, implementations, v, fla.unsupported(q, v))
     if (pieces := sequence.current(initial_state)) is not None:
         options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "bounded": bounded}
         kernels = implementation is implementations["gpu"]

@@ -20,7 +20,7 @@ def delta(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.delta.delta`. No gate is divided by: any g <= 0 is safe.
+    """See `recurrences.delta.delta`. No gate is divided by: any g <= 0 is safe.
 
     In a chunk that starts from state S, token i writes u_i = beta_i (v_i - what k_i reads), and it reads S and the
     writes before it, each decayed since: (I + L) U = diag(beta) (V - K' S), L strictly lower triangular. Inverted for

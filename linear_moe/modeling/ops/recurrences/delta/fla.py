@@ -43,7 +43,7 @@ def delta(
     cu_seqlens: Tensor | None,
     bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.delta.delta`. Products in v's dtype; gates below -80 count as -80."""
+    """See `recurrences.delta.delta`. Products in v's dtype; gates below -80 count as -80."""
     keys = q.shape[-1]
     q, k, g = prepared(q, k, v, g, bounded)
     inputs = {

@@ -12,8 +12,7 @@ from torch import Tensor
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested
 from linear_moe.modeling.ops.packing import by_token, separately, start_state
-from linear_moe.modeling.ops.recurrences.delta import chunk
-from linear_moe.modeling.ops.recurrences.delta import fla as gpu
+from linear_moe.modeling.ops.recurrences.delta import chunk, fla
 from linear_moe.modeling.ops.recurrences.delta.decode import step as delta_step
 from linear_moe.modeling.ops.recurrences.delta.summary import through
 
@@ -38,7 +37,7 @@ def delta_product(
         q: `[B, T, H, K]`.
         k: `[B, T, n, H, K]`, v: `[B, T, n, H, V]`, beta: `[B, T, n, H]`: the writes of a token in their order.
         g: `[B, T, H]` log-decay, at most 0; None: no decay.
-        scale, initial_state, cu_seqlens, bounded, backend: as for `linear_moe.modeling.ops.recurrences.delta.delta`; offsets count
+        scale, initial_state, cu_seqlens, bounded, backend: as for `recurrences.delta.delta`; offsets count
             tokens.
 
     Returns:
@@ -57,7 +56,7 @@ def delta_product(
         assert initial_state is not None
         return step(q, k, v, beta, g, state=initial_state, scale=scale)
     implementations = IMPLEMENTATIONS | {"gpu": partial(_gpu, bounded=bounded)}
-    implementation = choose(backend, implementations, v, gpu.unsupported(q, v))
+    implementation = choose(backend, implementations, v, fla.unsupported(q, v))
     if (pieces := sequence.current(initial_state)) is not None:
         options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "bounded": bounded}
         kernels = implementation is implementations["gpu"]
@@ -129,7 +128,7 @@ def _gpu(
 ) -> tuple[Tensor, Tensor]:
     """The kernels of flash-linear-attention. Products in v's dtype; gates below -80 count as -80."""
     n, keys = k.shape[2], q.shape[-1]
-    q, k, g = gpu.prepared(q, k, v, g, bounded)
+    q, k, g = fla.prepared(q, k, v, g, bounded)
     o, state = import_fla("ops.gated_delta_product").chunk_gated_delta_product(
         q=q,
         k=k.flatten(1, 2),

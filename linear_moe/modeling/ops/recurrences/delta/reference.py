@@ -21,7 +21,7 @@ def delta(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.delta.delta`."""
+    """See `recurrences.delta.delta`."""
     state = start_state(q, v, initial_state, cu_seqlens)
     inputs: list[Any] = [None if x is None else x.float() for x in (q.float() * scale, k, v, beta, g)]
     o, state = _tokens(state, *inputs) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)

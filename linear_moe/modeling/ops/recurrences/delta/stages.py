@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.backends import import_fla
-from linear_moe.modeling.ops.recurrences.delta import summary_triton as summary_gpu
+from linear_moe.modeling.ops.recurrences.delta import summary_triton
 from linear_moe.modeling.ops.recurrences.delta.fla import CHUNK
 from linear_moe.modeling.ops.sequence import Pieces
 
@@ -78,7 +78,7 @@ def through(
 
     def summary(k: Tensor, w: Tensor, u: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(k):
-            transition, state = summary_gpu.scan(k, w, u, sums)
+            transition, state = summary_triton.scan(k, w, u, sums)
         return transition[:, :, :keys, :keys], state[:, :, :keys]
 
     def run(initial_state: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def _start_gradient(
         backward.make(wy, q, d_o, scale, {"cu_seqlens": None})
         assert backward.made is not None
         w, _, dv = backward.made
-        _, start = summary_gpu.scan(k, w, dv, sums, q=q, do=d_o, scale=scale, backwards=True)
+        _, start = summary_triton.scan(k, w, dv, sums, q=q, do=d_o, scale=scale, backwards=True)
     return start[:, :, :keys]
 
 

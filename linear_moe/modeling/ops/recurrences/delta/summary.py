@@ -93,7 +93,7 @@ def _gradient_on_kernels(keys: int, scale: float, expand: Any, *inputs: Any) -> 
 
 
 def _wy(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float = 1.0) -> dict[str, Any]:
-    """The WY form, and log2-decays since the beginning of the chunk, as `summary_gpu.scan` takes them."""
+    """The WY form, and log2-decays since the beginning of the chunk, as `summary_triton.scan` takes them."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     found: dict[str, Any] = {"q": q, "k": k, "g": None, "gk": None, "scores": None}
     options: dict[str, Any] = {"v": v, "beta": beta, "cu_seqlens": None, "chunk_size": CHUNK}

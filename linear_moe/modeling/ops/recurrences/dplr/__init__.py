@@ -9,14 +9,13 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, requested
-from linear_moe.modeling.ops.recurrences.dplr import chunk, reference
-from linear_moe.modeling.ops.recurrences.dplr import fla as gpu
+from linear_moe.modeling.ops.recurrences.dplr import chunk, fla, reference
 from linear_moe.modeling.ops.recurrences.dplr.decode import step
 from linear_moe.modeling.ops.recurrences.dplr.summary import through
 
 __all__ = ["IMPLEMENTATIONS", "dplr", "step"]
 
-IMPLEMENTATIONS = {"reference": reference.dplr, "chunk": chunk.dplr, "gpu": gpu.dplr}
+IMPLEMENTATIONS = {"reference": reference.dplr, "chunk": chunk.dplr, "gpu": fla.dplr}
 
 
 def dplr(
@@ -62,8 +61,8 @@ def dplr(
     if backend == "auto" and decodes(q.shape[1], initial_state, cu_seqlens):
         assert initial_state is not None
         return step(q, k, v, a, b, g, state=initial_state, scale=scale)
-    implementation = choose(backend, IMPLEMENTATIONS, v, gpu.unsupported(q, v, min_gate))
-    kernels = implementation is gpu.dplr
+    implementation = choose(backend, IMPLEMENTATIONS, v, fla.unsupported(q, v, min_gate))
+    kernels = implementation is fla.dplr
     implementation = partial(implementation, min_gate=min_gate) if kernels else implementation
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
     if (pieces := sequence.current(initial_state)) is not None:

@@ -23,7 +23,7 @@ def dplr(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.dplr.dplr`. No gate is divided by: any g <= 0 is safe.
+    """See `recurrences.dplr.dplr`. No gate is divided by: any g <= 0 is safe.
 
     In a chunk that starts from state S, token i reads y_i: from S, from the values written before it, and from the
     reads written before it, each decayed until the token before i: (I - L) Y = A' S + M V, with L and M strictly lower

@@ -37,7 +37,7 @@ def dplr(
     cu_seqlens: Tensor | None,
     min_gate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.dplr.dplr`. Products in v's dtype."""
+    """See `recurrences.dplr.dplr`. Products in v's dtype."""
     keys, size = q.shape[-1], tiled(q.shape[-1])
     q, k, a, b = (pad_keys(x.to(v.dtype), -1, size) for x in (q, k, a, b))
     o, state = import_fla("ops.generalized_delta_rule").chunk_dplr_delta_rule(

@@ -22,7 +22,7 @@ def dplr(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.dplr.dplr`."""
+    """See `recurrences.dplr.dplr`."""
     state = start_state(q, v, initial_state, cu_seqlens)
     inputs: list[Any] = [x.float() for x in (q.float() * scale, k, v, a, b, g)]
     o, state = _tokens(state, *inputs) if cu_seqlens is None else separately(_tokens, inputs, state, cu_seqlens)

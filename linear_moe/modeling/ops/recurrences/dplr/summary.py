@@ -79,7 +79,7 @@ def _gradient_on_kernels(min_gate: float, scale: float, *inputs: Any) -> Tensor:
 def _wy(
     min_gate: float, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, *, scale: float = 1.0
 ) -> dict[str, Any]:
-    """The WY form, as `delta.summary_gpu.scan` takes it, q with the scale; and what outputs see of writes."""
+    """The WY form, as `delta.summary_triton.scan` takes it, q with the scale; and what outputs see of writes."""
     module = "ops.generalized_delta_rule.dplr"
     size, safe = tiled(q.shape[-1]), import_fla(f"{module}.chunk").gate_bound_is_safe
     q, k, a, b = (pad_keys(x.to(v.dtype), -1, size).contiguous() for x in (q, k, a, b))

@@ -28,7 +28,7 @@ def ttt(
     eps: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """See `linear_moe.modeling.ops.recurrences.fast_weights.ttt`; `skip` is the first token's place in its mini-batch.
+    """See `recurrences.fast_weights.ttt`; `skip` is the first token's place in its mini-batch.
 
     The dual form (section 2.5): a mini-batch's gradients need only the weights it starts from, so weights advance by
     one product per mini-batch, and every token reads its start weights and, through q k^T, the gradients before it.
@@ -71,7 +71,7 @@ def titans(
     chunk_size: int,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """See `linear_moe.modeling.ops.recurrences.fast_weights.titans`; `skip` is the first token's place in its chunk.
+    """See `recurrences.fast_weights.titans`; `skip` is the first token's place in its chunk.
 
     Within a chunk all errors are of one memory M_c, so M and S are linear in M_c, S_c and the errors, with coefficients
     that are sums of products of gates (section 3.2): one scan carries M and S, stacked to `[2K, V]`, between chunks.

@@ -28,7 +28,7 @@ def ttt(
 ) -> tuple[Tensor, States]:
     """Advances W = `state` and A = `gradient` (`[B, H, D + 1, D]` fp32) IN PLACE by one token, rows at any `place [B]`.
 
-    Other inputs as `linear_moe.modeling.ops.recurrences.fast_weights.ttt` with T = 1, no gradients.
+    Other inputs as `recurrences.fast_weights.ttt` with T = 1, no gradients.
 
     Returns:
         `o [B, 1, H, D]` in v's dtype, and the states themselves.
@@ -62,7 +62,7 @@ def titans(
 ) -> tuple[Tensor, States]:
     """Advances M, S and M_c (`[B, H, K, V]` fp32) IN PLACE by one token, rows at any `place [B]` in their chunks.
 
-    Other inputs as `linear_moe.modeling.ops.recurrences.fast_weights.titans` with T = 1, no gradients.
+    Other inputs as `recurrences.fast_weights.titans` with T = 1, no gradients.
 
     Returns:
         `o [B, 1, H, V]` in v's dtype, and the states themselves.

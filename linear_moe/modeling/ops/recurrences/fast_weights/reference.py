@@ -29,7 +29,7 @@ def ttt(
     eps: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """See `linear_moe.modeling.ops.recurrences.fast_weights.ttt`; `skip` is the first token's place in its mini-batch."""
+    """See `recurrences.fast_weights.ttt`; `skip` is the first token's place in its mini-batch."""
     w, b, size = weight.float(), bias.float(), len(scale)
 
     def token(t: int, states: States, q: Tensor, k: Tensor, v: Tensor, rate: Tensor) -> tuple[Tensor, States]:
@@ -81,7 +81,7 @@ def titans(
     chunk_size: int,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """See `linear_moe.modeling.ops.recurrences.fast_weights.titans`; `skip` is the first token's place in its chunk."""
+    """See `recurrences.fast_weights.titans`; `skip` is the first token's place in its chunk."""
 
     def token(t: int, states: States, *inputs: Tensor) -> tuple[Tensor, States]:
         (state, surprise, start), (q, k, v, rate, keep, momentum) = states, inputs

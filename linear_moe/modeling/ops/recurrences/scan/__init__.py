@@ -13,8 +13,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_cu_seqlens, choose, decodes, requested
-from linear_moe.modeling.ops.recurrences.scan import chunk, reference, summary
-from linear_moe.modeling.ops.recurrences.scan import triton as gpu
+from linear_moe.modeling.ops.recurrences.scan import chunk, reference, summary, triton
 from linear_moe.modeling.ops.recurrences.scan.decode import diagonal_step, linear_step, selective_step
 
 __all__ = [
@@ -27,7 +26,7 @@ __all__ = [
     "selective_step",
 ]
 
-IMPLEMENTATIONS = {"reference": reference, "chunk": chunk, "gpu": gpu}
+IMPLEMENTATIONS = {"reference": reference, "chunk": chunk, "gpu": triton}
 
 
 def linear_scan(
@@ -44,7 +43,7 @@ def linear_scan(
         x: `[B, T, D]`.
         g: `[B, T, D]` log-decay, at most 0 (minus infinity forgets everything).
         initial_state: `[N, D]` fp32, zeros unless given.
-        cu_seqlens, backend: as for `linear_moe.modeling.ops.recurrences.decay.decay`, decoding in place too; "gpu" is Triton
+        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too; "gpu" is Triton
             kernels of our own.
 
     Returns:
@@ -83,7 +82,7 @@ def selective_scan(
         A: `[D, S]` fp32, at most 0.
         B, C: `[batch, T, S]`, of all channels.
         initial_state: `[N, D, S]` fp32, zeros unless given.
-        cu_seqlens, backend: as for `linear_moe.modeling.ops.recurrences.decay.decay`, decoding in place too; "gpu" is a Triton
+        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too; "gpu" is a Triton
             kernel of our own.
 
     Returns:
@@ -121,7 +120,7 @@ def diagonal_scan(
         log_a: `[D, S, 2]` fp32: log-decay, at most 0, and angle.
         c: `[D, S, 2]` fp32: real and imaginary part.
         initial_state: `[N, D, S, 2]` fp32, zeros unless given.
-        cu_seqlens, backend: as for `linear_moe.modeling.ops.recurrences.decay.decay`, decoding in place too.
+        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too.
 
     Returns:
         `y [B, T, D]` in u's dtype and the final state `[N, D, S, 2]` in fp32; both differentiable in every input.

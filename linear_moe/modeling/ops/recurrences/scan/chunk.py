@@ -79,7 +79,7 @@ def _scan(a: Tensor, x: Tensor, backwards: bool = False) -> Tensor:
 def linear_scan(
     x: Tensor, g: Tensor, *, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.linear_scan`."""
+    """See `recurrences.scan.linear_scan`."""
     inputs, gates = restart(x.float(), g.float(), initial_state, cu_seqlens)
     h = _Scan.apply(gates.exp(), inputs)
     return h.to(x.dtype), last(h, initial_state, cu_seqlens)
@@ -160,7 +160,7 @@ class _SelectiveScan(torch.autograd.Function):
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.selective_scan`."""
+    """See `recurrences.scan.selective_scan`."""
     by_time = [x.float().transpose(0, 1).contiguous() for x in (u, dt, B, C)]
     # channels last: what they share is then a factor of whole rows
     start = initial_state.mT.contiguous()
@@ -171,7 +171,7 @@ def selective_scan(
 def diagonal_scan(
     u: Tensor, log_a: Tensor, c: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.diagonal_scan`. A convolution within chunks, states between them."""
+    """See `recurrences.scan.diagonal_scan`. A convolution within chunks, states between them."""
     # a GPU has few steps between chunks rather than little work within them
     tokens_at_once = 128 if u.is_cuda and cu_seqlens is None else None
     chunks, (batch, _, dim) = Chunks(u.unsqueeze(-1), cu_seqlens, tokens_at_once), u.shape

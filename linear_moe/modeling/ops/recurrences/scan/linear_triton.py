@@ -269,7 +269,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 def linear_scan(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.linear_scan`."""
+    """See `recurrences.scan.linear_scan`."""
     documents, sequences = None, len(x)
     if cu_seqlens is not None:
         tokens = torch.arange(x.shape[1], device=x.device)

@@ -21,7 +21,7 @@ def _run(
 def linear_scan(
     x: Tensor, g: Tensor, *, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.linear_scan`."""
+    """See `recurrences.scan.linear_scan`."""
 
     def tokens(state: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
@@ -39,7 +39,7 @@ def linear_scan(
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.selective_scan`."""
+    """See `recurrences.scan.selective_scan`."""
 
     def tokens(state: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
@@ -55,7 +55,7 @@ def selective_scan(
 def diagonal_scan(
     u: Tensor, log_a: Tensor, c: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.diagonal_scan`."""
+    """See `recurrences.scan.diagonal_scan`."""
     g, theta = log_a.unbind(-1)
     a_re, a_im = g.exp() * theta.cos(), g.exp() * theta.sin()
     c_re, c_im = c.unbind(-1)

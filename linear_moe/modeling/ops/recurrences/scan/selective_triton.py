@@ -193,6 +193,6 @@ def _tiles(dim: int, size: int, sequences: int) -> tuple[tuple[int, int], dict[s
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.selective_scan`."""
+    """See `recurrences.scan.selective_scan`."""
     with torch.cuda.device_of(u):  # where Triton launches; autograd sees to the backward pass
         return _SelectiveScan.apply(u, dt, A.float(), B, C, initial_state, cu_seqlens)

@@ -10,7 +10,7 @@ from linear_moe.modeling.ops.recurrences.scan import chunk
 def linear_scan(
     x: Tensor, g: Tensor, *, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.linear_scan`; our own Triton kernels, arithmetic in fp32.
+    """See `recurrences.scan.linear_scan`; our own Triton kernels, arithmetic in fp32.
 
     Not flash-linear-attention's: 0.6.0's `chunk_hgrn` reads in every block what other threads wrote in the one before
     without a barrier between, and on Hopper its outputs are wrong, by 9 % over 1500 tokens.
@@ -23,7 +23,7 @@ def linear_scan(
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `linear_moe.modeling.ops.recurrences.scan.selective_scan`; our own Triton kernels, arithmetic in fp32."""
+    """See `recurrences.scan.selective_scan`; our own Triton kernels, arithmetic in fp32."""
     from linear_moe.modeling.ops.recurrences.scan.selective_triton import selective_scan as kernels
 
     return kernels(u, dt, A, B, C, initial_state, cu_seqlens)

@@ -49,7 +49,7 @@ def documented() -> Iterator[Command]:
             text = text.replace(mixer, "gla")  # the page's own: any is as good
         yield from commands_of(file, passages_of(file, text))
     for name, command in cli.COMMANDS.items():
-        lines = enumerate(command.example.splitlines(), 1)
+        lines = enumerate(command.EXAMPLE.splitlines(), 1)
         yield from commands_of(f"linear-moe {name} --help", [[(number, line, "shell") for number, line in lines]])
 
 

@@ -8,13 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from linear_moe import cli
 from linear_moe.cli import COMMANDS, main
 from linear_moe.training.supervision.faults import TrainingError
 
@@ -121,8 +119,8 @@ def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(args: Any) -> None:
         raise error
 
-    module = SimpleNamespace(main=raises)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    for command in COMMANDS.values():
+        monkeypatch.setattr(command, "main", raises)
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.EROFS])

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from linear_moe.cli import main
 from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
+from linear_moe.layout.flops import flops_per_token
 from linear_moe.layout.recompute import recomputed
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host, initialize
@@ -21,7 +22,7 @@ from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.tokens import Layout
 from linear_moe.options.load import from_dict
-from linear_moe.plan import flops_per_token, human, make_plan
+from linear_moe.plan import human, make_plan
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 

@@ -13,12 +13,12 @@ from linear_moe.checks.fields import validate_fields
 from linear_moe.cli import main
 from linear_moe.config.schema import Config
 from linear_moe.gpus import GPU, GPUS
-from linear_moe.layout.flops import forward_flops
+from linear_moe.layout.flops import flops_per_token, forward_flops
 from linear_moe.layout.pipeline import HEAD_SPEED
 from linear_moe.layout.processes import parallel_layout
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
-from linear_moe.plan import flops_per_token, make_plan, show
+from linear_moe.plan import make_plan, show
 from linear_moe.plan.cost import EFFICIENCY, LAYER_SECONDS, MEMORY_EFFICIENCY, WAIT_SECONDS, dispatch, stage_cost
 from linear_moe.plan.network import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group
 from linear_moe.plan.ranks import RankModels, rank_chunks

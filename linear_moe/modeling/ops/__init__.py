@@ -1,9 +1,9 @@
-"""Mathematics of the model's parts: pure functions, no parameters, no collectives; imports nothing else of this package.
+"""Mathematics of the model's parts: pure functions, no parameters, no collectives; imports nothing else of ours.
 
-`recurrences/` has one folder per family. Each holds `reference` (token by token, fp32: the definition), `chunk` (PyTorch,
-any device), `fla` or `triton` (kernels of flash-linear-attention, or ours), `decode` (one token, in place) and `summary`
-(what a piece of a sequence does to the state). `attention/` is softmax attention, `fused/` what stands around
-recurrences, `experts/` the routed experts.
+`recurrences/` has one folder per family. Each holds `reference` (token by token, fp32: the definition), `chunk`
+(PyTorch, any device), `fla` or `triton` (kernels of flash-linear-attention, or ours), `decode` (one token, in place)
+and `summary` (what a piece of a sequence does to the state). `attention/` is softmax attention, `fused/` what stands
+around recurrences, `experts/` the routed experts.
 """
 
 FAMILIES = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from linear_moe.commands import data as cli
+from linear_moe.commands import data as command
 from linear_moe.config.schema import Config
 from linear_moe.options.errors import ConfigError
 from linear_moe.training import platform
@@ -319,17 +319,15 @@ def test_command(config_of: ConfigOf, tmp_path: Path, capsys: pytest.CaptureFixt
 
     import yaml
 
-    from linear_moe.commands import arguments
-
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"data": config_of().to_dict()["data"], "training": {"sequence_length": 16}}))
     parser = argparse.ArgumentParser()
-    arguments.data(parser)
-    assert cli.main(parser.parse_args([str(path), "training.eval_batches=2", "--bigram", "--json"])) == 0
+    command.add_arguments(parser)
+    assert command.main(parser.parse_args([str(path), "training.eval_batches=2", "--bigram", "--json"])) == 0
     result = json.loads(capsys.readouterr().out)
     sizes = [len(d.text.encode()) for d in documents(open_corpus(str(tmp_path / "corpus")), 0.2) if d.split == "train"]
     assert result["files"] == 40 and result["vocab_size"] == 257 and 1 < result["bigram_loss"] < np.log(257)
     assert result["train"]["documents"] == len(sizes) and result["train"]["tokens"] == sum(sizes) + len(sizes)
     assert result["train"]["bytes_per_token"] == pytest.approx(sum(sizes) / (sum(sizes) + len(sizes)))
-    assert cli.main(parser.parse_args([str(path)])) == 0
+    assert command.main(parser.parse_args([str(path)])) == 0
     assert "257" in capsys.readouterr().out

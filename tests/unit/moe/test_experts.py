@@ -21,6 +21,7 @@ from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.moe.experts import Experts
 from linear_moe.modeling.ops import experts as ops
 from linear_moe.modeling.ops.experts import assign, experts
+from linear_moe.modeling.ops.experts import products as products_module
 from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts.reference import activate, combine
 from tests.tolerances import FP32, assert_close
@@ -148,8 +149,10 @@ def test_tokens_already_sorted(kind: str) -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one with each grouped GEMM."""
     calls: list[str] = []
-    multiply = ops.grouped_mm
-    monkeypatch.setattr(ops, "grouped_mm", lambda *args, **options: calls.append("") or multiply(*args, **options))
+    multiply = products_module.grouped_mm
+    monkeypatch.setattr(
+        products_module, "grouped_mm", lambda *args, **options: calls.append("") or multiply(*args, **options)
+    )
     return calls
 
 
@@ -280,7 +283,7 @@ def test_who_multiplies(
     """On GPUs of any capability, with and without quack."""
     for name in (QUACK, TRITON):
         module = SimpleNamespace(Fused=type(name, (ops.Products,), {}))
-        monkeypatch.setitem(sys.modules, f"linear_moe.modeling.ops.{name}", module)
+        monkeypatch.setitem(sys.modules, f"linear_moe.modeling.ops.experts.{name}", module)
     monkeypatch.setattr(ops, "_kernels", lambda x: object())
     monkeypatch.setattr(ops, "_has_quack", lambda: has_quack)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

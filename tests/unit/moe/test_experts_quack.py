@@ -22,6 +22,7 @@ from linear_moe.modeling.moe.experts import Experts
 from linear_moe.modeling.ops import experts as ops
 from linear_moe.modeling.ops.experts import assign, experts
 from linear_moe.modeling.ops.experts.assignment import Assignment
+from linear_moe.modeling.ops.experts.reference import Reference
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
 from linear_moe.training.preflight import check
@@ -122,7 +123,7 @@ def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert module.HOPPER["up"].columns % 32 == 0
     small = {product: tile._replace(columns=32) for product, tile in module.HOPPER.items()}
     monkeypatch.setattr(module, "tile", lambda product, device: small[product])
-    monkeypatch.setattr(ops, "_products", lambda name, x, ffn: module.Fused(ops._Definition))
+    monkeypatch.setattr(ops, "_products", lambda name, x, ffn: module.Fused(Reference))
     yield module
     sys.modules.pop(NAME)
     if before is not None:
@@ -155,7 +156,7 @@ def test_equals_grouped_mm(
     results = []
     for kind in ("quack", "grouped_mm"):
         if kind == "grouped_mm":
-            monkeypatch.setattr(ops, "_products", lambda name, x, ffn: ops.Products(ops._Definition))
+            monkeypatch.setattr(ops, "_products", lambda name, x, ffn: ops.Products(Reference))
         leaves = [x.detach().requires_grad_() for x in inputs]
         y = experts(*leaves, to)
         y, dx, *others = [y, *torch.autograd.grad(y, leaves, grad)]

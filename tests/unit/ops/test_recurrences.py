@@ -216,7 +216,7 @@ def test_wrong_inputs_are_refused() -> None:
 @pytest.mark.parametrize("family", ["decay", "delta"])
 def test_missing_kernels_are_named(family: str) -> None:
     inputs = {n: x.bfloat16() for n, x in make_inputs(family, None, (1, 8, 1, 4, 4), with_state=False).items()}
-    module = {"decay": decay_family, "delta": delta_family}[family].gpu
+    module = {"decay": decay_family, "delta": delta_family}[family].fla
     gates: dict[str, None] = {"g": None} | ({"gv": None, "bonus": None} if family == "decay" else {})
     with pytest.raises(ImportError, match="fla-core"):
         getattr(module, family)(**inputs, **gates, scale=1.0, initial_state=None, cu_seqlens=None)

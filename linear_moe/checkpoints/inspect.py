@@ -19,7 +19,7 @@ from linear_moe.checkpoints.reader import (
     damaged,
     latest_checkpoint,
     read_info,
-    verify_files,
+    verify_checkpoint_files,
 )
 from linear_moe.options.errors import ConfigError
 
@@ -71,9 +71,9 @@ def check_complete(folder: Path) -> None:
             raise damaged(folder / name, f"is incomplete: {here:,} of {size:,} bytes")
 
 
-def verify(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """Raises ConfigError unless the content of every file is what was written."""
-    wrong = verify_files(folder)
+    wrong = verify_checkpoint_files(folder)
     if wrong is not None:
         raise damaged(folder / wrong[0], wrong[1])
 
@@ -86,7 +86,7 @@ def read_metadata(folder: Path) -> Metadata:
         raise damaged(folder / ".metadata", f"is damaged: {type(error).__name__}: {error}") from None
 
 
-def describe(folder: Path, pattern: str | None = None, *, checked: bool = True) -> dict[str, Any]:
+def describe_checkpoint(folder: Path, pattern: str | None = None, *, checked: bool = True) -> dict[str, Any]:
     """What `linear-moe checkpoint inspect --json` prints, with stable keys.
 
     Args:
@@ -99,7 +99,7 @@ def describe(folder: Path, pattern: str | None = None, *, checked: bool = True) 
     """
     info = read_info(folder, NEEDED)
     if checked:
-        verify(folder)
+        verify_checkpoint(folder)
     config, parallel = info["config"], info["config"]["parallel"]
     tensors = [
         _tensor(name, entry, info["dtypes"])

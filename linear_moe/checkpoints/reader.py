@@ -120,7 +120,7 @@ def file_crc(path: Path) -> int:
     return crc
 
 
-def verify_files(checkpoint: Path, part: int = 0, parts: int = 1) -> tuple[str, str] | None:
+def verify_checkpoint_files(checkpoint: Path, part: int = 0, parts: int = 1) -> tuple[str, str] | None:
     """Compare the checkpoint's files, or every `parts`-th of them, with the CRC-32 they were written with.
 
     Returns the name of a file that is not what was written, and what is wrong with it, for `damaged`. A folder that
@@ -168,7 +168,7 @@ def load_full_weights(checkpoint_folder: str | Path, *, fp32: bool = False) -> d
         ConfigError: a file is missing, or is not what was written.
     """
     folder = Path(checkpoint_folder)
-    wrong = verify_files(folder)
+    wrong = verify_checkpoint_files(folder)
     if wrong is not None:
         raise damaged(folder / wrong[0], wrong[1])
     dtypes = read_info(folder)["dtypes"]

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear_moe.checkpoints.reader import MODEL, damaged, read_tensors, verify_files, weight_shapes
+from linear_moe.checkpoints.reader import MODEL, damaged, read_tensors, verify_checkpoint_files, weight_shapes
 from linear_moe.checkpoints.run import find_checkpoint, is_run
 from linear_moe.config.load import load_config
 from linear_moe.modeling.config import ModelConfig
@@ -23,7 +23,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEPT = 4  # tensors that are kept when read: all experts of a layer are made from the same
 
 
-class Weights(ABC):
+class WeightSource(ABC):
     """A model on disk.
 
     Attributes:
@@ -58,14 +58,14 @@ class Weights(ABC):
     def _read(self, name: str) -> Tensor: ...
 
 
-class RunWeights(Weights):
+class RunWeights(WeightSource):
     """Those of a run's checkpoint: the optimizer's fp32 weights."""
 
     def __init__(self, run: Path, step: int | None):
         super().__init__(find_checkpoint(run, step), load_config(run / "config.yaml").model, run / "tokenizer")
 
     def _open(self) -> dict[str, tuple[int, ...]]:
-        wrong = verify_files(self.place)
+        wrong = verify_checkpoint_files(self.place)
         if wrong is not None:
             raise damaged(self.place / wrong[0], wrong[1])
         return weight_shapes(self.place)
@@ -76,7 +76,7 @@ class RunWeights(Weights):
         return tensor
 
 
-class ExportedWeights(Weights):
+class ExportedWeights(WeightSource):
     """Those of a folder that `linear-moe export` wrote, in the data type that it wrote."""
 
     def __init__(self, folder: Path):
@@ -103,7 +103,7 @@ class ExportedWeights(Weights):
             return tensors.get_tensor(MODEL + name).float()
 
 
-def open_weights(source: Path, step: int | None = None) -> Weights:
+def open_weights(source: Path, step: int | None = None) -> WeightSource:
     """The weights of a run folder (at `step`; None: its latest complete checkpoint) or of an exported folder.
 
     Raises ConfigError where `source` is neither, or damaged.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.processes import ParallelLayout
+from linear_moe.layout.processes import ProcessMesh
 from linear_moe.modeling.activations import MODULES
 from linear_moe.options.checks import check_most, unused
 from linear_moe.options.errors import ConfigError, nearest
@@ -45,7 +45,7 @@ def check_schedule(config: Config) -> None:
         check_most("schedule.decay_steps", schedule.decay_steps, "training.steps - schedule.warmup_steps", left)
 
 
-def check_batch(config: Config, layout: ParallelLayout) -> None:
+def check_batch(config: Config, layout: ProcessMesh) -> None:
     training = config.training
     size = training.micro_batch * layout.data
     if training.global_batch % size:

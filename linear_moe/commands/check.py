@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from linear_moe.config.load import load_config
     from linear_moe.layout.processes import parallel_layout, smallest_world
-    from linear_moe.training.preflight import check
+    from linear_moe.training.preflight import check_run
 
     config = load_config(args.config, args.overrides)
     world = smallest_world(config.parallel) if args.world is None else args.world
-    check(config, world)
+    check_run(config, world)
     layout = parallel_layout(config, world)
     print(
         f"{args.config}: ok on {world} ranks (tensor {layout.tensor}, sequence {layout.sequence}, "

@@ -47,7 +47,7 @@ def inspect(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     folder = inspect_checkpoint.find(args.source, args.step)
-    found = inspect_checkpoint.describe(folder, args.tensors, checked=not args.no_verify)
+    found = inspect_checkpoint.describe_checkpoint(folder, args.tensors, checked=not args.no_verify)
     if args.tensors is not None and not found["tensors"]:
         fix = "names begin with model. or optimizer.; '*' matches all"
         raise ConfigError("--tensors", args.tensors, f"no tensor of {folder} is called so", fix=fix)

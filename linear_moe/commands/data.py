@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     if args.bigram and config.data.validation_fraction == 0:
         raise ConfigError("data.validation_fraction", 0, "must be above 0: --bigram scores the held-out files")
     prepared = prepare_data(config)
-    result = describe(config, prepared)
+    result = describe_data(config, prepared)
     if args.bigram:
         from linear_moe.training.data.bigram import bigram_loss
 
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(config: Config, prepared: PreparedData) -> dict[str, Any]:
+def describe_data(config: Config, prepared: PreparedData) -> dict[str, Any]:
     """What was prepared, with stable keys; `bytes_per_token` is null where the bytes are not known."""
     result: dict[str, Any] = {
         "corpus": config.data.corpus,

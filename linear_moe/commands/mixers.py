@@ -24,15 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from linear_moe.modeling.mixers.registry import MIXERS
-    from linear_moe.plan.mixers import describe, markdown, show
+    from linear_moe.plan.mixers import describe_mixer, markdown, show_mixers
 
     sizes = args.hidden, args.heads, args.length
     if args.markdown:
         print(markdown(*sizes), end="")
         return 0
-    rows = [describe(name, *sizes) for name in sorted(MIXERS)]
+    rows = [describe_mixer(name, *sizes) for name in sorted(MIXERS)]
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
-        show(rows, *sizes)
+        show_mixers(rows, *sizes)
     return 0

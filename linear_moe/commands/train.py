@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Train as the configuration says; rerunning the same command resumes. Returns the exit code."""
     from linear_moe.config.load import load_config
-    from linear_moe.training.preflight import check
+    from linear_moe.training.preflight import check_run
     from linear_moe.training.supervision.faults import end_with_parent, lock_run
 
     config = load_config(args.config, args.overrides)
-    check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     end_with_parent()
     lock = lock_run(Path(config.run)) if os.environ.get("RANK", "0") == "0" else None
 

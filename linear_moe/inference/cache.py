@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 
 
 class DecodingState:
@@ -66,7 +66,7 @@ class DecodingState:
         batch, length = tokens.shape
         self.reserve(model, self.length + length)
         positions = self.positions[:, None] + torch.arange(length, device=tokens.device)
-        logits = model(tokens, Layout(batch, length, positions=positions), caches=self.layers, keep=keep)
+        logits = model(tokens, TokenLayout(batch, length, positions=positions), caches=self.layers, keep=keep)
         self.positions, self.length = self.positions + length, self.length + length
         return logits
 

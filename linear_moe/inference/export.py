@@ -73,7 +73,7 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
     return LoadedRun(config, checkpoint, read_info(checkpoint)["step"], model.eval())
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_run_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a folder; ConfigError if it holds none that works."""
     from transformers import AutoTokenizer
 
@@ -105,7 +105,7 @@ def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor
         raise ConfigError("checkpoint", ..., f"holds no {EMBEDDING}: not one of a Linear-MoE model")
     ids: dict[str, Any] = {}
     if (tokenizer_folder / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = load_run_tokenizer(tokenizer_folder)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         ids["pad_token_id"] = ids["eos_token_id"] if ids["pad_token_id"] is None else ids["pad_token_id"]
         ids["tokenizer_size"] = max(tokenizer.get_vocab().values()) + 1  # a vocabulary may have holes
@@ -163,7 +163,7 @@ def export(
         for path in temporary.iterdir():  # safetensors makes its files private
             path.chmod((temporary / "config.json").stat().st_mode)
         say("verifying")
-        verify(temporary, state)
+        verify_export(temporary, state)
         _replace(temporary, out)
     except Exception as error:  # safetensors raises its own for a full disk
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -184,7 +184,7 @@ def export(
     }
 
 
-def verify(folder: Path, expected: dict[str, Tensor]) -> None:
+def verify_export(folder: Path, expected: dict[str, Tensor]) -> None:
     """Load `folder` as a user would; AssertionError unless every tensor is there, bit for bit and of the same dtype."""
     from transformers import AutoModelForCausalLM
 

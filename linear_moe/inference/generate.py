@@ -16,7 +16,7 @@ from torch import Tensor
 from linear_moe.inference.cache import prefill
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.errors import ConfigError
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -167,7 +167,7 @@ class _Recomputed:
 
     def prefill(self, rows: list[Tensor]) -> Tensor:
         self.rows = rows
-        return torch.stack([self.model(row[None], Layout(1, len(row)), keep=1)[0, 0] for row in rows])
+        return torch.stack([self.model(row[None], TokenLayout(1, len(row)), keep=1)[0, 0] for row in rows])
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.prefill([torch.cat([row, token[None]]) for row, token in zip(self.rows, tokens, strict=True)])
@@ -211,10 +211,10 @@ def load_model(
         device: None: a GPU if there is one.
     """
     from linear_moe.checkpoints.run import is_run
-    from linear_moe.inference.export import load_run, load_tokenizer
+    from linear_moe.inference.export import load_run, load_run_tokenizer
 
     if is_run(path):
-        tokenizer = load_tokenizer(path / "tokenizer")
+        tokenizer = load_run_tokenizer(path / "tokenizer")
         model = load_run(path, step, dtype).model
     else:
         if step is not None:
@@ -227,7 +227,7 @@ def _load_exported(path: Path, dtype: str | None) -> tuple[Any, LinearMoEForCaus
     """Tokenizer and model of an exported folder; ConfigError if anything of it is missing or damaged."""
     from safetensors import SafetensorError
 
-    from linear_moe.inference.export import check_dtype, load_tokenizer
+    from linear_moe.inference.export import check_dtype, load_run_tokenizer
     from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
     from linear_moe.options.errors import one_line
 
@@ -242,7 +242,7 @@ def _load_exported(path: Path, dtype: str | None) -> tuple[Any, LinearMoEForCaus
         raise ConfigError("model", str(path), f"holds a {model_type} model", fix="generate with transformers instead")
     if not any(path.glob("*.safetensors")):
         raise ConfigError("model", str(path), "has no weights (*.safetensors)", fix="export it again")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_run_tokenizer(path)
     try:
         check_dtype(LinearMoEConfig.from_pretrained(path).model_config(), dtype)
         return tokenizer, LinearMoEForCausalLM.from_pretrained(path, dtype=DTYPES[dtype] if dtype else "auto")

@@ -16,7 +16,7 @@ MAX_WORLD = 2**20  # its groups are listed
 
 
 @dataclass(frozen=True)
-class ParallelLayout:
+class ProcessMesh:
     """Process groups of a world, as Megatron-Core's parallel_state makes them (order tp-cp-ep-dp-pp).
 
     Attributes:
@@ -59,7 +59,7 @@ def smallest_world(parallel: ParallelConfig) -> int:
     return parallel.pipeline * math.lcm(dense, parallel.expert * parallel.expert_tensor)
 
 
-def parallel_layout(config: Config, world: int) -> ParallelLayout:
+def parallel_layout(config: Config, world: int) -> ProcessMesh:
     """Sizes for `world` ranks; raises ConfigError when the parallel sizes do not divide it."""
     p = config.parallel
     check_most("world size", world, "the largest planned for", MAX_WORLD)
@@ -72,7 +72,7 @@ def parallel_layout(config: Config, world: int) -> ParallelLayout:
             raise ConfigError("world size", world, f"must be a positive multiple of {terms} = {size}", fix=fix)
     data = world // (p.tensor * p.sequence * p.pipeline)
     expert_data = world // (p.expert * p.expert_tensor * p.pipeline)
-    return ParallelLayout(world, p.tensor, p.pipeline, p.expert, p.expert_tensor, data, expert_data, p.sequence)
+    return ProcessMesh(world, p.tensor, p.pipeline, p.expert, p.expert_tensor, data, expert_data, p.sequence)
 
 
 def _groups(sizes: dict[str, int], axis: str) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ def rank_tokens(config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class Order:
+class PieceOrder:
     """Which rank of `size` holds which piece of every row.
 
     contiguous: a rank's follow each other. zigzag: ranks take one each, in order, then one each in the reverse order,
@@ -69,9 +69,9 @@ class Order:
         return (self.size - 1 - place if turn % 2 else place), turn
 
 
-def order_of(parallel: ParallelConfig) -> Order:
+def order_of(parallel: ParallelConfig) -> PieceOrder:
     layout = parallel.sequence_layout if parallel.sequence > 1 else "contiguous"
-    return Order(parallel.sequence, layout, parallel.sequence_pieces)
+    return PieceOrder(parallel.sequence, layout, parallel.sequence_pieces)
 
 
 RING_BLOCKS = 4  # of a state's columns, that a ring passes on one by one

@@ -14,7 +14,7 @@ from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.moe.experts import Experts
 from linear_moe.modeling.moe.overlap import Branch
 from linear_moe.modeling.moe.router import Router
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 
 
 class SwiGLU(nn.Module):
@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(host, dims.hidden_size, ffn_size, split="column", std=dims.init_std)
         self.down_proj = Linear(host, ffn_size, dims.hidden_size, split="partial", std=dims.output_init_std)
 
-    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
         x = self.host.activations.transient("norm", self.host.enter, x)
         return self.host.leave(self.inside(x))
 
@@ -63,7 +63,7 @@ class MoE(nn.Module):
         self.shared_expert_gate = Linear(host, dims.hidden_size, 1, std=dims.init_std) if moe.shared_gate else None
         self.host, self.overlap = host, moe.overlap_shared_expert
 
-    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout | None = None) -> Tensor:
         weights, index = self.router(x, layout)
         branch = None
         if self.shared_expert is not None:

@@ -25,7 +25,7 @@ from linear_moe.modeling.ops.fused.linear_cross_entropy import linear_cross_entr
 if TYPE_CHECKING:
     from linear_moe.modeling.moe.config import MoEConfig
     from linear_moe.modeling.moe.dispatch import Dispatcher
-    from linear_moe.modeling.tokens import Layout
+    from linear_moe.modeling.tokens import TokenLayout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """By their names in a config."""
@@ -204,7 +204,7 @@ class Host:
         return x
 
     def router_losses(
-        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
+        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: TokenLayout
     ) -> Tensor:
         """Attach the losses of a router with `logits [n, E]` that chose `index [n, k]` to its `weights [n, k]`.
 

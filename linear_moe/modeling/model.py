@@ -15,7 +15,7 @@ from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.pattern import ResolvedLayer, resolve_layers
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 
 
 def layer_dims(config: ModelConfig, layer: int) -> Dims:
@@ -74,7 +74,7 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(host, dims.hidden_size, dims.norm_eps)
         self.ffn = build_ffn(layer.ffn, config, dims, host)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         activations = self.mixer_norm.host.activations
         y = activations.transient("norm", self.mixer_norm, x)
         x = x + activations.region("mixer", self.mixer, y, layout, cache)
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         *,
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
@@ -172,7 +172,7 @@ class LanguageModel(nn.Module):
 
 
 def crossing(model: ModelConfig, end: int | None = None) -> dict[str, int]:
-    """What the first `end` layers (None: all) leave for later ones in `Layout.shared`: name -> channels."""
+    """What the first `end` layers (None: all) leave for later ones in `TokenLayout.shared`: name -> channels."""
     found: dict[str, int] = {}
     for i, layer in enumerate(resolve_layers(model)[:end]):
         found |= mixer_class(layer.mixer.type).crossing(layer.mixer, layer_dims(model, i))

@@ -13,7 +13,7 @@ Cache = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """How the tokens of one forward pass lie: `batch` rows of `length` tokens.
 
     Attributes:

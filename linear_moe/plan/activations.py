@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.processes import ParallelLayout
+from linear_moe.layout.processes import ProcessMesh
 from linear_moe.layout.recompute import recomputed
 from linear_moe.layout.sequence import rank_tokens, tensor_sequence
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.moe.config import expert_dispatcher
 from linear_moe.modeling.ops.fused.linear_cross_entropy import block_rows
-from linear_moe.plan.exchange import Split, kept_bytes
-from linear_moe.plan.needs import Needs
+from linear_moe.plan.needs import SequenceNeeds
 from linear_moe.plan.ranks import RankChunk
+from linear_moe.plan.traffic import SequenceSplit, kept_bytes
 
 
 def layer_elements(
@@ -98,10 +98,10 @@ def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> l
 
 def activation_bytes(
     config: Config,
-    layout: ParallelLayout,
+    layout: ProcessMesh,
     chunks: list[RankChunk],
     stage: int,
-    needs: Mapping[int, Needs] | None = None,
+    needs: Mapping[int, SequenceNeeds] | None = None,
 ) -> dict[str, int]:
     """What backward passes hold at the peak, and what the logits of one micro-batch need.
 
@@ -110,7 +110,7 @@ def activation_bytes(
     """
     training, parallel, hidden = config.training, config.parallel, config.model.hidden_size
     size = DTYPES[training.dtype].itemsize
-    tokens, split = rank_tokens(config), Split.of(config)
+    tokens, split = rank_tokens(config), SequenceSplit.of(config)
     stream = hidden / (parallel.tensor if tensor_sequence(parallel) else 1)
     micro_batches = training.global_batch // (training.micro_batch * layout.data)
     modules, concerned = recomputed(config)

@@ -33,16 +33,16 @@ from linear_moe.config.schema import Config
 from linear_moe.gpus import GPU
 from linear_moe.layout.flops import Flops
 from linear_moe.layout.pipeline import HEAD_SPEED
-from linear_moe.layout.processes import ParallelLayout
+from linear_moe.layout.processes import ProcessMesh
 from linear_moe.layout.recompute import recomputed
 from linear_moe.layout.sequence import padded_length, rank_tokens
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.moe.config import expert_dispatcher
-from linear_moe.plan.exchange import Exchange, Speed, Split, layer_exchange
 from linear_moe.plan.memory import optimizer_bytes
-from linear_moe.plan.needs import Needs
+from linear_moe.plan.needs import SequenceNeeds
 from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.ranks import RankChunk, is_expert
+from linear_moe.plan.traffic import LayerTraffic, SequenceSplit, Speed, layer_exchange
 
 EFFICIENCY = 0.35
 MEMORY_EFFICIENCY = 0.5
@@ -68,8 +68,14 @@ def speed(gpu: GPU, tensor: int) -> Speed:
 
 
 def layer_seconds(
-    config: Config, number: int, layer: Any, flops: Flops, group: Group, needs: Needs | None, split: Split
-) -> tuple[float, Exchange]:
+    config: Config,
+    number: int,
+    layer: Any,
+    flops: Flops,
+    group: Group,
+    needs: SequenceNeeds | None,
+    split: SequenceSplit,
+) -> tuple[float, LayerTraffic]:
     """Seconds of one layer's compute for a micro-batch, and what it exchanges.
 
     Args:
@@ -84,7 +90,7 @@ def layer_seconds(
     passes = 3 + again / once  # the backward pass costs two
     compute = max(passes * tokens * once / fast.together, launches * passes / 3)
     if needs is None:
-        return compute, Exchange()
+        return compute, LayerTraffic()
     core = layer.mixer.recurrence_flops
     exchange = layer_exchange(needs, split, group, core, length, fast)
     behind = passes * tokens * parts["core"] * (exchange.imbalance - 1) / fast.together
@@ -99,11 +105,11 @@ def recomputed_in(config: Config, number: int) -> frozenset[str]:
 
 def stage_cost(
     config: Config,
-    layout: ParallelLayout,
+    layout: ProcessMesh,
     chunks: list[RankChunk],
     flops: Flops,
     cluster: Cluster,
-    needs: Mapping[int, Needs],
+    needs: Mapping[int, SequenceNeeds],
 ) -> StageCost:
     """Of a rank that holds `chunks`.
 
@@ -115,7 +121,7 @@ def stage_cost(
     size, hidden = DTYPES[training.dtype].itemsize, config.model.hidden_size
     tokens = rank_tokens(config)
     groups = {axis: Group.of(ranks[0], cluster) for axis, ranks in layout.groups.items()}
-    line, split = groups.get("sequence", Group.of([0], cluster)), Split.of(config)
+    line, split = groups.get("sequence", Group.of([0], cluster)), SequenceSplit.of(config)
 
     seconds = dict.fromkeys(("compute", "weights", "tensor", "expert", "sequence", "pipeline"), 0.0)
     stream = size * tokens * hidden
@@ -174,7 +180,7 @@ def dispatch(config: Config, groups: dict[str, Group], stream: float) -> float:
     return expert.exchange(rows) + inside.ring(rows * inside.ranks)
 
 
-def step_seconds(config: Config, layout: ParallelLayout, stages: list[StageCost]) -> dict[str, float]:
+def step_seconds(config: Config, layout: ProcessMesh, stages: list[StageCost]) -> dict[str, float]:
     """Seconds of one optimizer step by kind, of which the last is their sum, `total`."""
     micro_batches = config.training.global_batch // (config.training.micro_batch * layout.data)
     slowest = max((stage.micro_batch for stage in stages), key=lambda kinds: sum(kinds.values()))

@@ -9,7 +9,7 @@ from torch import nn
 
 from linear_moe.config.schema import Config, OptimizerConfig
 from linear_moe.layout.optimizer import state_names
-from linear_moe.layout.processes import ParallelLayout
+from linear_moe.layout.processes import ProcessMesh
 from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.ranks import RankChunk, RankModels, is_expert, rank_chunks
@@ -73,7 +73,7 @@ def bucket_size(optimizer: OptimizerConfig, replicas: int, stage: int, chunk: in
 
 
 def state_bytes(
-    config: Config, layout: ParallelLayout, chunks: list[RankChunk], stage: int, place: tuple[int, int] | None = None
+    config: Config, layout: ProcessMesh, chunks: list[RankChunk], stage: int, place: tuple[int, int] | None = None
 ) -> dict[str, int]:
     """Weights, fp32 gradients and optimizer state.
 
@@ -106,7 +106,7 @@ def state_bytes(
     return totals
 
 
-def rank_bytes(config: Config, layout: ParallelLayout, models: RankModels, stage: int) -> dict[str, int]:
+def rank_bytes(config: Config, layout: ProcessMesh, models: RankModels, stage: int) -> dict[str, int]:
     """By KINDS, on the fullest rank of a pipeline stage."""
     chunks = rank_chunks(config, models(config.parallel), stage)
     activations = activation_bytes(config, layout, chunks, stage, models.split_needs(config.parallel))

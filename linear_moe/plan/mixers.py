@@ -49,7 +49,7 @@ def cost(name: str, hidden: int, heads: int, length: int) -> tuple[int, int]:
     return sum(p.numel() for p in mixer.parameters()), state
 
 
-def describe(name: str, hidden: int, heads: int, length: int) -> dict[str, Any]:
+def describe_mixer(name: str, hidden: int, heads: int, length: int) -> dict[str, Any]:
     """One mixer's row, as `--json` prints it; `problem` says why it has no costs at this width, and is null else."""
     cls, problem = mixer_class(name), None
     params: int | None
@@ -72,7 +72,7 @@ def describe(name: str, hidden: int, heads: int, length: int) -> dict[str, Any]:
     }
 
 
-def summary(row: dict[str, Any]) -> tuple[str, str, str]:
+def mixers_summary(row: dict[str, Any]) -> tuple[str, str, str]:
     """Capabilities, parameters and state of a row for people; * where its problem is told below the table."""
     able = "".join(letter for key, letter in LETTERS.items() if row["capabilities"][key])
     if row["problem"] is not None:
@@ -85,7 +85,7 @@ def letters() -> str:
 
 
 # -- terminal ---------------------------------------------------------------------------------------------------------
-def show(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> None:
+def show_mixers(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> None:
     """What a mixer computes, then what it costs."""
     from rich import box
     from rich.console import Console
@@ -110,7 +110,7 @@ def show(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> No
     table.add_column("params", justify="right", no_wrap=True)
     table.add_column("state", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["name"], row["family"], " ".join(row["backends"]), *summary(row))
+        table.add_row(row["name"], row["family"], " ".join(row["backends"]), *mixers_summary(row))
     console.print(
         f"[bold cyan]One layer with default options, hidden_size {hidden}, num_heads {heads}, bf16; "
         f"state of one sequence after {length} tokens; backends on this machine[/]"
@@ -137,7 +137,7 @@ Costs are of one layer (not the first, which is smaller in some) with default op
 
 def markdown(hidden: int, heads: int, length: int) -> str:
     """The page about all mixers; the same on every machine."""
-    rows = [describe(name, hidden, heads, length) for name in sorted(MIXERS)]
+    rows = [describe_mixer(name, hidden, heads, length) for name in sorted(MIXERS)]
     lines = [
         *HEADER.format(hidden=hidden, heads=heads, length=length, letters=letters()).splitlines(),
         "",
@@ -146,7 +146,7 @@ def markdown(hidden: int, heads: int, length: int) -> str:
     ]
     for row in rows:
         name, recurrence = f"[{row['name']}](#{row['name']})", f"`{row['recurrence']}`"
-        lines.append(table_row(name, recurrence, row["family"], *summary(row), links(row["paper"])))
+        lines.append(table_row(name, recurrence, row["family"], *mixers_summary(row), links(row["paper"])))
     lines += [f"\\* {row['name']}: {row['problem']}" for row in rows if row["problem"] is not None]
     for row in rows:
         lines += section(row)

@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.ops.sequence import FromState, pieces_of
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 
 TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
 
 
 @dataclass(frozen=True)
-class State:
+class CarriedState:
     """A state that goes from piece to piece.
 
     Attributes:
@@ -56,7 +56,7 @@ class TokenKeys:
 
 
 @dataclass(frozen=True)
-class Needs:
+class SequenceNeeds:
     """Of one layer, on one tensor rank.
 
     Attributes:
@@ -67,7 +67,7 @@ class Needs:
             states travel (`modeling/later.py`).
     """
 
-    states: tuple[State, ...]
+    states: tuple[CarriedState, ...]
     keys: tuple[TokenKeys, ...]
     heads: int
     inputs: tuple[tuple[int, int], ...]
@@ -82,7 +82,7 @@ class _Recorder:
 
     def __init__(self, tokens: int) -> None:
         self.length = self.tokens = tokens
-        self.states_: list[State] = []
+        self.states_: list[CarriedState] = []
         self.keys_: list[TokenKeys] = []
         self.attended: list[Tensor] = []  # queries, keys and values
 
@@ -144,7 +144,7 @@ class _Recorder:
     ) -> None:
         read = sum(_bytes(x) for x in inputs if x is not None) / self.length
         does = 0 if transition is None else _numbers(transition)
-        self.states_.append(State(_numbers(state), does, flops, read, serial))
+        self.states_.append(CarriedState(_numbers(state), does, flops, read, serial))
 
     def attention(
         self,
@@ -162,10 +162,10 @@ class _Recorder:
         return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-def layer_needs(layers: Mapping[int, Any]) -> dict[int, Needs]:
+def layer_needs(layers: Mapping[int, Any]) -> dict[int, SequenceNeeds]:
     """Of `Layer`s on the meta device, by number, in the model's order; layers alike are run once."""
     shared: dict[str, Tensor] = {}
-    known: dict[tuple[Any, ...], Needs] = {}
+    known: dict[tuple[Any, ...], SequenceNeeds] = {}
     found = {}
     for number, layer in layers.items():
         mixer = layer.mixer
@@ -176,16 +176,16 @@ def layer_needs(layers: Mapping[int, Any]) -> dict[int, Needs]:
     return found
 
 
-def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None, tokens: int = TOKENS) -> Needs:
+def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None, tokens: int = TOKENS) -> SequenceNeeds:
     """Of one mixer on the meta device.
 
     Args:
-        shared: what layers before have left (`Layout.shared`); it leaves its own there.
+        shared: what layers before have left (`TokenLayout.shared`); it leaves its own there.
         tokens: of a piece; only of very short ones does it matter.
     """
     recorder, dtype = _Recorder(tokens), mixer.host.dtype
     positions = torch.empty(1, tokens, dtype=torch.int64, device="meta")
-    layout = Layout(1, tokens, positions=positions, shared={} if shared is None else shared, pieces=recorder)
+    layout = TokenLayout(1, tokens, positions=positions, shared={} if shared is None else shared, pieces=recorder)
     x = torch.empty(tokens, mixer.dims.hidden_size, dtype=dtype, device="meta")
     with torch.no_grad(), pieces_of(recorder):
         inputs, _ = mixer.project(x, layout, None)
@@ -195,7 +195,7 @@ def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None, tokens: i
     by_token = (x for x in tensors if x.ndim > 2 and x.shape[1] == tokens)
     shares = tuple((_heads(x, heads), _bytes(x) // tokens) for x in by_token)
     gap = sum(2.0 * m.weight.numel() for m in mixer.modules() if isinstance(m, Linear) and m.split == "row")
-    return Needs(tuple(recorder.states_), tuple(recorder.keys_), heads, shares, _bytes(output) // tokens, gap)
+    return SequenceNeeds(tuple(recorder.states_), tuple(recorder.keys_), heads, shares, _bytes(output) // tokens, gap)
 
 
 def _heads(x: Tensor, heads: int) -> int:

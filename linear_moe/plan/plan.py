@@ -11,7 +11,7 @@ from linear_moe.checks.validate import validate
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.layout.flops import _parameters, active, forward_flops
-from linear_moe.layout.processes import ParallelLayout, parallel_layout, smallest_world
+from linear_moe.layout.processes import ProcessMesh, parallel_layout, smallest_world
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
@@ -42,7 +42,7 @@ class Plan:
     active_params_without_embeddings: int
     forward_flops: float
     vocab_size: int
-    layout: ParallelLayout
+    layout: ProcessMesh
     memory: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from linear_moe.plan.exchange import HEADS
-from linear_moe.plan.simulate import WAYS, Kind, Row, Simulation
+from linear_moe.plan.simulate import WAYS, LayerKind, SimulatedLayer, Simulation
+from linear_moe.plan.traffic import HEADS
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480, 320, 60, 40, 50  # of one kind of layer
@@ -26,7 +26,7 @@ def svg(simulation: Simulation, title: str) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def panel(simulation: Simulation, kind: Kind, title: str) -> list[str]:
+def panel(simulation: Simulation, kind: LayerKind, title: str) -> list[str]:
     """Both axes logarithmic; a way ends where it cannot be."""
     curves = {way: possible(simulation.of(kind, way)) for way in WAYS[kind.by]}
     lines = {way: [(row.world, 1e3 * row.exchange.cost()) for row in rows] for way, rows in curves.items()}
@@ -77,12 +77,12 @@ def legend(way: str, possible: bool, costs: bool) -> str:
     return way if costs or not possible else f"{way}: all hidden"
 
 
-def possible(rows: dict[int, Row]) -> list[Row]:
+def possible(rows: dict[int, SimulatedLayer]) -> list[SimulatedLayer]:
     return [row for row in rows.values() if not row.reason]
 
 
-def by_world(curves: dict[str, list[Row]]) -> dict[int, list[Row]]:
-    found: dict[int, list[Row]] = {}
+def by_world(curves: dict[str, list[SimulatedLayer]]) -> dict[int, list[SimulatedLayer]]:
+    found: dict[int, list[SimulatedLayer]] = {}
     for row in (row for rows in curves.values() for row in rows):
         found.setdefault(row.world, []).append(row)
     return found

@@ -13,7 +13,7 @@ from linear_moe.layout.pipeline import stage_chunks
 from linear_moe.layout.sequence import in_pieces
 from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.plan.needs import Needs, layer_needs
+from linear_moe.plan.needs import SequenceNeeds, layer_needs
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
@@ -42,7 +42,7 @@ class RankModels:
     def __init__(self, config: Config, rows: int):
         self.model, self.dtype, self.rows = config.model, DTYPES[config.training.dtype], rows
         self._built: dict[tuple[int, ...], LanguageModel] = {}
-        self._needs: dict[int, dict[int, Needs]] = {}
+        self._needs: dict[int, dict[int, SequenceNeeds]] = {}
 
     def __call__(self, parallel: ParallelConfig) -> LanguageModel:
         """All layers, with embedding and head: no rank has all of them where there are pipeline stages."""
@@ -51,14 +51,14 @@ class RankModels:
             self._built[key] = LanguageModel(self.model, self.rows, RankHost(parallel, self.dtype))
         return self._built[key]
 
-    def needs(self, parallel: ParallelConfig) -> dict[int, Needs]:
+    def needs(self, parallel: ParallelConfig) -> dict[int, SequenceNeeds]:
         """By layer, what its mixer asks of the other ranks of its sequences."""
         if parallel.tensor not in self._needs:
             layers = {int(number): layer for number, layer in self(parallel).layers.items()}
             self._needs[parallel.tensor] = layer_needs(layers)
         return self._needs[parallel.tensor]
 
-    def split_needs(self, parallel: ParallelConfig) -> dict[int, Needs]:
+    def split_needs(self, parallel: ParallelConfig) -> dict[int, SequenceNeeds]:
         """The same, none where sequences are not shared out."""
         return self.needs(parallel) if in_pieces(parallel) else {}
 

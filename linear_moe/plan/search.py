@@ -12,16 +12,16 @@ from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.layout.flops import forward_flops
 from linear_moe.layout.pipeline import default_split
-from linear_moe.layout.processes import MAX_WORLD, ParallelLayout, parallel_layout
+from linear_moe.layout.processes import MAX_WORLD, ProcessMesh, parallel_layout
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.options.checks import check
 from linear_moe.options.errors import ConfigError
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.cost import layer_seconds, stage_cost, step_seconds
-from linear_moe.plan.exchange import Split
 from linear_moe.plan.memory import state_bytes, with_total
 from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.ranks import RankModels, rank_chunks
+from linear_moe.plan.traffic import SequenceSplit
 
 HEADROOM = 0.1
 """Of a GPU's memory, what is left to its driver, to communication buffers, to kernels and to fragmentation."""
@@ -56,7 +56,7 @@ class Candidate:
     """
 
     config: Config
-    layout: ParallelLayout | None = None
+    layout: ProcessMesh | None = None
     memory: dict[str, int] | None = None
     seconds: dict[str, float] | None = None
     reason: str = ""
@@ -199,7 +199,7 @@ class _Search:
         layers, needs = self.models(config.parallel).layers, self.models.needs(config.parallel)
         tensor, sequence = config.parallel.tensor, config.parallel.sequence
         group = Group.of(list(range(0, tensor * sequence, tensor)), self.cluster)
-        split = Split.of(config)
+        split = SequenceSplit.of(config)
         found = (layer_seconds(config, i, layers[str(i)], self.flops, group, needs[i], split) for i in needs)
         return sum(compute + exchange.cost() for compute, exchange in found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from linear_moe.plan.show import human, show_table
-from linear_moe.plan.simulate import WAYS, Kind, Simulation
+from linear_moe.plan.simulate import WAYS, LayerKind, Simulation
 
 COLUMNS = ("GPUs", "tokens", "way", "sent", "got", "compute", "local", "waited", "hidden", "total")
 NUMBERS = ("sent", "received", "hidden", "exposed")
@@ -28,7 +28,7 @@ def show_simulation(simulation: Simulation, path: str) -> None:
     )
 
 
-def layer_lines(simulation: Simulation, kind: Kind) -> Iterator[tuple[str, ...]]:
+def layer_lines(simulation: Simulation, kind: LayerKind) -> Iterator[tuple[str, ...]]:
     ways = {way: simulation.of(kind, way) for way in WAYS[kind.by]}
     for world, length in simulation.lengths.items():
         head = (str(world), tokens(length))

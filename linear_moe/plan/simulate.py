@@ -23,10 +23,10 @@ from linear_moe.modeling.host import DTYPES, Host
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.options.errors import ConfigError
 from linear_moe.plan.cost import EFFICIENCY, layer_seconds, speed
-from linear_moe.plan.exchange import HEADS, KEYS, STATES, Exchange, Split
-from linear_moe.plan.needs import Needs
+from linear_moe.plan.needs import SequenceNeeds
 from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.ranks import RankModels
+from linear_moe.plan.traffic import HEADS, KEYS, STATES, LayerTraffic, SequenceSplit
 
 SMALLEST, LARGEST = 8, 4096  # worlds
 WAYS = {"exchange": (*STATES, HEADS["exchange"]), "attention": (*KEYS, HEADS["attention"])}
@@ -36,7 +36,7 @@ SCHEMES = (("all_gather", "all_gather"), ("all_gather", "ring"), ("ring", "ring"
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerKind:
     """Layers alike.
 
     Attributes:
@@ -49,11 +49,11 @@ class Kind:
     number: int
     layers: int
     by: str
-    needs: Needs
+    needs: SequenceNeeds
 
 
 @dataclass(frozen=True)
-class Row:
+class SimulatedLayer:
     """One layer, one micro-batch of one sequence, forward and backward, on one number of GPUs in one way.
 
     Attributes:
@@ -63,10 +63,10 @@ class Row:
 
     world: int
     length: int
-    kind: Kind
+    kind: LayerKind
     way: str
     compute: float
-    exchange: Exchange
+    exchange: LayerTraffic
     reason: str = ""
 
     @property
@@ -102,14 +102,14 @@ class Simulation:
 
     cluster: Cluster
     lengths: dict[int, int]
-    rows: list[Row]
+    rows: list[SimulatedLayer]
     outside: dict[int, float]  # seconds of the head, by world
 
     @cached_property
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[LayerKind]:
         return list(dict.fromkeys(row.kind for row in self.rows))
 
-    def of(self, kind: Kind, way: str) -> dict[int, Row]:
+    def of(self, kind: LayerKind, way: str) -> dict[int, SimulatedLayer]:
         """By world."""
         return {row.world: row for row in self.rows if row.kind == kind and row.way == way}
 
@@ -167,7 +167,7 @@ def simulate(config: Config, sizes: list[int], cluster: Cluster, tokens: int, to
         ConfigError: sequences of this model cannot be shared out so.
     """
     lengths = {world: tokens if total else tokens * world for world in sizes}
-    model, rows, outside = _Model(config), list[Row](), {}
+    model, rows, outside = _Model(config), list[SimulatedLayer](), {}
     softmax = _Model(replace(config, model=replace(config.model, pattern="N", num_layers=1)))
     for world, length in lengths.items():
         split = at(config, world, length)
@@ -209,7 +209,7 @@ class _Model:
         rate = HEAD_SPEED * speed(cluster.gpu, config.parallel.tensor).together
         return 3 * rank_tokens(config) * forward_flops(config, self.plain).head / rate
 
-    def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[Row]:
+    def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[SimulatedLayer]:
         """Of one layer of each kind, in every way; `config`: this model's on `world` GPUs."""
         parallel, length = config.parallel, padded_length(config)
         layers: Any = self.ranks(parallel).layers
@@ -220,12 +220,12 @@ class _Model:
             parts = tuple(flops.layers[number].values())
             alike.setdefault((layers[str(number)].mixer.config.type, needs, parts), []).append(number)
         for (mixer, needs, _), (number, *others) in alike.items():
-            kind = Kind(mixer, number, 1 + len(others), "attention" if needs.keys else "exchange", needs)
+            kind = LayerKind(mixer, number, 1 + len(others), "attention" if needs.keys else "exchange", needs)
             for way in WAYS[kind.by]:
                 chosen: Any = {kind.by: way}
-                split = replace(Split.of(config), **chosen)
+                split = replace(SequenceSplit.of(config), **chosen)
                 compute, exchange = layer_seconds(config, number, layers[str(number)], flops, group, needs, split)
                 reason = ""
                 if way == HEADS[kind.by] and needs.heads % parallel.sequence:
                     reason = f"{needs.heads * parallel.tensor} heads are too few"
-                yield Row(world, length, kind, way, compute, exchange, reason)
+                yield SimulatedLayer(world, length, kind, way, compute, exchange, reason)

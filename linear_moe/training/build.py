@@ -16,7 +16,7 @@ from linear_moe.layout.recompute import recomputed
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import initialize
 from linear_moe.modeling.model import LanguageModel, crossing
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import crossing_columns, transformer_config
 from linear_moe.training.optimizer.build import ddp_config
@@ -63,7 +63,7 @@ class MegatronModel(LanguageModel):
     def forward(
         self,
         tokens: Tensor | None,
-        layout: Layout,
+        layout: TokenLayout,
         *,
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
@@ -85,7 +85,7 @@ class MegatronModel(LanguageModel):
         # The schedule frees the storage of what it has sent, which it must not do to a view.
         return make_viewless_tensor(sent, requires_grad=sent.requires_grad, keep_graph=sent.requires_grad)
 
-    def _pack(self, hidden: Tensor, layout: Layout) -> Tensor:
+    def _pack(self, hidden: Tensor, layout: TokenLayout) -> Tensor:
         """`hidden [n, D]` -> `[n, D + columns]`, with what layers have left for later ones; zeros until they do."""
         parts = [hidden]
         for name, columns in self._crossing.items():
@@ -93,7 +93,7 @@ class MegatronModel(LanguageModel):
             parts.append(hidden.new_zeros(len(hidden), columns) if left is None else left.reshape(-1, columns))
         return torch.cat(parts, -1) if len(parts) > 1 else hidden
 
-    def _unpack(self, received: Tensor, layout: Layout) -> Tensor:
+    def _unpack(self, received: Tensor, layout: TokenLayout) -> Tensor:
         """Undoes `_pack`."""
         if not self._crossing:
             return received

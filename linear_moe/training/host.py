@@ -35,9 +35,9 @@ from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens, z_l
 from linear_moe.modeling.moe.router import scores
 from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.fused.linear_cross_entropy import linear_cross_entropy
-from linear_moe.modeling.tokens import Layout
-from linear_moe.training.experts.gathered import GatheredExchange
-from linear_moe.training.experts.padded import PaddedExchange
+from linear_moe.modeling.tokens import TokenLayout
+from linear_moe.training.experts.gathered import AllGatherDispatcher
+from linear_moe.training.experts.padded import PaddedAllToAll
 from linear_moe.training.experts.routing import RoutingStatistics
 
 
@@ -154,7 +154,7 @@ class MegatronHost(Host):
         local = self.split(config.num_experts, "expert")
         first = self.rank("expert") * local
         if expert_dispatcher(config, self.size("expert")) == "allgather":
-            return GatheredExchange(config.num_experts, first, local)
+            return AllGatherDispatcher(config.num_experts, first, local)
         return MegatronDispatcher(config, self, first, local)
 
     def all_tokens(self, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class MegatronHost(Host):
             self.routing.add(_counts(index, config.num_experts), dropped, layer)
 
     def router_losses(
-        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
+        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: TokenLayout
     ) -> Tensor:
         """Attach one micro-batch's losses to `weights`: that of balance, in up to three scopes, and the z-loss.
 
@@ -277,7 +277,7 @@ class MegatronDispatcher(Dispatcher):
     def __init__(self, config: MoEConfig, host: MegatronHost, first: int, local: int):
         super().__init__(config.num_experts)
         self.config, self._ranks = config, host.size("tensor") * host.size("sequence")
-        self._padded: PaddedExchange | None = PaddedExchange(config.num_experts) if config.capacity_pad else None
+        self._padded: PaddedAllToAll | None = PaddedAllToAll(config.num_experts) if config.capacity_pad else None
         self._dispatcher = MoEAlltoAllTokenDispatcher(
             local, list(range(first, first + local)), config=host.config, pg_collection=get_default_pg_collection()
         )

@@ -10,7 +10,7 @@ from torch import nn
 
 from linear_moe.checkpoints.reader import LATEST, complete_checkpoints
 from linear_moe.checkpoints.run import EMBEDDING
-from linear_moe.checkpoints.weights import Weights, open_weights
+from linear_moe.checkpoints.weights import WeightSource, open_weights
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
@@ -75,7 +75,7 @@ def import_weights(source: Path, config: Config, *, upcycle: bool = False, step:
     return {"run": config.run, "checkpoint": str(folder), **imported, "parameters": count, "bytes": size}
 
 
-def _upcycled_layers(config: Config, weights: Weights, upcycle: bool) -> list[int]:
+def _upcycled_layers(config: Config, weights: WeightSource, upcycle: bool) -> list[int]:
     """The layers whose dense FFN becomes experts; ConfigError where the models differ in anything else."""
     from linear_moe.training.checkpointing.load import model_difference
 
@@ -93,7 +93,7 @@ def _upcycled_layers(config: Config, weights: Weights, upcycle: bool) -> list[in
     return layers
 
 
-def _embedding_rows(config: Config, weights: Weights) -> int:
+def _embedding_rows(config: Config, weights: WeightSource) -> int:
     """Those of the source; ConfigError where the config says otherwise. How many tokens a bpe gets, training sees."""
     rows = weights.shapes.get(EMBEDDING, (0,))[0]
     grown = config.model.vocab_size is None and config.data.tokenizer.type == "bpe"
@@ -104,7 +104,7 @@ def _embedding_rows(config: Config, weights: Weights) -> int:
     return rows
 
 
-def _check_parameters(weights: Weights, parameters: Parameters, layers: list[int]) -> None:
+def _check_parameters(weights: WeightSource, parameters: Parameters, layers: list[int]) -> None:
     """Raises ConfigError where the source lacks a parameter, has one more, or has one of another shape."""
     from linear_moe.training.checkpointing.load import check_shapes
 
@@ -116,9 +116,9 @@ def _check_parameters(weights: Weights, parameters: Parameters, layers: list[int
     check_shapes(str(weights.place), expected, weights.shapes, fix="give another source, or its own model")
 
 
-def _pieces(weights: Weights, parameters: Parameters, layers: list[int], upcycler: Upcycler | None) -> list[Any]:
+def _pieces(weights: WeightSource, parameters: Parameters, layers: list[int], upcycler: Upcycler | None) -> list[Any]:
     """Every parameter; experts one by one, so that ranks read theirs only."""
-    from linear_moe.training.checkpointing.initial import Piece
+    from linear_moe.training.checkpointing.initial import TensorPiece
 
     pieces = []
     for name, parameter in parameters.items():
@@ -126,15 +126,15 @@ def _pieces(weights: Weights, parameters: Parameters, layers: list[int], upcycle
         part = _upcycled(name, layers)
         none = (0,) * len(spec.shape)
         if part is None:
-            pieces.append(Piece(name, spec.shape, none, spec.shape, partial(weights.read, name)))
+            pieces.append(TensorPiece(name, spec.shape, none, spec.shape, partial(weights.read, name)))
             continue
         assert upcycler is not None
         if not spec.by_expert:
-            pieces.append(Piece(name, spec.shape, none, spec.shape, partial(upcycler.value, *part, spec)))
+            pieces.append(TensorPiece(name, spec.shape, none, spec.shape, partial(upcycler.value, *part, spec)))
             continue
         for i in range(spec.shape[0]):
             value = partial(_one_expert, upcycler, *part, spec, i)
-            pieces.append(Piece(name, spec.shape, (i, *none[1:]), (1, *spec.shape[1:]), value))
+            pieces.append(TensorPiece(name, spec.shape, (i, *none[1:]), (1, *spec.shape[1:]), value))
     return pieces
 
 

@@ -30,7 +30,7 @@ def train(config: Config, data: PreparedData) -> int:
     """Train from the newest checkpoint, or from the start, to `training.steps`. Returns the exit code."""
     stop = StopSignal()
     mark("meeting the other ranks")
-    groups = parallel.initialize(config)
+    groups = parallel.initialize_groups(config)
     mark("building the model")
     model = build_model(config, embedding_rows(config.model, data.vocab_size), groups)
     optimizer = build_optimizer(model, config)
@@ -93,12 +93,12 @@ def train(config: Config, data: PreparedData) -> int:
                 path = save(config, step, model, optimizer, data=data.fingerprint)
                 log.event("checkpoint", step=step, path=str(path))
             if training.eval_every and step % training.eval_every == 0 and step < training.steps:
-                validate(step, config, data, groups, stepper, log)
+                validate_model(step, config, data, groups, stepper, log)
     if stopped:
         log.event("stopped", step=step, signal=stop.received)
         log.message(f"stopped after step {step} on a signal; checkpoint saved. Rerun the same command to go on")
     else:
-        validate(step, config, data, groups, stepper, log)
+        validate_model(step, config, data, groups, stepper, log)
     log.close()
     mark("ending")
     dist.barrier()
@@ -106,7 +106,7 @@ def train(config: Config, data: PreparedData) -> int:
     return 0
 
 
-def validate(
+def validate_model(
     step: int, config: Config, data: PreparedData, groups: parallel.Groups, stepper: Stepper, log: Logger
 ) -> None:
     """Score the held-out sequences, where there are any; collective."""

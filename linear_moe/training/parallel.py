@@ -41,7 +41,7 @@ class Groups:
         return self.stage == self.stages - 1
 
 
-def initialize(config: Config) -> Groups:
+def initialize_groups(config: Config) -> Groups:
     """Start torch.distributed (as torchrun's environment says; without it, one process) and Megatron's groups; seed.
 
     Uses torch.distributed as it is where it has been started before.
@@ -95,7 +95,7 @@ def initialize(config: Config) -> Groups:
 
 
 def destroy() -> None:
-    """Undo `initialize`."""
+    """Undo `initialize_groups`."""
     from megatron.core import parallel_state as ps
 
     ps.destroy_model_parallel()

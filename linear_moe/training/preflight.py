@@ -14,7 +14,7 @@ from linear_moe.modeling.moe.experts import check_quack
 from linear_moe.modeling.pattern import resolve_layers
 
 
-def check(config: Config, world: int) -> None:
+def check_run(config: Config, world: int) -> None:
     """Raises ConfigError for anything that would stop `train` on `world` ranks before its first step."""
     validate(config, world)
     if config.model.moe.experts == "quack" and any(layer.ffn == "moe" for layer in resolve_layers(config.model)):

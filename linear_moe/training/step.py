@@ -17,18 +17,18 @@ from torch import Tensor
 from linear_moe.config.schema import Config
 from linear_moe.layout.sequence import in_pieces, order_of, padded_length
 from linear_moe.modeling.host import DTYPES
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training.experts.routing import LayerRouting, routers_of
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.sequence import pieces
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.exchange import SequenceGroup
 from linear_moe.training.supervision.faults import StopSignal
 from linear_moe.training.supervision.watch import mark
 
 Batch = dict[str, Any]
 
 
-def layout_of(batch: Batch, line: Line | None = None) -> Layout:
+def token_layout(batch: Batch, line: SequenceGroup | None = None) -> TokenLayout:
     """The layout of a micro-batch from the loader: rows, or packed documents as one row.
 
     Args:
@@ -38,13 +38,13 @@ def layout_of(batch: Batch, line: Line | None = None) -> Layout:
     cu_seqlens = batch.get("cu_seqlens")
     positions = batch["positions"]
     if line is not None:
-        return pieces.layout_of(batch["cut"], line, positions.device, positions, cu_seqlens)
+        return pieces.pieces_layout(batch["cut"], line, positions.device, positions, cu_seqlens)
     if cu_seqlens is None:
-        return Layout(rows, length, positions=positions)
-    return Layout(1, rows * length, cu_seqlens, batch["max_document"], positions.reshape(1, -1))
+        return TokenLayout(rows, length, positions=positions)
+    return TokenLayout(1, rows * length, cu_seqlens, batch["max_document"], positions.reshape(1, -1))
 
 
-def sequence_line(config: Config) -> Line | None:
+def sequence_line(config: Config) -> SequenceGroup | None:
     """This rank among those that share out its sequences; None: they are not cut."""
     parallel = config.parallel
     if not in_pieces(parallel):
@@ -53,7 +53,7 @@ def sequence_line(config: Config) -> Line | None:
     group, rank = (None, 0) if alone else (ps.get_context_parallel_group(), ps.get_context_parallel_rank())
     attention = "ulysses" if alone else parallel.sequence_attention  # of all heads, whole sequences
     dtype = DTYPES[parallel.sequence_dtype]
-    return Line(order_of(parallel), rank, group, parallel.sequence_exchange, attention, dtype)
+    return SequenceGroup(order_of(parallel), rank, group, parallel.sequence_exchange, attention, dtype)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -112,7 +112,7 @@ class Stepper:
         """Megatron's forward_step_func: one micro-batch through this stage."""
         mark("forward and backward")
         batch = to_device(next(batches), self.device)
-        layout = layout_of(batch, self.line)
+        layout = token_layout(batch, self.line)
         shape = (layout.batch, layout.length)
         losses = model(batch["tokens"].reshape(shape), layout, labels=batch["labels"].reshape(shape))
         return losses, partial(masked_loss, batch["loss_mask"])

@@ -52,7 +52,7 @@ from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import LinearMixer, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 from linear_moe.modeling.ops import backends as dispatch
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 
 Work = Callable[[], Any]
 """One forward and backward pass."""
@@ -185,7 +185,7 @@ def every(works: list[Work]) -> Work:
 def parts(mixer: Mixer, batch: int, length: int, x: Tensor, step: Work) -> tuple[dict[str, Work], str | None]:
     """What is measured, by column, and the names of the bare kernels."""
     with Recorder(mixer) as seen:
-        mixer(x, Layout(batch, length))
+        mixer(x, TokenLayout(batch, length))
     method = getattr(mixer, seen.method)
     recurrence = every([work(method, *args, **kwargs) for args, kwargs in seen.recurrences])
     # a call inside an autograd function of ours is seen without gradients: it has no backward pass to replay
@@ -273,7 +273,7 @@ def first_step(name: str, at: Setting, batch: int, length: int) -> tuple[Mixer, 
     inputs = [x, *mixer.parameters()]
 
     def step() -> None:
-        torch.autograd.grad(mixer(x, Layout(batch, length)), inputs, grad, allow_unused=True)
+        torch.autograd.grad(mixer(x, TokenLayout(batch, length)), inputs, grad, allow_unused=True)
 
     step()
     if at.device.type == "cuda":

@@ -35,7 +35,7 @@ from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import LinearMixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 from linear_moe.modeling.ops.backends import use_backend
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.unit.ops.cases import OPS, VARIANTS, make_inputs
 
 HEADS, SIZE = 4, 64
@@ -104,7 +104,7 @@ def ops(length: int, only: str) -> Iterator[dict[str, Any]]:
 
 def mixers(length: int, only: str) -> Iterator[dict[str, Any]]:
     dims = Dims(HEADS * SIZE, HEADS, num_layers=2, layer=0, norm_eps=1e-5, init_std=0.02, output_init_std=0.02)
-    layout = Layout(1, length)
+    layout = TokenLayout(1, length)
     for name in sorted(MIXERS):
         cls = mixer_class(name)
         if only not in name or not issubclass(cls, LinearMixer):

@@ -170,7 +170,7 @@ def measure(job: Job) -> dict[str, Any]:
     if (reason := too_big(config, job)) is not None:
         return {"skipped": reason}
     start_peak()
-    found = steps_of(config, job, parallel.initialize(config))
+    found = steps_of(config, job, parallel.initialize_groups(config))
     trained = time.perf_counter()
     found["left_gib"] = end_groups()
     found["total_seconds"], found["end_seconds"] = trained - began, time.perf_counter() - trained

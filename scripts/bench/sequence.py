@@ -143,7 +143,9 @@ class Trial:
         from linear_moe.training.optimizer.build import build_optimizer
 
         trial = cls(
-            job, parallel.initialize(config), groups_named=frozenset(dist.distributed_c10d._world.pg_names.values())
+            job,
+            parallel.initialize_groups(config),
+            groups_named=frozenset(dist.distributed_c10d._world.pg_names.values()),
         )
         if job.model != "layer":
             trial.model = build_model(config, vocab_size(config), trial.groups)

@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import Order, order_of, padded_length
+from linear_moe.layout.sequence import PieceOrder, order_of, padded_length
 from linear_moe.modeling.host import DTYPES, Host, initialize
 from linear_moe.modeling.mixers.gated_deltanet import GatedDeltaNet
 from linear_moe.modeling.mixers.registry import mixer_config
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
 from linear_moe.modeling.ops.fused.short_conv import short_conv
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.training.sequence.cut import cut, share, split
-from linear_moe.training.step import layout_of, sequence_line
+from linear_moe.training.step import sequence_line, token_layout
 
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-4}
 
@@ -76,20 +76,20 @@ class Ulysses(GatedDeltaNet):
         blocks = _AllToAll.apply(x[0].unflatten(0, (self.ranks, -1)).contiguous(), self.group)
         return blocks.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
-    def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+    def projected(self, name: str, x: Tensor, layout: TokenLayout, cache: Cache | None) -> Tensor:
         y = self.to_heads(self.get_submodule(f"{name}_proj")(x).view(1, layout.length, -1))
         conv: Any = self.get_submodule(f"{name}_conv1d")
         weight = conv.weight.chunk(self.ranks)[self.rank]
         options = {"activation": conv.activation, "output_state": False, "norm_size": conv.norm_size}
         return short_conv(y, weight, None, **options)[0]
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         inputs, gate = super().project(x, layout, cache)
         gates = torch.stack([inputs["beta"].float(), inputs["g"].float()], -1)  # [1, T / ranks, H, 2]
         beta, g = self.to_heads(gates.flatten(2)).unflatten(2, (-1, 2)).unbind(-1)
         return inputs | {"beta": beta.to(inputs["beta"].dtype), "g": g}, gate
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         o, found = super().recurrence(inputs, layout, states)
         return self.to_tokens(o.flatten(2)).unflatten(2, (-1, self.value_dim)), found
 
@@ -109,13 +109,13 @@ class FlaContextParallel(GatedDeltaNet):
             offsets.cuda(), group=line.group, conv1d_kernel_size=self.config.conv_size, cu_seqlens_cpu=offsets
         )
 
-    def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+    def projected(self, name: str, x: Tensor, layout: TokenLayout, cache: Cache | None) -> Tensor:
         y = self.get_submodule(f"{name}_proj")(x).view(1, layout.length, -1)
         conv: Any = self.get_submodule(f"{name}_conv1d")
         convolve = import_fla("modules.causal_conv1d").causal_conv1d
         return convolve(y, weight=conv.weight, activation=conv.activation, cp_context=self.context)[0]
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         size = self.size(self.key_dim)
         padded = {name: pad_keys(inputs[name], -1, size) for name in "qk"}
         run = import_fla("ops.gated_delta_rule").chunk_gated_delta_rule
@@ -144,7 +144,7 @@ def build(way: str, config: Config, device: torch.device) -> GatedDeltaNet:
     return mixer
 
 
-def one_pass(mixer: GatedDeltaNet, x: Tensor, dy: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+def one_pass(mixer: GatedDeltaNet, x: Tensor, dy: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
     """`x, dy [tokens, hidden]` -> the output, and the gradients of x and of all parameters."""
     y = mixer(x, layout)
     return (y.detach(), *torch.autograd.grad(y, [x, *mixer.parameters()], dy))
@@ -204,24 +204,24 @@ def measure(config: Config, way: str, device: torch.device, seconds: float) -> d
     assert line is not None
     if way in ("fla", "fla_padded") and device.type != "cuda":
         return {"skipped": "flash-linear-attention's kernels need a GPU"}
-    order = order_of(config.parallel) if way == "ours" else Order(line.order.size)
+    order = order_of(config.parallel) if way == "ours" else PieceOrder(line.order.size)
     found = cut(1, length, order, line.rank)
     generator = torch.Generator(device).manual_seed(config.training.seed)
     whole = [torch.randn(1, length, config.model.hidden_size, generator=generator, device=device) for _ in range(2)]
     whole = [x.to(DTYPES[config.training.dtype]) for x in whole]
     x, dy = (share(part, found).flatten(0, 1).contiguous() for part in whole)
     x.requires_grad_()
-    layout = Layout(1, length // order.size)
+    layout = TokenLayout(1, length // order.size)
     if way == "ours":
         tokens = torch.zeros(1, length, dtype=torch.int64)
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": tokens, "positions": torch.arange(length)[None]}
         batch = split(batch, order, line.rank, length)
-        layout = layout_of(batch | {"positions": batch["positions"].to(device)}, line)
+        layout = token_layout(batch | {"positions": batch["positions"].to(device)}, line)
     mixer = build(way, config, device)
     row: dict[str, Any] = {}
     if way != "alone":
         one = build("alone", config, device)
-        wanted = one_pass(one, whole[0][0].requires_grad_(), whole[1][0], Layout(1, length))
+        wanted = one_pass(one, whole[0][0].requires_grad_(), whole[1][0], TokenLayout(1, length))
         y, d_x = (share(t.unsqueeze(0), found).flatten(0, 1) for t in wanted[:2])
         row["differences"] = differences(one_pass(mixer, x, dy, layout), wanted, (y, d_x))
         row["agrees"] = max(row["differences"].values()) < TOLERANCE[config.training.dtype]

@@ -35,16 +35,16 @@ import torch
 from mixers import Setting, Work, busy, milliseconds, profiled
 from pretrain import commit, versions
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import MIXERS as ALL
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training.sequence.cut import cut
-from linear_moe.training.sequence.exchange import Line
-from linear_moe.training.sequence.pieces import layout_of
+from linear_moe.training.sequence.exchange import SequenceGroup
+from linear_moe.training.sequence.pieces import pieces_layout
 
 MIXERS = "linear_attention,gla,mamba2,gated_deltanet"
 FIELDS: dict[str, dict[str, Any]] = {"gla": {"expand_k": 1.0, "qkv_bias": True}}  # as in configs/models/a0.3b_2b.yaml
@@ -61,12 +61,12 @@ def build(name: str, at: Setting) -> Mixer:
     return mixer
 
 
-def layouts(length: int, device: torch.device) -> dict[str, Layout]:
-    found = {"whole": Layout(1, length), "rows": Layout(2, length // 2)}
+def layouts(length: int, device: torch.device) -> dict[str, TokenLayout]:
+    found = {"whole": TokenLayout(1, length), "rows": TokenLayout(2, length // 2)}
     positions = torch.arange(length, device=device)[None]
     for column, kind in ORDERS.items():
-        order = Order(1, kind)
-        found[column] = layout_of(cut(1, length, order, 0), Line(order, 0), device, positions, None)
+        order = PieceOrder(1, kind)
+        found[column] = pieces_layout(cut(1, length, order, 0), SequenceGroup(order, 0), device, positions, None)
     return found
 
 
@@ -75,7 +75,7 @@ def passes(mixer: Mixer, at: Setting, length: int) -> dict[str, Work]:
     x = torch.randn(length, at.hidden, device=at.device).bfloat16().requires_grad_()
     grad, inputs = torch.randn_like(x), [x, *mixer.parameters()]
 
-    def step_of(layout: Layout) -> Work:
+    def step_of(layout: TokenLayout) -> Work:
         return lambda: torch.autograd.grad(mixer(x, layout), inputs, grad, allow_unused=True)
 
     found = {column: step_of(layout) for column, layout in layouts(length, at.device).items()}

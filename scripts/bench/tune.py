@@ -57,7 +57,7 @@ def measure_one_at_a_time(lock: Path, most: int, known: dict[str, list[tuned.Ent
         if len(configs) <= most:
             return configs
         key, names = tuned.tuning_key(self, kwargs)
-        before = tuned.nearest(known.get(tuned.kernel_name(self), []), list(key), names)
+        before = tuned.nearest_tuned(known.get(tuned.kernel_name(self), []), list(key), names)
         some = [configs[i * len(configs) // most] for i in range(most)]
         return [config for config in configs if config in some or tuned.describe(config) == before]
 
@@ -70,7 +70,7 @@ def run_mixer(name: str, hidden: int, heads: int) -> None:
 
     from linear_moe.modeling.dims import Dims
     from linear_moe.modeling.host import Host, initialize
-    from linear_moe.modeling.tokens import Layout
+    from linear_moe.modeling.tokens import TokenLayout
 
     dims = Dims(hidden, heads, num_layers=12, layer=1, norm_eps=1e-5, init_std=0.02, output_init_std=0.02)
     config = mixer_config(name)
@@ -80,7 +80,7 @@ def run_mixer(name: str, hidden: int, heads: int) -> None:
     initialize(mixer, host, seed=0)
     offsets = torch.arange(0, TOKENS + 1, 2048, device="cuda")
     positions = torch.arange(2048, device="cuda").repeat(TOKENS // 2048)
-    for layout in (Layout(TOKENS // 2048, 2048), Layout(1, TOKENS, offsets, 2048, positions[None])):
+    for layout in (TokenLayout(TOKENS // 2048, 2048), TokenLayout(1, TOKENS, offsets, 2048, positions[None])):
         if mixer.crossing(config, dims):  # what the first layer would have left
             first = mixer_class(name)(config, Dims(**{**dims.__dict__, "layer": 0}), host)
             initialize(first, host, seed=0)

@@ -16,7 +16,7 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.moe.router import route
 from linear_moe.modeling.ops import experts
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
 from linear_moe.training import parallel
 from linear_moe.training.build import build_model
@@ -33,7 +33,7 @@ LENGTH = 32
 def start(config: dict[str, Any]) -> tuple[Config, Groups]:
     tree = from_dict(Config, config)
     validate(tree, int(os.environ.get("WORLD_SIZE", "1")), files=False)
-    return tree, parallel.initialize(tree)
+    return tree, parallel.initialize_groups(tree)
 
 
 def shard(model: Any, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
@@ -72,7 +72,7 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
 
     def forward(batches: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
         rows = next(batches)
-        layout = Layout(rows.shape[0], rows.shape[1] - 1)
+        layout = TokenLayout(rows.shape[0], rows.shape[1] - 1)
         losses = chunk(rows[:, :-1], layout, labels=rows[:, 1:])
 
         def reduce(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,13 +153,13 @@ def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor])
     return {"y": y.detach(), "counts": counts, "dx": tokens.grad, "dprobs": probs.grad * chosen}
 
 
-def router_losses(config: dict[str, Any], logits: Tensor, layout: Layout | None = None) -> dict[str, Any]:
+def router_losses(config: dict[str, Any], logits: Tensor, layout: TokenLayout | None = None) -> dict[str, Any]:
     """The gradient that the router's losses alone give this tensor rank's part of `logits`, and what is logged."""
     tree, groups = start(config)
     host = MegatronHost(transformer_config(tree), groups.device)
     part = logits.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
     weights, index = route(part, tree.model.moe)
-    layout = layout or Layout(1, len(logits))
+    layout = layout or TokenLayout(1, len(logits))
     (host.router_losses(weights, part, index, tree.model.moe, 0, layout) * 0).sum().backward()
     return {"gradient": part.grad, "logged": host.pop_auxiliary_losses()}
 

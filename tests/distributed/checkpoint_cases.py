@@ -29,7 +29,7 @@ from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.errors import ConfigError
 from linear_moe.training import build as training_model
 from linear_moe.training.build import build_model
@@ -263,5 +263,5 @@ def logits(config: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
     (chunk,) = trainer.model
     model = chunk.module.eval()
     with torch.no_grad():
-        part = model(tokens, Layout(*tokens.shape))
+        part = model(tokens, TokenLayout(*tokens.shape))
     return {"logits": part, "first": groups.tensor_rank * part.shape[-1], "tensor_sequence": model.host.tensor_sequence}

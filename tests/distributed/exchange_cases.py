@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.activations import Activations
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import Exchange, Line
+from linear_moe.training.sequence.exchange import SequenceGroup, StateExchange
 
 ROWS = 2
 STATE = (3, 6, 8)  # H, K, V
@@ -64,7 +64,7 @@ def expected(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor | No
     return before.detach(), transitions.grad, states.grad  # type: ignore[return-value]
 
 
-def own(x: Tensor, line: Line) -> Tensor:
+def own(x: Tensor, line: SequenceGroup) -> Tensor:
     """Of `[pieces, ROWS, ...]`, this rank's segments `[S, ...]`."""
     return x[list(line.order.pieces(line.rank))].transpose(0, 1).flatten(0, 1)
 
@@ -72,15 +72,15 @@ def own(x: Tensor, line: Line) -> Tensor:
 Group = dist.ProcessGroup | None
 
 
-def order_of(size: int, layout: str) -> Order:
+def order_of(size: int, layout: str) -> PieceOrder:
     """`contiguous`, or with so many pieces each: `contiguous*3`."""
     name, _, each = layout.partition("*")
-    return Order(size, name, int(each) if each else None)
+    return PieceOrder(size, name, int(each) if each else None)
 
 
-def line_of(group: Group, layout: str, strategy: str, dtype: str = "fp32") -> Line:
+def line_of(group: Group, layout: str, strategy: str, dtype: str = "fp32") -> SequenceGroup:
     order, group = order_of(dist.get_world_size(), layout), group or dist.group.WORLD
-    return Line(order, dist.get_rank(), group, strategy, dtype=DTYPES[dtype])
+    return SequenceGroup(order, dist.get_rank(), group, strategy, dtype=DTYPES[dtype])
 
 
 def exchange_states(
@@ -95,7 +95,7 @@ def exchange_states(
         if x is not None:
             x.requires_grad_()
     sent = [0]
-    one = Exchange(line, kind == "matrix")
+    one = StateExchange(line, kind == "matrix")
 
     def counting(function: Any, place: int) -> Any:
         def call(*args: Any, **options: Any) -> Any:
@@ -141,7 +141,7 @@ def many_exchanges(
         begun = []
         for n, kind in enumerate(KINDS):
             time.sleep(random.random() * 0.02)
-            one = activations.once(partial(Exchange, lines[n % 2], kind == "matrix"))
+            one = activations.once(partial(StateExchange, lines[n % 2], kind == "matrix"))
             begun.append(one.begin(*leaves[2 * n : 2 * n + 2]))
         found = {}
         for n in waits:

@@ -26,7 +26,7 @@ def inject(fault: str) -> None:
     def due() -> bool:
         return watch._current is not None and watch._current.step == STEP
 
-    read, layout_of = TrainLoader.__next__, step.layout_of
+    read, layout_of = TrainLoader.__next__, step.token_layout
 
     def reading(self: Any) -> Any:
         if due() and fault == "hang":
@@ -40,7 +40,7 @@ def inject(fault: str) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
         return layout_of(*arguments)
 
-    TrainLoader.__next__, step.layout_of = reading, computing  # type: ignore[method-assign]
+    TrainLoader.__next__, step.token_layout = reading, computing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from linear_moe.modeling.layers import conv
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.moe import router
 from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training import build as training_model
 from linear_moe.training.build import build_model
 from linear_moe.training.optimizer.build import build_optimizer, optimizer_parts
@@ -118,7 +118,7 @@ def _held(config: dict[str, Any], bucket: int | None) -> dict[str, Any]:
 
     def forward(data: Iterator[Tensor], chunk: Any) -> tuple[Tensor, Any]:
         rows = next(data)
-        losses = chunk(rows[:, :-1], Layout(rows.shape[0], rows.shape[1] - 1), labels=rows[:, 1:])
+        losses = chunk(rows[:, :-1], TokenLayout(rows.shape[0], rows.shape[1] - 1), labels=rows[:, 1:])
         return losses, lambda x: (x.sum(), torch.tensor(x.numel(), dtype=torch.int), x.sum().detach())
 
     kept = Kept(set(weights))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.host import Host, initialize
@@ -26,8 +26,8 @@ from linear_moe.training.optimizer.build import build_optimizer
 from linear_moe.training.optimizer.schedule import learning_rate, set_learning_rate
 from linear_moe.training.sequence import exchange
 from linear_moe.training.sequence.cut import cut, share
-from linear_moe.training.sequence.exchange import Line
-from linear_moe.training.sequence.pieces import layout_of
+from linear_moe.training.sequence.exchange import SequenceGroup
+from linear_moe.training.sequence.pieces import pieces_layout
 from linear_moe.training.step import Stepper
 from linear_moe.training.supervision.faults import StopSignal
 from tests.distributed import sequences
@@ -51,8 +51,8 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def line(layout: str, strategy: str, attention: str = "all_gather") -> Line:
-    return Line(Order(ranks(), layout), dist.get_rank(), dist.group.WORLD, strategy, attention)
+def line(layout: str, strategy: str, attention: str = "all_gather") -> SequenceGroup:
+    return SequenceGroup(PieceOrder(ranks(), layout), dist.get_rank(), dist.group.WORLD, strategy, attention)
 
 
 def sequence_mixer_on_short_pieces(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -100,7 +100,7 @@ def sequence_bytes(
     with ExitStack() as stack:
         for function, place in places.items():
             stack.enter_context(mock.patch.object(exchange.dist, function, counting(getattr(dist, function), place)))
-        y = mixer(tokens, layout_of(pieces, own, torch.device("cpu"), positions, None))
+        y = mixer(tokens, pieces_layout(pieces, own, torch.device("cpu"), positions, None))
         forward, counted = counted, 0
         y.sum().backward()
     return forward, counted

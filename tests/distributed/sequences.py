@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from linear_moe.modeling.mixers.base import Mixer
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training.sequence.cut import Cut, cut, share
-from linear_moe.training.sequence.exchange import STRATEGIES, Line
-from linear_moe.training.sequence.pieces import layout_of
+from linear_moe.training.sequence.exchange import STRATEGIES, SequenceGroup
+from linear_moe.training.sequence.pieces import pieces_layout
 
 ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 48, 32, 64
 # In pieces of 6, 12 and 24 tokens: a document over several pieces, an empty one, one of a single token, one that ends
@@ -21,21 +21,21 @@ OFFSETS = [0, 3, 3, 6, 7, 10, 30, 46, 48, 48]
 SHORT = {"LENGTH": 16, "OFFSETS": [0, 1, 2, 2, 7, 8, 9, 16]}
 
 
-def own_layout(line: Line, packed: bool) -> tuple[Cut, Layout]:
+def own_layout(line: SequenceGroup, packed: bool) -> tuple[Cut, TokenLayout]:
     """This rank's share of `ROWS` whole rows, or of one row of packed documents."""
     offsets = torch.tensor(OFFSETS) if packed else None
     found = cut(1 if packed else ROWS, LENGTH, line.order, line.rank, offsets)
     positions = share(whole_layout(packed).positions, found)  # type: ignore[arg-type]
     local = torch.tensor(found.offsets) if packed else None
-    return found, layout_of(found, line, torch.device("cpu"), positions, local)
+    return found, pieces_layout(found, line, torch.device("cpu"), positions, local)
 
 
-def whole_layout(packed: bool) -> Layout:
+def whole_layout(packed: bool) -> TokenLayout:
     if not packed:
-        return Layout(ROWS, LENGTH, positions=torch.arange(LENGTH).expand(ROWS, LENGTH))
+        return TokenLayout(ROWS, LENGTH, positions=torch.arange(LENGTH).expand(ROWS, LENGTH))
     offsets = torch.tensor(OFFSETS)
     starts = offsets[:-1].repeat_interleave(offsets.diff())
-    return Layout(1, LENGTH, offsets, int(offsets.diff().max()), (torch.arange(LENGTH) - starts).unsqueeze(0))
+    return TokenLayout(1, LENGTH, offsets, int(offsets.diff().max()), (torch.arange(LENGTH) - starts).unsqueeze(0))
 
 
 def stream(packed: bool, seed: int) -> Tensor:
@@ -44,7 +44,7 @@ def stream(packed: bool, seed: int) -> Tensor:
     return torch.randn(rows, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: Layout) -> dict[str, Tensor]:
+def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
     """The output of tokens `x [rows, T, hidden]`, and the gradients of its weighted sum."""
     tokens = x.flatten(0, 1).requires_grad_()
     y = module(tokens, layout)

@@ -17,7 +17,7 @@ from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
 from linear_moe.training.data.dataset import SyntheticDataset
 from tests.distributed.harness import Ranks, run
@@ -334,7 +334,7 @@ class RecordingHost(Host):
         self.routed: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def router_losses(
-        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
+        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: TokenLayout
     ) -> Tensor:
         self.routed.setdefault(layer, []).append((logits, index))
         return weights
@@ -399,7 +399,7 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
                 sample = masked_sample(dataset, number)
                 labels = sample["labels"]
                 for tokens, mask in documents(sample["tokens"], sample["loss_mask"]):
-                    logits = model(tokens.unsqueeze(0), Layout(1, len(tokens)))[0]
+                    logits = model(tokens.unsqueeze(0), TokenLayout(1, len(tokens)))[0]
                     losses = F.cross_entropy(logits, labels[: len(tokens)], reduction="none")
                     labels = labels[len(tokens) :]
                     objective = objective + (losses * mask).sum()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.distributed.harness import run
 from tests.distributed.test_parallel_training import config, gradients, losses
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
@@ -194,8 +194,8 @@ def test_dropped_fraction(results: dict[str, list[Any]]) -> None:
 
 LENGTHS = (5, 0, 3, 8)
 LAYOUTS = {
-    "rows": Layout(4, 4),
-    "packed": Layout(1, 16, torch.tensor([0, 5, 5, 8, 16]), max_document=8),
+    "rows": TokenLayout(4, 4),
+    "packed": TokenLayout(1, 16, torch.tensor([0, 5, 5, 8, 16]), max_document=8),
 }
 LOGITS = torch.randn(16, 4, generator=torch.Generator().manual_seed(3))
 

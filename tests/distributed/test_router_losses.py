@@ -13,7 +13,7 @@ from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
 from tests.distributed.harness import run
 from tests.distributed.masked import micro_batches
@@ -50,7 +50,7 @@ class RecordingHost(Host):
     total: Tensor | float = 0.0
 
     def router_losses(
-        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: Layout
+        self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: TokenLayout
     ) -> Tensor:
         load = F.one_hot(index, 4).float().mean((0, 1))  # Switch Transformer's f_i, as shares of all choices
         balance = 4 * (load * logits.softmax(-1).mean(0)).sum()
@@ -74,7 +74,7 @@ def expected() -> dict[str, Tensor]:
     assert counted < 0.6 * sum(batch["loss_mask"].numel() for batch in batches)
     for batch in batches:
         host.total = 0.0
-        logits = model(batch["tokens"], Layout(*batch["tokens"].shape))
+        logits = model(batch["tokens"], TokenLayout(*batch["tokens"].shape))
         losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
         ((losses * batch["loss_mask"].flatten()).sum() / counted + host.total / len(batches)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training.sequence.cut import cut, share
 from tests.distributed import sequences
@@ -58,7 +58,7 @@ def models() -> dict[str, list[dict[str, Tensor]]]:
 def test_model_is_that_of_one_process(models: dict[str, list[dict[str, Tensor]]], model: str) -> None:
     layout, packed, *_ = MODELS[model]
     expected, ranks = dict(models[f"one-{model}"][0]), models[model]
-    losses = joined([rank["losses"] for rank in ranks], Order(4, layout), packed)
+    losses = joined([rank["losses"] for rank in ranks], PieceOrder(4, layout), packed)
     assert_close(losses, expected.pop("losses"), FP32, model)
     gradients = {name: x for name, x in ranks[0].items() if name != "losses"}
     assert_gradients_close(gradients, expected, FP32, FP32_GRADIENT_FLOOR)
@@ -77,7 +77,7 @@ def results(request: pytest.FixtureRequest) -> Results:
     return {4: run(4, todo), 2: run(2, firsts)}
 
 
-def joined(parts: list[Tensor], order: Order, packed: bool) -> Tensor:
+def joined(parts: list[Tensor], order: PieceOrder, packed: bool) -> Tensor:
     """Tokens of all ranks -> in order of time."""
     rows, length = (1 if packed else ROWS), sum(part.shape[1] for part in parts)
     places = [share(torch.arange(rows * length).view(rows, -1), cut(rows, length, order, r)) for r in range(len(parts))]
@@ -114,7 +114,7 @@ def assert_one_process(results: Results, key: str) -> None:
                 ranks = [rank[f"{layout}-{strategy}-{attention}-{packed}"] for rank in found[key]]
                 actual = dict(ranks[0])
                 for name in ("output", "tokens"):
-                    actual[name] = joined([rank[name] for rank in ranks], Order(world, layout), packed)
+                    actual[name] = joined([rank[name] for rank in ranks], PieceOrder(world, layout), packed)
                 what = f"{key} on {world} ranks, {layout}, {strategy}, {attention}, packed: {packed}"
                 assert_close(actual.pop("output"), expected["output"], FP32, what)
                 gradients = {name: x for name, x in expected.items() if name != "output"}

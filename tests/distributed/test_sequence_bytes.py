@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
-from linear_moe.plan.exchange import Split, layer_sent
 from linear_moe.plan.needs import mixer_needs
+from linear_moe.plan.traffic import SequenceSplit, layer_sent
 from linear_moe.training.sequence.attention import STRATEGIES
 from tests.distributed.harness import run
 from tests.distributed.sequences import HIDDEN, ROWS
@@ -85,11 +85,11 @@ def planned(name: str, world: int, layout: str, length: int, rank: int, **ways: 
     mixer, fields = SOFTMAX.get(name) or (name, MIXERS[name])
     found, order = (
         mixer_class(mixer)(mixer_config(mixer, **fields), dims(), Host(torch.float32, "meta")),
-        Order(world, layout),
+        PieceOrder(world, layout),
     )
     needs = mixer_needs(found, tokens=length // order.count)
     ways = {"exchange": "all_gather", "attention": "all_gather"} | ways
-    return layer_sent(needs, Split(order, ROWS, ROWS * length // world, **ways), rank)
+    return layer_sent(needs, SequenceSplit(order, ROWS, ROWS * length // world, **ways), rank)
 
 
 @pytest.fixture(scope="module")

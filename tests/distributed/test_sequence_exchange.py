@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.training.sequence.exchange import STRATEGIES, Line
+from linear_moe.training.sequence.exchange import STRATEGIES, SequenceGroup
 from tests.distributed.exchange_cases import KINDS, ROWS, STATE, TRANSITIONS, expected, order_of, own
 from tests.distributed.harness import run
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close, relative_error
@@ -45,7 +45,7 @@ def assert_states(ranks: list[Any], kind: str, layout: str, dtype: str) -> None:
     errors = []
     for rank, found in enumerate(ranks):
         for name, x in ((name, x) for name, x in whole.items() if x is not None):
-            actual, wanted = real(found[name]), real(own(x, Line(order, rank)))
+            actual, wanted = real(found[name]), real(own(x, SequenceGroup(order, rank)))
             rounded = 2 if name == "transition" else 1  # a product of a state and a gradient
             bound = FP32 if dtype == "fp32" else rounded * BF16_ROUNDING
             assert_close(actual, wanted, bound, f"{name} of {rank}")
@@ -97,4 +97,6 @@ def assert_many(ranks: list[Any], layout: str) -> None:
                 if x is None:
                     assert actual is None
                     continue
-                assert_close(real(actual), real(own(x, Line(order, rank))), FP32, f"{name}, {kind}, rank {rank}")
+                assert_close(
+                    real(actual), real(own(x, SequenceGroup(order, rank))), FP32, f"{name}, {kind}, rank {rank}"
+                )

@@ -13,7 +13,7 @@ from torch import Tensor
 from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, assert_close
 
 FOLDER = Path(__file__).parent
@@ -57,7 +57,7 @@ def compare_golden(
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     mixer.load_state_dict(names(by_prefix("weight.")), strict=True)
-    layout = Layout(batch, length)
+    layout = TokenLayout(batch, length)
     if prepare is not None:
         prepare(mixer, layout, tensors)
     x = tensors["x"].flatten(0, 1).to(dtype).requires_grad_()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Mixer
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, assert_close
 from tests.unit.mixers.common import build, case_ids, cases, dims, packed, stream
 
@@ -33,7 +33,7 @@ def pair(name: str, fields: dict[str, Any]) -> tuple[Mixer, Mixer]:
     return cpu.cuda(), single
 
 
-def run(mixer: Mixer, x: Tensor, layout: Layout, weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def run(mixer: Mixer, x: Tensor, layout: TokenLayout, weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Output, gradient of the input, and the parameters' gradients by name."""
     x = x.clone().requires_grad_()
     y = mixer(x, layout)
@@ -42,9 +42,9 @@ def run(mixer: Mixer, x: Tensor, layout: Layout, weight: Tensor) -> tuple[Tensor
     return y, dx, {name: g.double().cpu() for name, g in zip(names, gradients, strict=True)}
 
 
-@pytest.mark.parametrize("layout", [Layout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
+@pytest.mark.parametrize("layout", [TokenLayout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
-def test_forward_and_backward(name: str, fields: dict[str, Any], layout: Layout) -> None:
+def test_forward_and_backward(name: str, fields: dict[str, Any], layout: TokenLayout) -> None:
     gpu, cpu = pair(name, fields)
     x, weight = stream(1, TOKENS, HIDDEN).bfloat16(), stream(1, TOKENS, HIDDEN, seed=1).bfloat16()
     moved = {key: None if (t := getattr(layout, key)) is None else t.cuda() for key in ("cu_seqlens", "positions")}
@@ -77,9 +77,9 @@ def test_decoding(name: str, fields: dict[str, Any]) -> None:
     for n in [70] + [1] * 10:
         positions = torch.arange(start, start + n, device="cuda").expand(2, n)
         piece = rows[:, start : start + n].flatten(0, 1)
-        outputs.append(gpu(piece, Layout(2, n, positions=positions), cache).view(2, n, HIDDEN))
+        outputs.append(gpu(piece, TokenLayout(2, n, positions=positions), cache).view(2, n, HIDDEN))
         start += n
-    assert_close(torch.cat(outputs, 1).flatten(0, 1), cpu(x.float(), Layout(2, 80)), BF16)
+    assert_close(torch.cat(outputs, 1).flatten(0, 1), cpu(x.float(), TokenLayout(2, 80)), BF16)
 
 
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
@@ -90,7 +90,7 @@ def test_no_host_synchronisation(name: str, fields: dict[str, Any]) -> None:
     weight = torch.ones_like(x)
 
     def both_passes() -> None:
-        torch.autograd.grad(gpu(x, Layout(2, TOKENS // 2)), [x, *gpu.parameters()], weight)
+        torch.autograd.grad(gpu(x, TokenLayout(2, TOKENS // 2)), [x, *gpu.parameters()], weight)
 
     both_passes()
     torch.cuda.set_sync_debug_mode("error")

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training.sequence.cut import cut
-from linear_moe.training.sequence.exchange import Line
-from linear_moe.training.sequence.pieces import layout_of
+from linear_moe.training.sequence.exchange import SequenceGroup
+from linear_moe.training.sequence.pieces import pieces_layout
 from tests.gpu.test_mixers import HIDDEN, pair, run
 from tests.tolerances import (
     BF16,
@@ -38,10 +38,10 @@ CASES = [
 ]
 
 
-def two_pieces() -> Layout:
-    order, device = Order(1, "zigzag"), torch.device("cuda")
+def two_pieces() -> TokenLayout:
+    order, device = PieceOrder(1, "zigzag"), torch.device("cuda")
     positions = torch.arange(LENGTH, device=device)[None]
-    return layout_of(cut(1, LENGTH, order, 0), Line(order, 0), device, positions, None)
+    return pieces_layout(cut(1, LENGTH, order, 0), SequenceGroup(order, 0), device, positions, None)
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES)
@@ -49,8 +49,8 @@ def test_in_bf16(name: str, fields: dict[str, Any]) -> None:
     gpu, cpu = pair(name, fields)
     x, weight = stream(1, LENGTH, HIDDEN).bfloat16(), stream(1, LENGTH, HIDDEN, seed=1).bfloat16()
     y, dx, actual = run(gpu, x.cuda(), two_pieces(), weight.cuda())
-    _, whole_dx, whole = run(gpu, x.cuda(), Layout(1, LENGTH), weight.cuda())
-    expected_y, expected_dx, expected = run(cpu, x.float(), Layout(1, LENGTH), weight)
+    _, whole_dx, whole = run(gpu, x.cuda(), TokenLayout(1, LENGTH), weight.cuda())
+    expected_y, expected_dx, expected = run(cpu, x.float(), TokenLayout(1, LENGTH), weight)
     assert_close(y, expected_y, BF16, "output")
     floor = BF16_GRADIENT_FLOOR * max(float(gradient.norm()) for gradient in expected.values())
     actual |= {"input": dx.double().cpu()}
@@ -66,7 +66,7 @@ def test_in_fp32(name: str, fields: dict[str, Any]) -> None:
     mixer = build(name, fields, None, dims(HIDDEN)).cuda()
     x, weight = stream(1, LENGTH, HIDDEN).cuda(), stream(1, LENGTH, HIDDEN, seed=1).cuda()
     y, dx, actual = run(mixer, x, two_pieces(), weight)
-    expected_y, expected_dx, expected = run(mixer, x, Layout(1, LENGTH), weight)
+    expected_y, expected_dx, expected = run(mixer, x, TokenLayout(1, LENGTH), weight)
     assert_close(y, expected_y, DECODE, "output")
     gradients = expected | {"input": expected_dx.double().cpu()}
     assert_gradients_close(actual | {"input": dx.double().cpu()}, gradients, DECODE, FP32_GRADIENT_FLOOR)

@@ -26,7 +26,7 @@ def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> Non
     from linear_moe.config.schema import Config
     from linear_moe.modeling.host import initialize
     from linear_moe.modeling.moe.router import Router
-    from linear_moe.modeling.tokens import Layout
+    from linear_moe.modeling.tokens import TokenLayout
     from linear_moe.options.load import from_dict
     from linear_moe.training import parallel
     from linear_moe.training.host import MegatronHost
@@ -35,7 +35,7 @@ def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> Non
     moe = {"num_experts": 64, "top_k": 8, "num_groups": 8, "top_k_groups": 4, "group_score": "sum_top_2"}
     moe |= {"expert_bias": True, "sequence_aux_loss": 0.01, "global_aux_loss": 0.01, "capacity_factor": capacity}
     config = from_dict(Config, {"model": {"hidden_size": 256, "moe": moe}})
-    groups = parallel.initialize(config)
+    groups = parallel.initialize_groups(config)
     try:
         host = MegatronHost(transformer_config(config), groups.device)
         router = Router(config.model.moe, 256, 0.02, layer=0, host=host)
@@ -45,7 +45,7 @@ def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> Non
         for step in range(3):
             if step:  # the first one initialises libraries
                 torch.cuda.set_sync_debug_mode("error")
-            weights, index = router(x, Layout(4, 1024))
+            weights, index = router(x, TokenLayout(4, 1024))
             F.silu(weights).sum().backward()
             host.routing.finish_step([router])
             chosen = chosen + (index < 64).sum()
@@ -67,11 +67,11 @@ def test_padded_exchange_does_not_wait() -> None:
     from linear_moe.config.schema import Config
     from linear_moe.options.load import from_dict
     from linear_moe.training import parallel
-    from linear_moe.training.experts.padded import PaddedExchange
+    from linear_moe.training.experts.padded import PaddedAllToAll
 
-    groups = parallel.initialize(from_dict(Config, {}))
+    groups = parallel.initialize_groups(from_dict(Config, {}))
     try:
-        exchange = PaddedExchange(16)
+        exchange = PaddedAllToAll(16)
         x = torch.randn(512, 64, device=groups.device, dtype=torch.bfloat16, requires_grad=True)
         index = torch.rand(512, 16, device=groups.device).topk(2).indices
         index[::5, 0] = 16

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.ops.attention.blocks import Block, attend, attend_backward, join
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training.sequence import attention
 from linear_moe.training.sequence.cut import cut
-from linear_moe.training.sequence.exchange import STRATEGIES, Line
-from linear_moe.training.sequence.pieces import layout_of
+from linear_moe.training.sequence.exchange import STRATEGIES, SequenceGroup
+from linear_moe.training.sequence.pieces import pieces_layout
 from tests.gpu.test_mixers import HIDDEN, TOKENS, pair, run
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, FP32, assert_close
 from tests.unit.mixers.common import case_ids, cases, packed, stream
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("no_autotuning"),
 ]
-ORDER = Order(1, "zigzag")
+ORDER = PieceOrder(1, "zigzag")
 CASES = [
     pytest.param(name, fields, id=key)
     for key, (name, fields) in zip(case_ids(), cases(), strict=True)
@@ -41,16 +41,18 @@ WAYS = [  # of softmax attention
 ]
 
 
-@pytest.mark.parametrize("whole", [Layout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
+@pytest.mark.parametrize("whole", [TokenLayout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
 @pytest.mark.parametrize(("name", "fields", "way"), WAYS)
-def test_pieces_are_the_whole(name: str, fields: dict[str, Any], way: str, whole: Layout) -> None:
+def test_pieces_are_the_whole(name: str, fields: dict[str, Any], way: str, whole: TokenLayout) -> None:
     gpu, cpu = pair(name, fields)
     device = torch.device("cuda")
     found = cut(whole.batch, whole.length, ORDER, 0, whole.cu_seqlens)
     positions = torch.arange(whole.length).expand(whole.batch, -1) if whole.positions is None else whole.positions
     offsets = None if whole.cu_seqlens is None else torch.tensor(found.offsets).cuda()
     strategy = STRATEGIES[whole.cu_seqlens is None]
-    pieces = layout_of(found, Line(ORDER, 0, None, strategy, way), device, positions.contiguous().cuda(), offsets)
+    pieces = pieces_layout(
+        found, SequenceGroup(ORDER, 0, None, strategy, way), device, positions.contiguous().cuda(), offsets
+    )
     x, weight = stream(1, TOKENS, HIDDEN).bfloat16(), stream(1, TOKENS, HIDDEN, seed=1).bfloat16()
     y, dx, actual = run(gpu, x.cuda(), pieces, weight)
     expected_y, expected_dx, expected = run(cpu, x.float(), whole, weight)

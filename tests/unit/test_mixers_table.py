@@ -22,7 +22,7 @@ SIZES = ["--hidden", "128", "--heads", "4", "--length", "50"]
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, object]]:
-    return {name: mixers_table.describe(name, 128, 4, 50) for name in MIXERS}
+    return {name: mixers_table.describe_mixer(name, 128, 4, 50) for name in MIXERS}
 
 
 def test_json(rows: dict[str, dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
 from linear_moe.plan import human, make_plan
 
@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_matrix_products(ffn: str, tied: bool) -> None:
     initialize(model, host, 0)
     tokens = torch.randint(96, (2, 64))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens, Layout(2, 64))
+        model(tokens, TokenLayout(2, 64))
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     recurrences = sum(layer.mixer.recurrence_flops(64) for layer in model.layers.values())
     assert products > 0
@@ -142,7 +142,7 @@ def test_activations_are_about_what_autograd_keeps(pattern: str, ffn: str, recom
     host = Host(torch.float32, activations=Activations(*recomputed(config)))
     model = LanguageModel(config.model, 512, host)
     initialize(model, host, 0)
-    tokens, layout = torch.randint(512, (2, 256)), Layout(2, 256)
+    tokens, layout = torch.randint(512, (2, 256)), TokenLayout(2, 256)
     kept = kept_bytes(lambda: model(tokens, layout, labels=tokens).mean(), model)
     if recompute == "full":
         x = torch.randn(512, 128, requires_grad=True)

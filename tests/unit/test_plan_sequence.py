@@ -18,30 +18,30 @@ from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.gpus import GPU
 from linear_moe.layout.flops import forward_flops
 from linear_moe.layout.processes import parallel_layout
-from linear_moe.layout.sequence import RING_BLOCKS, Order
+from linear_moe.layout.sequence import RING_BLOCKS, PieceOrder
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import mixer_class, mixer_config
 from linear_moe.options.load import from_dict
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.cost import layer_seconds, stage_cost
-from linear_moe.plan.exchange import (
-    HEADS,
-    KEYS,
-    STATES,
-    STEP_SECONDS,
-    Exchange,
-    Speed,
-    Split,
-    imbalance,
-    layer_exchange,
-)
-from linear_moe.plan.needs import TOKENS, Needs, mixer_needs
+from linear_moe.plan.needs import TOKENS, SequenceNeeds, mixer_needs
 from linear_moe.plan.network import LATENCY, LINK_STEP, NETWORK_STEP, Cluster, Group
 from linear_moe.plan.plan import make_plan
 from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.search import propose
 from linear_moe.plan.simulate import SCHEMES, WAYS, simulate, worlds
+from linear_moe.plan.traffic import (
+    HEADS,
+    KEYS,
+    STATES,
+    STEP_SECONDS,
+    LayerTraffic,
+    SequenceSplit,
+    Speed,
+    imbalance,
+    layer_exchange,
+)
 from tests.unit.mixers.common import cases, dims
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -51,7 +51,7 @@ SPLIT = [(n, fields) for n, fields in cases() if mixer_class(n).capabilities.seq
 SPEED = Speed(1e13, 1e13, 1e12)
 
 
-def needs_of(name: str, **fields: Any) -> Needs:
+def needs_of(name: str, **fields: Any) -> SequenceNeeds:
     return mixer_needs(mixer_class(name)(mixer_config(name, **fields), dims(), Host(torch.bfloat16, "meta")))
 
 
@@ -110,10 +110,10 @@ def test_ways_are_those_of_the_config() -> None:
 
 
 def exchange_of(
-    needs: Needs, ranks: int, tokens: int = 1024, node: int = 8, layout: str = "zigzag", **ways: str
-) -> Exchange:
+    needs: SequenceNeeds, ranks: int, tokens: int = 1024, node: int = 8, layout: str = "zigzag", **ways: str
+) -> LayerTraffic:
     ways = {"exchange": "all_gather", "attention": "all_gather"} | ways
-    split = Split(Order(ranks, layout), 1, tokens, **ways)
+    split = SequenceSplit(PieceOrder(ranks, layout), 1, tokens, **ways)
     return layer_exchange(needs, split, line(ranks, node), lambda n: 128.0 * n, tokens * ranks, SPEED)
 
 
@@ -144,7 +144,7 @@ def test_messages_by_hand() -> None:
 def walk(ranks: int, layout: str, node: int, block: float) -> float:
     """When the last piece has its state. A rank does its pieces one after the other, and of each, block by block: it
     waits for one, and sends it on as soon as those before have left."""
-    order = Order(ranks, layout)
+    order = PieceOrder(ranks, layout)
     clock, link = dict.fromkeys(range(ranks), 0.0), dict.fromkeys(range(ranks), 0.0)
     arrivals = [0.0] * RING_BLOCKS
     for piece in range(order.count):
@@ -176,13 +176,13 @@ def test_imbalance_is_of_the_busiest_rank() -> None:
         return (n + 1) / 2
 
     for ranks in (2, 4, 8):
-        contiguous, zigzag = (imbalance(pairs, 4096, Order(ranks, layout)) for layout in ("contiguous", "zigzag"))
+        contiguous, zigzag = (imbalance(pairs, 4096, PieceOrder(ranks, layout)) for layout in ("contiguous", "zigzag"))
         size = 4096 // ranks
         last = sum(i + 1 for i in range(4096 - size, 4096)) / (sum(range(1, 4097)) / ranks)
         assert contiguous == pytest.approx(last) and zigzag == pytest.approx(1.0)
-        assert imbalance(lambda n: 7.0, 4096, Order(ranks)) == pytest.approx(1.0)  # a recurrence's
+        assert imbalance(lambda n: 7.0, 4096, PieceOrder(ranks)) == pytest.approx(1.0)  # a recurrence's
     window = mixer_class("attention")(mixer_config("attention", window=16), dims(), Host(torch.bfloat16, "meta"))
-    assert imbalance(window.recurrence_flops, 4096, Order(8)) == pytest.approx(1.0, abs=5e-3)
+    assert imbalance(window.recurrence_flops, 4096, PieceOrder(8)) == pytest.approx(1.0, abs=5e-3)
 
 
 @pytest.mark.parametrize("name", ["gla", "gated_deltanet", "mamba2", "hgrn", "attention", "mla"])
@@ -210,14 +210,14 @@ def test_times_grow_with_ranks_and_states_not_with_tokens(name: str) -> None:
 def test_one_rank_is_no_sequence_parallelism() -> None:
     for name, ways in (("gla", STATES), ("attention", KEYS)):
         found = [exchange_of(needs_of(name), 1, layout="contiguous", exchange=way, attention=way) for way in ways]
-        assert all(exchange == Exchange() for exchange in found)
+        assert all(exchange == LayerTraffic() for exchange in found)
     config = tree()
     simulation = simulate(config, [1], CLUSTER, 4096, total=True)
     flops, layers = forward_flops(config), RankModels(config, 512)(config.parallel).layers
-    group, split = Group.of([0], CLUSTER), Split.of(config)
+    group, split = Group.of([0], CLUSTER), SequenceSplit.of(config)
     alone = [layer_seconds(config, i, layers[str(i)], flops, group, None, split)[0] for i in range(4)]
     for row in simulation.rows:
-        assert row.seconds == row.compute == alone[row.kind.number] and row.exchange == Exchange()
+        assert row.seconds == row.compute == alone[row.kind.number] and row.exchange == LayerTraffic()
     for entry in simulation.models():
         assert entry["seconds"] == pytest.approx(sum(alone) + simulation.outside[1]) and entry["overhead"] == 0
 
@@ -229,7 +229,7 @@ def test_a_stage_waits_for_its_layers() -> None:
     needs, flops, layout = models.needs(config.parallel), forward_flops(config), parallel_layout(config, 4)
     chunks = rank_chunks(config, models(config.parallel), 0)
     cost = stage_cost(config, layout, chunks, flops, CLUSTER, needs).micro_batch
-    split = Split.of(config)
+    split = SequenceSplit.of(config)
     (chunk,) = chunks
     found = [layer_seconds(config, i, layer, flops, line(4), needs[i], split)[1] for i, layer in chunk.layers.items()]
     assert [exchange.imbalance for exchange in found] == [pytest.approx(1.0)] * 3 + [pytest.approx(1.75, rel=1e-3)]

@@ -16,7 +16,7 @@ from linear_moe.inference.hf.configuration import REMOTE_MODULE, LinearMoEConfig
 from linear_moe.inference.hf.output import CACHE_NAME, LinearMoEOutput
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 
 REMOTE_SOURCE = '''"""Loads the model with `trust_remote_code=True`; needs the linear-moe package."""
 
@@ -184,10 +184,10 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """Without a cache: `[B, T, V]`; rows with padding before their tokens one by one, zeros at the padding."""
         batch, length = tokens.shape
         if mask is None or not bool((mask[:, 1:] > mask[:, :-1]).any()):  # padding, if any, on the right: never seen
-            return self.model(tokens, Layout(batch, length), keep=keep)
+            return self.model(tokens, TokenLayout(batch, length), keep=keep)
         rows = []
         for row, start in zip(tokens, left_padding(mask), strict=True):
-            rows.append(_pad(self.model(row[None, start:], Layout(1, length - start), keep=keep), keep or length))
+            rows.append(_pad(self.model(row[None, start:], TokenLayout(1, length - start), keep=keep), keep or length))
         return torch.cat(rows)
 
     def _decode(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from linear_moe.modeling.host import Host, constant
 from linear_moe.modeling.layers.initializers import uniform
 from linear_moe.modeling.ops.fused.short_conv import short_conv
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 
 
 class ShortConv(nn.Module):
@@ -45,7 +45,9 @@ class ShortConv(nn.Module):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None, before: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: TokenLayout, cache: Cache | None = None, before: Tensor | None = None
+    ) -> Tensor:
         """`x [B, T, channels / tensor]` -> the same shape; reads and writes `cache[name]` in place.
 
         `before`: see `short_conv`.

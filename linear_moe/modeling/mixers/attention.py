@@ -18,7 +18,7 @@ from linear_moe.modeling.layers.rotary import rotate, rotations
 from linear_moe.modeling.mixers.base import Mixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.ops.attention.softmax import softmax_attention
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check, unused
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.fields import opt
@@ -93,7 +93,7 @@ class Attention(Mixer):
         if not config.rope:
             unused(path, config, "rope_base", "rotary_fraction", needs="set rope")
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         rows = (layout.batch, layout.length, -1, self.head_dim)
         q, k, v = self.q_proj(x).view(rows), self.k_proj(x).view(rows), self.v_proj(x).view(rows)
         if self.q_norm is not None and self.k_norm is not None:
@@ -103,7 +103,7 @@ class Attention(Mixer):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return {"q": q, "k": k, "v": v}, None if self.g_proj is None else self.g_proj(x)
 
-    def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
+    def mix(self, inputs: dict[str, Any], layout: TokenLayout, cache: Cache | None) -> Tensor:
         if cache is None:
             return softmax_attention(
                 **inputs, cu_seqlens=layout.cu_seqlens, max_document=layout.max_document, window=self.config.window

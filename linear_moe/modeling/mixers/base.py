@@ -18,7 +18,7 @@ from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.ops.fused.short_conv import tokens_before
 from linear_moe.modeling.ops.sequence import once_by, pieces_of
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -60,7 +60,7 @@ class Mixer(nn.Module):
 
     @classmethod
     def crossing(cls, config: Any, dims: Dims) -> dict[str, int]:
-        """What layers pass each other through `Layout.shared`: name -> channels over all tensor ranks.
+        """What layers pass each other through `TokenLayout.shared`: name -> channels over all tensor ranks.
 
         Once a layer has left it, pipeline stages send it along with the residual stream.
         """
@@ -71,11 +71,11 @@ class Mixer(nn.Module):
         """Heads of its queries, and of its keys and values, if it is softmax attention."""
         return None
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Any]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Any]:
         """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""
         raise NotImplementedError
 
-    def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
+    def mix(self, inputs: dict[str, Any], layout: TokenLayout, cache: Cache | None) -> Tensor:
         """Inputs of the recurrence -> `[B, T, H, V]`, from and to the state in `cache`."""
         raise NotImplementedError
 
@@ -99,7 +99,7 @@ class Mixer(nn.Module):
         """Of those, what only the inside of `mix` keeps: not its inputs and its output. 0: too little to count."""
         return 0.0
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         """`x [tokens, hidden]` (this rank's share) -> the same shape."""
         activations = self.host.activations
         # The gradient of the output projection's weight is computed while that of the state travels. Others could fill
@@ -134,7 +134,7 @@ class LinearMixer(Mixer):
 
     _behind: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]] | None = None  # an input, and `_projections` of it
 
-    def projected(self, name: str, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+    def projected(self, name: str, x: Tensor, layout: TokenLayout, cache: Cache | None) -> Tensor:
         """`x [B*T, hidden]` through the module `{name}_proj` and, if there is one, `{name}_conv1d` -> `[B, T, C]`."""
         conv = getattr(self, f"{name}_conv1d", None)
         if conv is None or conv.size == 1 or layout.pieces is None:
@@ -147,11 +147,11 @@ class LinearMixer(Mixer):
             self._behind = None
         return conv(y, layout, before=before)
 
-    def _projection(self, name: str, x: Tensor, layout: Layout) -> Tensor:
+    def _projection(self, name: str, x: Tensor, layout: TokenLayout) -> Tensor:
         y: Tensor = self.get_submodule(f"{name}_proj")(x).view(layout.batch, layout.length, -1)
         return y
 
-    def _projections(self, x: Tensor, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
+    def _projections(self, x: Tensor, layout: TokenLayout) -> dict[str, tuple[Tensor, Tensor]]:
         """All projections of `x` that will be convolved, by name, and the tokens before them: in one message."""
         children = cast("Iterator[tuple[str, Any]]", self.named_children())
         sizes = {name.removesuffix("_conv1d"): conv.size for name, conv in children if name.endswith("_conv1d")}
@@ -159,7 +159,7 @@ class LinearMixer(Mixer):
         found = tokens_before([self._projection(name, x, layout) for name in sizes], next(iter(sizes.values())) - 1)
         return dict(zip(sizes, found, strict=True))
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         """Inputs and initial states (none: zeros) -> (`o [B, T, H, V]`, final states), by the names of `state_shapes`.
 
         Here `op` with one state, `state [N, H, K, V]`; a mixer with others, or a choice of ops, calls these itself.
@@ -168,7 +168,7 @@ class LinearMixer(Mixer):
         o, state = op(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
         return o, {"state": state}
 
-    def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
+    def mix(self, inputs: dict[str, Any], layout: TokenLayout, cache: Cache | None) -> Tensor:
         o, states = self.recurrence(inputs, layout, cache or {})
         if cache is not None:
             for name, state in states.items():

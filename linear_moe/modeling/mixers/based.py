@@ -17,7 +17,7 @@ from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.ops.fused.feature_maps import taylor
 from linear_moe.modeling.ops.fused.normalizer import normalized
 from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -55,13 +55,13 @@ class Based(LinearMixer):
         heads = config.num_heads or dims.num_heads
         check_heads(f"{path}.num_heads", heads, tensor, {"hidden_size =": dims.hidden_size})
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)
         pad = layout.length > 1  # steps of decoding have no kernels
         q, k = taylor(self.q_proj(x).view(rows), pad=pad), taylor(self.k_proj(x).view(rows), pad=pad)
         return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         # Every 1 + s + s^2 / 2 is at least 1/2, so nothing need be added to their sum.
         options: dict[str, Any] = {"scale": 1.0, "eps": 0.0, "features": self.features}
         return normalized(decay, **inputs, **options, states=states, cu_seqlens=layout.cu_seqlens)

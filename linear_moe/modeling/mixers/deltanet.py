@@ -21,7 +21,7 @@ from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.recurrences.delta import delta
 from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -105,7 +105,7 @@ class DeltaNet(LinearMixer):
             f"width {values}, and be divisible by parallel.tensor = {tensor}",
         )
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         rows, inputs = (layout.batch, layout.length, -1), {}
         for name in "qkv":
             y = self.projected(name, x, layout, cache)

@@ -21,7 +21,7 @@ from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.repeat_heads import repeat_heads
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.delta import delta
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -92,7 +92,7 @@ class GatedDeltaNet(LinearMixer):
         head_dim = config.head_dim or 3 * dims.hidden_size // (4 * heads)
         check_head_dims(path, head_dim, config.expand_v)
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, -1)
         q, k, v = (self.projected(name, x, layout, cache) for name in "qkv")
         q, k = (t.unflatten(-1, (self.heads, self.key_dim)) for t in (q, k))

@@ -21,7 +21,7 @@ from linear_moe.modeling.mixers.gated_deltanet import GatedDeltaNet
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.delta.product import delta_product
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -66,7 +66,9 @@ class ConvByWrite(conv.ShortConv):
         super().__init__(host, *args, **options)
         self.heads, self.writes = host.split(heads), writes
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None, before: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: TokenLayout, cache: Cache | None = None, before: Tensor | None = None
+    ) -> Tensor:
         weight = swap_rows(self.weight, self.heads, self.writes)
         options: Any = {"before": before, "cu_seqlens": layout.cu_seqlens, "norm_size": self.norm_size}
         if cache is None:
@@ -125,7 +127,7 @@ class GatedDeltaProduct(LinearMixer):
     def validate(cls, config: GatedDeltaProductConfig, dims: Dims, tensor: int, path: str) -> None:
         GatedDeltaNet.validate(config, dims, tensor, path)  # type: ignore[arg-type]  # the same sizes
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         rows, n, inputs = (layout.batch, layout.length, -1), self.config.num_householder, {}
         for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
             writes = 1 if name == "q" else n

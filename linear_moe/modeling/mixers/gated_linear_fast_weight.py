@@ -19,7 +19,7 @@ from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -74,7 +74,7 @@ class GatedLinearFastWeight(LinearMixer):
         heads = config.num_heads or dims.num_heads
         check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         tokens = {name: self.get_submodule(f"{name}_proj")(x) for name in ("q", "k", "v", "gk", "gv")}
         tokens["g"] = gate(tokens.pop("gk"), "logsigmoid", floor=MIN_GATE)
         tokens["gv"] = gate(tokens["gv"], "logsigmoid", floor=MIN_GATE)

@@ -20,7 +20,7 @@ from linear_moe.modeling.ops.fused.gates import gate as evaluate
 from linear_moe.modeling.ops.recurrences.complex_decay import complex_decay
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -65,7 +65,7 @@ class GateLoop(LinearMixer):
         heads = config.num_heads or dims.num_heads
         check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         def by_head(y: Tensor) -> Tensor:
             return y.view(layout.batch, layout.length, self.heads, -1)
 
@@ -75,7 +75,7 @@ class GateLoop(LinearMixer):
             inputs["theta"] = by_head(self.beta_proj(x))
         return inputs, self.g_proj(x)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         state, cu_seqlens = states.get("state"), layout.cu_seqlens
         if self.config.phase:
             o, state = complex_decay(**inputs, initial_state=state, cu_seqlens=cu_seqlens)

@@ -19,7 +19,7 @@ from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -72,7 +72,7 @@ class GatedLinearAttention(LinearMixer):
         heads = config.num_heads or dims.num_heads
         check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         inputs = {name: self.projected(name, x, layout, cache).unflatten(-1, (self.heads, -1)) for name in "qkv"}
         g = gate(self.gk_proj(x), "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
         inputs["g"] = g.view(layout.batch, layout.length, self.heads, -1)

@@ -22,7 +22,7 @@ from linear_moe.modeling.ops.fused.gates import gate_and_complement
 from linear_moe.modeling.ops.fused.repeat_heads import repeat_heads
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.gsa import gsa
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -79,7 +79,7 @@ class GatedSlotAttention(LinearMixer):
         check_heads(f"{path}.num_heads", heads, tensor, {"the key width": keys, "value width": values})
         check_heads(f"{path}.num_kv_heads", config.num_kv_heads or heads, tensor, {"num_heads =": heads})
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         inputs = {}
         for name in "qkv":
             heads = self.heads if name == "q" else self.kv_heads
@@ -93,7 +93,7 @@ class GatedSlotAttention(LinearMixer):
                 inputs[name] = repeat_heads(inputs[name], heads=self.heads)
         return inputs, None
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         initial = (states["keys"], states["values"]) if states else None
         options: Any = {"initial_states": initial, "cu_seqlens": layout.cu_seqlens, "bounded": True}
         o, (keys, values) = gsa(**inputs, scale=self.config.scale, **options)

@@ -18,7 +18,7 @@ from linear_moe.modeling.layers.norm import GatedRMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.ops.recurrences.scan import linear_scan
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import unused
 from linear_moe.options.fields import opt
 
@@ -66,7 +66,7 @@ class HGRN(LinearMixer):
         if not config.conv_size:
             unused(path, config, "conv_bias", needs="set conv_size")
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         i, f = (self.projected(name, x, layout, cache) for name in "if")
         g, update = self.lower_bound(f, i)
         return {"x": update, "g": g}, self.g_proj(x)

@@ -19,7 +19,7 @@ from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import unused
 from linear_moe.options.fields import opt
 
@@ -72,7 +72,7 @@ class HGRN2(LinearMixer):
         if not config.conv_size:
             unused(path, config, "conv_bias", needs="set conv_size")
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         q, f, i = (self.projected(name, x, layout, cache) for name in "qfi")
         g, k = self.lower_bound(f)
         inputs = {"q": F.silu(q), "k": k, "v": i, "g": g}

@@ -22,7 +22,7 @@ from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.repeat_heads import repeat_heads
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.delta import delta
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -103,7 +103,7 @@ class KimiDeltaAttention(LinearMixer):
         head_dim = config.head_dim or dims.hidden_size // heads
         check_head_dims(path, head_dim, config.expand_v)
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows, inputs = (layout.batch, layout.length, -1), {}
         for name, heads in {"q": self.heads, "k": self.heads, "v": self.v_heads}.items():
             y = self.projected(name, x, layout, cache)

@@ -16,7 +16,7 @@ from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.layers.norm import GatedRMSNorm
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -75,7 +75,7 @@ class LightningAttention(LinearMixer):
             return h * (-8 / self.num_heads * (1 - layer / layers))
         return torch.exp2((h + 1) * (-8 / self.num_heads)) * -(1 - layer / (layers - 1 + 1e-5) + 1e-5)
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, self.heads, self.head_dim)
         q, k, v = (self.activation(proj(x)).view(rows) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return {"q": q, "k": k, "v": v, "g": self.log_decay(x.device)}, self.output_gate(x)

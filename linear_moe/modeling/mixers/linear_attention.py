@@ -19,7 +19,7 @@ from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.ops.fused.feature_maps import sum_to_one
 from linear_moe.modeling.ops.fused.normalizer import normalized
 from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import unused
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.fields import opt
@@ -92,7 +92,7 @@ class LinearAttention(LinearMixer):
                 fix=f"set feature_map to one of {', '.join(POSITIVE)}",
             )
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length)
         q = self.feature_map_q(self.q_proj(x).view(*rows, self.heads, self.key_dim))
         map_k = self.feature_map_q if self.config.tie_feature_map_qk else self.feature_map_k
@@ -104,7 +104,7 @@ class LinearAttention(LinearMixer):
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=2) for t in (k, v))
         return {"q": q, "k": k, "v": v}, None
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         scale = self.feature_map_q.size**-0.5
         if self.config.normalize:
             return normalized(

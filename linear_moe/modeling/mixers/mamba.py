@@ -19,7 +19,7 @@ from linear_moe.modeling.mixers.checks import scaled
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.norms import norm
 from linear_moe.modeling.ops.recurrences.scan import selective_scan
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 
@@ -66,7 +66,9 @@ class Mamba(LinearMixer):
     def validate(cls, config: MambaConfig, dims: Dims, tensor: int, path: str) -> None:
         scaled(f"{path}.expand", dims.hidden_size, config.expand, "hidden_size", tensor)
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    def project(
+        self, x: Tensor, layout: TokenLayout, cache: Cache | None
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         rows, size = (layout.batch, layout.length, -1), self.config.state_size
         u = self.conv1d(self.u_proj(x).view(rows), layout, cache)
         low_rank, B, C = self.host.enter(self.x_proj(u.flatten(0, 1))).view(rows).split([self.rank, size, size], dim=-1)

@@ -21,7 +21,7 @@ from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.repeat_heads import repeat_heads
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -87,7 +87,9 @@ class Mamba2(LinearMixer):
             f"must divide the mixer's {heads} heads and be divisible by parallel.tensor = {tensor}",
         )
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    def project(
+        self, x: Tensor, layout: TokenLayout, cache: Cache | None
+    ) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
         rows = (layout.batch, layout.length, -1)
         channels, B, C = (self.projected(name, x, layout, cache) for name in "xBC")
         steps = self.dt_proj(x)

@@ -16,7 +16,7 @@ from linear_moe.modeling.layers.norm import RMSNorm
 from linear_moe.modeling.layers.rotary import rotate, rotations
 from linear_moe.modeling.mixers.base import Mixer, MixerConfig
 from linear_moe.modeling.ops.attention.softmax import latent_attention, softmax_attention
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -76,7 +76,7 @@ class MultiHeadLatentAttention(Mixer):
         check(f"{path}.num_heads", heads, lambda n: n % tensor == 0, f"must be divisible by parallel.tensor = {tensor}")
         check(f"{path}.qk_rope_head_dim", config.qk_rope_head_dim, lambda n: n % 2 == 0, "must be even")
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         """`q [B, T, H, D]`, and `latent [B, T, R + P]`: the normalised latent and the rotated part of the keys."""
         config, rows = self.config, (layout.batch, layout.length, -1)
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -92,7 +92,7 @@ class MultiHeadLatentAttention(Mixer):
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return rotate(x, *angles)
 
-    def mix(self, inputs: dict[str, Any], layout: Layout, cache: Cache | None) -> Tensor:
+    def mix(self, inputs: dict[str, Any], layout: TokenLayout, cache: Cache | None) -> Tensor:
         if cache is None:
             return latent_attention(
                 **inputs,

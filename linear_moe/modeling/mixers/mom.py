@@ -23,7 +23,7 @@ from linear_moe.modeling.ops.fused.grouping import Grouping
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
 from linear_moe.modeling.ops.recurrences.delta import delta
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check, unused
 from linear_moe.options.fields import opt
 
@@ -46,7 +46,7 @@ class MoMConfig(MixerConfig):
     gate_normalizer: float = opt(16.0, "the log decay is logsigmoid(.) over this; memory: gla", gt=0)
 
 
-class Router(Linear):
+class MemoryRouter(Linear):
     """Scores in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class MemoryConv(conv.ShortConv):
     """One filter for all memories, each of which is convolved over its own tokens."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None
+        self, x: Tensor, grouping: Grouping, layout: TokenLayout, cache: Cache | None
     ) -> Tensor:
         """`x [B, T, heads, M, D]` regrouped -> the same shape; the state is of all memories' inputs."""
         heads, memories, size = x.shape[2:]
@@ -102,7 +102,7 @@ class MixtureOfMemories(LinearMixer):
         own = 1 if config.single_kv_proj else self.memories  # projections
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
         whole: Any = {"split": "shared", "std": dims.init_std}
-        self.gate = Router(host, dims.hidden_size, config.num_memories, **whole, matrices=None)
+        self.gate = MemoryRouter(host, dims.hidden_size, config.num_memories, **whole, matrices=None)
 
         def by_memory(size: int, heads: int = self.num_heads) -> Matrices:
             return Matrices((size,) * own, repeat=heads)
@@ -175,7 +175,7 @@ class MixtureOfMemories(LinearMixer):
             weights, chosen = F.pad(weights, (0, 1), value=1.0), F.pad(chosen, (0, 1), value=True)
         return weights, chosen
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         """Inputs of the recurrence as the grouping orders them, memories as heads: `[B, T, heads * M, D]`."""
         padding = None if layout.padding is None else layout.padding.view(-1, 1)
         weights, chosen = (t.view(layout.batch, layout.length, -1) for t in self.route(x, padding))
@@ -196,7 +196,7 @@ class MixtureOfMemories(LinearMixer):
         inputs = {name: t.flatten(2, 3) for name, t in (inputs | {"q": q, "k": k, "v": v}).items()}
         return inputs | {"grouping": grouping, "weights": weights}, self.g_proj(x)
 
-    def _convolved(self, name: str, x: Tensor, grouping: Grouping, layout: Layout, cache: Cache | None) -> Tensor:
+    def _convolved(self, name: str, x: Tensor, grouping: Grouping, layout: TokenLayout, cache: Cache | None) -> Tensor:
         """q, k or v of every memory, convolved over its own tokens: `[B, T, heads, M, D]`."""
         y = self.get_submodule(f"{name}_proj")(x)
         size = self.value_dim if name == "v" else self.key_dim
@@ -210,7 +210,7 @@ class MixtureOfMemories(LinearMixer):
         high = torch.einsum("btmr,hmkr->bthmk", grouping.collect(low).squeeze(2), up) + bias
         return gate(high, "logsigmoid", scale=1 / self.config.gate_normalizer, floor=MIN_GATE)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         grouping: Grouping = inputs["grouping"]
         op = decay if self.config.memory == "gla" else delta
         o, state = op(

@@ -17,7 +17,7 @@ from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.ops.fused.feature_maps import squares
 from linear_moe.modeling.ops.fused.normalizer import normalized
 from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check, unused
 from linear_moe.options.fields import opt
 
@@ -81,14 +81,14 @@ class ReBased(LinearMixer):
         if not (config.use_gamma or config.use_beta):
             unused(path, config, "tie_feature_map_qk", needs="set use_gamma or use_beta")
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)
         map_k = self.feature_map_q if self.config.tie_feature_map_qk else self.feature_map_k
         pad = layout.length > 1  # steps of decoding have no kernels
         q, k = self.feature_map_q(self.q_proj(x).view(rows), pad), map_k(self.k_proj(x).view(rows), pad)
         return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         options: dict[str, Any] = {"scale": 1 / self.config.feature_dim, "eps": self.config.normalizer_eps}
         options["features"] = self.features
         return normalized(decay, **inputs, **options, states=states, cu_seqlens=layout.cu_seqlens)

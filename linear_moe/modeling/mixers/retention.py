@@ -19,7 +19,7 @@ from linear_moe.modeling.layers.rotary import rotate, rotations
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.mixers.checks import check_heads, scaled
 from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -86,7 +86,7 @@ class Retention(LinearMixer):
         h = torch.arange(first, first + self.heads, device=device, dtype=torch.float32)
         return torch.log1p(-torch.exp2(-5.0 - h))
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         inputs = {}
         for name in "qkv":
             y = self.projected(name, x, layout, cache)

@@ -22,7 +22,7 @@ from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.shift_mix import shift_mix
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -93,7 +93,7 @@ class RWKV6(LinearMixer):
             f"divisible by parallel.tensor = {tensor}",
         )
 
-    def shifted(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, ...]:
+    def shifted(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[Tensor, ...]:
         """`x [B, T, hidden]` -> five interpolations with the tokens before, `[N, hidden]`, for r, w, k, v and g."""
         mu, down, up, bias = (self.host.shared(p) for p in (self.x_mu, self.x_down, self.x_up, self.x_bias))
         mix = partial(shift_mix, x, state=shift_state(x, cache), cu_seqlens=layout.cu_seqlens)
@@ -101,7 +101,7 @@ class RWKV6(LinearMixer):
         weights = torch.einsum("nir,hir->inh", low, up.unflatten(-1, (5, -1)))
         return tuple(y.flatten(0, 1) for y in mix(bias, weights.view(5, *x.shape)))
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, -1)
         x_r, x_w, x_k, x_v, x_g = self.shifted(x.view(rows), layout, cache)
         tokens = {"q": self.r_proj(x_r), "k": self.k_proj(x_k), "v": self.v_proj(x_v)}

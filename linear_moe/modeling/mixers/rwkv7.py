@@ -23,7 +23,7 @@ from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.shift_mix import shift_mix
 from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
 from linear_moe.modeling.ops.recurrences.dplr import dplr
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.fields import opt
 
@@ -51,8 +51,8 @@ class RWKV7(LinearMixer):
     its `[1, 1, hidden]`, and `w_lora.N`, `a_lora.N`, `v_lora.N`, `g_lora.N` for its `w_lora.lora.N` etc.
 
     Initial values are RWKV-LM's, but those it starts at zero (`o_proj`, the low ranks' first factors) are normal.
-    The first RWKV-7 layer of a model leaves its values to the others, as `Layout.shared["v_first"]`. If that is not the
-    model's first layer, it has a value residual too, which mixes its values with themselves.
+    The first RWKV-7 layer of a model leaves its values to the others, as `TokenLayout.shared["v_first"]`. If that is not
+    the model's first layer, it has a value residual too, which mixes its values with themselves.
     """
 
     Config = RWKV7Config
@@ -124,7 +124,7 @@ class RWKV7(LinearMixer):
     def crossing(cls, config: RWKV7Config, dims: Dims) -> dict[str, int]:
         return {"v_first": round(dims.hidden_size * config.expand_v)}
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, self.heads, -1)
         tokens = x.view(*rows[:2], -1)
         shares = self.host.shared(torch.stack([self.get_parameter(f"x_{name}") for name in "rwkvag"]))

@@ -16,7 +16,7 @@ from linear_moe.modeling.host import Host, Init, Matrices, normal
 from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.ops.recurrences.scan import diagonal_scan
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.fields import opt
@@ -75,7 +75,7 @@ class S4(LinearMixer):
         if config.dt_min > config.dt_max:
             raise ConfigError(f"{path}.dt_min", config.dt_min, f"must be at most dt_max = {config.dt_max:g}")
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         start = self.host.rank("tensor") * self.channels
         u = x.view(layout.batch, layout.length, -1)[..., start : start + self.channels]
         # fp64: exp(dt A) - 1 loses the small step sizes otherwise
@@ -88,7 +88,7 @@ class S4(LinearMixer):
         c = 2 * b * torch.view_as_complex(self.C)
         return {"u": u, "log_a": torch.view_as_real(log_a).float(), "c": torch.view_as_real(c).float()}, None
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         y, state = diagonal_scan(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
         return (y + self.D * inputs["u"]).to(y.dtype), {"state": state}
 

@@ -20,7 +20,7 @@ from linear_moe.modeling.mixers.checks import check_heads
 from linear_moe.modeling.ops.fused.gates import Function
 from linear_moe.modeling.ops.fused.gates import gate as evaluate
 from linear_moe.modeling.ops.recurrences.fast_weights import titans
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.fields import opt
 
 _GATES: dict[str, tuple[str, Function, float]] = {
@@ -79,7 +79,7 @@ class Titans(LinearMixer):
         heads = config.num_heads or dims.num_heads
         check_heads(f"{path}.num_heads", heads, tensor, {"hidden_size =": dims.hidden_size})
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
         rows = (layout.batch, layout.length, -1)
         q, k, v = (self.projected(name, x, layout, cache).unflatten(-1, (self.heads, -1)) for name in "qkv")
         inputs = {"q": l2_norm(q), "k": l2_norm(k), "v": v}
@@ -88,7 +88,7 @@ class Titans(LinearMixer):
             inputs[key] = evaluate(y, function, scale=scale, bias=bias).view(rows)
         return inputs, self.g_proj(x)
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         size = self.config.chunk_size
         carried: dict[str, Any] = {}
         if states:

@@ -19,7 +19,7 @@ from linear_moe.modeling.layers.rotary import rotary_angles, token_positions
 from linear_moe.modeling.mixers.base import LinearMixer, MixerConfig
 from linear_moe.modeling.ops.fused.gates import gate as evaluate
 from linear_moe.modeling.ops.recurrences.fast_weights import ttt
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from linear_moe.options.checks import check, unused
 from linear_moe.options.fields import opt
 
@@ -86,7 +86,7 @@ class TTTLinear(LinearMixer):
         if not config.share_qk:
             unused(path, config, "conv_size", needs="set share_qk")
 
-    def project(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
+    def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor | None]:
         rows, config = (layout.batch, layout.length, -1), self.config
         q, v = self.q_proj(x).view(rows), self.v_proj(x).view(rows)
         if config.share_qk:
@@ -104,7 +104,7 @@ class TTTLinear(LinearMixer):
     def _initial_weights(self) -> Tensor:
         return torch.cat([self.W1, self.b1.unsqueeze(1)], dim=1)  # [H, D + 1, D]
 
-    def recurrence(self, inputs: dict[str, Any], layout: Layout, states: Cache) -> tuple[Tensor, Cache]:
+    def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
         size = self.config.mini_batch_size
         harmonic = 1 / torch.arange(1, size + 1, device=self.W1.device)
         carried: dict[str, Any] = {}

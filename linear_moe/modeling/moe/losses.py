@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 
 
 def balance_loss(counts: Tensor, score_sums: Tensor, tokens: Tensor | int) -> Tensor:
@@ -23,7 +23,7 @@ def balance_loss(counts: Tensor, score_sums: Tensor, tokens: Tensor | int) -> Te
     return counts.shape[-1] * (share * score_sums).sum() / tokens
 
 
-def sequence_of_tokens(layout: Layout, start: int, tokens: int, device: torch.device) -> tuple[Tensor, int]:
+def sequence_of_tokens(layout: TokenLayout, start: int, tokens: int, device: torch.device) -> tuple[Tensor, int]:
     """Number of the sequence, or packed document, that each token is in `[tokens]`, and how many there are.
 
     Of pieces of sequences: the same number on every rank.

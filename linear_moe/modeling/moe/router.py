@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.moe.capacity import capacity, within_capacity
 from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 
 
 def scores(logits: Tensor, config: MoEConfig) -> Tensor:
@@ -102,13 +102,13 @@ class Router(nn.Module):
                 config.num_experts, init=constant(0.0), decay=False, fp32=True, trained=False
             )
 
-    def forward(self, x: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, Tensor]:
         """`layout` None: the tokens are one sequence, and all on this rank."""
         config = self.config
         logits = _Logits.apply(x, self.weight)
         once = self.host.activations.once
         weights, index = route(logits, config, self.expert_bias, once)
-        layout, counted = layout or Layout(1, len(x)), index
+        layout, counted = layout or TokenLayout(1, len(x)), index
         if layout.padding is not None:  # without a capacity, experts take these few tokens along: no size depends on it
             counted = index.masked_fill(self.host.own_tokens(layout.padding.view(-1, 1)), config.num_experts)
         kept = once(lambda: self._kept(weights.detach(), counted, layout)) if self.limited else None
@@ -123,7 +123,7 @@ class Router(nn.Module):
         """Whether experts take no more than their capacity: in training only."""
         return self.config.capacity_factor is not None and self.training
 
-    def _kept(self, weights: Tensor, index: Tensor, layout: Layout) -> Tensor:
+    def _kept(self, weights: Tensor, index: Tensor, layout: TokenLayout) -> Tensor:
         """Boolean `[n, k]`: what experts take, of a micro-batch's tokens however ranks share them; no padding."""
         shape, pieces = (len(weights), self.config.num_experts + 1), layout.pieces  # with a column for no expert
         everywhere = self.host.all_tokens(weights.new_full(shape, -1.0).scatter(1, index, weights)[:, :-1])

@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from linear_moe.checkpoints.reader import MODEL, file_crc, step_name
 from linear_moe.config.schema import Config
-from linear_moe.training.checkpointing.save import SaveError, Writer, checkpoint_info, prepare, publish
+from linear_moe.training.checkpointing.save import CheckpointWriter, SaveError, checkpoint_info, prepare, publish
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """A box of a tensor, by default of a weight in fp32.
 
     Attributes:
@@ -50,7 +50,7 @@ class Piece:
         return math.prod(self.size) * self.dtype.itemsize
 
 
-def save_initial(config: Config, pieces: list[Piece], dtypes: dict[str, str], imported: dict[str, Any]) -> Path:
+def save_initial(config: Config, pieces: list[TensorPiece], dtypes: dict[str, str], imported: dict[str, Any]) -> Path:
     """Write the checkpoint of step 0, whole or not at all, and return its folder.
 
     As `save` does, but without optimizer state and random states: training from it begins with fresh ones, at its first
@@ -74,7 +74,7 @@ def save_initial(config: Config, pieces: list[Piece], dtypes: dict[str, str], im
 
 
 def save_pieces(
-    final: Path, pieces: list[Piece], objects: Mapping[str, io.BytesIO], info: dict[str, Any], files: int = 1
+    final: Path, pieces: list[TensorPiece], objects: Mapping[str, io.BytesIO], info: dict[str, Any], files: int = 1
 ) -> None:
     """Write the checkpoint `final` in this process alone, whole or not at all.
 
@@ -88,7 +88,7 @@ def save_pieces(
         SaveError: no space, no permission, ..., or the disk does not give back what was written; nothing is left of it.
     """
     partial = final.with_name(f".{final.name}.partial")
-    writer = Writer(partial, files)
+    writer = CheckpointWriter(partial, files)
     try:
         prepare(partial, sum(piece.nbytes + 2048 for piece in pieces) + 2**16)
         with warnings.catch_warnings():
@@ -118,7 +118,7 @@ class Raw(io.BytesIO):
 class PiecePlanner(DefaultSavePlanner):
     """Plans pieces that do not exist yet, beside the objects of the state dict."""
 
-    def __init__(self, pieces: list[Piece]):
+    def __init__(self, pieces: list[TensorPiece]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.pieces = {MetadataIndex(piece.prefix + piece.name, piece.offset): piece for piece in pieces}
         assert len(self.pieces) == len(pieces)
@@ -140,7 +140,7 @@ class PiecePlanner(DefaultSavePlanner):
         return value.clone(memory_format=torch.contiguous_format)  # a view would be saved with all that it is a view of
 
 
-def _item(index: MetadataIndex, piece: Piece) -> WriteItem:
+def _item(index: MetadataIndex, piece: TensorPiece) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))
     properties = TensorProperties(dtype=piece.dtype)
     return WriteItem(

@@ -18,7 +18,7 @@ from linear_moe.checkpoints.reader import (
     latest_checkpoint,
     read_info,
     read_tensors,
-    verify_files,
+    verify_checkpoint_files,
     weight_shapes,
 )
 from linear_moe.config.schema import Config
@@ -212,7 +212,7 @@ def _verify(folder: Path) -> None:
     """Raises ConfigError, alike on all ranks, unless all files are what was written."""
     world = dist.get_world_size()
     everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, verify_files(folder, dist.get_rank(), world))
+    dist.all_gather_object(everyone, verify_checkpoint_files(folder, dist.get_rank(), world))
     wrong = next(filter(None, everyone), None)
     if wrong is not None:
         raise damaged(folder / wrong[0], wrong[1])

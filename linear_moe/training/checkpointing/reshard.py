@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from linear_moe.checkpoints.inspect import OPTIMIZER, find, read_metadata, verify
+from linear_moe.checkpoints.inspect import OPTIMIZER, find, read_metadata, verify_checkpoint
 from linear_moe.checkpoints.reader import LATEST, MODEL, complete_checkpoints, read_info
 from linear_moe.checkpoints.run import EMBEDDING, is_run
 from linear_moe.config.load import load_config, save_config
@@ -35,7 +35,7 @@ from linear_moe.modeling.host import Host, ParameterSpec
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
-from linear_moe.training.checkpointing.initial import Piece, Raw, save_pieces
+from linear_moe.training.checkpointing.initial import Raw, TensorPiece, save_pieces
 from linear_moe.training.supervision.faults import lock_run
 
 PIECE_BYTES = 256 * 2**20
@@ -78,7 +78,7 @@ def reshard(
     checkpoints = out / "checkpoints"
     if (checkpoints / LATEST).exists() or complete_checkpoints(checkpoints):
         raise ConfigError("DST", str(out), "has checkpoints already", fix="choose another run folder")
-    verify(folder)
+    verify_checkpoint(folder)
     info = read_info(folder)
     config = _config(folder, info)
     metadata = read_metadata(folder)
@@ -194,7 +194,7 @@ class _Into(DefaultLoadPlanner):
 
 def _pieces(
     reader: _Reader, specs: dict[str, ParameterSpec], layout: dict[str, int], optimizer: bool
-) -> Iterator[Piece]:
+) -> Iterator[TensorPiece]:
     """Every tensor, cut as `layout` cuts the parameter that it belongs to."""
     for key, entry in sorted(reader.tensors().items()):
         if key.startswith(OPTIMIZER) and not optimizer:
@@ -202,7 +202,7 @@ def _pieces(
         shape, dtype = tuple(entry.size), entry.properties.dtype
         spec = next((specs[name] for name in _suffixes(key) if name in specs and specs[name].shape == shape), None)
         for offset, size in _boxes(key, shape, dtype.itemsize, spec, layout):
-            yield Piece(key, shape, offset, size, partial(reader.box, key, offset, size), prefix="", dtype=dtype)
+            yield TensorPiece(key, shape, offset, size, partial(reader.box, key, offset, size), prefix="", dtype=dtype)
 
 
 def _suffixes(key: str) -> Iterator[str]:

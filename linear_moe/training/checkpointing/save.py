@@ -167,7 +167,7 @@ class _Files(FileSystem):
             self.sums[name] = summed.crc
 
 
-class Writer(FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """Sums up its files; reports the operating system's error where PyTorch's serialisation hides it behind its own.
 
     Args:
@@ -216,7 +216,7 @@ def _system_error(error: BaseException) -> BaseException:
 
 def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
     """Every rank writes its file; returns the CRC-32 of all of them, by name."""
-    writer = Writer(folder)
+    writer = CheckpointWriter(folder)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     try:
         dcp.save(tensors, storage_writer=writer, planner=planner)

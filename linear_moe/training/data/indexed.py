@@ -104,11 +104,11 @@ def fingerprint(prefix: str) -> list[Any]:
 
 
 def fingerprint_files(prefix: str) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of both files, for `verify_files`."""
+    """Size and sha256 of both files, for `verify_dataset_files`."""
     return {s: {"size": os.path.getsize(prefix + s), "sha256": sha256(prefix + s)} for s in (".bin", ".idx")}
 
 
-def verify_files(prefix: str, recorded: dict[str, dict[str, Any]], fix: str) -> None:
+def verify_dataset_files(prefix: str, recorded: dict[str, dict[str, Any]], fix: str) -> None:
     """Raises ConfigError unless both files are as recorded (files over HASH_LIMIT: as large as recorded)."""
     for suffix, expected in recorded.items():
         path = prefix + suffix
@@ -121,7 +121,7 @@ def verify_files(prefix: str, recorded: dict[str, dict[str, Any]], fix: str) -> 
             raise ConfigError(path, ..., f"corrupt {kind}: not what was written", fix=fix)
 
 
-class Writer:
+class IndexedWriter:
     """Writes `prefix.bin` and `prefix.idx` with Megatron's builder; `platform.install()` must have been called."""
 
     def __init__(self, prefix: str, vocab_size: int):

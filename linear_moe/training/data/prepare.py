@@ -34,7 +34,7 @@ from linear_moe.training.data.tokenizer import (
     check_tokenizer,
     load_tokenizer,
     make_tokenizer,
-    pieces,
+    text_pieces,
     tokenizer_key,
     vocabulary_size,
 )
@@ -150,7 +150,7 @@ def load_prepared(folder: Path) -> PreparedData:
         raise ConfigError(str(folder / "manifest.json"), ..., "missing or corrupt", fix=fix) from error
     for name, split in splits.items():
         prefix = str(folder / name)
-        indexed.verify_files(prefix, split["stored"], fix)
+        indexed.verify_dataset_files(prefix, split["stored"], fix)
         if indexed.read_index(prefix, fix).tokens != split["tokens"]:
             raise ConfigError(prefix + ".idx", ..., "corrupt index: not the manifest's number of tokens", fix=fix)
     for name, expected in tokenizer.items():
@@ -208,7 +208,7 @@ def _tokenize(data: DataConfig, corpus: Corpus, folder: Path, progress: bool) ->
 
         vocab_size, eod = vocabulary_size(tokenizer), tokenizer.eos_token_id
         assert isinstance(eod, int)
-        writers = {split: indexed.Writer(str(folder / split), vocab_size) for split in SPLITS}
+        writers = {split: indexed.IndexedWriter(str(folder / split), vocab_size) for split in SPLITS}
         encoder, skipped = Encoder(tokenizer), Counter[str]()
         batch: list[tuple[str, list[str]]] = []
         waiting = 0
@@ -222,7 +222,7 @@ def _tokenize(data: DataConfig, corpus: Corpus, folder: Path, progress: bool) ->
             batch.clear()
 
         for document in documents(corpus, fraction, skipped):
-            batch.append((document.split, list(pieces(document.text))))
+            batch.append((document.split, list(text_pieces(document.text))))
             waiting += len(document.text)
             if waiting >= BATCH:
                 flush()
@@ -251,7 +251,7 @@ def _sample(corpus: Corpus, fraction: float, size: int) -> Iterator[str]:
     """The training text, or of a large corpus a fixed part of about BPE_SAMPLE_BYTES, chosen piece by piece by hash."""
     for document in documents(corpus, fraction):
         if document.split == "train":
-            for i, piece in enumerate(pieces(document.text)):
+            for i, piece in enumerate(text_pieces(document.text)):
                 if size <= BPE_SAMPLE_BYTES or unit_hash(f"{document.name}#{i}") < BPE_SAMPLE_BYTES / size:
                     yield piece
 

@@ -124,7 +124,7 @@ class Encoder:
         return [np.array(e.ids, dtype=np.int64) for e in encoded]
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+def text_pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """`text` in pieces of at most `size` characters, cut after a line where there is one."""
     start = 0
     while len(text) - start > size:

@@ -15,7 +15,7 @@ from linear_moe.modeling.ops.experts import assign
 from linear_moe.modeling.ops.experts.assignment import Assignment
 
 
-class GatheredExchange(Dispatcher):
+class AllGatherDispatcher(Dispatcher):
     """`dispatch` then `combine`, in pairs: all tokens come, and sums over the ranks of what their experts made go back.
 
     Sizes follow from shapes, so the host never waits for the device. A rank's buffers have room for the case that its

@@ -16,7 +16,7 @@ from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.kernels import upcast
 
 
-class PaddedExchange:
+class PaddedAllToAll:
     """`dispatch` then `combine`, in pairs: every rank sends `limit` rows to every expert, zeros where it has fewer.
 
     Sizes follow from shapes, so the host never waits for the device, unlike with a dropless all-to-all.

@@ -87,14 +87,14 @@ class AdamW(torch.optim.Optimizer):
             fused_adamw(group, *(list(t) for t in zip(*kind, strict=True)))
 
     def _update_rounded(self, group: dict[str, Any], name: str, *tensors: Tensor) -> None:
-        for begin, (p, g, *low) in pieces(*tensors):
+        for begin, (p, g, *low) in buffer_chunks(*tensors):
             high = [moment.to(p.dtype) for moment in low]
             fused_adamw(group, [p], [g], *([moment] for moment in high))
             for target, moment, kind in zip(low, high, ("exp_avg", "exp_avg_sq"), strict=True):
                 round_stochastically(target, moment, f"{name}/{kind}/{begin}/{group['step']}")
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+def buffer_chunks(*tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
     """Contiguous tensors of one size, flat, CHUNK elements at a time, and where these begin."""
     for begin in range(0, tensors[0].numel(), CHUNK):
         yield begin, [t.view(-1)[begin : begin + CHUNK] for t in tensors]

@@ -65,7 +65,7 @@ def build_optimizer(model: list[Any], config: Config) -> MegatronOptimizer:
     )
     names = {p: name for chunk in model for name, p in chunk.module.named_parameters()}
     for part in optimizer_parts(optimizer):
-        describe(part, names)
+        describe_optimizer(part, names)
         part.optimizer.initialize()
         for p in (p for group in part.optimizer.param_groups for p in group["params"] if not p.is_leaf):
             p.retain_grad()  # a shard of an fp32 parameter is a view of it; Megatron sets its grad and reads it back
@@ -137,7 +137,7 @@ def _foreach_copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor |
         torch._foreach_copy_(that, this)
 
 
-def describe(part: Any, names: dict[nn.Parameter, str]) -> None:
+def describe_optimizer(part: Any, names: dict[nn.Parameter, str]) -> None:
     """Tell one inner optimizer what its tensors are parts of, and spare its wrapper copying them one by one."""
     shares: dict[Tensor, Share] = {}
     for parameter, main, start, stop in stretches(part):

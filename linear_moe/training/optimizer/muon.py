@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linear_moe.config.schema import MuonConfig
 from linear_moe.modeling.host import ParameterSpec
-from linear_moe.training.optimizer.adamw import AdamW, pieces, round_stochastically
+from linear_moe.training.optimizer.adamw import AdamW, buffer_chunks, round_stochastically
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 CHUNK = 2**26
@@ -86,7 +86,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixPiece:
     """Elements `start` to `stop` of the flattened local tensor of parameter `name`."""
 
     name: str
@@ -94,7 +94,7 @@ class Piece:
     stop: int
 
 
-class Exchange:
+class MatrixExchange:
     """Pieces of matrices that lie in several data-parallel ranks' stretches, to the ranks that have others of them.
 
     Each of these orthogonalises the matrix and keeps its own piece of the result, as in arXiv:2502.16982, section 2.3.
@@ -114,8 +114,8 @@ class Exchange:
         self.received = [_missing(there, everyone[rank]) if i != rank else [] for i, there in enumerate(everyone)]
 
     def __call__(
-        self, value: Callable[[Piece], Tensor], dtype: torch.dtype, device: torch.device
-    ) -> dict[str, list[tuple[Piece, Tensor]]]:
+        self, value: Callable[[MatrixPiece], Tensor], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, list[tuple[MatrixPiece, Tensor]]]:
         """Send every `value(piece)`, flat and of that dtype; what came, by parameter."""
         sent, received = ([sum(p.stop - p.start for p in pieces) for pieces in r] for r in (self.sent, self.received))
         nothing = torch.empty(0, dtype=dtype, device=device)
@@ -123,7 +123,7 @@ class Exchange:
         outgoing = torch.cat([nothing, *(value(piece) for pieces in self.sent for piece in pieces)])
         dist.all_to_all_single(buffer, outgoing, received, sent, group=self.group)
         pieces = [piece for pieces in self.received for piece in pieces]
-        found: dict[str, list[tuple[Piece, Tensor]]] = {piece.name: [] for piece in pieces}
+        found: dict[str, list[tuple[MatrixPiece, Tensor]]] = {piece.name: [] for piece in pieces}
         for piece, part in zip(pieces, buffer.split([p.stop - p.start for p in pieces]), strict=True):
             found[piece.name].append((piece, part))
         return found
@@ -133,14 +133,14 @@ Stretches = dict[str, tuple[int, int, int]]
 """By parameter: start, stop, and the elements of a matrix."""
 
 
-def _missing(source: Stretches, target: Stretches) -> list[Piece]:
+def _missing(source: Stretches, target: Stretches) -> list[MatrixPiece]:
     """What `target` needs of `source`'s stretches to complete the matrices that it has a part of."""
     pieces = []
     for name in sorted(source.keys() & target.keys()):
         (start, stop, unit), (first, last, _) = source[name], target[name]
         start, stop = max(start, first // unit * unit), min(stop, -(-last // unit) * unit)
         if start < stop:
-            pieces.append(Piece(name, start, stop))
+            pieces.append(MatrixPiece(name, start, stop))
     return pieces
 
 
@@ -151,7 +151,7 @@ class Muon(AdamW):
     each matrix of a parameter (`ParameterSpec.matrices`; each expert has its own). State: `momentum`.
 
     A rank keeps the momentum of the stretch of a parameter that Megatron-Core gives it to update. To be orthogonalised,
-    matrices are completed by other data-parallel ranks' pieces (`Exchange`), then by other tensor ranks' (`Share`).
+    matrices are completed by pieces of other data-parallel ranks (`MatrixExchange`), then of tensor ranks (`Share`).
 
     Args:
         muon: the settings.
@@ -163,12 +163,12 @@ class Muon(AdamW):
         super().__init__(params, **options)
         self.muon, self.dtype = muon, dtype
         self.shares: dict[Tensor, Share] = {}
-        self.exchange: Exchange | None = None
+        self.exchange: MatrixExchange | None = None
 
     def orthogonalize(self, shares: dict[Tensor, Share], group: dist.ProcessGroup | None) -> None:
         """Say which of the parameters are Muon's; with `group`, its ranks have other stretches of them (collective)."""
         self.shares = dict(sorted(shares.items(), key=lambda item: item[1].name))  # an order that all ranks have
-        self.exchange = Exchange(self.shares.values(), group) if group is not None and group.size() > 1 else None
+        self.exchange = MatrixExchange(self.shares.values(), group) if group is not None and group.size() > 1 else None
 
     def state_names(self, parameter: Tensor) -> tuple[str, ...]:
         return ("momentum",) if parameter in self.shares else super().state_names(parameter)
@@ -181,7 +181,7 @@ class Muon(AdamW):
         super().step(closure)
         groups = {p: group for group in self.param_groups for p in group["params"] if p in self.shares}
         self._accumulate(groups)
-        received: dict[str, list[tuple[Piece, Tensor]]] = {}
+        received: dict[str, list[tuple[MatrixPiece, Tensor]]] = {}
         if self.exchange is not None:
             by_name = {share.name: p for p, share in self.shares.items()}
             device = next(iter(by_name.values())).device if by_name else torch.device(torch.cuda.current_device())
@@ -198,11 +198,11 @@ class Muon(AdamW):
         for p, group in groups.items():
             if momenta[p].dtype != p.dtype:
                 assert p.grad is not None
-                for begin, (low, gradient) in pieces(momenta[p], p.grad):
+                for begin, (low, gradient) in buffer_chunks(momenta[p], p.grad):
                     sums = low.to(p.dtype).mul_(self.muon.momentum).add_(gradient)
                     round_stochastically(low, sums, f"{self.names.get(p, '')}/momentum/{begin}/{group['step']}")
 
-    def _direction(self, parameter: Tensor, piece: Piece) -> Tensor:
+    def _direction(self, parameter: Tensor, piece: MatrixPiece) -> Tensor:
         """Part of what is to be orthogonalised."""
         share, (momentum,) = self.shares[parameter], self.state_of(parameter)
         part = slice(piece.start - share.start, piece.stop - share.start)
@@ -213,7 +213,7 @@ class Muon(AdamW):
         return torch.add(parameter.grad.view(-1)[part], momentum, alpha=self.muon.momentum).to(self.dtype)
 
     def _apply(
-        self, parameter: Tensor, share: Share, group: dict[str, Any], received: list[tuple[Piece, Tensor]]
+        self, parameter: Tensor, share: Share, group: dict[str, Any], received: list[tuple[MatrixPiece, Tensor]]
     ) -> None:
         """Complete the matrices, a few at a time, orthogonalise them, and update this rank's stretch."""
         assert share.spec.matrices is not None
@@ -221,7 +221,7 @@ class Muon(AdamW):
         size = max(1, CHUNK // share.unit) * share.unit
         for begin in range(first, last, size):
             end = min(begin + size, last)
-            own = Piece(share.name, max(begin, share.start), min(end, share.stop))
+            own = MatrixPiece(share.name, max(begin, share.start), min(end, share.stop))
             window = torch.empty(end - begin, dtype=self.dtype, device=parameter.device)
             for piece, part in [(own, self._direction(parameter, own)), *received]:
                 low, high = max(piece.start, begin), min(piece.stop, end)

@@ -31,7 +31,7 @@ from linear_moe.modeling.ops.attention.softmax import softmax_attention
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Expand, pieces_of
 from linear_moe.training.sequence.cut import Cut
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.exchange import SequenceGroup
 
 
 class _Pair(NamedTuple):
@@ -167,24 +167,24 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class AttentionTask:
     """One call's settings, see `ops.sequence.Pieces.attention`."""
 
     reach: Reach
-    line: Line
+    line: SequenceGroup
     expand: Expand
     parameters: tuple[Tensor, ...]
     scale: float
     window: int | None
 
 
-def attention(q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
+def attention(q: Tensor, shared: tuple[Tensor, ...], task: AttentionTask) -> Tensor:
     """Softmax attention of the local queries `[B, T, H, D] -> [B, T, H, V]`, by the line's strategy. Collective."""
     flat = STRATEGIES[task.line.attention](q.flatten(0, 1), tuple(x.flatten(0, 1) for x in shared), task)
     return flat.unflatten(0, q.shape[:2])
 
 
-def _by(function: Any, q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
+def _by(function: Any, q: Tensor, shared: tuple[Tensor, ...], task: AttentionTask) -> Tensor:
     o: Tensor = function.apply(task, len(shared), q, *shared, *task.parameters)
     return o
 
@@ -193,7 +193,7 @@ class _Gathered(torch.autograd.Function):
     """q `[T, H, D]`, shared `[T, ...]` and parameters -> o `[T, H, V]`."""
 
     @staticmethod
-    def forward(ctx: Any, task: Exchange, count: int, q: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
         shared = tensors[:count]
         _, block = task.reach.gathered(task.window)
         k, v = _expanded(_seen(shared, task), task)
@@ -205,7 +205,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        task: Exchange = ctx.task
+        task: AttentionTask = ctx.task
         q, o, lse, *shared = ctx.saved_tensors
         _, block = task.reach.gathered(task.window)
         made = _Made(_seen(shared, task), task)
@@ -219,7 +219,7 @@ class _Ring(torch.autograd.Function):
     """As `_Gathered`."""
 
     @staticmethod
-    def forward(ctx: Any, task: Exchange, count: int, q: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
         shared, line, reach = tensors[:count], task.line, task.reach
         o, lse, buffer = None, None, _flat(shared)
         for step in range(line.order.size):
@@ -244,7 +244,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        task: Exchange = ctx.task
+        task: AttentionTask = ctx.task
         q, o, lse, *shared = ctx.saved_tensors
         line, size, buffer = task.line, task.line.order.size, _flat(shared)
         kind = torch.promote_types(q.dtype, torch.float32)  # sums of all ranks' gradients, also on their way
@@ -281,7 +281,7 @@ class _Ring(torch.autograd.Function):
         return None, None, dq.to(q.dtype), *d_own, *of_parameters
 
 
-def _expanded(shared: Sequence[Tensor], task: Exchange) -> tuple[Tensor, Tensor]:
+def _expanded(shared: Sequence[Tensor], task: AttentionTask) -> tuple[Tensor, Tensor]:
     """Shared `[S, ...]` -> k `[S, G, D]`, v `[S, G, V]`."""
     k, v = task.expand(*(x.unsqueeze(0) for x in shared))
     return k.squeeze(0), v.squeeze(0)
@@ -290,7 +290,7 @@ def _expanded(shared: Sequence[Tensor], task: Exchange) -> tuple[Tensor, Tensor]
 class _Made:
     """Keys and values made of what is shared, in a backward pass: with how to go back."""
 
-    def __init__(self, shared: Sequence[Tensor], task: Exchange):
+    def __init__(self, shared: Sequence[Tensor], task: AttentionTask):
         self.parameters = task.parameters
         with torch.enable_grad():
             self.leaves = [x.detach().requires_grad_() for x in shared]
@@ -316,7 +316,7 @@ def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _seen(shared: Sequence[Tensor], task: Exchange) -> list[Tensor]:
+def _seen(shared: Sequence[Tensor], task: AttentionTask) -> list[Tensor]:
     """Own tokens `[T, ...]` -> all that the local queries see, `[S, ...]`, in one message."""
     line, own = task.line, _flat(shared)
     sources, _ = task.reach.gathered(task.window)
@@ -335,7 +335,7 @@ def _seen(shared: Sequence[Tensor], task: Exchange) -> list[Tensor]:
     return seen
 
 
-def _back(d_seen: Sequence[Tensor], shared: Sequence[Tensor], task: Exchange) -> list[Tensor]:
+def _back(d_seen: Sequence[Tensor], shared: Sequence[Tensor], task: AttentionTask) -> list[Tensor]:
     """Gradients of what `_seen` gives -> of the own tokens, the sum of all ranks'."""
     line, window = task.line, task.window
     sources, _ = task.reach.gathered(window)
@@ -369,7 +369,9 @@ def _lengths(spans: Sequence[Span]) -> list[int]:
     return [b - a for a, b in spans]
 
 
-def _swap(sent: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Span]], line: Line) -> list[list[Tensor]]:
+def _swap(
+    sent: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Span]], line: SequenceGroup
+) -> list[list[Tensor]]:
     """To every rank tensors `[m, ...]`, from it others like them, of as many tokens as are wanted of it."""
     tokens, width = [sum(_lengths(spans)) for spans in wanted], sum(x.shape[1:].numel() for x in sent[0])
     flat = [_flat(x) for x in sent]
@@ -380,7 +382,7 @@ def _swap(sent: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Span]], li
     return [_parts(x, empty) for x, empty in zip(received.split(sizes[0]), like, strict=True)]
 
 
-def _pass_on(x: Tensor, line: Line) -> Callable[[], Tensor]:
+def _pass_on(x: Tensor, line: SequenceGroup) -> Callable[[], Tensor]:
     """Start to send x to the next rank and to receive one like it from the previous; call for that."""
     assert line.group is not None
     received, size = torch.empty_like(x), line.order.size
@@ -396,7 +398,7 @@ def _pass_on(x: Tensor, line: Line) -> Callable[[], Tensor]:
     return arrived
 
 
-def _ulysses(q: Tensor, shared: tuple[Tensor, ...], task: Exchange) -> Tensor:
+def _ulysses(q: Tensor, shared: tuple[Tensor, ...], task: AttentionTask) -> Tensor:
     cut, line = task.reach.cut, task.line
     size, per_rank = line.order.size, line.order.per_rank
     k, v = _expanded(shared, task)
@@ -427,7 +429,7 @@ class _AllToAll(torch.autograd.Function):
     """`[W, n] -> [W, n]`: row r to rank r, and from it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, line: SequenceGroup) -> Tensor:  # type: ignore[override]
         ctx.line = line
         if line.group is None:
             return x
@@ -440,7 +442,7 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.forward(ctx, gradient, ctx.line), None
 
 
-Strategy = Callable[[Tensor, tuple[Tensor, ...], Exchange], Tensor]
+Strategy = Callable[[Tensor, tuple[Tensor, ...], AttentionTask], Tensor]
 STRATEGIES: dict[str, Strategy] = {
     "all_gather": partial(_by, _Gathered),
     "ring": partial(_by, _Ring),

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.sequence import Run, Summary, once
 from linear_moe.training.sequence.cut import Cut
-from linear_moe.training.sequence.exchange import Exchange, Line
+from linear_moe.training.sequence.exchange import SequenceGroup, StateExchange
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Place:
 
 def carry(
     cut: Cut,
-    line: Line,
+    line: SequenceGroup,
     run: Run,
     inputs: Sequence[Tensor],
     start: Tensor,
@@ -136,7 +136,7 @@ def carry(
         own = places(*inputs, start, *shared)
         summaries = zip(*(place.summary(summary) for place in own), strict=True)
         transition, state = (torch.stack(x, 1).flatten(0, 1) for x in summaries)
-        exchange = once(lambda: Exchange(line, matrix=True))
+        exchange = once(lambda: StateExchange(line, matrix=True))
         before = exchange.begin(transition, state)().unflatten(0, (cut.rows, -1)).unbind(1)
         outputs = torch.stack([place.finish(x)[0] for place, x in zip(own, before, strict=True)])
     return outputs.transpose(0, 1).reshape(*inputs[0].shape[:2], *outputs.shape[3:])
@@ -151,7 +151,7 @@ class _HandedOver(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, places: Callable[..., list[Place]], line: Line, shape: tuple[int, ...], *tensors: Tensor
+        ctx: Any, places: Callable[..., list[Place]], line: SequenceGroup, shape: tuple[int, ...], *tensors: Tensor
     ) -> Tensor:
         outputs, before, inside = [], [], torch.empty(0)
         for place, piece in zip(places(*tensors), line.order.pieces(line.rank), strict=True):
@@ -167,7 +167,7 @@ class _HandedOver(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        line: Line = ctx.line
+        line: SequenceGroup = ctx.line
         pieces, inside = line.order.pieces(line.rank), torch.empty(0)
         saved = ctx.saved_tensors  # once: recomputation allows no second look
         starts = [None if x is None else x.detach().requires_grad_() for x in saved[: len(pieces)]]
@@ -186,7 +186,7 @@ class _HandedOver(torch.autograd.Function):
         return None, None, None, *(x.grad for x in leaves)
 
 
-def _from(piece: int, line: Line, inside: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+def _from(piece: int, line: SequenceGroup, inside: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """What the owner of `piece` hands over: `inside`, where that is this rank."""
     source = line.order.owner(piece)[0]
     if source == line.rank:
@@ -197,7 +197,7 @@ def _from(piece: int, line: Line, inside: Tensor, shape: Sequence[int], device: 
     return buffer
 
 
-def _to(piece: int, line: Line, x: Tensor) -> None:
+def _to(piece: int, line: SequenceGroup, x: Tensor) -> None:
     """Hand over to the owner of `piece`, if there is one, and it is another rank."""
     if 0 <= piece < line.order.count and (target := line.order.owner(piece)[0]) != line.rank:
         assert line.group is not None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cut:
         filled: tokens of a row; what is behind them in its pieces is padding.
     """
 
-    order: Order
+    order: PieceOrder
     rank: int
     rows: int
     length: int
@@ -78,7 +78,7 @@ class Cut:
 
 
 def cut(
-    rows: int, length: int, order: Order, rank: int, cu_seqlens: Tensor | None = None, filled: int | None = None
+    rows: int, length: int, order: PieceOrder, rank: int, cu_seqlens: Tensor | None = None, filled: int | None = None
 ) -> Cut:
     """The cut of `rows` rows of `length` tokens (a multiple of `order.count`).
 
@@ -113,7 +113,7 @@ def share(x: Tensor, cut: Cut) -> Tensor:
     return pieces[:, list(cut.order.pieces(cut.rank))].flatten(1, 2)
 
 
-def split(batch: dict[str, Any], order: Order, rank: int, padded: int) -> dict[str, Any]:
+def split(batch: dict[str, Any], order: PieceOrder, rank: int, padded: int) -> dict[str, Any]:
     """A rank's share of the loader's micro-batch, with its `cut`; rows are padded to `padded` tokens.
 
     Padding counts in no loss and no statistic, comes after all that does, and is a document of its own where these are

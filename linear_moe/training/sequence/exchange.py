@@ -24,14 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from linear_moe.layout.sequence import RING_BLOCKS, Order
+from linear_moe.layout.sequence import RING_BLOCKS, PieceOrder
 from linear_moe.modeling.deferred import fill_gap
 
 STRATEGIES = ("all_gather", "ring")
 
 
 @dataclass(frozen=True)
-class Line:
+class SequenceGroup:
     """The ranks that share out sequences.
 
     Attributes:
@@ -41,7 +41,7 @@ class Line:
         dtype: in which states and transitions travel; they are fp32 before and after.
     """
 
-    order: Order
+    order: PieceOrder
     rank: int
     group: dist.ProcessGroup | None = None
     strategy: str = "all_gather"
@@ -49,23 +49,23 @@ class Line:
     dtype: torch.dtype = torch.float32
 
 
-def states_before(transition: Tensor | None, state: Tensor, line: Line, matrix: bool) -> Tensor:
-    """An `Exchange` that is waited for at once."""
-    return Exchange(line, matrix).begin(transition, state)()
+def states_before(transition: Tensor | None, state: Tensor, line: SequenceGroup, matrix: bool) -> Tensor:
+    """An `StateExchange` that is waited for at once."""
+    return StateExchange(line, matrix).begin(transition, state)()
 
 
 Finish = Callable[[], Tensor]
 """Waits for an exchange: the states before (after, where it ran from the end) this rank's pieces `[P, rows, ...]`."""
 
 
-class Exchange:
+class StateExchange:
     """One exchange, which `begin` sends and what it returns waits for. Collective, as are the gradients.
 
     Begun again, where activations are computed again, it sends nothing: it knows the states, and keeps all that its
     backward pass needs.
     """
 
-    def __init__(self, line: Line, matrix: bool = False):
+    def __init__(self, line: SequenceGroup, matrix: bool = False):
         """`matrix`: transitions are matrices, else elementwise."""
         self.line, self.matrix = line, matrix
         # A transition near 1 loses what it forgets in 16 bits, and after many pieces that is much. Less 1 it does not:
@@ -127,7 +127,7 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, transition: Tensor | None, state: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, transition: Tensor | None, state: Tensor, exchange: StateExchange) -> Tensor:  # type: ignore[override]
         ctx.exchange, ctx.shape = exchange, None if transition is None else transition.shape
         if exchange.before is None:
             if exchange.line.strategy == "ring":
@@ -140,7 +140,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        exchange: Exchange = ctx.exchange
+        exchange: StateExchange = ctx.exchange
         after, before = exchange.arrived(), exchange.before
         exchange.before = exchange.kept = None
         if not ctx.needs_input_grad[0]:
@@ -155,7 +155,7 @@ class _Wait(torch.autograd.Function):
     """See `_Start`: -> the states before `[P, rows, ...]`."""
 
     @staticmethod
-    def forward(ctx: Any, started: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, started: Tensor, exchange: StateExchange) -> Tensor:  # type: ignore[override]
         ctx.exchange = exchange
         if exchange.before is None:
             exchange.before = exchange.arrived()
@@ -164,7 +164,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        exchange: Exchange = ctx.exchange
+        exchange: StateExchange = ctx.exchange
         assert exchange.before is not None, "an exchange has one backward pass"
         if exchange.line.strategy == "ring":
             transition = None if exchange.kept is None else exchange.adjoint(exchange.kept)
@@ -174,7 +174,7 @@ class _Wait(torch.autograd.Function):
         return gradient.new_empty(0), None
 
 
-def _gather(exchange: Exchange, transition: Tensor | None, state: Tensor) -> Finish:
+def _gather(exchange: StateExchange, transition: Tensor | None, state: Tensor) -> Finish:
     """All summaries in one message; the scan is this rank's own. Transitions of the pieces behind are kept."""
     line, parts = exchange.line, [state]
     if transition is not None:
@@ -193,7 +193,7 @@ def _gather(exchange: Exchange, transition: Tensor | None, state: Tensor) -> Fin
     return finish
 
 
-def _gather_gradients(exchange: Exchange, gradient: Tensor) -> Finish:
+def _gather_gradients(exchange: StateExchange, gradient: Tensor) -> Finish:
     line, kept, arrived = exchange.line, exchange.kept, _from_all([gradient], exchange.line)
 
     def finish() -> Tensor:
@@ -205,7 +205,7 @@ def _gather_gradients(exchange: Exchange, gradient: Tensor) -> Finish:
     return finish
 
 
-def _scan(exchange: Exchange, transitions: dict[int, Tensor], states: list[Tensor], pieces: range) -> Tensor:
+def _scan(exchange: StateExchange, transitions: dict[int, Tensor], states: list[Tensor], pieces: range) -> Tensor:
     """Of all pieces in order `[rows, ...]`, as far as this rank needs -> what comes to its own `[P, rows, ...]`.
 
     `transitions`: empty if nothing goes on through a piece.
@@ -221,7 +221,7 @@ def _scan(exchange: Exchange, transitions: dict[int, Tensor], states: list[Tenso
     return torch.stack([found[piece] for piece in own])
 
 
-def _from_all(parts: Sequence[Tensor], line: Line) -> Callable[[], list[list[Tensor]]]:
+def _from_all(parts: Sequence[Tensor], line: SequenceGroup) -> Callable[[], list[list[Tensor]]]:
     """Send `[P, ...]` of this rank, in one message -> a function that waits for all ranks' pieces, in order of time.
 
     What it gives, in fp32 or complex, are views of one buffer.
@@ -251,13 +251,13 @@ def _from_all(parts: Sequence[Tensor], line: Line) -> Callable[[], list[list[Ten
 
 
 @cache
-def _in_time(order: Order) -> tuple[int, ...]:
+def _in_time(order: PieceOrder) -> tuple[int, ...]:
     """Of each piece, its place among those of all ranks."""
     owners = (order.owner(piece) for piece in range(order.count))
     return tuple(rank * order.per_rank + place for rank, place in owners)
 
 
-def _ring(exchange: Exchange, transition: Tensor | None, state: Tensor, reverse: bool) -> Finish:
+def _ring(exchange: StateExchange, transition: Tensor | None, state: Tensor, reverse: bool) -> Finish:
     """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`.
 
     On a GPU it is queued on a stream of its own. The messages of any two ranks are in the same order on both, and no
@@ -289,7 +289,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _walk(exchange: Exchange, transition: Tensor | None, state: Tensor, before: Tensor, reverse: bool) -> None:
+def _walk(exchange: StateExchange, transition: Tensor | None, state: Tensor, before: Tensor, reverse: bool) -> None:
     """Block by block through own pieces that follow each other, so that the next rank waits for one block only."""
     line, step = exchange.line, -1 if reverse else 1
     order, rank, sent = line.order, line.rank, list[tuple[Any, Tensor]]()
@@ -335,14 +335,14 @@ def _runs(pieces: Sequence[int], step: int) -> list[list[int]]:
     return found
 
 
-def _send(x: Tensor, rank: int, line: Line) -> tuple[Any, Tensor]:
+def _send(x: Tensor, rank: int, line: SequenceGroup) -> tuple[Any, Tensor]:
     """The running send, and the buffer that must live as long."""
     assert line.group is not None
     buffer = _real(x).to(line.dtype).contiguous()
     return dist.isend(buffer, dist.get_global_rank(line.group, rank), group=line.group), buffer
 
 
-def _receive(like: Tensor, rank: int, line: Line) -> Tensor:
+def _receive(like: Tensor, rank: int, line: SequenceGroup) -> Tensor:
     assert line.group is not None
     buffer = torch.empty(_real(like).shape, dtype=line.dtype, device=like.device)
     dist.recv(buffer, dist.get_global_rank(line.group, rank), group=line.group)

@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Run, Summary, once
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training.sequence import attention as softmax
 from linear_moe.training.sequence.carry import carry
 from linear_moe.training.sequence.cut import Cut, share
-from linear_moe.training.sequence.exchange import Exchange, Line, states_before
+from linear_moe.training.sequence.exchange import SequenceGroup, StateExchange, states_before
 
 
 class RankPieces:
@@ -28,7 +28,7 @@ class RankPieces:
     its last sequence is summarised, and only its first one starts from a state; a boundary between cuts the chain.
     """
 
-    def __init__(self, cut: Cut, line: Line, device: torch.device):
+    def __init__(self, cut: Cut, line: SequenceGroup, device: torch.device):
         self.cut, self.line, self.device = cut, line, device
         counts = torch.tensor([len(starts) for starts in cut.starts])
         continued = torch.tensor(cut.continued)
@@ -47,7 +47,7 @@ class RankPieces:
         return self.cut.packed
 
     def states(self, summary: Summary, *inputs: Tensor | None, matrix: bool = False) -> Tensor:
-        wait = once(lambda: Exchange(self.line, matrix)).begin(*self._summaries(summary, inputs))
+        wait = once(lambda: StateExchange(self.line, matrix)).begin(*self._summaries(summary, inputs))
         return self._at(self._firsts, self._continuing(wait()))
 
     def through(
@@ -138,7 +138,7 @@ class RankPieces:
         window: int | None,
     ) -> Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        seen = softmax.Exchange(self._reach, self.line, expand, tuple(parameters), scale, window)
+        seen = softmax.AttentionTask(self._reach, self.line, expand, tuple(parameters), scale, window)
         return softmax.attention(q, shared, seen)
 
     @cached_property
@@ -169,13 +169,15 @@ def _as(flags: Tensor, x: Tensor) -> Tensor:
     return flags.view(-1, *[1] * (x.ndim - 1))
 
 
-def layout_of(cut: Cut, line: Line, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None) -> Layout:
+def pieces_layout(
+    cut: Cut, line: SequenceGroup, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None
+) -> TokenLayout:
     """The layout of a rank's share: segments as rows, or as one row of packed documents."""
     pieces, shape, longest = RankPieces(cut, line, device), (len(cut.starts), cut.length), None
     if cu_seqlens is not None:
         shape, longest = (1, shape[0] * shape[1]), max(end - start for start, end in pairwise(cut.offsets))
     padding = _padding(cut, shape, device)
-    return Layout(*shape, cu_seqlens, longest, positions.reshape(shape), pieces=pieces, padding=padding)
+    return TokenLayout(*shape, cu_seqlens, longest, positions.reshape(shape), pieces=pieces, padding=padding)
 
 
 def _padding(cut: Cut, shape: tuple[int, int], device: torch.device) -> Tensor | None:

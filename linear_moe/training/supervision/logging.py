@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
-def one_line(record: dict[str, Any]) -> str:
+def progress_line(record: dict[str, Any]) -> str:
     """The figures of a step that people watch."""
     parts = [form.format(record[key]) for key, form in SHOWN.items() if key in record]
     if "seconds_left" in record:
@@ -114,12 +114,12 @@ class Logger:
         self._write(record)
         self._scalars("train", record)
         if self._bar is not None:
-            figures = "\n".join(filter(None, [one_line(record), routing_line(record)]))
+            figures = "\n".join(filter(None, [progress_line(record), routing_line(record)]))
             self._bar.update(self._task, completed=record["step"], figures=figures)
         elif time.monotonic() - self._last_line > 5 or record["step"] == self.steps:
             # Not a terminal: a line now and then instead of a bar.
             self._last_line = time.monotonic()
-            self.message(f"step {record['step']}/{self.steps}  {one_line(record)}")
+            self.message(f"step {record['step']}/{self.steps}  {progress_line(record)}")
             if line := routing_line(record):
                 self.message(f"  {line}")
 

@@ -18,7 +18,7 @@ from linear_moe.training.data.tokenizer import (
     Encoder,
     check_tokenizer,
     make_tokenizer,
-    pieces,
+    text_pieces,
     tokenizer_key,
     vocabulary_size,
 )
@@ -126,7 +126,7 @@ def test_broken_hf_folders(tmp_path: Path) -> None:
 
 def test_pieces() -> None:
     text = "line one\nline two\n" * 20 + "x" * 50
-    cut = list(pieces(text, 32))
+    cut = list(text_pieces(text, 32))
     assert "".join(cut) == text and max(map(len, cut)) <= 32
     assert all(piece.endswith("\n") for piece in cut[:13])
-    assert list(pieces("")) == [""]
+    assert list(text_pieces("")) == [""]

@@ -163,11 +163,11 @@ def test_failures_leave_nothing_behind(run: Path, tmp_path: Path, monkeypatch: p
 def test_verification_sees_one_changed_bit(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "out")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    module.verify(tmp_path / "out", expected)
+    module.verify_export(tmp_path / "out", expected)
     name = "model.layers.2.mixer.A_log"
     expected[name].view(torch.int32)[0] ^= 1
     with pytest.raises(AssertionError, match=name):
-        module.verify(tmp_path / "out", expected)
+        module.verify_export(tmp_path / "out", expected)
 
 
 @pytest.mark.parametrize("out", ["file/out", "file"])

@@ -17,7 +17,7 @@ from linear_moe.config.load import load_config, save_config
 from linear_moe.inference.cache import DecodingState, prefill
 from linear_moe.inference.export import export
 from linear_moe.inference.generate import Sampling, TextStream, generate, load_model, sample
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import DECODE, assert_close
 from tests.unit.inference.common import CASES, TOKENS, VOCAB, build, byte_tokenizer, prompt, write_run
 
@@ -52,7 +52,7 @@ def test_prefill_then_steps_equals_the_full_forward_pass(case: str) -> None:
         for t in range(4):
             steps.append(state.advance(model, torch.stack([rows[0][10 + t], rows[1][1 + t]])[:, None])[:, 0])
         for i, row in enumerate(rows):
-            full = model(row[None], Layout(1, len(row)))[0, -5:]
+            full = model(row[None], TokenLayout(1, len(row)))[0, -5:]
             assert_close(torch.stack([s[i] for s in steps]), full, DECODE)
     assert state.positions.tolist() == [14, 5]
 
@@ -64,7 +64,7 @@ def test_selected_rows_go_on_as_they_would_have() -> None:
         state.select(torch.tensor([1, 0, 1]))
         logits = state.advance(model, torch.tensor([[7], [8], [9]]))[:, 0]
         for actual, row, token in zip(logits, (rows[1], rows[0], rows[1]), (7, 8, 9), strict=True):
-            full = model(torch.cat([row, torch.tensor([token])])[None], Layout(1, len(row) + 1))[0, -1]
+            full = model(torch.cat([row, torch.tensor([token])])[None], TokenLayout(1, len(row) + 1))[0, -1]
             assert_close(actual, full, DECODE)
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linear_moe.inference.generate import generate
 from linear_moe.inference.hf import LinearMoECache, LinearMoEForCausalLM
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import DECODE, FP32, assert_close
 from tests.unit.inference.common import CASES, VOCAB, build, prompt
 
@@ -36,7 +36,7 @@ def test_save_and_load_is_bit_equal(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
         # the class adds nothing of its own
-        assert torch.equal(model(tokens).logits, model.model(tokens, Layout(2, 21)))
+        assert torch.equal(model(tokens).logits, model.model(tokens, TokenLayout(2, 21)))
 
 
 @every_case
@@ -223,7 +223,7 @@ def test_loss_is_the_mean_over_next_tokens_and_has_gradients() -> None:
     assert_close(out.loss, -torch.stack(picked).mean(), FP32)
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    training = model.model(tokens[:, :-1], Layout(2, 11), labels=tokens[:, 1:])
+    training = model.model(tokens[:, :-1], TokenLayout(2, 11), labels=tokens[:, 1:])
     assert_close(training.mean(), F.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()), FP32)
 
 

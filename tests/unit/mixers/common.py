@@ -13,7 +13,7 @@ from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 
 
 def variants(name: str) -> list[dict[str, Any]]:
@@ -56,8 +56,8 @@ def stream(batch: int, length: int, hidden: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(batch * length, hidden, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(lengths: list[int]) -> Layout:
+def packed(lengths: list[int]) -> TokenLayout:
     """Documents of these lengths, packed into one row."""
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    return Layout(1, sum(lengths), offsets, max(lengths), positions)
+    return TokenLayout(1, sum(lengths), offsets, max(lengths), positions)

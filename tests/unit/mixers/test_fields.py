@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.errors import ConfigError
 from tests.unit.mixers.common import build, dims, stream, variants
 
@@ -32,7 +32,7 @@ def behaviour(name: str, options: dict[str, Any]) -> dict[str, Tensor] | None:
         mixer = build(name, options, AddsLosses(), replace(dims(), layer=1))
     except ConfigError:
         return None
-    return dict(mixer.named_parameters()) | {"output": mixer(stream(2, 20), Layout(2, 20))}
+    return dict(mixer.named_parameters()) | {"output": mixer(stream(2, 20), TokenLayout(2, 20))}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor] | None) -> bool:

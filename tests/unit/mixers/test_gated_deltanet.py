@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.golden.golden import compare_golden
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream
@@ -61,7 +61,7 @@ def test_gated_deltanet_is_flas() -> None:
 def test_negative_eigenvalues() -> None:
     """Writes of twice the strength, and nothing else, where beta may pass 1 (arXiv 2411.12537)."""
     mixers = [build("gated_deltanet", {"allow_neg_eigval": option}) for option in (False, True)]
-    less, more = (mixer.project(stream(1, 5), Layout(1, 5), None)[0] for mixer in mixers)
+    less, more = (mixer.project(stream(1, 5), TokenLayout(1, 5), None)[0] for mixer in mixers)
     assert_close(more.pop("beta"), 2 * less.pop("beta"), FP32)
     assert all(torch.equal(more[name], less[name]) for name in less)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims
 from tests.unit.mixers.truth import compare, randomise
@@ -60,6 +60,6 @@ def test_fast_weights_are_the_papers_equations(fields: dict[str, Any]) -> None:
 
 def test_gates_begin_at_gate_init() -> None:
     ours = build("gated_linear_fast_weight", {"gate_init": 0.9})
-    inputs, _ = ours.project(torch.zeros(3, 32), Layout(1, 3), None)
+    inputs, _ = ours.project(torch.zeros(3, 32), TokenLayout(1, 3), None)
     for name in ("g", "gv"):
         assert_close(inputs[name].exp(), torch.full((1, 3, 4, 8), 0.9), FP32, name)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.golden.golden import compare_golden
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream
@@ -56,7 +56,7 @@ def test_gla_convolution_is_conv1d_with_silu() -> None:
     """With a convolution, GLA is GLA of the convolved projections."""
     ours = build("gla", {"conv_size": 4})
     x = stream(1, LENGTH)
-    inputs, _ = ours.project(x, Layout(1, LENGTH), None)
+    inputs, _ = ours.project(x, TokenLayout(1, LENGTH), None)
     for name in "qkv":
         projected = (x @ ours.get_parameter(f"{name}_proj.weight").T).T
         weight = ours.get_parameter(f"{name}_conv1d.weight").unsqueeze(1)

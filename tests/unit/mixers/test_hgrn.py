@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.golden.golden import compare_golden
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream
@@ -19,7 +19,7 @@ VARIANTS: list[dict[str, Any]] = [{}, {"conv_size": 4, "conv_bias": True, "expan
 
 
 def test_hgrn_is_flash_linear_attentions() -> None:
-    def bounds(mixer: Any, layout: Layout, tensors: dict[str, Tensor]) -> None:
+    def bounds(mixer: Any, layout: TokenLayout, tensors: dict[str, Tensor]) -> None:
         mixer.lower_bound.bound = lambda x: tensors["input.lower_bound"].logit()
 
     compare_golden("hgrn", "hgrn", {"lower_bound": "fixed"}, dict, bounds)
@@ -69,5 +69,5 @@ def test_bounds_start_at_the_published_values(layer: int) -> None:
     for kind in ("learned", "fixed"):
         mixer = build("hgrn", {"lower_bound": kind}, at=at)
         expected = layer / 4 + (1 - layer / 4) * (x @ mixer.get_parameter("f_proj.weight").T).sigmoid()
-        assert_close(mixer.project(x, Layout(2, 3), None)[0]["g"].flatten(0, 1).exp(), expected, FP32, kind)
+        assert_close(mixer.project(x, TokenLayout(2, 3), None)[0]["g"].flatten(0, 1).exp(), expected, FP32, kind)
         assert (kind == "learned" and layer > 0) == ("lower_bound.logit" in mixer.state_dict())

@@ -16,7 +16,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.layers import conv
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.registry import mixer_class
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.unit.mixers.common import build, case_ids, cases, dims
 
 LENGTH, HIDDEN = 32, 256
@@ -128,5 +128,5 @@ def saved_bytes(mixer: Mixer, length: int) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        mixer.host.activations.layer(0, mixer, x, Layout(1, length))
+        mixer.host.activations.layer(0, mixer, x, TokenLayout(1, length))
     return sum(s.nbytes() for address, s in saved.items() if address not in outside)

@@ -15,7 +15,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import LinearMixer, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.backends import use_backend
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from tests.tolerances import BF16, DECODE, FP32, FP32_GRADIENT_FLOOR, assert_close, relative_error
 from tests.unit.mixers.common import build, case_ids, cases, packed, stream
 
@@ -72,7 +72,7 @@ class Shard(Host):
         return (first + second).chunk(2)[self.tensor_rank]
 
 
-def on_two_ranks(shards: list[Mixer], x: Tensor, layout: Layout) -> Tensor:
+def on_two_ranks(shards: list[Mixer], x: Tensor, layout: TokenLayout) -> Tensor:
     """Both shards' forward passes in lockstep, each with its half of the tokens; the whole output."""
 
     def one(shard: Mixer, tokens: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def decode(mixer: Mixer, x: Tensor, batch: int, prefill: int) -> tuple[Tensor, d
     with torch.no_grad():
         for n in [prefill] * bool(prefill) + [1] * (length - prefill):
             positions = torch.arange(start, start + n).expand(batch, n)
-            y = mixer(rows[:, start : start + n].flatten(0, 1), Layout(batch, n, positions=positions), cache)
+            y = mixer(rows[:, start : start + n].flatten(0, 1), TokenLayout(batch, n, positions=positions), cache)
             outputs.append(y.view(batch, n, -1))
             start += n
     return torch.cat(outputs, 1).flatten(0, 1), cache
@@ -110,17 +110,17 @@ def decode(mixer: Mixer, x: Tensor, batch: int, prefill: int) -> tuple[Tensor, d
 @every_case
 def test_causal_and_rows_independent(name: str, fields: dict[str, Any]) -> None:
     mixer, x = build(name, fields), stream(3, 9)
-    full = mixer(x, Layout(3, 9)).view(3, 9, -1)
-    alone = torch.stack([mixer(row, Layout(1, 9)) for row in x.view(3, 9, -1)])
+    full = mixer(x, TokenLayout(3, 9)).view(3, 9, -1)
+    alone = torch.stack([mixer(row, TokenLayout(1, 9)) for row in x.view(3, 9, -1)])
     assert_close(full, alone, FP32)
     changed = x.clone().view(3, 9, -1)
     changed[:, 5:] += 1.0
-    after = mixer(changed.flatten(0, 1), Layout(3, 9)).view(3, 9, -1)
+    after = mixer(changed.flatten(0, 1), TokenLayout(3, 9)).view(3, 9, -1)
     assert_close(after[:, :5], full[:, :5], FP32)
     assert relative_error(after[:, 5:], full[:, 5:]) > 1e-2
 
 
-def outputs_and_gradients(mixer: Mixer, x: Tensor, layout: Layout) -> dict[str, Tensor]:
+def outputs_and_gradients(mixer: Mixer, x: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
     """The output and, of a loss of it, the gradients of the input and of every parameter, by name."""
     x = x.clone().requires_grad_()
     y = mixer(x, layout)
@@ -148,7 +148,7 @@ def test_chunk_equals_reference(name: str, fields: dict[str, Any], batch: int) -
         x, results = stream(batch, length), {}
         for backend in ("reference", "chunk"):
             with use_backend(backend):
-                results[backend] = outputs_and_gradients(mixer, x, Layout(batch, length))
+                results[backend] = outputs_and_gradients(mixer, x, TokenLayout(batch, length))
         assert_same(results["chunk"], results["reference"], f"{length} tokens")
 
 
@@ -167,14 +167,14 @@ def test_packed_equals_separate_documents(name: str, fields: dict[str, Any]) -> 
     x = stream(1, sum(lengths)).requires_grad_()
     weight = stream(1, sum(lengths), seed=1)
     together = mixer(x, packed(lengths))
-    apart = torch.cat([mixer(document, Layout(1, len(document))) for document in x.split(lengths)])
+    apart = torch.cat([mixer(document, TokenLayout(1, len(document))) for document in x.split(lengths)])
     assert_close(together, apart, FP32)
     inputs = [x, *mixer.parameters()]
     actual = torch.autograd.grad((together * weight).sum(), inputs)
     expected = torch.autograd.grad((apart * weight).sum(), inputs)
     for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, FP32)
-    assert relative_error(mixer(x, Layout(1, sum(lengths))), apart) > 1e-2  # boundaries matter
+    assert relative_error(mixer(x, TokenLayout(1, sum(lengths))), apart) > 1e-2  # boundaries matter
 
 
 @every_case
@@ -182,7 +182,7 @@ def test_packed_equals_separate_documents(name: str, fields: dict[str, Any]) -> 
 def test_decoding_equals_full_forward(name: str, fields: dict[str, Any], prefill: int) -> None:
     mixer, x = build(name, fields), stream(3, 9)
     step_by_step, _ = decode(mixer, x, 3, prefill)
-    assert_close(step_by_step, mixer(x, Layout(3, 9)), DECODE)
+    assert_close(step_by_step, mixer(x, TokenLayout(3, 9)), DECODE)
 
 
 @every_case
@@ -191,10 +191,12 @@ def test_prefill_in_two_pieces(name: str, fields: dict[str, Any]) -> None:
     rows, cache = x.view(2, 9, -1), mixer.init_cache(2, 16, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         pieces = [
-            mixer(rows[:, a:b].flatten(0, 1), Layout(2, b - a, positions=torch.arange(a, b).expand(2, -1)), cache)
+            mixer(rows[:, a:b].flatten(0, 1), TokenLayout(2, b - a, positions=torch.arange(a, b).expand(2, -1)), cache)
             for a, b in ((0, 4), (4, 9))
         ]
-        assert_close(torch.cat([p.view(2, -1, 32) for p in pieces], 1).flatten(0, 1), mixer(x, Layout(2, 9)), DECODE)
+        assert_close(
+            torch.cat([p.view(2, -1, 32) for p in pieces], 1).flatten(0, 1), mixer(x, TokenLayout(2, 9)), DECODE
+        )
 
 
 @every_case
@@ -221,7 +223,7 @@ def test_state_shapes_are_those_used(name: str, fields: dict[str, Any], monkeypa
 @every_case
 def test_gradients_reach_every_parameter(name: str, fields: dict[str, Any]) -> None:
     mixer, x = build(name, fields), stream(2, 7).requires_grad_()
-    (mixer(x, Layout(2, 7)) * stream(2, 7, seed=1)).sum().backward()
+    (mixer(x, TokenLayout(2, 7)) * stream(2, 7, seed=1)).sum().backward()
     for parameter_name, parameter in [("x", x), *mixer.named_parameters()]:
         gradient = parameter.grad
         assert gradient is not None and bool(gradient.isfinite().all()), parameter_name
@@ -234,7 +236,7 @@ def test_two_tensor_ranks_equal_one(name: str, fields: dict[str, Any]) -> None:
     hosts = [Shard(rank, exchange) for rank in (0, 1)]
     shards = [build(name, fields, host, tensor=2) for host in hosts]
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    actual, expected = on_two_ranks(shards, inputs[0], Layout(2, 7)), full(inputs[1], Layout(2, 7))
+    actual, expected = on_two_ranks(shards, inputs[0], TokenLayout(2, 7)), full(inputs[1], TokenLayout(2, 7))
     assert_close(actual, expected, FP32)
     (actual * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -261,9 +263,9 @@ def test_bf16(name: str, fields: dict[str, Any]) -> None:
     single = build(name, fields)
     single.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
     x = stream(2, 9).bfloat16()
-    actual = half(x, Layout(2, 9))
+    actual = half(x, TokenLayout(2, 9))
     assert actual.dtype == torch.bfloat16
-    assert_close(actual, single(x.float(), Layout(2, 9)), BF16)
+    assert_close(actual, single(x.float(), TokenLayout(2, 9)), BF16)
     step_by_step, cache = decode(half, x, 2, prefill=4)
     assert_close(step_by_step, actual, BF16)
     assert {k: v.dtype for k, v in cache.items()} == {
@@ -281,7 +283,7 @@ def test_finite_at_extreme_inputs(name: str, fields: dict[str, Any], dtype: torc
     mixer = build(name, fields, Host(dtype=dtype))
     for length, size in ((66, 1e3), (9, 0.0)):
         x = (size * stream(2, length)).to(dtype)
-        for key, result in outputs_and_gradients(mixer, x, Layout(2, length)).items():
+        for key, result in outputs_and_gradients(mixer, x, TokenLayout(2, length)).items():
             assert bool(result.isfinite().all()), (size, key)
         assert bool(decode(mixer, x, 2, prefill=length - 2)[0].isfinite().all()), size
 

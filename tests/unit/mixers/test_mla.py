@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, dims, stream
 from tests.unit.mixers.truth import LENGTH, compare, load, randomise
@@ -70,9 +70,9 @@ def test_flops_are_those_of_visible_pairs(fields: dict[str, Any]) -> None:
 def test_attention_to_latents_is_attention_to_expanded_ones(fields: dict[str, Any]) -> None:
     ours: Any = build("mla", fields)
     positions = torch.arange(5).expand(2, -1)
-    inputs, _ = ours.project(stream(2, 5), Layout(2, 5, positions=positions), None)
+    inputs, _ = ours.project(stream(2, 5), TokenLayout(2, 5, positions=positions), None)
     absorbed = ours._attend_to_latents(inputs["q"], inputs["latent"], positions)
-    assert_close(absorbed, ours.mix(inputs, Layout(2, 5), None), FP32)
+    assert_close(absorbed, ours.mix(inputs, TokenLayout(2, 5), None), FP32)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_decoding_takes_the_cheaper_way(monkeypatch: pytest.MonkeyPatch) -> None
         to_latents.clear()
         positions = torch.arange(length).unsqueeze(0)
         cache = ours.init_cache(1, 16, torch.float32, torch.device("cpu"))
-        ours(stream(1, length), Layout(1, length, positions=positions), cache)
+        ours(stream(1, length), TokenLayout(1, length, positions=positions), cache)
         absorbed = length * (rank + rope + rank)
         expanded = rank * (nope + value) + length * (nope + rope + value)
         assert bool(to_latents) == (absorbed < expanded), length

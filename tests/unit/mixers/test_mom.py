@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.host import Host
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.golden.golden import compare_golden
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 from tests.unit.mixers.common import build, dims, packed, stream
@@ -37,7 +37,7 @@ def names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def decide_as_recorded(token: int, mixer: Any, layout: Layout, tensors: dict[str, Tensor]) -> None:
+def decide_as_recorded(token: int, mixer: Any, layout: TokenLayout, tensors: dict[str, Tensor]) -> None:
     """fla's router works in bf16, where this token's second and third memory tie: give it the third, as fla did.
 
     By moving the router's input of that token by less than its rounding to bf16.
@@ -129,7 +129,7 @@ def test_balance_loss_is_switch_transformers() -> None:
     """M sum_m f_m P_m: the shares of tokens and the mean scores of the memories, over all tokens."""
     host = Training()
     ours, x = build("mom", {"balance_loss": 0.3}, host), stream(2, 9)
-    y, gate = ours(x, Layout(2, 9)), ours.get_parameter("gate.weight")
+    y, gate = ours(x, TokenLayout(2, 9)), ours.get_parameter("gate.weight")
     weight = gate.detach().clone().requires_grad_()
     scores = (x @ weight.T).softmax(-1)
     shares = torch.bincount(scores.topk(2).indices.flatten(), minlength=4) / 18
@@ -138,8 +138,8 @@ def test_balance_loss_is_switch_transformers() -> None:
     (actual,) = torch.autograd.grad((0 * y).sum(), [gate])
     assert_close(actual, torch.autograd.grad(0.3 * 18 * expected, [weight])[0], FP32)
     with torch.no_grad():
-        ours(x, Layout(2, 9))
-    build("mom", {"balance_loss": 0.0}, host)(x, Layout(2, 9))
+        ours(x, TokenLayout(2, 9))
+    build("mom", {"balance_loss": 0.0}, host)(x, TokenLayout(2, 9))
     assert not host.losses
 
 
@@ -151,7 +151,7 @@ def test_other_tokens_leave_a_memory_unchanged(fields: dict[str, Any]) -> None:
     cache = ours.init_cache(3, 16, torch.float32, torch.device("cpu"))
     for t in range(6):
         x, before = stream(3, 1, seed=t), {name: state.clone() for name, state in cache.items()}
-        ours(x, Layout(3, 1, positions=torch.full((3, 1), t)), cache)
+        ours(x, TokenLayout(3, 1, positions=torch.full((3, 1), t)), cache)
         _, chosen = ours.route(x)
         for name, state in cache.items():
             old, new = (
@@ -163,7 +163,7 @@ def test_other_tokens_leave_a_memory_unchanged(fields: dict[str, Any]) -> None:
 def test_no_token_depends_on_later_ones_of_its_row() -> None:
     """A memory has no capacity that later tokens could use up: a row's beginning is the same whatever follows."""
     ours, x = build("mom", {}), stream(1, 64)
-    full = ours(x, Layout(1, 64))
-    changed = ours(torch.cat([x[:40], -3.0 * x[40:]]), Layout(1, 64))
+    full = ours(x, TokenLayout(1, 64))
+    changed = ours(torch.cat([x[:40], -3.0 * x[40:]]), TokenLayout(1, 64))
     assert_close(changed[:40], full[:40], FP32)
     assert_close(ours(x, packed([40, 24]))[:40], full[:40], FP32)

@@ -16,7 +16,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.mixers.rwkv7 import RWKV7
 from linear_moe.modeling.ops.backends import use_backend
-from linear_moe.modeling.tokens import Cache, Layout
+from linear_moe.modeling.tokens import Cache, TokenLayout
 from tests.golden.golden import compare_golden
 from tests.tolerances import DECODE, FP32, assert_close
 from tests.unit.mixers.common import build, dims, packed, stream
@@ -33,7 +33,7 @@ class Layers(torch.nn.Module):
         super().__init__()
         self.layers, self.host = torch.nn.ModuleList(layers), layers[0].host
 
-    def forward(self, x: Tensor, layout: Layout, caches: list[Cache] | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, caches: list[Cache] | None = None) -> Tensor:
         for i, layer in enumerate(self.layers):
             x = layer(x, layout, None if caches is None else caches[i])
         return x
@@ -96,7 +96,7 @@ def test_rwkv7_is_flas(recording: str) -> None:
     def names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k.replace("lora.lora", "lora"): v.flatten() if k.startswith("x_") else v for k, v in theirs.items()}
 
-    def prepare(mixer: Mixer, layout: Layout, tensors: dict[str, Tensor]) -> None:
+    def prepare(mixer: Mixer, layout: TokenLayout, tensors: dict[str, Tensor]) -> None:
         if "input.v_first" in tensors:
             layout.shared["v_first"] = tensors["input.v_first"].flatten(0, 1)
 
@@ -113,7 +113,7 @@ def test_two_layers_in_chunks_and_packed() -> None:
             results[backend] = [y, *torch.autograd.grad((y * weight).sum(), [x, *layers.parameters()])]
     for actual, expected in zip(results["chunk"], results["reference"], strict=True):
         assert_close(actual, expected, FP32)
-    apart = [layers(document, Layout(1, len(document))) for document in x.split(lengths)]
+    apart = [layers(document, TokenLayout(1, len(document))) for document in x.split(lengths)]
     assert_close(torch.cat(apart), results["chunk"][0], FP32)
 
 
@@ -121,8 +121,10 @@ def test_two_layers_in_chunks_and_packed() -> None:
 def test_two_layers_decode() -> None:
     layers, x = two_layers(), stream(2, 9).view(2, 9, -1)
     caches = [layer.init_cache(2, 9, x.dtype, x.device) for layer in layers.layers]
-    pieces = [layers(x[:, a:b].flatten(0, 1), Layout(2, b - a), caches) for a, b in ((0, 4), (4, 5), (5, 6), (6, 9))]
-    expected = layers(x.flatten(0, 1), Layout(2, 9)).view(2, 9, -1)
+    pieces = [
+        layers(x[:, a:b].flatten(0, 1), TokenLayout(2, b - a), caches) for a, b in ((0, 4), (4, 5), (5, 6), (6, 9))
+    ]
+    expected = layers(x.flatten(0, 1), TokenLayout(2, 9)).view(2, 9, -1)
     assert_close(torch.cat([piece.view(2, -1, 32) for piece in pieces], 1), expected, DECODE)
 
 
@@ -130,7 +132,7 @@ def test_two_layers_recomputed() -> None:
     """The first layer's values, made inside a recomputed region, carry gradients from the second."""
     layers, host, weight, results = two_layers(), Host(activations=Activations(["layer"])), stream(2, 7, seed=1), []
     for run in (partial(host.activations.layer, 0), lambda layer, *args: layer(*args)):
-        x, layout = stream(2, 7).requires_grad_(), Layout(2, 7)
+        x, layout = stream(2, 7).requires_grad_(), TokenLayout(2, 7)
         y = x
         for layer in layers.layers:
             y = run(layer, y, layout)
@@ -145,7 +147,7 @@ def test_two_layers_on_two_tensor_ranks() -> None:
     exchange, weight = Exchange(), stream(2, 7, seed=1)
     full, shards = two_layers(), [two_layers(host=Shard(rank, exchange), tensor=2) for rank in (0, 1)]
     x = [stream(2, 7).requires_grad_() for _ in range(2)]
-    actual, expected = on_two_ranks(shards, x[0], Layout(2, 7)), full(x[1], Layout(2, 7))
+    actual, expected = on_two_ranks(shards, x[0], TokenLayout(2, 7)), full(x[1], TokenLayout(2, 7))
     assert_close(actual, expected, FP32)
     for y in (actual, expected):
         (y * weight).sum().backward()
@@ -155,10 +157,10 @@ def test_two_layers_on_two_tensor_ranks() -> None:
 def test_without_a_first_layer_values_are_their_own_residual() -> None:
     """In a hybrid whose first RWKV-7 layer is not the model's first."""
     layer = build("rwkv7", RANKS, None, replace(dims(), layer=1))
-    layout = Layout(2, 7)
+    layout = TokenLayout(2, 7)
     y = layer(stream(2, 7), layout)
     y.square().sum().backward()
-    again = layer(stream(2, 7), Layout(2, 7, shared={"v_first": layout.shared["v_first"].detach()}))
+    again = layer(stream(2, 7), TokenLayout(2, 7, shared={"v_first": layout.shared["v_first"].detach()}))
     assert_close(again, y, FP32)
     assert all(parameter.grad is not None for parameter in layer.parameters())
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.mixers.base import Mixer
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import stream
 
@@ -42,7 +42,7 @@ def compare(ours: Mixer, theirs: Any) -> None:
     """Outputs, and gradients with respect to the input, of `theirs(x [B, T, hidden])`."""
     x, weight = stream(BATCH, LENGTH), stream(BATCH, LENGTH, seed=1)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    actual, expected = ours(a, Layout(BATCH, LENGTH)), theirs(rows(b)).flatten(0, 1)
+    actual, expected = ours(a, TokenLayout(BATCH, LENGTH)), theirs(rows(b)).flatten(0, 1)
     assert_close(actual, expected, FP32, "output")
     (actual * weight).sum().backward()
     (expected * weight).sum().backward()

@@ -10,7 +10,7 @@ from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
 from tests.unit.mixers.common import variants
 
@@ -31,7 +31,7 @@ def not_called(built: LanguageModel, hidden: Tensor | None = None) -> set[str]:
     for name, module in with_parameters.items():
         module.register_forward_pre_hook(lambda *_, name=name: left.discard(name))
     tokens = torch.arange(32).view(2, 16)
-    built(tokens, Layout(2, 16), hidden=hidden, labels=tokens).sum().backward()
+    built(tokens, TokenLayout(2, 16), hidden=hidden, labels=tokens).sum().backward()
     return left
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.layers.conv import ShortConv, conv_states
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import DECODE, FP32, assert_close
 
 
@@ -26,13 +26,13 @@ def test_convolution_and_decoding(size: int, activation: str | None, bias: bool)
     x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
     expected = F.conv1d(x.mT, conv.weight.unsqueeze(1), conv.bias, padding=size - 1, groups=6)[..., :9].mT
     expected = expected if activation is None else F.silu(expected)
-    assert_close(conv(x, Layout(2, 9)), expected, FP32)
+    assert_close(conv(x, TokenLayout(2, 9)), expected, FP32)
     shapes = conv_states(nn.ModuleDict({"conv": conv}), batch=2)
     assert shapes == {"conv": ((2, 6, size - 1), None)}
     cache = {"conv": torch.zeros(shapes["conv"][0])}
     state = cache["conv"]
     with torch.no_grad():
-        pieces = [conv(piece, Layout(2, piece.shape[1]), cache) for piece in x.split([3, 1, 1, 4], dim=1)]
+        pieces = [conv(piece, TokenLayout(2, piece.shape[1]), cache) for piece in x.split([3, 1, 1, 4], dim=1)]
     assert_close(torch.cat(pieces, 1), expected, DECODE)
     assert cache["conv"] is state  # in place
     assert_close(state, x.mT[..., 9 - (size - 1) :], FP32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling import deferred as module
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.deferred import fill_gap, later, linear, weights_of
@@ -21,7 +21,7 @@ from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.layers.linear import Linear
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.training.sequence import exchange
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.exchange import SequenceGroup
 from tests.distributed.sequences import one_pass, own_layout, stream
 from tests.tolerances import FP32, assert_close
 from tests.unit.mixers.common import build, case_ids, cases
@@ -98,7 +98,7 @@ SPLIT = {
 @pytest.mark.parametrize("name", SPLIT)
 def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
     """That of the state's gradient, which comes first: the output projection's weight."""
-    _, layout = own_layout(Line(Order(1, "zigzag"), 0), packed=False)
+    _, layout = own_layout(SequenceGroup(PieceOrder(1, "zigzag"), 0), packed=False)
     waited: list[int] = []
 
     def gap() -> None:
@@ -115,7 +115,7 @@ def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("recomputed", ["layer", "core"])
 def test_recomputation_sends_nothing_again(name: str, recomputed: str) -> None:
-    _, layout = own_layout(Line(Order(1, "zigzag"), 0), packed=True)
+    _, layout = own_layout(SequenceGroup(PieceOrder(1, "zigzag"), 0), packed=True)
     mixer, dy = build(*SPLIT[name]), stream(True, 1).flatten(0, 1)
     x, found = stream(True, 0).flatten(0, 1).requires_grad_(), []
     for modules in ((), (recomputed,)):

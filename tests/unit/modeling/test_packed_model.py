@@ -11,7 +11,7 @@ from torch import Tensor
 from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import LanguageModel
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
 from linear_moe.training import platform
 from linear_moe.training.data import TrainLoader, prepare_data
@@ -29,7 +29,7 @@ class Packed:
 
     model: LanguageModel
     batch: Batch
-    layout: Layout
+    layout: TokenLayout
     documents: list[slice]  # of the rows laid end to end
 
     def losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Packed:
 @pytest.fixture(scope="module", params=CASES)
 def packed(request: pytest.FixtureRequest) -> Packed:
     platform.install()
-    from linear_moe.training.step import layout_of
+    from linear_moe.training.step import token_layout
 
     config = from_dict(
         Config,
@@ -65,7 +65,7 @@ def packed(request: pytest.FixtureRequest) -> Packed:
     host = Host(torch.float32)
     model = LanguageModel(config.model, VOCAB, host)
     initialize(model, host, seed=0)
-    return Packed(model, batch, layout_of(batch), documents)
+    return Packed(model, batch, token_layout(batch), documents)
 
 
 def test_the_batch_has_all_kinds_of_documents(packed: Packed) -> None:
@@ -92,7 +92,7 @@ def test_equals_documents_alone(packed: Packed) -> None:
     alone = []
     for d in packed.documents:
         x, y = tokens[None, d], labels[None, d]
-        alone.append(model(x, Layout(1, x.shape[1]), labels=y).flatten())
+        alone.append(model(x, TokenLayout(1, x.shape[1]), labels=y).flatten())
         (alone[-1] * mask[d]).sum().backward()
     assert_close(losses, torch.cat(alone), FP32, "losses per token")
     assert count == mask.sum() < len(tokens)

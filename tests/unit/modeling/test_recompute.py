@@ -22,7 +22,7 @@ from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.ops.fused import linear_cross_entropy
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
 from linear_moe.plan.activations import layer_elements
@@ -46,7 +46,7 @@ def model(config: dict[str, Any], activations: Activations | None = None) -> Lan
 def gradients(built: LanguageModel, rows: int = 2, length: int = 9) -> dict[str, Tensor]:
     """Loss and gradients, by name."""
     tokens = torch.randint(VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    loss = built(tokens[:, :-1], Layout(rows, length), labels=tokens[:, 1:])
+    loss = built(tokens[:, :-1], TokenLayout(rows, length), labels=tokens[:, 1:])
     weight = torch.rand(loss.shape, generator=torch.Generator().manual_seed(1))
     named = dict(built.named_parameters())
     trained = {name: p for name, p in named.items() if p.requires_grad}
@@ -113,7 +113,7 @@ def kept_per_token(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> flo
     for length in (64, 128):
         tokens = torch.randint(VOCAB, (2, length))
         with saved_tensors_hooks(keep, lambda t: t):
-            loss = built(tokens, Layout(2, length), labels=tokens)
+            loss = built(tokens, TokenLayout(2, length), labels=tokens)
         total.append(sum(storage.nbytes() for address, storage in saved.items() if address not in weights))
         saved.clear()
         del loss
@@ -148,7 +148,7 @@ def test_choices_and_counts_are_made_once() -> None:
     expected = gradients(built)
     assert counted == [False, False, True, True]
     tokens = torch.randint(VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
-    loss = built(tokens[:, :-1], Layout(2, 9), labels=tokens[:, 1:])
+    loss = built(tokens[:, :-1], TokenLayout(2, 9), labels=tokens[:, 1:])
     for layer in built.layers.values():
         layer.ffn.router.expert_bias = torch.tensor([0.0, 9.0, 0.0, 9.0])  # as if it had been moved meanwhile
     weight = torch.rand(loss.shape, generator=torch.Generator().manual_seed(1))
@@ -162,7 +162,7 @@ def test_nothing_outlives_the_backward_pass() -> None:
     for modules in (PARTS, {"layer"}, {"mixer", "ffn", "norm"}):
         built = model(HYBRID, Activations(modules))
         x = torch.randn(18, 32, requires_grad=True)
-        y, layout = x * 1, Layout(2, 9)
+        y, layout = x * 1, TokenLayout(2, 9)
         gone = []
         for index, layer in built.layers.items():
             y = built.host.activations.layer(int(index), layer, y, layout)

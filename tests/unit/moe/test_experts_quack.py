@@ -25,7 +25,7 @@ from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts.reference import Reference
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
-from linear_moe.training.preflight import check
+from linear_moe.training.preflight import check_run
 from tests.tolerances import FP32, assert_close
 
 NAME = "linear_moe.modeling.ops.experts.quack"
@@ -169,12 +169,12 @@ def test_training_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch, t
     """By `linear-moe check`, where there is no such GPU or package; not where no layer has experts."""
     monkeypatch.chdir(tmp_path)
     config = from_dict(Config, {"run": "run", "data": {"corpus": "synthetic"}, "model": {"vocab_size": 64}})
-    check(config, 1)
+    check_run(config, 1)
     config.model.moe.experts = "quack"
     with pytest.raises(ConfigError, match=r"model\.moe\.experts = 'quack': needs .*set it to auto"):
-        check(config, 1)
+        check_run(config, 1)
     config.model.ffn = "dense"
-    check(config, 1)
+    check_run(config, 1)
 
 
 def test_refused_where_it_cannot_compute() -> None:

@@ -14,7 +14,7 @@ from linear_moe.modeling.moe.capacity import capacity, within_capacity
 from linear_moe.modeling.moe.config import MoEConfig
 from linear_moe.modeling.moe.losses import balance_loss, sequence_of_tokens
 from linear_moe.modeling.moe.router import Router, route, scores
-from linear_moe.modeling.tokens import Layout
+from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import BF16_SAME, FP32, assert_close
 
 LOGITS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
@@ -186,8 +186,8 @@ def test_balance_loss() -> None:
 
 
 def test_sequences_of_tokens() -> None:
-    rows = sequence_of_tokens(Layout(3, 4), 6, 6, torch.device("cpu"))
+    rows = sequence_of_tokens(TokenLayout(3, 4), 6, 6, torch.device("cpu"))
     assert (rows[0].tolist(), rows[1]) == ([1, 1, 2, 2, 2, 2], 3)
-    packed = Layout(1, 9, torch.tensor([0, 2, 2, 5, 9]), max_document=4)
+    packed = TokenLayout(1, 9, torch.tensor([0, 2, 2, 5, 9]), max_document=4)
     documents = sequence_of_tokens(packed, 1, 6, torch.device("cpu"))
     assert (documents[0].tolist(), documents[1]) == ([0, 2, 2, 2, 3, 3], 4)

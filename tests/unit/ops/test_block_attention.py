@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.ops.attention import blocks
 from linear_moe.modeling.ops.attention.blocks import Block, attend, attend_backward, join, put, take
 from linear_moe.modeling.ops.attention.softmax import softmax_attention, softmax_attention_reference
@@ -17,7 +17,7 @@ from linear_moe.modeling.ops.backends import use_backend
 from linear_moe.modeling.ops.sequence import pieces_of
 from linear_moe.training.sequence.attention import STRATEGIES
 from linear_moe.training.sequence.cut import cut
-from linear_moe.training.sequence.exchange import Line
+from linear_moe.training.sequence.exchange import SequenceGroup
 from linear_moe.training.sequence.pieces import RankPieces
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 
@@ -181,7 +181,7 @@ def test_pieces_on_one_process(
     flash: Flash,
 ) -> None:
     """Zigzag pieces of one rank, with FlashAttention and with the reference, are the whole sequences."""
-    rows, order = 1 if documents else 2, Order(1, "zigzag")
+    rows, order = 1 if documents else 2, PieceOrder(1, "zigzag")
     offsets = None if documents is None else torch.tensor(documents)
     found = cut(rows, 32, order, 0, offsets)
     local = None if documents is None else torch.tensor(found.offsets)
@@ -192,7 +192,7 @@ def test_pieces_on_one_process(
     )
 
     def of_pieces(*x: Tensor) -> Tensor:
-        with pieces_of(RankPieces(found, Line(order, 0, attention=strategy), CPU)):
+        with pieces_of(RankPieces(found, SequenceGroup(order, 0, attention=strategy), CPU)):
             o = softmax_attention(*(t.reshape(*shape, *t.shape[2:]) for t in x), cu_seqlens=local, window=window)
         return o.view(rows, 32, *o.shape[2:])
 

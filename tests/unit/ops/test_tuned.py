@@ -24,13 +24,13 @@ def test_nearest_entry() -> None:
     ]
     heads = ["H", "USE_G"]
     for size, expected in ((64, 64), (128, 128), (32, 64), (256, 128), (90, 64), (97, 128), (0, 64)):
-        assert tuned.nearest(entries, [size, True, BF16], heads) == {"n": expected}
-    assert tuned.nearest(entries, [128, False, "torch.float32"], heads) is None
-    assert tuned.nearest(entries, [128, True, BF16, BF16], heads) is None
-    assert tuned.nearest([], [128], heads) is None
+        assert tuned.nearest_tuned(entries, [size, True, BF16], heads) == {"n": expected}
+    assert tuned.nearest_tuned(entries, [128, False, "torch.float32"], heads) is None
+    assert tuned.nearest_tuned(entries, [128, True, BF16, BF16], heads) is None
+    assert tuned.nearest_tuned([], [128], heads) is None
     sizes = ["K", "USE_G"]  # of a head: only the same
-    assert tuned.nearest(entries, [64, True, BF16], sizes) == {"n": 64}
-    assert tuned.nearest(entries, [32, True, BF16], sizes) is None
+    assert tuned.nearest_tuned(entries, [64, True, BF16], sizes) == {"n": 64}
+    assert tuned.nearest_tuned(entries, [32, True, BF16], sizes) is None
 
 
 def test_states_that_a_kernel_is_given_or_not() -> None:
@@ -45,10 +45,10 @@ def test_states_that_a_kernel_is_given_or_not() -> None:
         ([BF16, fp32, BF16, fp32, fp32, fp32], 2),
         ([fp32, BF16, fp32, BF16], 1),
     ):
-        assert tuned.nearest(entries, [4, True, *dtypes], names) == {"n": expected}
+        assert tuned.nearest_tuned(entries, [4, True, *dtypes], names) == {"n": expected}
     for dtypes in ([BF16, fp32], [BF16, BF16, BF16, fp32], ["torch.int64", BF16, fp32, BF16]):
-        assert tuned.nearest(entries, [8, True, *dtypes], names) is None, dtypes
-    assert tuned.nearest(entries, [8, False, BF16, fp32, BF16], names) is None
+        assert tuned.nearest_tuned(entries, [8, True, *dtypes], names) is None, dtypes
+    assert tuned.nearest_tuned(entries, [8, False, BF16, fp32, BF16], names) is None
 
 
 def test_file_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_shipped_files(path: Path) -> None:
         keys = [json.dumps(entry["key"]) for entry in entries]
         assert entries and len(set(keys)) == len(keys)
         for entry in entries:
-            assert tuned.nearest(entries, entry["key"], []) == entry["config"]
+            assert tuned.nearest_tuned(entries, entry["key"], []) == entry["config"]
             assert {"num_warps", "num_stages"} <= set(entry["config"])
 
 

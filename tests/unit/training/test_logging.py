@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from linear_moe.training.supervision.logging import Logger, duration, one_line
+from linear_moe.training.supervision.logging import Logger, duration, progress_line
 from tests.tolerances import FP32
 
 STEPS: list[dict[str, Any]] = [
@@ -56,8 +56,8 @@ def test_records_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert scalars(tmp_path / "run") == expected_scalars(STEPS) | {"validation/loss": {3: 4.75}}
     # No terminal: the first step, then a line every few seconds, and the last step.
     assert capsys.readouterr().err.splitlines() == [
-        f"step 1/3  {one_line(STEPS[0])}",
-        f"step 3/3  {one_line(STEPS[2])}",
+        f"step 1/3  {progress_line(STEPS[0])}",
+        f"step 3/3  {progress_line(STEPS[2])}",
         "step 3: validation loss 4.7500 over 12,345 tokens",
         "no [bold]markup[/bold]",
     ]
@@ -95,9 +95,11 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_one_line() -> None:
     record = {"step": 7, "seconds_left": 3725.9, "gradient_norm": 1.005e3, "learning_rate": 3e-4, "loss": 2.34567}
-    assert one_line(record) == "loss 2.3457  lr 3.00e-04  gnorm 1005.00  1:02:05 left"
-    assert one_line({"tokens_per_second": 1234567.8, "tflops_per_device": 412.34}) == "1,234,568 tok/s  412 TFLOP/s"
-    assert one_line({}) == ""
+    assert progress_line(record) == "loss 2.3457  lr 3.00e-04  gnorm 1005.00  1:02:05 left"
+    assert (
+        progress_line({"tokens_per_second": 1234567.8, "tflops_per_device": 412.34}) == "1,234,568 tok/s  412 TFLOP/s"
+    )
+    assert progress_line({}) == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.9, "0:00"), (61, "1:01"), (3599.9, "59:59"), (36000, "10:00:00")])

@@ -21,7 +21,7 @@ from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
 from linear_moe.plan import make_plan
 from linear_moe.training.optimizer import adamw
-from linear_moe.training.optimizer.muon import Muon, Piece, Share, _missing, newton_schulz
+from linear_moe.training.optimizer.muon import MatrixPiece, Muon, Share, _missing, newton_schulz
 from tests.tolerances import BF16_SAME, FP64, assert_close
 from tests.unit.mixers.common import variants
 
@@ -145,7 +145,7 @@ def test_pieces_complete_matrices() -> None:
         for source in ranks:
             if source is not target:
                 for piece in _missing(source, target):
-                    assert piece == Piece("w", piece.start, piece.stop)
+                    assert piece == MatrixPiece("w", piece.start, piece.stop)
                     have |= set(range(piece.start, piece.stop))
         first, last = target["w"][0] // 10, -(-target["w"][1] // 10)
         assert have == set(range(first * 10, last * 10))

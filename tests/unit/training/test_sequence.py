@@ -12,7 +12,7 @@ import torch
 from linear_moe.checks.fields import validate_fields
 from linear_moe.config.schema import Config
 from linear_moe.layout.processes import parallel_layout
-from linear_moe.layout.sequence import Order, padded_length
+from linear_moe.layout.sequence import PieceOrder, padded_length
 from linear_moe.modeling.mixers.base import Capabilities
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
 from linear_moe.modeling.ops.fused.grouping import Grouping, last_of_groups
@@ -25,18 +25,18 @@ from linear_moe.options.load import from_dict
 from linear_moe.training.data.loader import document_offsets
 from linear_moe.training.sequence import exchange
 from linear_moe.training.sequence.cut import cut, split
-from linear_moe.training.sequence.exchange import Exchange, Line, states_before
+from linear_moe.training.sequence.exchange import SequenceGroup, StateExchange, states_before
 from linear_moe.training.sequence.pieces import RankPieces
 from tests.distributed.sequences import one_pass, own_layout, stream, whole_layout
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 from tests.unit.mixers.common import build, case_ids, cases
 
-ORDERS = [Order(size, layout) for size in (1, 2, 4) for layout in ("contiguous", "zigzag")]
-ORDERS += [Order(1, "contiguous", 4), Order(2, "contiguous", 4), Order(2, "zigzag", 4)]
+ORDERS = [PieceOrder(size, layout) for size in (1, 2, 4) for layout in ("contiguous", "zigzag")]
+ORDERS += [PieceOrder(1, "contiguous", 4), PieceOrder(2, "contiguous", 4), PieceOrder(2, "zigzag", 4)]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_every_piece_has_one_owner(order: Order) -> None:
+def test_every_piece_has_one_owner(order: PieceOrder) -> None:
     held = [(piece, (rank, place)) for rank in range(order.size) for place, piece in enumerate(order.pieces(rank))]
     assert sorted(piece for piece, _ in held) == list(range(order.count))
     assert all(order.owner(piece) == where for piece, where in held)
@@ -51,7 +51,7 @@ def documents(tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("order", "isolate"), list(product(ORDERS, (False, True))), ids=str)
-def test_split_batches_hold_every_token_once(order: Order, isolate: bool) -> None:
+def test_split_batches_hold_every_token_once(order: PieceOrder, isolate: bool) -> None:
     rows, length, padded = 3, 29, 32
     random = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 6, (rows, length), generator=random)
@@ -177,7 +177,7 @@ CUT = {
 @pytest.mark.parametrize("key", CUT)
 def test_pieces_on_one_rank_are_the_whole(key: str, packed: bool) -> None:
     mixer = build(*CUT[key])
-    _, layout = own_layout(Line(Order(1, "contiguous", 4), 0), packed)
+    _, layout = own_layout(SequenceGroup(PieceOrder(1, "contiguous", 4), 0), packed)
     actual = one_pass(mixer, stream(packed, 0), stream(packed, 1), layout)
     expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))
     assert_close(actual.pop("output"), expected.pop("output"), FP32, key)
@@ -188,7 +188,7 @@ def test_pieces_on_one_rank_are_the_whole(key: str, packed: bool) -> None:
 def test_an_exchange_has_one_backward_pass(strategy: str) -> None:
     """A second one would find no transitions any more."""
     state = torch.randn(4, 2, 8, requires_grad=True)
-    one = Exchange(Line(Order(1, "contiguous", 4), 0, None, strategy))
+    one = StateExchange(SequenceGroup(PieceOrder(1, "contiguous", 4), 0, None, strategy))
     before = one.begin(torch.rand(4, 2, 1), state)()
     assert one.before is not None and one.kept is not None
     before.sum().backward(retain_graph=True)
@@ -198,8 +198,8 @@ def test_an_exchange_has_one_backward_pass(strategy: str) -> None:
 
 
 def test_pieces_take_no_initial_state() -> None:
-    order = Order(1, "zigzag")
-    with pieces_of(RankPieces(cut(1, 8, order, 0), Line(order, 0), torch.device("cpu"))):
+    order = PieceOrder(1, "zigzag")
+    with pieces_of(RankPieces(cut(1, 8, order, 0), SequenceGroup(order, 0), torch.device("cpu"))):
         with pytest.raises(ValueError, match="initial state"):
             current(torch.zeros(1))
         with pieces_of(None):
@@ -207,31 +207,31 @@ def test_pieces_take_no_initial_state() -> None:
     assert current() is None
 
 
-def messages(order: Order, rank: int) -> list[list[tuple[str, int]]]:
+def messages(order: PieceOrder, rank: int) -> list[list[tuple[str, int]]]:
     """What a rank of the ring sends and receives, to and from whom, in order: forward pass, backward pass."""
     found: list[tuple[str, int]] = []
 
-    def send(x: torch.Tensor, to: int, line: Line) -> tuple[Any, torch.Tensor]:
+    def send(x: torch.Tensor, to: int, line: SequenceGroup) -> tuple[Any, torch.Tensor]:
         found.append(("send", to))
         return mock.Mock(), x
 
-    def receive(like: torch.Tensor, source: int, line: Line) -> torch.Tensor:
+    def receive(like: torch.Tensor, source: int, line: SequenceGroup) -> torch.Tensor:
         found.append(("receive", source))
         return torch.zeros_like(like)
 
     state = torch.ones(order.per_rank, 2, 8, requires_grad=True)
     with mock.patch.multiple(exchange, _send=send, _receive=receive):
-        before = states_before(torch.ones(order.per_rank, 2, 1), state, Line(order, rank, None, "ring"), False)
+        before = states_before(torch.ones(order.per_rank, 2, 1), state, SequenceGroup(order, rank, None, "ring"), False)
         split = len(found)
         before.sum().backward()
     return [found[:split], found[split:]]
 
 
-WALKS = [Order(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")]
+WALKS = [PieceOrder(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")]
 
 
-@pytest.mark.parametrize("order", [*WALKS, Order(3, "contiguous", 3), Order(3, "zigzag", 4)], ids=str)
-def test_the_ring_cannot_lock_up(order: Order) -> None:
+@pytest.mark.parametrize("order", [*WALKS, PieceOrder(3, "contiguous", 3), PieceOrder(3, "zigzag", 4)], ids=str)
+def test_the_ring_cannot_lock_up(order: PieceOrder) -> None:
     """Ranks whose messages go one after the other, each only when the other side has come to it."""
     for direction in range(2):
         queues = [messages(order, rank)[direction] for rank in range(order.size)]
@@ -247,8 +247,8 @@ def test_the_ring_is_a_pipeline() -> None:
     """A rank sends a block on before it receives the next."""
     up = [("receive", 0), ("send", 2)] * exchange.RING_BLOCKS
     down = [("receive", 2), ("send", 0)] * exchange.RING_BLOCKS
-    assert messages(Order(4), 1) == [up, down]
-    assert messages(Order(4, "zigzag"), 1) == [up + down, up + down]
+    assert messages(PieceOrder(4), 1) == [up, down]
+    assert messages(PieceOrder(4, "zigzag"), 1) == [up + down, up + down]
 
 
 def config(**sections: Any) -> Config:

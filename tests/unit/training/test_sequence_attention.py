@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linear_moe.layout.sequence import Order
+from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.ops.attention.blocks import Block
 from linear_moe.modeling.ops.attention.softmax import visible
 from linear_moe.training.sequence.attention import Reach
@@ -38,7 +38,7 @@ def count(pairs: Tensor, block: Block) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 20])
 def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: int | None) -> None:
-    order, device = Order(size, layout), torch.device("cpu")
+    order, device = PieceOrder(size, layout), torch.device("cpu")
     offsets = torch.tensor(DOCUMENTS if packed else [0, LENGTH, 2 * LENGTH])
     mask = visible(ROWS * LENGTH, ROWS * LENGTH, device, cu_seqlens=offsets, window=window)[0].float()
     tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)

@@ -47,7 +47,7 @@ def table_path(gpu: str) -> Path | None:
     return max(files, key=lambda path: len(path.stem), default=None)
 
 
-def nearest(entries: list[Entry], key: list[Any], names: list[str]) -> dict[str, Any] | None:
+def nearest_tuned(entries: list[Entry], key: list[Any], names: list[str]) -> dict[str, Any] | None:
     """The configuration of the entry nearest to `key`, by ratios of counts; whatever is no count must be equal.
 
     Only initial states and their gradients, in fp32, may be given to one and not to the other.
@@ -121,7 +121,7 @@ def install() -> dict[tuple[str, tuple[Any, ...]], Any]:
         configs, name, (key, names) = candidates(tuner, kwargs), kernel_name(tuner), tuning_key(tuner, kwargs)
         if not name.startswith("fla.") or (name, key) in taken:
             return configs
-        wanted = nearest(table.get(name, []), list(key), names)
+        wanted = nearest_tuned(table.get(name, []), list(key), names)
         fitting = [config for config in configs if describe(config) == wanted]
         if fitting:
             tuner.cache[key] = taken[name, key] = fitting[0]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.packing import Chunks, on_device, segment_sums
 from linear_moe.modeling.ops.recurrences.fast_weights.reference import with_one
-from linear_moe.modeling.ops.recurrences.fast_weights.walk import TTT, Titans
+from linear_moe.modeling.ops.recurrences.fast_weights.walk import TTT, TitansState
 
 States = tuple[Tensor, ...]
 
@@ -94,7 +94,7 @@ def titans(
     states = torch.cat([state, surprise], 2)
     starts = states.reshape(len(chunks.spans), -1, *states.shape[2:])
     at = start.flatten(0, 1) if cu_seqlens is None else None
-    before, errors, after = Titans.apply(k, v, gates, steps, starts, at, chunks.spans)
+    before, errors, after = TitansState.apply(k, v, gates, steps, starts, at, chunks.spans)
     o = queries @ before + (written * (q @ downhill.mT)) @ errors
     last, complete = _last_chunks(chunks, q.device)
     memory, surprise = after.view_as(states).split(keys, 2)

@@ -91,7 +91,7 @@ def _norm_gradient(d_normed: Tensor, z: Tensor, mean: Tensor, inverse_std: Tenso
     )[0]
 
 
-class Titans(torch.autograd.Function):
+class TitansState(torch.autograd.Function):
     """`titans(keys, values, gates, steps, starts, at, spans) -> (before, errors, final)`.
 
     With S the stacked states `[X, 2K, V]` before a chunk and M their first K rows (of the first chunk `at`, if given),

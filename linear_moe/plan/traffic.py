@@ -15,9 +15,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from linear_moe.config.schema import Config
-from linear_moe.layout.sequence import RING_BLOCKS, Order, order_of, rank_tokens
+from linear_moe.layout.sequence import RING_BLOCKS, PieceOrder, order_of, rank_tokens
 from linear_moe.modeling.host import DTYPES
-from linear_moe.plan.needs import Needs, State, TokenKeys
+from linear_moe.plan.needs import CarriedState, SequenceNeeds, TokenKeys
 
 if TYPE_CHECKING:
     from linear_moe.plan.network import Group
@@ -28,7 +28,7 @@ STEP_SECONDS = 10e-6
 
 
 @dataclass(frozen=True)
-class Split:
+class SequenceSplit:
     """How sequences are shared out.
 
     Attributes:
@@ -39,7 +39,7 @@ class Split:
         number: bytes of a state's number on its way.
     """
 
-    order: Order
+    order: PieceOrder
     rows: int
     tokens: int
     exchange: str
@@ -47,7 +47,7 @@ class Split:
     number: int = FP32
 
     @classmethod
-    def of(cls, config: Config) -> Split:
+    def of(cls, config: Config) -> SequenceSplit:
         parallel, rows = config.parallel, config.training.micro_batch
         number = DTYPES[parallel.sequence_dtype].itemsize
         ways = parallel.sequence_exchange, parallel.sequence_attention
@@ -95,7 +95,7 @@ Messages = tuple[Message, Message]
 
 
 @cache
-def hops(order: Order, forward: bool, rank: int | None = None) -> int:
+def hops(order: PieceOrder, forward: bool, rank: int | None = None) -> int:
     """From how many pieces `rank` (None: the one with most) sends the state to another rank, with states in a ring."""
     if rank is None:
         return max(hops(order, forward, rank) for rank in range(order.size))
@@ -104,7 +104,7 @@ def hops(order: Order, forward: bool, rank: int | None = None) -> int:
     return sum(order.owner(piece)[0] != rank for piece in onwards)
 
 
-def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int, int]:
+def state_sent(state: CarriedState, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
     """Bytes that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
     size, pieces = split.number * split.rows, split.order.per_rank
     if split.exchange == "ring" or state.serial:
@@ -114,7 +114,7 @@ def state_sent(state: State, split: Split, rank: int | None = None) -> tuple[int
 
 
 @cache
-def in_reach(order: Order, length: int, window: int, rank: int | None = None) -> tuple[int, int]:
+def in_reach(order: PieceOrder, length: int, window: int, rank: int | None = None) -> tuple[int, int]:
     """Of a row in pieces of `length` tokens: how many tokens of `rank` others see, and how many of theirs it sees.
 
     None: the most of the first, the middle and the last rank.
@@ -131,7 +131,7 @@ def in_reach(order: Order, length: int, window: int, rank: int | None = None) ->
     return given, got
 
 
-def keys_in_reach(keys: TokenKeys, split: Split, rank: int | None = None) -> tuple[int, int]:
+def keys_in_reach(keys: TokenKeys, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
     """`in_reach` in bytes of a micro-batch."""
     length = split.tokens // split.rows // split.order.per_rank
     assert keys.window is not None
@@ -139,7 +139,7 @@ def keys_in_reach(keys: TokenKeys, split: Split, rank: int | None = None) -> tup
     return given * split.rows * keys.size, got * split.rows * keys.size
 
 
-def keys_sent(keys: TokenKeys, split: Split, rank: int | None = None) -> tuple[int, int]:
+def keys_sent(keys: TokenKeys, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
     """Bytes that a rank hands to collectives, forward and backward.
 
     The backward pass gathers, or passes on, everything once more. A ring passes gradients on in fp32.
@@ -153,7 +153,7 @@ def keys_sent(keys: TokenKeys, split: Split, rank: int | None = None) -> tuple[i
     return own, own + own * split.order.size
 
 
-def heads_sent(needs: Needs, split: Split) -> tuple[int, int]:
+def heads_sent(needs: SequenceNeeds, split: SequenceSplit) -> tuple[int, int]:
     """Bytes that a rank hands to all-to-alls to share out a layer by heads: as many forward as backward."""
     ranks = split.order.size
     sizes = (size * max(1, -(-ranks // heads)) for heads, size in needs.inputs)  # of few heads, to all who use them
@@ -161,7 +161,7 @@ def heads_sent(needs: Needs, split: Split) -> tuple[int, int]:
     return sent, sent
 
 
-def layer_sent(needs: Needs, split: Split, rank: int | None = None) -> tuple[int, int]:
+def layer_sent(needs: SequenceNeeds, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
     """Bytes of a layer that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
     if by_heads(needs, split):
         return heads_sent(needs, split)
@@ -171,19 +171,19 @@ def layer_sent(needs: Needs, split: Split, rank: int | None = None) -> tuple[int
     return forward, backward
 
 
-def by_heads(needs: Needs, split: Split) -> bool:
+def by_heads(needs: SequenceNeeds, split: SequenceSplit) -> bool:
     """Whether the layer is shared out by heads."""
     kind = "attention" if needs.keys else "exchange"
     return getattr(split, kind) == HEADS[kind]
 
 
-def _gather_states(state: State, split: Split, group: Group, gap: float) -> Messages:
+def _gather_states(state: CarriedState, split: SequenceSplit, group: Group, gap: float) -> Messages:
     ranks, (forward, backward) = split.order.size, state_sent(state, split)
     there = Message(forward, (ranks - 1) * forward, group.ring(ranks * forward), kept=True)
     return there, Message(backward, (ranks - 1) * backward, group.ring(ranks * backward), gap)
 
 
-def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messages:
+def _pass_states(state: CarriedState, split: SequenceSplit, group: Group, gap: float) -> Messages:
     """In blocks: once the last rank has got the first one, the others follow one by one; zigzag: there, then back."""
     block = split.number * split.rows * state.numbers / RING_BLOCKS
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
@@ -196,7 +196,7 @@ def _pass_states(state: State, split: Split, group: Group, gap: float) -> Messag
     return there, Message(backward, backward, seconds, gap)
 
 
-def _gather_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
+def _gather_keys(keys: TokenKeys, split: SequenceSplit, group: Group, core: float) -> Messages:
     own, backward = keys_sent(keys, split)
     if keys.window is not None:
         given, got = keys_in_reach(keys, split)
@@ -206,7 +206,7 @@ def _gather_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Me
     return Message(own, others, seconds), Message(backward, 2 * others, 2 * seconds)
 
 
-def _pass_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Messages:
+def _pass_keys(keys: TokenKeys, split: SequenceSplit, group: Group, core: float) -> Messages:
     """While a rank's keys are attended to, the next one's come, and the gradients of those before leave."""
     ranks = split.order.size
     steps, away, share = ranks - 1, group.nodes > 1, (ranks - 1) / ranks
@@ -216,7 +216,7 @@ def _pass_keys(keys: TokenKeys, split: Split, group: Group, core: float) -> Mess
     return Message(forward, forward, there, share * core), Message(backward, backward, back, share * 2 * core)
 
 
-def _to_heads(needs: Needs, split: Split, group: Group) -> Messages:
+def _to_heads(needs: SequenceNeeds, split: SequenceSplit, group: Group) -> Messages:
     """Two all-to-alls a pass."""
     sent, _ = heads_sent(needs, split)
     back = needs.output * split.tokens
@@ -225,11 +225,11 @@ def _to_heads(needs: Needs, split: Split, group: Group) -> Messages:
     return message, message
 
 
-STATES: dict[str, Callable[[State, Split, Group, float], Messages]] = {
+STATES: dict[str, Callable[[CarriedState, SequenceSplit, Group, float], Messages]] = {
     "all_gather": _gather_states,
     "ring": _pass_states,
 }
-KEYS: dict[str, Callable[[TokenKeys, Split, Group, float], Messages]] = {
+KEYS: dict[str, Callable[[TokenKeys, SequenceSplit, Group, float], Messages]] = {
     "all_gather": _gather_keys,
     "ring": _pass_keys,
 }
@@ -237,7 +237,7 @@ HEADS = {"exchange": "heads", "attention": "ulysses"}  # of each kind, the name 
 
 
 @dataclass(frozen=True)
-class Exchange:
+class LayerTraffic:
     """Of a layer and micro-batch, forward and backward.
 
     Attributes:
@@ -261,13 +261,13 @@ class Exchange:
 
 
 def layer_exchange(
-    needs: Needs,
-    split: Split,
+    needs: SequenceNeeds,
+    split: SequenceSplit,
     group: Group,
     core: Callable[[int], float],
     length: int,
     speed: Speed,
-) -> Exchange:
+) -> LayerTraffic:
     """Of one layer.
 
     Args:
@@ -276,21 +276,21 @@ def layer_exchange(
         length: of the sequences.
     """
     if split.order.count == 1:
-        return Exchange()
+        return LayerTraffic()
     if by_heads(needs, split):
-        return Exchange((_to_heads(needs, split, group),))
+        return LayerTraffic((_to_heads(needs, split, group),))
     if split.order.size == 1:
-        return Exchange(local=sum(local_seconds(state, split, speed) for state in needs.states))
+        return LayerTraffic(local=sum(local_seconds(state, split, speed) for state in needs.states))
     attend, gap = split.tokens * core(length) / speed.together, split.tokens * needs.gap / speed.rate
     messages = [KEYS[split.attention](keys, split, group, attend) for keys in needs.keys]
     messages += [STATES["ring" if state.serial else split.exchange](state, split, group, gap) for state in needs.states]
     local = sum(local_seconds(state, split, speed) for state in needs.states)
     if any(state.serial for state in needs.states):
         local += 3 * attend * (split.order.size - 1)  # all others' turns
-    return Exchange(tuple(messages), local, imbalance(core, length, split.order))
+    return LayerTraffic(tuple(messages), local, imbalance(core, length, split.order))
 
 
-def local_seconds(state: State, split: Split, speed: Speed) -> float:
+def local_seconds(state: CarriedState, split: SequenceSplit, speed: Speed) -> float:
     """Of the summary, by its FLOPs or by reading its inputs, in the backward pass twice, whichever takes longer; and of
     the scan."""
     forward, backward = (flops / speed.rate for flops in state.flops)
@@ -303,7 +303,7 @@ def local_seconds(state: State, split: Split, speed: Speed) -> float:
     return summary + 2 * scan
 
 
-def kept_bytes(needs: Needs, split: Split) -> float:
+def kept_bytes(needs: SequenceNeeds, split: SequenceSplit) -> float:
     """What a layer's exchanges keep for the backward pass: the states before a rank's pieces, and transitions, with
     `all_gather` of all pieces behind its first one."""
     pieces = split.order.per_rank
@@ -312,7 +312,7 @@ def kept_bytes(needs: Needs, split: Split) -> float:
     return float(FP32 * split.rows * numbers) if split.order.count > 1 else 0.0
 
 
-def imbalance(core: Callable[[int], float], length: int, order: Order) -> float:
+def imbalance(core: Callable[[int], float], length: int, order: PieceOrder) -> float:
     """The busiest rank's FLOPs over the mean, if those of a sequence's first n tokens are n * core(n)."""
     edges = [length * i / order.count for i in range(order.count + 1)]
     until = [n * core(round(n)) if n else 0.0 for n in edges]

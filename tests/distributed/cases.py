@@ -15,7 +15,7 @@ from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.host import ParameterSpec
 from linear_moe.modeling.moe.router import route
-from linear_moe.modeling.ops import experts
+from linear_moe.modeling.ops.experts import reference
 from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
 from linear_moe.training import parallel
@@ -145,10 +145,10 @@ def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor])
     counts = to.counts
     first = host.rank("expert") * len(counts)
     expert = torch.repeat_interleave(torch.arange(first, first + len(counts)), counts)
-    factor = experts.row_weights(weights, to)[: len(expert)] * (expert + 1)
-    rows = experts.collect(sent, to)
+    factor = reference.row_weights(weights, to)[: len(expert)] * (expert + 1)
+    rows = reference.collect(sent, to)
     made = torch.cat([rows[: len(expert)] * factor.unsqueeze(-1), torch.full_like(rows[len(expert) :], torch.nan)])
-    y = dispatcher.combine(experts.combine(made, to))
+    y = dispatcher.combine(reference.combine(made, to))
     y.square().sum().backward()
     return {"y": y.detach(), "counts": counts, "dx": tokens.grad, "dprobs": probs.grad * chosen}
 

@@ -15,15 +15,15 @@ from linear_moe.modeling.ffn import MoE
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.model import layer_dims
 from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.modeling.ops import experts as definition
-from linear_moe.modeling.ops.experts import assign, experts, refused_by_quack
+from linear_moe.modeling.ops import experts as operation
+from linear_moe.modeling.ops.experts import assign, experts, reference, refused_by_quack
 from linear_moe.modeling.ops.experts.assignment import Assignment
 from tests.gpu.kernels import DEVICE, HALF, INTERPRETED, MARKS
 from tests.tolerances import BF16, BF16_ROUNDING, FP32, assert_close
 
 triton = pytest.importorskip("triton")
 from linear_moe.modeling.ops.experts import gemm_triton  # noqa: E402  they import triton
-from linear_moe.modeling.ops.experts import triton as experts_gpu  # noqa: E402  imports triton
+from linear_moe.modeling.ops.experts import triton as experts_triton  # noqa: E402  imports triton
 
 pytestmark = MARKS
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
@@ -50,8 +50,8 @@ ROUTINGS = [(70, 6, 2, False), (11, 64, 8, False), (1, 8, 3, True), (9, 5, 5, Fa
 def test_assign(tokens: int, num_experts: int, top_k: int, drop: bool) -> None:
     index = choose(tokens, num_experts, top_k, drop)
     expected = assign(index.cpu(), num_experts)
-    assert experts_gpu.can_assign(num_experts)
-    found = Assignment(*experts_gpu.assign(index, num_experts))
+    assert experts_triton.can_assign(num_experts)
+    found = Assignment(*experts_triton.assign(index, num_experts))
     for name in ("counts", "offsets", "slot", "row"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
         assert getattr(found, name).dtype == torch.int32
@@ -65,19 +65,19 @@ def test_collect_and_combine(
 ) -> None:
     to = assign(choose(tokens, num_experts, top_k, drop), num_experts)
     x = draw(tokens, 2 * width, dtype=dtype)[:, :width]
-    rows = experts_gpu.collect(x, to)
-    assert torch.equal(rows, definition.collect(x, to))
+    rows = experts_triton.collect(x, to)
+    assert torch.equal(rows, reference.collect(x, to))
     rows[int(to.ends[-1]) :] = float("nan")  # what a grouped GEMM leaves there
     tolerance = FP32 if dtype == torch.float32 else HALF
-    assert_close(experts_gpu.combine(rows, to), definition.combine(rows, to), tolerance)
+    assert_close(experts_triton.combine(rows, to), reference.combine(rows, to), tolerance)
     weights = draw(tokens, top_k, seed=2)
-    expected = definition.combine(rows, to, weights)
-    assert_close(experts_gpu.combine(rows, to, weights), expected, tolerance, "weighted")
-    exact = definition.combine(rows.float() * definition.row_weights(weights, to).unsqueeze(1), to)
+    expected = reference.combine(rows, to, weights)
+    assert_close(experts_triton.combine(rows, to, weights), expected, tolerance, "weighted")
+    exact = reference.combine(rows.float() * reference.row_weights(weights, to).unsqueeze(1), to)
     assert_close(expected, exact, FP32 if dtype == torch.float32 else BF16_ROUNDING)
     by_row, weights = Assignment.of_rows(to.counts), weights.flatten()
-    expected = definition.combine(rows, by_row, weights)
-    assert_close(experts_gpu.combine(rows, by_row, weights), expected, tolerance, "weighted, rows")
+    expected = reference.combine(rows, by_row, weights)
+    assert_close(experts_triton.combine(rows, by_row, weights), expected, tolerance, "weighted, rows")
 
 
 @pytest.mark.parametrize("by_slot", [True, False])
@@ -92,7 +92,7 @@ def test_slot_sums(tokens: int, num_experts: int, top_k: int, drop: bool, by_slo
     expected[to.slot[:used].long() if by_slot else slice(used)] = parts[:used].sum(1)
     if not by_slot:
         to, weights = Assignment.of_rows(to.counts), weights.flatten()
-    for module in (definition, experts_gpu):
+    for module in (reference, experts_triton):
         assert_close(module.slot_sums(parts, weights, to), expected.view(weights.shape), FP32, module.__name__)
 
 
@@ -111,14 +111,14 @@ def test_activation(
     used = int(to.ends[-1])
     gate_up = draw(tokens * top_k, 2 * size, dtype=dtype, seed=3).requires_grad_()
     weights.requires_grad_()
-    expected = definition.activate(gate_up, weights, to)
+    expected = reference.activate(gate_up, weights, to)
     grad = draw(*expected.shape, dtype=dtype, seed=4)
     dgate_up, dweights = torch.autograd.grad(expected[:used], [gate_up, weights], grad[:used])
 
     tolerance = FP32 if dtype == torch.float32 else HALF
     gate_up = gate_up.detach().clone()
-    assert_close(experts_gpu.activate(gate_up, weights, to), expected, tolerance, "forward")
-    found = experts_gpu.activate_backward(grad, gate_up, weights.detach(), to)
+    assert_close(experts_triton.activate(gate_up, weights, to), expected, tolerance, "forward")
+    found = experts_triton.activate_backward(grad, gate_up, weights.detach(), to)
     assert_close(found, dweights, FP32, "weights")
     assert_close(gate_up[:used], dgate_up[:used], tolerance, "gate and up")
     assert_close(grad, expected, tolerance, "the output again")
@@ -155,16 +155,16 @@ def test_fused_products(
     up = (draw(num_experts, 2, ffn, hidden, seed=5) * 0.2).to(dtype)
     down = (draw(num_experts, hidden, ffn, seed=6) * 0.2).to(dtype)
     used = int(to.ends[-1])
-    rows, drows = definition.collect(x, to).float(), definition.collect(grad, to).float()
+    rows, drows = reference.collect(x, to).float(), reference.collect(grad, to).float()
 
     gate_up, h = gemm_triton.up(x, up, weights, to)
     expected = by_expert(rows, up.flatten(1, 2).transpose(1, 2), to)
     assert_close(gate_up[:used], expected[:used], tolerance, "gate and up")
-    assert_close(h[:used], definition.activate(gate_up, weights, to)[:used], tolerance, "activation")
+    assert_close(h[:used], reference.activate(gate_up, weights, to)[:used], tolerance, "activation")
 
     h_again = by_expert(drows, down, to)
     expected = gate_up.float().clone()
-    dweights = definition.activate_backward(h_again, expected, weights, to)
+    dweights = reference.activate_backward(h_again, expected, weights, to)
     h, found = gemm_triton.down_backward(grad, down, gate_up, weights, to)
     assert_close(h[:used], h_again[:used], tolerance, "activation again")
     assert_close(found, dweights, tolerance, "weights")
@@ -203,7 +203,7 @@ def test_operation_of_fused_products(
     results = []
     for fused in (True, False):
         if fused:
-            monkeypatch.setattr(definition, "_products", lambda *_: gemm_triton.Fused(experts_gpu))
+            monkeypatch.setattr(operation, "_products", lambda *_: gemm_triton.Fused(experts_triton))
         y = experts(*leaves, to, "grouped_mm")
         y_, dx, *others = [y, *torch.autograd.grad(y, leaves, grad, retain_graph=True)]
         results.append([y_[:used], dx[:used], *others])

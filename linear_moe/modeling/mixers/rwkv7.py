@@ -51,8 +51,8 @@ class RWKV7(LinearMixer):
     its `[1, 1, hidden]`, and `w_lora.N`, `a_lora.N`, `v_lora.N`, `g_lora.N` for its `w_lora.lora.N` etc.
 
     Initial values are RWKV-LM's, but those it starts at zero (`o_proj`, the low ranks' first factors) are normal.
-    The first RWKV-7 layer of a model leaves its values to the others, as `TokenLayout.shared["v_first"]`. If that is not
-    the model's first layer, it has a value residual too, which mixes its values with themselves.
+    The first RWKV-7 layer of a model leaves its values to the others, as `TokenLayout.shared["v_first"]`. If that is
+    not the model's first layer, it has a value residual too, which mixes its values with themselves.
     """
 
     Config = RWKV7Config

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from linear_moe import __version__
-from linear_moe.commands import check, checkpoint, data, export, generate, import_, mixers, plan, train
+from linear_moe.commands import check, checkpoint, data, export, generate, import_, mixers, options, plan, train
 from linear_moe.options.errors import ConfigError
 
 USER_ERROR, TRAINING_ERROR = 2, 3
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "plan": plan,
     "check": check,
+    "options": options,
     "mixers": mixers,
     "data": data,
     "export": export,

@@ -137,7 +137,7 @@ class Page:
                 self.output = output.getvalue()
 
     def expect(self, text: str) -> None:
-        """Compares the last block's output with what the page shows; a failure is right where the page shows its line."""
+        """Compares the last block's output with what the page shows; a failure is right where its line is shown."""
         if (line := missing(text, self.output)) is not None:
             raise Wrong(f"{line!r} is not in what was printed:\n{self.output}")
         if re.search("^linear-moe: ", text, re.MULTILINE):

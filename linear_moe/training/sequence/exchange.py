@@ -275,10 +275,11 @@ def _ring(exchange: StateExchange, transition: Tensor | None, state: Tensor, rev
 
 
 def _joined(before: Tensor, stream: torch.cuda.Stream, _read: tuple[Tensor | None, ...]) -> Tensor:
-    """`before`, which the current stream waits for.
+    """Returns `before`, after the current stream has been told to wait for `stream`, which writes it.
 
-    What `stream` reads and writes is an argument so that it lives until then: its memory is the current stream's, which
-    would use it again. `Tensor.record_stream` does not do: it refuses expanded tensors, such as S4's transitions.
+    The tensors that `stream` reads are arguments so that they live until then: their memory belongs to the current
+    stream, which would use it again. `Tensor.record_stream` would not do, because it refuses expanded tensors such as
+    S4's transitions. An exchange that is dropped before anyone waits for it gives the memory back too early.
     """
     torch.cuda.current_stream(before.device).wait_stream(stream)
     return before

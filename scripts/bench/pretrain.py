@@ -92,9 +92,8 @@ def measure(config: str, overrides: list[str], gpus: int, skip: int) -> dict[str
 
 def arguments() -> argparse.Namespace:
     """The command line; `overrides` are all that are made, the script's own first. Ends for what cannot be measured."""
-    from linear_moe.config.errors import ConfigError
-
     from linear_moe.config.load import load_config
+    from linear_moe.options.errors import ConfigError
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")

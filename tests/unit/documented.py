@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from linear_moe.config.errors import ConfigError
 
 from linear_moe import cli
+from linear_moe.options.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 MARKDOWN, COMMENTS = ["README.md", "docs/**/*.md"], ["configs/**/*.yaml", "examples/*.sh", "scripts/**/*.sh"]

@@ -11,18 +11,20 @@ case ${1:-} in
   *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
 esac
 
-tools=.cache/lock
-[ -x $tools/bin/uv ] || { "${PYTHON:-python3}" -m venv $tools && $tools/bin/pip install --quiet "uv>=0.13,<0.14"; }
+uv=0.13.9
+tools=.cache/uv-$uv
+if [ ! -x $tools/bin/uv ]; then
+  "${PYTHON:-python3}" -m venv --clear $tools
+  $tools/bin/pip install --quiet --disable-pip-version-check uv==$uv
+fi
 
 # Linux on x86-64, as what is tested; other platforms have the same releases, less what only Linux needs.
-lock() { # NAME PYTHON EXTRA...
-  local name=$1 python=$2 extras=() extra
-  shift 2
-  for extra in "$@"; do extras+=(--extra "$extra"); done
-  $tools/bin/uv pip compile pyproject.toml "${extras[@]}" --constraint "requirements/$name.in" \
-    --python-version "$python" --python-platform x86_64-manylinux_2_28 --no-python-downloads --quiet \
-    --custom-compile-command scripts/lock.sh "${upgrade[@]}" --output-file "requirements/$name-py$python.txt"
-  echo "requirements/$name-py$python.txt: $(grep -c == "requirements/$name-py$python.txt") packages"
+lock() { # KIND PYTHON
+  local file=requirements/$1-py$2.txt
+  $tools/bin/uv pip compile pyproject.toml --extra "setup-$1" --constraint "requirements/$1.in" \
+    --python-version "$2" --python-platform x86_64-manylinux_2_28 --no-python-downloads --quiet \
+    --custom-compile-command scripts/lock.sh "${upgrade[@]}" --output-file "$file"
+  echo "$file: $(grep -c == "$file") packages"
 }
-lock cpu 3.11 dev
-lock gpu 3.12 dev gpu quack
+lock cpu 3.11
+lock gpu 3.12

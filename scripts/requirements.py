@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Answers about pyproject.toml, the locks and what is installed, for scripts/setup.sh and scripts/test.sh.
+"""Compares pyproject.toml, the locks and what is installed, for scripts/setup.sh and scripts/test.sh.
 
-python scripts/requirements.py --newest dev,gpu                        the dependencies without upper ends, for pip
-python scripts/requirements.py --check requirements/cpu-py3.11.txt     is what is installed what the lock says?
+python scripts/requirements.py --newest setup-cpu                      the dependencies without upper ends, for pip
+python scripts/requirements.py --check requirements/cpu-py3.11.txt     is what linear-moe needs what the lock says?
 python scripts/requirements.py --versions                              what is installed, beside the windows
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -19,55 +20,88 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 LOWER = (">=", ">", "!=")
 """Operators of a window that stay when its upper end is lifted."""
 
 
-def dependencies(extras: list[str]) -> list[Requirement]:
-    """The project's own dependencies and those of its `extras`, with their windows."""
-    project = tomllib.loads(PYPROJECT.read_text())["project"]
-    optional = project["optional-dependencies"]
-    return [Requirement(line) for line in [*project["dependencies"], *(x for extra in extras for x in optional[extra])]]
+def dependencies(extras: Iterable[str]) -> Iterator[Requirement]:
+    """Yields the project's own dependencies and those of its `extras`, with their windows."""
+    yield from map(Requirement, PROJECT["dependencies"])
+    yield from of_extras(extras)
+
+
+def of_extras(extras: Iterable[str]) -> Iterator[Requirement]:
+    """Yields the requirements of `extras`, and of the extras that these name."""
+    for extra in extras:
+        for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
+            if requirement.name == PROJECT["name"]:
+                yield from of_extras(sorted(requirement.extras))
+            else:
+                yield requirement
 
 
 def without_upper_end(requirement: Requirement) -> Requirement:
-    open_ended = Requirement(str(requirement))
-    open_ended.specifier = SpecifierSet(",".join(str(s) for s in requirement.specifier if s.operator in LOWER))
-    return open_ended
+    """A copy of `requirement` that any later release satisfies too."""
+    lifted = Requirement(str(requirement))
+    lifted.specifier = SpecifierSet(",".join(str(s) for s in requirement.specifier if s.operator in LOWER))
+    return lifted
 
 
 def pins(lock: str) -> dict[str, Version]:
-    """Name and version of every package that a lock, or a file of choices for it, pins."""
+    """Name and version of every package that the text of a lock, or of the choices for one, pins."""
     lines = (line.partition("#")[0].strip() for line in lock.splitlines())
-    pairs = (line.split("==") for line in lines if line)
-    return {canonicalize_name(name): Version(version) for name, version in pairs}
+    found = (Requirement(line) for line in lines if line)
+    return {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in found}
 
 
-def differences(lock: dict[str, Version]) -> list[str]:
-    """A line for each installed package whose release is not the lock's; local versions (`+cpu`) do not count."""
-    installed: dict[str, Version] = {}
-    for found in metadata.distributions():  # the first of a name is the one imported, PYTHONPATH's before the others
-        installed.setdefault(canonicalize_name(found.name), Version(found.version))
-    return [
-        f"{name} {installed[name]} is installed, not {version}"
-        for name, version in lock.items()
-        if name in installed and installed[name].public != version.public
-    ]
+def needed(name: str, extras: Iterable[str] = ()) -> Iterator[tuple[str, str | None]]:
+    """Yields each distribution that `name` with `extras` needs, directly or not, and its installed version or None."""
+    seen: set[tuple[str, str]] = set()
+    waiting = [(canonicalize_name(name), extra) for extra in ("", *extras)]
+    while waiting:
+        if (node := waiting.pop()) in seen:
+            continue
+        seen.add(node)
+        package, extra = node
+        try:
+            distribution = metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            yield package, None
+            continue
+        yield package, distribution.version
+        for requirement in map(Requirement, distribution.requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                waiting += [(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)]
+
+
+def differences(lock: dict[str, Version], name: str, extras: Iterable[str] = ()) -> list[str]:
+    """A line for each distribution that `name` needs and that is not installed as `lock` says.
+
+    Local versions do not count: 2.13.0+cpu is 2.13.0. Nor does `name` itself.
+    """
+    found = []
+    for package, version in sorted(set(needed(name, extras)) - {(canonicalize_name(name), metadata.version(name))}):
+        if version is None:
+            found.append(f"{package} is not installed")
+        elif package not in lock:
+            found.append(f"{package} {version} is installed, which is not in the lock")
+        elif Version(version).public != lock[package].public:
+            found.append(f"{package} {version} is installed, not {lock[package]}")
+    return found
 
 
 def versions() -> list[str]:
     """A line for each direct dependency that is installed: its version, and its window if it lies outside."""
-    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     found = []
-    for requirement in dependencies(list(extras)):
+    for requirement in dependencies(PROJECT["optional-dependencies"]):
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             continue
         tested = requirement.specifier.contains(version, prereleases=True)
         found.append(f"{requirement.name} {version}" + ("" if tested else f"  outside {requirement.specifier}"))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def arguments() -> argparse.Namespace:
@@ -76,6 +110,7 @@ def arguments() -> argparse.Namespace:
     what.add_argument("--newest", metavar="EXTRA,...", help="print dependencies with these extras, without upper ends")
     what.add_argument("--check", metavar="LOCK", type=Path, help="compare what is installed with a lock")
     what.add_argument("--versions", action="store_true", help="print what is installed of the direct dependencies")
+    parser.add_argument("--extra", action="append", default=[], help="with --check: an extra that was installed too")
     return parser.parse_args()
 
 
@@ -87,7 +122,7 @@ def main() -> int:
     if args.newest:
         print(*(without_upper_end(r) for r in dependencies(args.newest.split(","))), sep="\n")
         return 0
-    found = differences(pins(args.check.read_text()))
+    found = differences(pins(args.check.read_text()), PROJECT["name"], args.extra)
     for line in found:
         print(f"{args.check}: {line}; remove .venv and set up again", file=sys.stderr)
     return 1 if found else 0

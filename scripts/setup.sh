@@ -16,33 +16,34 @@ command -v "$python" >/dev/null || { echo "setup: $python not found; set PYTHON 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "setup: $("$python" --version) is too old; set PYTHON to a Python >= 3.11" >&2; exit 2; }
 
-kind=cpu extras=dev
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-  kind=gpu extras=dev,gpu,quack
-fi
-lock=requirements/$kind-$("$python" -c 'import sys; print("py%d.%d" % sys.version_info[:2])').txt
+kind=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then kind=gpu; fi
+version() { "$1" -c 'import sys; print("py%d.%d" % sys.version_info[:2])'; }
+lock=requirements/$kind-$(version "$python").txt
 [ -f "$lock" ] || lock=requirements/$kind.in
 
-stamp=$("$python" --version; echo "$lock $extras"; cat pyproject.toml "$lock")
+stamp=$("$python" --version; echo "$lock"; cat pyproject.toml "$lock" scripts/setup.sh)
 if [ $venv = .venv ] && [ "$(cat $venv/.installed 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
-[ -x $venv/bin/python ] || "$python" -m venv $venv
+# Anew if it is of another Python, or was left unfinished.
+if ! { $venv/bin/python -m pip --version && [ "$(version $venv/bin/python)" = "$(version "$python")" ]; } >/dev/null 2>&1
+then "$python" -m venv --clear $venv; fi
 pip() { $venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
 rm -f $venv/.installed
 if [ $venv = .venv-newest ]; then
-  echo "setup: installing the newest releases into $venv"
-  pip install packaging
-  $venv/bin/python scripts/requirements.py --newest $extras >$venv/newest.txt
+  echo "setup: installing the newest releases into $venv (minutes)"
+  pip install --upgrade packaging
+  $venv/bin/python scripts/requirements.py --newest setup-$kind >$venv/newest.txt
   pip install --upgrade --upgrade-strategy eager -r $venv/newest.txt
   pip install --no-deps --no-build-isolation -e .
 else
-  echo "setup: installing into $venv (about a minute), as $lock says"
+  echo "setup: installing into $venv what $lock says (a minute; more where pip has to fetch a CUDA build of torch)"
   case $lock in *.in)
-    echo "setup: no lock for $("$python" --version) ($kind), only: $(echo requirements/*.txt); what $lock leaves open is" \
-      "the newest inside the windows of pyproject.toml" >&2 ;;
+    echo "setup: there is no lock for $("$python" --version) with a $kind, only $(echo requirements/*.txt): what $lock" \
+      "leaves open is the newest inside the windows of pyproject.toml" >&2 ;;
   esac
-  pip install -c "$lock" setuptools
-  pip install -c "$lock" --no-build-isolation -e ".[$extras]"
-  $venv/bin/python scripts/requirements.py --check "$lock"
+  pip install -c "$lock" "setuptools>=77"
+  pip install -c "$lock" --no-build-isolation -e ".[setup-$kind]"
+  case $lock in *.txt) $venv/bin/python scripts/requirements.py --check "$lock" --extra setup-$kind ;; esac
 fi
 printf '%s\n' "$stamp" >$venv/.installed

@@ -6,22 +6,27 @@
 # GPU tests run with it on a machine with a GPU; slow proofs with `scripts/test.sh -m slow`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=.venv
+venv=.venv newest=
 if [ "${1:-}" = --newest ]; then
-  venv=.venv-newest
   shift
-  scripts/setup.sh --newest
-else
-  scripts/setup.sh
+  venv=.venv-newest newest=--newest
+  export LINEAR_MOE_NEWEST=1
 fi
+scripts/setup.sh $newest
 source $venv/bin/activate
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python scripts/requirements.py --versions
 
-ruff check .
-mypy
+status=0
+check() { # ends at the first failure, but for the newest releases, of which all breaks are wanted
+  "$@" || { status=$?; [ -n "$newest" ] || exit $status; }
+}
+check ruff check .
+check mypy
 if [ $# -gt 0 ]; then
-  exec python -m pytest -q "$@"
+  check python -m pytest -q "$@"
+else
+  # Tests over several processes wait for one another half of the time. A file stays in one worker: its cases share a run.
+  check python -m pytest -q -n 3 --dist loadfile
 fi
-# Tests over several processes wait for one another half of the time. A file stays in one worker: its cases share a run.
-exec python -m pytest -q -n 3 --dist loadfile
+exit $status

@@ -21,7 +21,7 @@ from linear_moe.config.load import load_config
 from linear_moe.config.schema import Config
 from linear_moe.inference.card import model_card
 from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.host import DTYPES, spec_of
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.options.errors import ConfigError, one_line
 
@@ -63,7 +63,7 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
     kind = DTYPES[dtype or config.training.dtype]
     for name, parameter in model.model.named_parameters():
         if name in weights:
-            weights[name] = weights[name].to(torch.float32 if parameter.spec.fp32 else kind)  # type: ignore[attr-defined]
+            weights[name] = weights[name].to(torch.float32 if spec_of(parameter).fp32 else kind)
     try:
         model.model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:

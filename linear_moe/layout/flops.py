@@ -10,7 +10,7 @@ from torch import nn
 
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.host import DTYPES, Host
+from linear_moe.modeling.host import DTYPES, Host, spec_of
 from linear_moe.modeling.model import LanguageModel
 
 
@@ -40,7 +40,7 @@ class Flops:
 
 def active(parameter: nn.Parameter, config: Config) -> int:
     """Elements of `parameter` that one token meets: of the routed experts, top_k."""
-    moe, spec = config.model.moe, parameter.spec  # type: ignore[attr-defined]
+    moe, spec = config.model.moe, spec_of(parameter)
     return parameter.numel() * moe.top_k // moe.num_experts if spec.by_expert else parameter.numel()
 
 

@@ -14,10 +14,11 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import ref
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from linear_moe.modeling.ops.autograd import Function
 
 # In the order of the backward pass, which runs in one thread at a time. Weakly: one that fails leaves nothing behind.
 _waiting: list[ref[Weight]] = []
@@ -82,17 +83,17 @@ def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = N
     return y
 
 
-class _Mark(torch.autograd.Function):
+class _Mark(Function):
     """A weight -> an empty tensor, whose backward pass gives the gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, waits: Weight) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, waits: Weight) -> Tensor:
         ctx.waits = waits
         return weight.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
         waits: Weight = ctx.waits
         if waits.parts:
             _waiting[:] = [waiting for waiting in _waiting if waiting() is not waits]
@@ -101,20 +102,18 @@ class _Mark(torch.autograd.Function):
         return gradient, None
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """`F.linear`, with the marker of the weight for the weight that is trained."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, marker: Tensor, weight: Tensor, bias: Tensor | None, waits: Weight
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, marker: Tensor, weight: Tensor, bias: Tensor | None, waits: Weight) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.waits = waits
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ctx.waits.wait(d_y, x)
         d_x = d_y @ weight if ctx.needs_input_grad[0] else None

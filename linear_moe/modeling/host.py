@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,11 @@ def constant(value: float) -> Init:
     return lambda t, g: t.fill_(value)
 
 
+def spec_of(parameter: Tensor) -> ParameterSpec:
+    """The specification that `Host.parameter` attached to a parameter."""
+    return cast(Any, parameter).spec
+
+
 class Host:
     """One process, no groups.
 
@@ -154,7 +159,7 @@ class Host:
         local = [self.split(n, spec.axes[d]) if d in spec.axes else n for d, n in enumerate(shape)]
         kind = torch.float32 if fp32 else self.dtype
         parameter = nn.Parameter(torch.empty(local, dtype=kind, device=self.device), requires_grad=trained)
-        parameter.spec = spec  # type: ignore[attr-defined]
+        cast(Any, parameter).spec = spec
         return parameter
 
     # -- tensor parallelism ---------------------------------------------------------------------------------------
@@ -250,7 +255,7 @@ def initialize(model: nn.Module, host: Host, seed: int) -> None:
     index. (CPU and GPU generators differ, so weights are equal across layouts on one kind of device.)
     """
     for name, parameter in model.named_parameters():
-        spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
+        spec = spec_of(parameter)
         count = parameter.shape[0] if spec.by_expert else 1
         offset = host.rank("expert") * count if spec.by_expert else 0
         for i in range(count):

@@ -10,7 +10,7 @@ from torch import nn
 from linear_moe.config.schema import Config, OptimizerConfig
 from linear_moe.layout.optimizer import state_names
 from linear_moe.layout.processes import ProcessMesh
-from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.host import DTYPES, spec_of
 from linear_moe.plan.activations import activation_bytes
 from linear_moe.plan.ranks import RankChunk, RankModels, is_expert, rank_chunks
 
@@ -20,7 +20,7 @@ KINDS = (*STATE, "activations", "logits", "total")
 
 def optimizer_bytes(parameter: nn.Parameter, optimizer: OptimizerConfig) -> int:
     """Per element: the optimizer's moments, and an fp32 copy of other weights."""
-    names = state_names(parameter.spec, optimizer.type)  # type: ignore[attr-defined]
+    names = state_names(spec_of(parameter), optimizer.type)
     return len(names) * DTYPES[optimizer.moments].itemsize + (0 if parameter.dtype == torch.float32 else 4)
 
 

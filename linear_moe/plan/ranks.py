@@ -11,13 +11,13 @@ from torch import nn
 from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.layout.pipeline import stage_chunks
 from linear_moe.layout.sequence import in_pieces
-from linear_moe.modeling.host import DTYPES, Host
+from linear_moe.modeling.host import DTYPES, Host, spec_of
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.plan.needs import SequenceNeeds, layer_needs
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
-    return "expert" in parameter.spec.axes.values()  # type: ignore[attr-defined]
+    return "expert" in spec_of(parameter).axes.values()
 
 
 class RankHost(Host):

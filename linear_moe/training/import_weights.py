@@ -14,7 +14,7 @@ from linear_moe.checkpoints.weights import WeightSource, open_weights
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.host import DTYPES, Host, ParameterSpec
+from linear_moe.modeling.host import DTYPES, Host, ParameterSpec, spec_of
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.pattern import resolve_layers
 from linear_moe.modeling.upcycle import DENSE, Upcycler, granularity, is_exact
@@ -151,4 +151,4 @@ def _upcycled(name: str, layers: list[int]) -> tuple[str, str] | None:
 
 
 def _spec(parameter: nn.Parameter) -> ParameterSpec:
-    return parameter.spec  # type: ignore[attr-defined]
+    return spec_of(parameter)

@@ -51,7 +51,7 @@ from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, initialize
 from linear_moe.modeling.mixers.base import LinearMixer, Mixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
-from linear_moe.modeling.ops import backends as dispatch
+from linear_moe.modeling.ops import backends
 from linear_moe.modeling.tokens import TokenLayout
 
 Work = Callable[[], Any]
@@ -147,7 +147,7 @@ class Recorder:
             return original(*args, **kwargs)
 
         setattr(self.mixer, self.method, recurrence)
-        dispatch.importlib = SimpleNamespace(import_module=self._import)  # type: ignore[assignment]
+        backends.importlib = SimpleNamespace(import_module=self._import)  # type: ignore[assignment]
         self.hooks = [
             module.register_forward_pre_hook(lambda m, args: self.linears.append((m, args[0])))  # type: ignore[arg-type]
             for module in self.mixer.modules()
@@ -157,7 +157,7 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         delattr(self.mixer, self.method)
-        dispatch.importlib = importlib  # type: ignore[assignment]
+        backends.importlib = importlib  # type: ignore[assignment]
         for hook in self.hooks:
             hook.remove()
 

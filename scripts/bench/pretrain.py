@@ -53,17 +53,17 @@ def commit() -> str:
 
 
 def measure(config: str, overrides: list[str], gpus: int, skip: int) -> dict[str, Any]:
-    """Train in a folder of its own, and summarise the records of the run."""
+    """Train in a folder of its own, whatever `run` says, and summarise the records of the run."""
     from linear_moe.config.load import load_config
 
     with tempfile.TemporaryDirectory() as folder:
-        extra = [f"run={folder}/run", *overrides]
+        extra = [*overrides, f"run={folder}/run"]
         launcher = ["torchrun", "--standalone", "--nproc-per-node", str(gpus), "-m", "linear_moe", "train", config]
         subprocess.run([sys.executable, "-m", "torch.distributed.run", *launcher[1:], *extra], check=True)
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         tree = load_config(config, extra)
     records = [r for r in lines if "event" not in r]
-    steady = records[skip:]
+    steady = [r for r in records if r["step"] > skip]
     seconds = sum(r["step_seconds"] for r in steady)
 
     def mean(key: str) -> float:
@@ -91,7 +91,10 @@ def measure(config: str, overrides: list[str], gpus: int, skip: int) -> dict[str
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; `overrides` are all that are made, the script's own first."""
+    """The command line; `overrides` are all that are made, the script's own first. Ends for what cannot be measured."""
+    from linear_moe.config.load import load_config
+    from linear_moe.options.errors import ConfigError
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", help="a.b=c")
@@ -101,16 +104,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", type=int, default=10)
     args = parser.parse_intermixed_args()
-    if args.skip >= args.steps:
-        parser.error(f"--skip {args.skip} leaves none of {args.steps} steps")
     own = [f"training.steps={args.steps}", f"schedule.warmup_steps={args.steps // 5}", "training.eval_every=0",
            "training.eval_batches=1", "checkpoint.every=0", "checkpoint.last=false"]  # fmt: skip
     args.overrides = [*own, *args.overrides]
+    try:
+        steps = load_config(args.config, args.overrides).training.steps
+    except ConfigError as error:
+        parser.error(str(error))
+    if args.skip >= steps:
+        parser.error(f"--skip {args.skip} leaves none of {steps} steps")
     return args
 
 
 def main() -> None:
     args = arguments()
+    path = Path(args.folder) / f"{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     row = measure(args.config, args.overrides, args.gpus, args.skip)
     import torch
 
@@ -124,7 +133,6 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "rows": [row],
     }
-    path = Path(args.folder) / f"{args.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(row, indent=1))
 

@@ -13,9 +13,9 @@ from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.mixers.registry import mixer_class
 from linear_moe.modeling.ops.attention.blocks import Block, attend, attend_backward, join
 from linear_moe.modeling.tokens import TokenLayout
-from linear_moe.training.sequence import attention
+from linear_moe.training.sequence import attention, exchange
 from linear_moe.training.sequence.cut import cut
-from linear_moe.training.sequence.exchange import STRATEGIES, SequenceGroup
+from linear_moe.training.sequence.exchange import STRATEGIES, SequenceGroup, StateExchange
 from linear_moe.training.sequence.pieces import pieces_layout
 from tests.gpu.test_mixers import HIDDEN, TOKENS, pair, run
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, FP32, assert_close
@@ -109,3 +109,21 @@ def test_blocks_of_attention(
     actual = two_blocks([x.cuda() for x in half], left, right)
     for name, x in expected.items():
         assert_close(actual[name].float(), x, 10 * FP32 if name == "log-sum-exp" else BF16, name)
+
+
+def test_a_ring_keeps_what_its_stream_reads() -> None:
+    """The caller lets go of the summaries, and their memory is asked for again, before the ring has read them."""
+    device, line = torch.device("cuda", 0), SequenceGroup(ORDER, 0, None, "ring")
+    generator = torch.Generator().manual_seed(0)
+    transition, state = (torch.randn(2 * ORDER.count, 64, 128, generator=generator) for _ in range(2))
+    expected = StateExchange(line).begin(transition, state)()
+    late = exchange._stream(device)
+    on_gpu = [transition.to(device), state.to(device)]
+    with torch.cuda.stream(late):
+        torch.cuda._sleep(200_000_000)  # clocks: about 0.1 s
+    wait = StateExchange(line).begin(*on_gpu)
+    on_gpu.clear()
+    overwritten = [torch.full(state.shape, torch.nan, device=device) for _ in range(8)]
+    assert not late.query(), "the ring had read them already"
+    assert_close(wait().cpu(), expected, FP32)
+    assert overwritten

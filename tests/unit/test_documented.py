@@ -22,6 +22,14 @@ linear-moe: no
 ```python
 linear-moe = 3
 ```
+Then `./scripts/x.sh 1`.
+~~~~bash title=x
+pip install "linear-moe[gpu]"
+```
+~~~~
+   ```cobol
+   linear-moe
+   ```
 """
 SCRIPT = """#!/bin/bash
 # Starts it:  scripts/y.sh CONFIG [a.b=c ...]
@@ -36,6 +44,31 @@ MODULE = """'''Does it.
     ours      a table
 bash is no command here, `torchrun -m linear_moe` is one.
 '''
+def f():
+    '''Does it.
+
+    pytest b    this
+    pytest c \\\\
+        d
+
+    pytest is
+    no command.
+    '''
+"""
+
+
+WORKFLOW = """# Runs it:  scripts/y.sh 1
+run: { shell: bash }
+jobs:
+  tests:
+    steps:
+      - uses: actions/checkout@v4
+      - { name: a, run: "bash scripts/x.sh ${{ matrix.python }}" }
+      - run: |
+          # a remark
+          scripts/z.sh &&
+            pytest a
+        if: linear-moe
 """
 
 
@@ -48,9 +81,14 @@ def test_commands_are_found() -> None:
     first = ("bash", "examples/x.sh", "a.b=1", "c.d=2", "e.f=g * 2")
     assert found("a.md", PAGE) == [
         (6, "GPUS", *first), (7, "GPUS", *first, "h=[1,2]"), (7, "head"), inspect, reshard,
-        (11, "linear-moe", "check", "x.yaml"), (1, "linear-moe", "plan", "CONFIG", "--world", "N"),
+        (11, "linear-moe", "check", "x.yaml"), (19, "pip", "install", "linear-moe[gpu]"), (20, "```"),
+        (22, "```cobol"), (1, "linear-moe", "plan", "CONFIG", "--world", "N"), (17, "./scripts/x.sh", "1"),
     ]  # fmt: skip
-    assert [c.line.error for c in commands_of("a.md", passages_of("a.md", PAGE))][-2:] == ["linear-moe: no", ""]
+    assert [c.line.error for c in commands_of("a.md", passages_of("a.md", PAGE))][5:7] == ["linear-moe: no", ""]
     own = (4, "bash", "examples/s.sh", "model.x=L * 3", "a.b=1")
     assert found("examples/s.sh", SCRIPT) == [(2, "scripts/y.sh", "CONFIG"), (3, "examples/x.sh", "1"), own]
-    assert found("z.py", MODULE) == [(3, "python", "scripts/z.py", "--a", "1"), (5, "torchrun", "-m", "linear_moe")]
+    workflow = [(1, "scripts/y.sh", "1"), (7, "bash", "scripts/x.sh", BLANK), (10, "scripts/z.sh"), (11, "pytest", "a")]
+    assert found(".github/workflows/a.yml", WORKFLOW) == workflow
+    module = [(3, "python", "scripts/z.py", "--a", "1"), (5, "torchrun", "-m", "linear_moe"), (10, "pytest", "b")]
+    module.append((11, "pytest", "c", "d"))
+    assert found("z.py", MODULE) == module

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,46 +30,28 @@ from torch.distributed.run import get_args_parser
 
 from linear_moe import cli
 from linear_moe.config.schema import Config, TokenizerConfig
-from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import parse_overrides, update
 from linear_moe.training.data.tokenizer import make_tokenizer
-from tests.unit.documented import BLANK, ROOT, Command, Line, commands_of, documented, passages_of
+from tests.unit.documented import (
+    BLANK,
+    ROOT,
+    Command,
+    Line,
+    Wrong,
+    commands_of,
+    compare,
+    documented,
+    is_test,
+    parse,
+    passages_of,
+    quietly,
+)
 
 OURS = ("configs/", "docs/", "examples/", "linear_moe/", "requirements/", "scripts/", "tests/")
 FOREIGN = ("cd", "curl", "docker", "git", "nvidia-smi", "pip", "source")  # not ours to check
 FOREIGN_MODULES = ("build", "pip", "venv")
 PROGRAMS = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("scripts/**/*.py")) if "__main__" in p.read_text()]
 SHELL = [str(p.relative_to(ROOT)) for p in sorted([*ROOT.glob("examples/*.sh"), *ROOT.glob("scripts/**/*.sh")])]
-
-
-class Wrong(Exception):
-    """What is wrong with a documented command."""
-
-
-def quietly(call: Callable[..., Any], *args: Any) -> Any:
-    """What the call returns; None where it ends the program with success. Wrong with its last line of stderr if not."""
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-        try:
-            return call(*args)
-        except SystemExit as stop:
-            if stop.code:
-                raise Wrong(errors.getvalue().strip().rpartition("\n")[2] or str(stop.code)) from None
-        except ConfigError as error:
-            raise Wrong(str(error)) from None
-    return None
-
-
-def parse(parser: Callable[[list[str]], Any], words: list[str], inline: bool) -> Any:
-    """The parsed arguments, in running text with what it leaves out; None for a command that it only names."""
-    tries = [words]
-    if inline:
-        tries += [[*words, "X"], [*words, "X", "X"]]
-        tries += [] if any(word.startswith("-") for word in words) else [[*words, "--help"]]
-    for attempt in tries[:-1]:
-        with contextlib.suppress(Wrong):
-            return quietly(parser, attempt)
-    return quietly(parser, tries[-1])
 
 
 class Checker:
@@ -96,7 +79,9 @@ class Checker:
 
     def check(self, command: Command) -> str:
         """The kind of command that it is. Raises Wrong."""
-        words, line = [re.sub(r"(?<==)/data/[\w.-]+", str(self.data), word) for word in command.words], command.line
+        words = [re.sub(r"(?<==)/data/[\w.-]+", str(self.data), word.removeprefix("./")) for word in command.words]
+        line = command.line
+        compare(command)
         for i, word in enumerate(words):
             if BLANK in word and word.startswith(OURS):  # any that fits
                 found = sorted(ROOT.glob(word.replace(BLANK, "*")))
@@ -133,7 +118,8 @@ class Checker:
         for i, (before, word) in enumerate(pairwise(words), 1):
             if before in options and re.fullmatch("[A-Z]+", word):
                 words[i] = next(iter(options[before].choices or ["8"]))
-        args = parse(cli.parse, words, line.inline)
+        bare = line.inline and len(words) < 2  # running text only names the command
+        args = parse(cli.parse, [*words, "--help"] if bare else words, line.inline)
         if args is None:
             return f"linear-moe {name}".strip()
         config = getattr(args, "config", "")
@@ -161,6 +147,7 @@ class Checker:
         """A script is checked by its `arguments()`, and its configuration, if it has one, like that of `train`."""
         if script not in PROGRAMS:
             raise Wrong(f"{script} is no program")
+        words = words or (["--help"] if inline else [])
         args = parse(lambda words: self.arguments(script, words), words, inline)
         if getattr(args, "config", "").startswith("configs/"):
             self.run(["check", args.config, *args.overrides, "--world", str(args.gpus)])
@@ -173,8 +160,8 @@ class Checker:
     def shell(self, script: str, words: list[str], command: Command) -> str:
         """A script that launches a training is run up to its first `linear-moe`; others are not run."""
         text = (ROOT / script).read_text()
-        own = [word for word in words if re.search(rf"^[^#\n]*(?<!\S){re.escape(word)}(?!\w)", text, re.MULTILINE)]
-        others = [word for word in words if word not in own or not word.startswith("--")]
+        options = re.findall(r"^ *(-[\w-]+)\)|= (-[\w-]+) \]", text, re.MULTILINE)  # compared with the first argument
+        others = words[1:] if words and any(words[0] in option for option in options) else words
         if "scripts/launch.sh" in text:
             if command.line.inline and not words:
                 return "bash"
@@ -193,7 +180,7 @@ class Checker:
     def pytest(self, words: list[str]) -> str:
         args, unknown = quietly(self.pytest_config._parser.parse_known_and_unknown_args, words)
         marks = {line.partition(":")[0] for line in self.pytest_config.getini("markers")} | {"not", "and", "or"}
-        missing = [path for path in args.file_or_dir if not (ROOT / path.partition("::")[0]).exists()]
+        missing = [path for path in args.file_or_dir if not is_test(path)]
         if wrong := [*unknown, *missing, *(set(re.findall(r"\w+", args.markexpr)) - marks)]:
             raise Wrong(f"pytest does not know {' '.join(wrong)}")
         return "pytest"
@@ -260,18 +247,51 @@ WRONG = {
     "scripts/test.sh tests/uni": "there is no tests/uni",
     "scripts/test.sh --lastfailed": "pytest does not know --lastfailed",
     "scripts/test.sh -m slwo": "pytest does not know slwo",
+    "scripts/test.sh tests/unit --newest": "pytest does not know --newest",
     "scripts/setup.sh --fast": "does not know --fast",
+    "scripts/lock.sh --quiet": "does not know --quiet",
+    "GPUZ=8 bash examples/quickstart.sh": "nothing reads GPUZ",
+    "PYTHN=python3.12 scripts/test.sh --newest": "nothing reads PYTHN",
+    "COMIT=HEAD python scripts/bench/parallel.py": "nothing reads COMIT",
+    "pytest tests/unit/test_packaging.py::test_that_is_not": "pytest does not know tests/unit/test_packaging.py::",
+    'pip install "linear-moe[gpuu,quack]"': "linear-moe has no extras gpuu",
+    "python -m pip install -e .[dev,setup-$kind,$kind-setup]": "linear-moe has no extras \0-setup",
+    "source .venvv/bin/activate": "scripts/setup.sh does not make .venvv/bin/activate",
     "python scripts/bench/mixers.py --mixers glu": "no such mixers: glu",
     "python scripts/bench/sequence.py gla:sp3@32K": "is no case",
     "python scripts/bench/pretrain.py configs/models/tiny.yaml --name x data.tokenizer.type=hf": "data.tokenizer.path",
+    "python scripts/bench/pretrain.py configs/models/tiny.yaml --name x --steps 12 training.steps=6": "none of 6 steps",
     "python scripts/bench/overlap.py": "is no program",
     "accelerate launch train.py": "no rule says what this is",
     "$ linear-moe check configs/models/tiny.yaml --world 3\nlinear-moe: because": "refused with other words",
+    "`linear-moe mixers nonsense`": "unrecognized arguments: nonsense",
+    "`linear-moe nonsense`": "invalid choice: 'nonsense'",
+    "`linear-moe checkpoint inspect --jsn`": "unrecognized arguments: --jsn",
+    "`python scripts/bench/sequence_plan.py bogus`": "unrecognized arguments: bogus",
+    "`./scripts/nope.sh`": "there is no scripts/nope.sh",
+    "`pip install linear-moe[quak]`": "linear-moe has no extras quak",
+    "`source venv/bin/activate`": "does not make venv/bin/activate",
+    "```bash title=x\nlinear-moe generate\n```": "required",
+    "~~~\n$ linear-moe generate\n~~~": "required",
+    "```rust\nfn main() {}\n```": "'```rust': no rule says what this is",
+    "run: scripts/test.sh tests/uni": "there is no tests/uni",
 }
 
 
 def test_mistakes_are_found(checker: Checker) -> None:
     for text, reason in WRONG.items():
-        page = f"```{'' if text.startswith('$') else 'bash'}\n{text}\n```"
-        (found,) = wrong(checker, commands_of("page.md", passages_of("page.md", page)), Counter()) or [""]
-        assert found.startswith("page.md:2: ") and reason in found, (text, found)
+        file = ".github/workflows/page.yml" if text.startswith("run:") else "page.md"
+        page = text if text.startswith(("run:", "`", "~")) else f"```{'' if text[0] == '$' else 'bash'}\n{text}\n```"
+        (found,) = wrong(checker, commands_of(file, passages_of(file, page)), Counter()) or [""]
+        assert re.match(rf"{file}:[12]: ", found) and reason in found, (text, found)
+
+
+def test_pretrain_makes_its_folder_before_training(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checker.data / "a" / "b" / "x.json"
+    words = ["configs/models/tiny.yaml", "--name", "x", "--folder", str(path.parent)]
+    args = checker.arguments("scripts/bench/pretrain.py", words)
+    assert args.overrides[0] == "training.steps=50"
+    monkeypatch.setenv("COMMIT", "this")
+    monkeypatch.setattr(sys.modules["pretrain"], "measure", lambda *_: {"there": path.parent.is_dir()})
+    sys.modules["pretrain"].main()
+    assert json.loads(path.read_text())["rows"] == [{"there": True}]

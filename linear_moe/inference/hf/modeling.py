@@ -46,7 +46,8 @@ class LinearMoECache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        # generate() feeds a cache of linear layers alone what it has seen again: those, unlike this, know no length
+        # Where all layers of a cache are linear, generate() gives the model its whole input again, because the linear
+        # layers of transformers do not know how many tokens they have seen. This cache does.
         return [False] * len(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

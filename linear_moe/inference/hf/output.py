@@ -1,7 +1,8 @@
 """The output of the Hugging Face model, and the two names transformers has had for a decoding state.
 
 Until 5.23 `generate` hands it to `forward` as `past_key_values` and finds it in the output's field of that name; from
-5.24 on both are called `cache`. Only this module knows which one the installed version uses; users may use either.
+5.24 on both are called `cache`. Only this module knows which one the installed version uses. Users may read either name
+as an attribute of the output; as a key (`output["cache"]`) it has the installed version's name.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from linear_moe.modeling.host import Host, constant, normal
 from linear_moe.modeling.moe.capacity import capacity, within_capacity
 from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.tokens import TokenLayout
 
 
@@ -61,21 +62,21 @@ def route(
     return top * config.routed_scaling_factor, index
 
 
-class _Logits(torch.autograd.Function):
+class _Logits(Function):
     """`x [n, D]`, `weight [E, D]` -> their product in fp32, keeping x as it is: a copy would be the layer's largest.
 
     In fp32 within `torch.autocast` too, whose bf16 logits would choose other experts.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), weight.float())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
         dx = (grad @ weight.float()).to(x.dtype) if need_x else None

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
+
 
 @cache
 def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(Function):
     """Saves its inputs only; without kernels the backward pass computes the definition again."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         definition: Callable[..., Any] | None,
         kernels: ModuleType | None,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
+
 Spans = list[tuple[int, int]]  # of every document, or of all rows: its first chunk and the one after its last
 
 
@@ -48,7 +50,7 @@ def backwards(d_final: Tensor, spans: Spans, count: int) -> tuple[Tensor, Tensor
     return d_after, d_starts, steps()
 
 
-class Carried(torch.autograd.Function):
+class Carried(Function):
     """`carried(updates, decays, starts, spans) -> (before, final)`: the state after a chunk is update + decay * state.
 
     Args:
@@ -61,7 +63,7 @@ class Carried(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, updates: Tensor, decays: Tensor | None, starts: Tensor, spans: Spans
     ) -> tuple[Tensor, Tensor]:
         before, final, walk = forwards(starts, spans, len(updates))
@@ -77,7 +79,7 @@ class Carried(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_before: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_before: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         decays, before = ctx.saved_tensors
         d_after, d_starts, walk = backwards(d_final, ctx.spans, len(d_before))
         added, kept = d_before.unbind(), None if decays is None else decays.conj().resolve_conj().unbind()

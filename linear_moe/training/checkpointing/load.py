@@ -23,7 +23,7 @@ from linear_moe.checkpoints.reader import (
 )
 from linear_moe.config.schema import Config
 from linear_moe.modeling.config import ModelConfig
-from linear_moe.modeling.host import ParameterSpec
+from linear_moe.modeling.host import spec_of
 from linear_moe.modeling.mixers.base import MixerConfig
 from linear_moe.modeling.pattern import ResolvedLayer, mixer_path, resolve_layers
 from linear_moe.options.errors import ConfigError
@@ -229,7 +229,7 @@ def _read(folder: Path, shards: dict[str, Any]) -> dict[str, Any]:
 def _check_parameters(folder: Path, model: list[Any]) -> None:
     local: dict[str, tuple[int, ...]] = {}
     for name, parameter in state.named_parameters(model).items():
-        spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
+        spec = spec_of(parameter)
         local[name] = spec.shape
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, local)

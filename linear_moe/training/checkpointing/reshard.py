@@ -31,7 +31,7 @@ from linear_moe.checkpoints.reader import LATEST, MODEL, complete_checkpoints, r
 from linear_moe.checkpoints.run import EMBEDDING, is_run
 from linear_moe.config.load import load_config, save_config
 from linear_moe.config.schema import Config
-from linear_moe.modeling.host import Host, ParameterSpec
+from linear_moe.modeling.host import Host, ParameterSpec, spec_of
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
@@ -127,7 +127,7 @@ def _specs(config: Config, metadata: Metadata) -> dict[str, ParameterSpec]:
         if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
     }
     model = LanguageModel(config.model, saved.get(EMBEDDING, (1,))[0], Host(torch.float32, "meta"))
-    specs: dict[str, ParameterSpec] = {name: p.spec for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    specs: dict[str, ParameterSpec] = {name: spec_of(p) for name, p in model.named_parameters()}
 
     from linear_moe.training.checkpointing.load import check_shapes
 

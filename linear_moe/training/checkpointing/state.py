@@ -32,7 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
-from linear_moe.modeling.host import ParameterSpec
+from linear_moe.modeling.host import ParameterSpec, spec_of
 from linear_moe.training.optimizer.build import optimizer_parts, stretches
 
 MODEL = "model."
@@ -119,7 +119,7 @@ def _axis_rank(axis: str) -> int:
 
 def _place(parameter: nn.Parameter) -> tuple[ParameterSpec, list[int], tuple[int, int]]:
     """Its spec, the offset of this rank's share, and this rank's number among the holders of the same share."""
-    spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
+    spec = spec_of(parameter)
     offset = [0] * len(spec.shape)
     for dim, axis in spec.axes.items():
         offset[dim] = _axis_rank(axis) * parameter.shape[dim]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from linear_moe.config.schema import Config
 from linear_moe.layout.optimizer import orthogonalized
-from linear_moe.modeling.host import DTYPES, ParameterSpec
+from linear_moe.modeling.host import DTYPES, spec_of
 from linear_moe.training.optimizer.adamw import AdamW
 from linear_moe.training.optimizer.muon import Muon, Share
 
@@ -55,7 +55,7 @@ def build_optimizer(model: list[Any], config: Config) -> MegatronOptimizer:
         use_distributed_optimizer=o.distributed,
         overlap_param_gather=o.overlap and o.distributed,
     )
-    no_decay = ParamKey(predicate=ParamPredicate("no decay", lambda p: not p.spec.decay))  # type: ignore[attr-defined]
+    no_decay = ParamKey(predicate=ParamPredicate("no decay", lambda p: not spec_of(p).decay))
     use_foreach()
     optimizer = with_inner(
         inner_optimizer(config),
@@ -141,7 +141,7 @@ def describe_optimizer(part: Any, names: dict[nn.Parameter, str]) -> None:
     """Tell one inner optimizer what its tensors are parts of, and spare its wrapper copying them one by one."""
     shares: dict[Tensor, Share] = {}
     for parameter, main, start, stop in stretches(part):
-        spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
+        spec = spec_of(parameter)
         name = names[parameter]
         part.optimizer.names[main] = f"{name}/{start}"
         if isinstance(part.optimizer, Muon) and orthogonalized(spec):

@@ -28,6 +28,7 @@ from torch.distributed import P2POp, irecv, isend
 
 from linear_moe.modeling.ops.attention.blocks import Block, Span, attend, attend_backward, join, put, take
 from linear_moe.modeling.ops.attention.softmax import softmax_attention
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Expand, pieces_of
 from linear_moe.training.sequence.cut import Cut
@@ -189,11 +190,11 @@ def _by(function: Any, q: Tensor, shared: tuple[Tensor, ...], task: AttentionTas
     return o
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(Function):
     """q `[T, H, D]`, shared `[T, ...]` and parameters -> o `[T, H, V]`."""
 
     @staticmethod
-    def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:
         shared = tensors[:count]
         _, block = task.reach.gathered(task.window)
         k, v = _expanded(_seen(shared, task), task)
@@ -204,7 +205,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         task: AttentionTask = ctx.task
         q, o, lse, *shared = ctx.saved_tensors
         _, block = task.reach.gathered(task.window)
@@ -215,11 +216,11 @@ class _Gathered(torch.autograd.Function):
         return None, None, dq.to(q.dtype), *d_shared, *d_parameters
 
 
-class _Ring(torch.autograd.Function):
+class _Ring(Function):
     """As `_Gathered`."""
 
     @staticmethod
-    def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:
         shared, line, reach = tensors[:count], task.line, task.reach
         o, lse, buffer = None, None, _flat(shared)
         for step in range(line.order.size):
@@ -243,7 +244,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         task: AttentionTask = ctx.task
         q, o, lse, *shared = ctx.saved_tensors
         line, size, buffer = task.line, task.line.order.size, _flat(shared)
@@ -425,11 +426,11 @@ def _ulysses(q: Tensor, shared: tuple[Tensor, ...], task: AttentionTask) -> Tens
     return back.view(size, len(q), *o.shape[3:]).transpose(0, 1).flatten(1, 2)
 
 
-class _AllToAll(torch.autograd.Function):
+class _AllToAll(Function):
     """`[W, n] -> [W, n]`: row r to rank r, and from it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, line: SequenceGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, line: SequenceGroup) -> Tensor:
         ctx.line = line
         if line.group is None:
             return x
@@ -438,7 +439,7 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _AllToAll.forward(ctx, gradient, ctx.line), None
 
 

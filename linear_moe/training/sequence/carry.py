@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.sequence import Run, Summary, once
 from linear_moe.training.sequence.cut import Cut
 from linear_moe.training.sequence.exchange import SequenceGroup, StateExchange
@@ -142,7 +143,7 @@ def carry(
     return outputs.transpose(0, 1).reshape(*inputs[0].shape[:2], *outputs.shape[3:])
 
 
-class _HandedOver(torch.autograd.Function):
+class _HandedOver(Function):
     """The outputs `[P, ...]` of this rank's pieces, `places(*tensors)`, each with the state that the one before leaves.
 
     The backward pass goes from piece to piece the other way. It computes the pieces again, all at once, from the states
@@ -150,7 +151,7 @@ class _HandedOver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, places: Callable[..., list[Place]], line: SequenceGroup, shape: tuple[int, ...], *tensors: Tensor
     ) -> Tensor:
         outputs, before, inside = [], [], torch.empty(0)
@@ -166,7 +167,7 @@ class _HandedOver(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         line: SequenceGroup = ctx.line
         pieces, inside = line.order.pieces(line.rank), torch.empty(0)
         saved = ctx.saved_tensors  # once: recomputation allows no second look

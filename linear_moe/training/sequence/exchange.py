@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.layout.sequence import RING_BLOCKS, PieceOrder
 from linear_moe.modeling.deferred import fill_gap
+from linear_moe.modeling.ops.autograd import Function
 
 STRATEGIES = ("all_gather", "ring")
 
@@ -119,7 +120,7 @@ class StateExchange:
         return x.mT if self.matrix else x.conj()
 
 
-class _Start(torch.autograd.Function):
+class _Start(Function):
     """By piece of this rank: transition `[P, rows, ...]`, state `[P, rows, ...]` -> what `_Wait` waits for.
 
     The tensor between the two is empty: it says which comes first. What travels is in the exchange. So is what the
@@ -127,7 +128,7 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, transition: Tensor | None, state: Tensor, exchange: StateExchange) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, transition: Tensor | None, state: Tensor, exchange: StateExchange) -> Tensor:
         ctx.exchange, ctx.shape = exchange, None if transition is None else transition.shape
         if exchange.before is None:
             if exchange.line.strategy == "ring":
@@ -139,7 +140,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         exchange: StateExchange = ctx.exchange
         after, before = exchange.arrived(), exchange.before
         exchange.before = exchange.kept = None
@@ -151,11 +152,11 @@ class _Start(torch.autograd.Function):
         return (after * before.conj()).sum_to_size(ctx.shape), after, None
 
 
-class _Wait(torch.autograd.Function):
+class _Wait(Function):
     """See `_Start`: -> the states before `[P, rows, ...]`."""
 
     @staticmethod
-    def forward(ctx: Any, started: Tensor, exchange: StateExchange) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, started: Tensor, exchange: StateExchange) -> Tensor:
         ctx.exchange = exchange
         if exchange.before is None:
             exchange.before = exchange.arrived()
@@ -163,7 +164,7 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         exchange: StateExchange = ctx.exchange
         assert exchange.before is not None, "an exchange has one backward pass"
         if exchange.line.strategy == "ring":
@@ -275,10 +276,11 @@ def _ring(exchange: StateExchange, transition: Tensor | None, state: Tensor, rev
 
 
 def _joined(before: Tensor, stream: torch.cuda.Stream, _read: tuple[Tensor | None, ...]) -> Tensor:
-    """`before`, which the current stream waits for.
+    """Returns `before`, after the current stream has been told to wait for `stream`, which writes it.
 
-    What `stream` reads and writes is an argument so that it lives until then: its memory is the current stream's, which
-    would use it again. `Tensor.record_stream` does not do: it refuses expanded tensors, such as S4's transitions.
+    The tensors that `stream` reads are arguments so that they live until then: their memory belongs to the current
+    stream, which would use it again. `Tensor.record_stream` would not do, because it refuses expanded tensors such as
+    S4's transitions. An exchange that is dropped before anyone waits for it gives the memory back too early.
     """
     torch.cuda.current_stream(before.device).wait_stream(stream)
     return before

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.packing import on_device
 from linear_moe.modeling.ops.sequence import Expand, FromState, Gradient, Run, Summary, once
 from linear_moe.modeling.tokens import TokenLayout
@@ -146,20 +147,18 @@ class RankPieces:
         return softmax.Reach(self.cut, self.device)
 
 
-class _Through(torch.autograd.Function):
+class _Through(Function):
     """`through(o, final, d_final, *inputs) -> o`; on the way back, the final states' gradients from that of o."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, o: Tensor, final: Tensor, d_final: Callable[..., Tensor], *inputs: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, o: Tensor, final: Tensor, d_final: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.d_final = d_final
         return o.view_as(o)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         return d_o, ctx.d_final((*inputs, d_o)), None, *[None] * len(inputs)
 

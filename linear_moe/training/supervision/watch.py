@@ -217,7 +217,7 @@ class Watch:
     def _stack(self) -> tuple[str, int, bool]:
         """Where the main thread is in this package; which call that is; whether it waits for ranks or the device."""
         innermost = frame = sys._current_frames().get(self.main or 0)
-        package = str(Path(__file__).parents[1])
+        package = str(Path(__file__).parents[2])
         while frame is not None and not frame.f_code.co_filename.startswith(package):
             frame = frame.f_back
         if innermost is None:

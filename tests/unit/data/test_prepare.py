@@ -57,7 +57,7 @@ def test_every_document_is_stored(config_of: ConfigOf, kind: str) -> None:
 def test_long_documents_are_encoded_in_pieces(
     config_of: ConfigOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "pieces", lambda text: [text[i : i + 7] for i in range(0, len(text), 7)])
+    monkeypatch.setattr(prepare, "text_pieces", lambda text: [text[i : i + 7] for i in range(0, len(text), 7)])
     monkeypatch.setattr(prepare, "BATCH", 50)
     config = config_of()
     prepared = prepare_data(config, progress=False)

@@ -153,7 +153,7 @@ def test_failures_leave_nothing_behind(run: Path, tmp_path: Path, monkeypatch: p
         with pytest.raises(ConfigError, match="cannot be written: no space left"):
             export(run, out, overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "verify", lambda *a: (_ for _ in ()).throw(AssertionError("changed")))
+        patch.setattr(module, "verify_export", lambda *a: (_ for _ in ()).throw(AssertionError("changed")))
         with pytest.raises(AssertionError):
             export(run, out, overwrite=True)
     assert list(tmp_path.iterdir()) == [out]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.experts.assignment import Assignment, offsets_of
 from linear_moe.modeling.ops.experts.products import Products
 from linear_moe.modeling.ops.experts.reference import Reference
@@ -137,9 +138,9 @@ def experts(
     return _Experts.apply(_products(products, x, ffn), keep, x, weights, gate_up_proj, down_proj, *indices)
 
 
-class _Experts(torch.autograd.Function):
+class _Experts(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         products: Products,
         keep: bool,
@@ -160,7 +161,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, gate_up_proj, down_proj, gate_up, *indices = ctx.saved_tensors
         to, products, (need_x, _, need_up, need_down) = Assignment(*indices), ctx.products, ctx.needs_input_grad[2:6]
         dx = dup = ddown = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.kernels import has_triton
 
 CHUNK_ELEMENTS = 2**26  # fp32 working space of the PyTorch version: 256 MiB
@@ -38,7 +39,7 @@ def backward(logits: Tensor, labels: Tensor, normaliser: Tensor, grad: Tensor) -
         logits[rows] = p.mul_(grad[rows].unsqueeze(-1)).to(logits.dtype)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     """The gradient takes the place of the logits, so that they are in memory once, in their own dtype."""
 
     @staticmethod
@@ -55,7 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         labels, normaliser = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         assert logits is not None, "the logits are gone after one backward pass"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import pad_keys, tiled
 from linear_moe.modeling.ops.kernels import fused, has_triton, on_kernels, upcast
 
@@ -101,7 +102,7 @@ def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return i, j, pair
 
 
-class _Squares(torch.autograd.Function):
+class _Squares(Function):
     """Products in fp32 (or fp64), rounded once."""
 
     @staticmethod

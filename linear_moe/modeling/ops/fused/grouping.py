@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.kernels import has_triton, upcast
 
 
@@ -120,7 +121,7 @@ def _on_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
-class _Permute(torch.autograd.Function):
+class _Permute(Function):
     """`x [B, T, H, M, D]` gathered along T by `index [B, T, M]`; the gradient by its inverse, with no atomic sums."""
 
     @staticmethod
@@ -129,7 +130,7 @@ class _Permute(torch.autograd.Function):
         return x.gather(1, index[:, :, None, :, None].expand_as(x))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return gradient.gather(1, inverse[:, :, None, :, None].expand_as(gradient)), None, None
 
@@ -138,33 +139,33 @@ def _kernels() -> Any:
     return importlib.import_module("linear_moe.modeling.ops.fused.grouping_triton")
 
 
-class _Collect(torch.autograd.Function):
+class _Collect(Function):
     """`Grouping.collect` in one kernel each way, which keep nothing but the places."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
         ctx.shared = x.shape[3] == 1 < len(places)
         return _kernels().scatter(x, places)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
         dx = _kernels().gather(gradient, places, total=ctx.shared)
         return dx.unsqueeze(3) if ctx.shared else dx, None
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(Function):
     """`Grouping.combine` in one kernel each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights, places)
         return _kernels().gather(x, places, weights, total=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weights, places = ctx.saved_tensors
         return *_kernels().scatter_weighted(gradient, x, weights, places), None

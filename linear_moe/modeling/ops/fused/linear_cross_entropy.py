@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.fused import cross_entropy as definition
 from linear_moe.modeling.ops.kernels import has_triton, upcast
 
@@ -37,13 +38,11 @@ def _blocks(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(i, min(i + rows, vocabulary)) for i in range(0, vocabulary, rows)]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     """Blocks of the vocabulary rather than of tokens: a block's part of the weight's gradient is whole."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, first: int, merge: Merge | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, first: int, merge: Merge | None) -> Tensor:
         labels = labels - first
         normaliser = torch.full(labels.shape, -torch.inf, device=x.device)
         target = torch.zeros_like(normaliser)
@@ -62,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels, normaliser = ctx.saved_tensors
         dx, dweight = torch.zeros_like(upcast(x)), torch.empty_like(weight)
         for block in _blocks(len(x), len(weight)):

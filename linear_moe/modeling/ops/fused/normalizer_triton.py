@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.packing import first_tokens
 
 CHUNK = 64  # tokens
@@ -175,11 +176,11 @@ def _sums(x: Tensor, weight: Tensor | None, first: Tensor | None, reverse: bool)
     return sums
 
 
-class _Totals(torch.autograd.Function):
+class _Totals(Function):
     """Returns q and k too: what else uses those leaves its gradients here, where the kernel adds them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, scale: float, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -203,7 +204,7 @@ class _Totals(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, dq: Tensor | None, dk: Tensor | None, dtotal: Tensor | None, dfinal: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, sums, first, cu_seqlens = ctx.saved_tensors

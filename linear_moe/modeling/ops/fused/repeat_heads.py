@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.kernels import fused, has_triton, upcast
 
 
@@ -48,11 +49,11 @@ def definition(x: Tensor, weight: Tensor | None, *, heads: int) -> Tensor:
     return repeated if weight is None else (upcast(repeated) * weight.unsqueeze(-1)).to(x.dtype)
 
 
-class _Repeat(torch.autograd.Function):
+class _Repeat(Function):
     """The kernels without a weight, for which nothing need be kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:
         from linear_moe.modeling.ops.fused import repeat_heads_triton  # imports triton
 
         ctx.kernels, ctx.groups = repeat_heads_triton, x.shape[-2]

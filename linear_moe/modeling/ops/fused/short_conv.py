@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops import sequence
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import check_cu_seqlens, decodes, has_fla, import_fla
 from linear_moe.modeling.ops.fused.norms import l2_norm
 from linear_moe.modeling.ops.kernels import has_triton, on_kernels
@@ -115,17 +116,17 @@ def tokens_before(xs: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor
     return [(x, part) for (x, _), part in zip(pairs, before.split([x.shape[2] for x in xs], 2), strict=True)]
 
 
-class _Tail(torch.autograd.Function):
+class _Tail(Function):
     """x, and its last `count` tokens, whose gradient is added to x's in place: not as zeros of the size of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.count = count
         return x.view_as(x), x[:, -count:].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor, d_tail: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor, d_tail: Tensor) -> tuple[Tensor, None]:
         if not (dx.is_cuda and dx.is_contiguous()):  # a kernel's own output
             dx = dx.clone(memory_format=torch.contiguous_format)
         dx[:, -ctx.count :].add_(d_tail)

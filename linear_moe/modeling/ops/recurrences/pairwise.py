@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.autograd import Function
+
 
 def pairwise(
     lefts: Sequence[Tensor], rights: Sequence[Tensor], g: Tensor, before_gate: bool = False
@@ -177,7 +179,7 @@ def _matmuls(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     return result
 
 
-class _Pairwise(torch.autograd.Function):
+class _Pairwise(Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, before_gate: bool, rows: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         a = g.exp()
@@ -199,7 +201,7 @@ class _Pairwise(torch.autograd.Function):
         return dg, None, None, *dlefts, *drights
 
 
-class _PairwiseSum(torch.autograd.Function):
+class _PairwiseSum(Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, v: Tensor, g: Tensor, before_gate: bool) -> tuple[Tensor, ...]:
         a, until = g.exp(), v.clone()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import import_fla
 from linear_moe.modeling.ops.recurrences.delta import summary_triton
 from linear_moe.modeling.ops.recurrences.delta.fla import CHUNK
@@ -128,11 +129,11 @@ def _start_gradient(
     return start[:, :, :keys]
 
 
-class _Rest(torch.autograd.Function):
+class _Rest(Function):
     """From the WY form on: states and outputs. Its backward pass is the whole op's."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -157,7 +158,7 @@ class _Rest(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, g, inverse, sums, initial_state = ctx.saved_tensors
         d_o, wy = d_o.contiguous(), {"k": k, "v": v, "beta": beta, "A": inverse, "g": sums}
         options: dict[str, Any] = {"k": k, "g": sums, "chunk_size": CHUNK, **ctx.packing}

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.walk import Spans, backwards, forwards
 
 
-class TTT(torch.autograd.Function):
+class TTT(Function):
     """`ttt(keys, errors, steps, square, starts, earlier, spans, eps) -> (before, inner, final)`.
 
     With W the weights `[X, D + 1, D]` before a mini-batch and n(z) LayerNorm without weights, the gradient of its loss
@@ -91,7 +92,7 @@ def _norm_gradient(d_normed: Tensor, z: Tensor, mean: Tensor, inverse_std: Tenso
     )[0]
 
 
-class TitansState(torch.autograd.Function):
+class TitansState(Function):
     """`titans(keys, values, gates, steps, starts, at, spans) -> (before, errors, final)`.
 
     With S the stacked states `[X, 2K, V]` before a chunk and M their first K rows (of the first chunk `at`, if given),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.packing import Chunks, on_device
 
 
@@ -41,7 +42,7 @@ def last(h: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> 
     return ends.where(cu_seqlens.diff()[:, None] > 0, h.new_zeros(()) if initial_state is None else initial_state)
 
 
-class _Scan(torch.autograd.Function):
+class _Scan(Function):
     """h_t = a_t h_{t-1} + x_t from zero; `a, x [B, T, D]` fp32, 0 <= a <= 1."""
 
     @staticmethod
@@ -107,7 +108,7 @@ def _block(dt: Tensor, A: Tensor, du: Tensor, B: Tensor, state: Tensor) -> tuple
     return decays, states
 
 
-class _SelectiveScan(torch.autograd.Function):
+class _SelectiveScan(Function):
     """All in fp32, time first, channels last: `u, dt [T, b, D]`, `A [S, D]`, `B, C [T, b, S]`, states `[N, S, D]`.
 
     The batch `b` is N, or 1 with packed documents. Saves the states between blocks and computes those within again.

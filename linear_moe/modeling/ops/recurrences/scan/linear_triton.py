@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.modeling.ops.autograd import Function
+
 RUN = 64  # tokens
 UNROLL = tl.constexpr(4)  # steps whose loads are under way together; divides RUN
 TILE = 512  # elements of a tile, 4 for each thread of 4 warps
@@ -248,11 +250,11 @@ def backward(
     return dx, dg, dinitial
 
 
-class _LinearScan(torch.autograd.Function):
+class _LinearScan(Function):
     """Saves the gate and the output, which stands for the states: in bf16, the gate's gradient has its rounding."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, g: Tensor, initial_state: Tensor | None, documents: Tensor | None, sequences: int
     ) -> tuple[Tensor, Tensor]:
         h, final = forward(x, g, initial_state, documents, sequences)
@@ -262,7 +264,7 @@ class _LinearScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         h, g, initial_state, documents = ctx.saved_tensors
         dh = torch.zeros_like(h) if dh is None else dh
         return *backward(dh, dfinal, h, g, initial_state, documents), None, None

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linear_moe.modeling.ops.autograd import Function
+
 BLOCK = 32  # tokens
 TILE = 8192  # elements of a block's states, 32 for each thread of 8 warps
 WARPS = 8
@@ -140,9 +142,9 @@ def _backward(
     tl.store(dA + document + place, drates, mask=inside)
 
 
-class _SelectiveScan(torch.autograd.Function):
+class _SelectiveScan(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         u: Tensor,
         dt: Tensor,
@@ -169,7 +171,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, saved, cu_seqlens, blocks = ctx.saved_tensors
         (batch, length, dim), size = u.shape, A.shape[1]
         dy, dfinal = dy.contiguous(), dfinal.contiguous()

@@ -36,7 +36,7 @@ from linear_moe.modeling.mixers.base import LinearMixer
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class, mixer_config
 from linear_moe.modeling.ops.backends import use_backend
 from linear_moe.modeling.tokens import TokenLayout
-from tests.unit.ops.cases import OPS, VARIANTS, make_inputs
+from tests.unit.modeling.ops.recurrences.cases import OPS, VARIANTS, make_inputs
 
 HEADS, SIZE = 4, 64
 

@@ -27,7 +27,7 @@ from linear_moe.training import build as training_model
 from linear_moe.training.build import build_model
 from linear_moe.training.optimizer.build import build_optimizer, optimizer_parts
 from tests.distributed.cases import start
-from tests.unit.mixers.test_memory import Saves, kernels
+from tests.unit.modeling.mixers.test_memory import Saves, kernels
 
 
 class Kept:

@@ -44,7 +44,7 @@ from tests.distributed.sequences import (
     stream,
     whole_layout,
 )
-from tests.unit.mixers.common import build
+from tests.unit.modeling.mixers.common import build
 
 
 def ranks() -> int:

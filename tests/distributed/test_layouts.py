@@ -23,7 +23,7 @@ from linear_moe.training.data.dataset import SyntheticDataset
 from tests.distributed.harness import Ranks, run
 from tests.distributed.masked import masked_sample
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close, relative_error
-from tests.unit.mixers.common import variants
+from tests.unit.modeling.mixers.common import variants
 
 STEPS, SOME = 10, 4
 CHECKED = 3  # written out

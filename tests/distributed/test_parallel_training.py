@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed.harness import run
 from tests.tolerances import BF16, FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
-from tests.unit.mixers.common import variants
+from tests.unit.modeling.mixers.common import variants
 
 STEPS = 3
 

@@ -16,7 +16,7 @@ from tests.distributed import sequences
 from tests.distributed.harness import run
 from tests.distributed.sequences import ROWS, SHORT, one_pass, settings, stream, whole_layout
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
-from tests.unit.mixers.common import build, case_ids, cases
+from tests.unit.modeling.mixers.common import build, case_ids, cases
 
 WORLDS = (2, 4)
 IDS = dict(zip(case_ids(), cases(), strict=True))

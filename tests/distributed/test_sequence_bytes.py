@@ -21,7 +21,7 @@ from linear_moe.plan.traffic import SequenceSplit, layer_sent
 from linear_moe.training.sequence.attention import STRATEGIES
 from tests.distributed.harness import run
 from tests.distributed.sequences import HIDDEN, ROWS
-from tests.unit.mixers.common import build, dims
+from tests.unit.modeling.mixers.common import build, dims
 
 LENGTHS = (16, 32, 64, 128)
 FP32_BYTES = 4

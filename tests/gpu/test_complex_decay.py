@@ -8,8 +8,8 @@ import torch
 from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.modeling.ops.recurrences.complex_decay import complex_decay
 from tests.tolerances import BF16, assert_close
-from tests.unit.ops.cases import run
-from tests.unit.ops.test_complex_decay import make_inputs
+from tests.unit.modeling.ops.recurrences.cases import run
+from tests.unit.modeling.ops.recurrences.test_complex_decay import make_inputs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.modeling.ops.recurrences.dplr import dplr
 from tests.gpu.test_ops import DIM, HEADS, LENGTH, OFFSETS, compare, to_gpu
 from tests.tolerances import BF16
-from tests.unit.ops.cases import make_inputs, run
+from tests.unit.modeling.ops.recurrences.cases import make_inputs, run
 
 pytestmark = [
     pytest.mark.gpu,

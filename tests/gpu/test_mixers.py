@@ -13,7 +13,7 @@ from linear_moe.modeling.host import Host
 from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.tokens import TokenLayout
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, assert_close
-from tests.unit.mixers.common import build, case_ids, cases, dims, packed, stream
+from tests.unit.modeling.mixers.common import build, case_ids, cases, dims, packed, stream
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,8 +14,8 @@ from torch import Tensor
 from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.modeling.ops.fused.short_conv import short_conv
 from tests.tolerances import BF16, BF16_CANCELLING, BF16_SAME, FP32, assert_close
-from tests.unit.ops import test_gsa
-from tests.unit.ops.cases import NO_KERNEL, OPS, VARIANTS, make_inputs, run, set_extreme_gates
+from tests.unit.modeling.ops.recurrences import test_gsa
+from tests.unit.modeling.ops.recurrences.cases import NO_KERNEL, OPS, VARIANTS, make_inputs, run, set_extreme_gates
 
 pytestmark = [
     pytest.mark.gpu,

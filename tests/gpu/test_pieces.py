@@ -23,7 +23,7 @@ from tests.tolerances import (
     assert_close,
     assert_gradients_close,
 )
-from tests.unit.mixers.common import build, case_ids, cases, dims, stream
+from tests.unit.modeling.mixers.common import build, case_ids, cases, dims, stream
 
 pytestmark = [
     pytest.mark.gpu,

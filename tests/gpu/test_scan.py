@@ -11,8 +11,8 @@ from torch import Tensor
 from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.modeling.ops.recurrences.scan import linear_scan
 from tests.tolerances import BF16, FP32, assert_close
-from tests.unit.ops.cases import run
-from tests.unit.ops.scans import SCANS, make_inputs
+from tests.unit.modeling.ops.recurrences.cases import run
+from tests.unit.modeling.ops.recurrences.scans import SCANS, make_inputs
 
 pytestmark = [
     pytest.mark.gpu,

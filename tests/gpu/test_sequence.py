@@ -19,7 +19,7 @@ from linear_moe.training.sequence.exchange import STRATEGIES, SequenceGroup, Sta
 from linear_moe.training.sequence.pieces import pieces_layout
 from tests.gpu.test_mixers import HIDDEN, TOKENS, pair, run
 from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, BF16_OVER_CPU, FP32, assert_close
-from tests.unit.mixers.common import case_ids, cases, packed, stream
+from tests.unit.modeling.mixers.common import case_ids, cases, packed, stream
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from linear_moe.inference.hf import LinearMoEConfig, LinearMoEForCausalLM
 from linear_moe.modeling.config import ModelConfig
 from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.options.load import from_dict
-from tests.unit.mixers.common import variants
+from tests.unit.modeling.mixers.common import variants
 
 VOCAB, TOKENS = 320, 257  # rows of the embedding; ids of the tokenizer
 MOE = {"num_experts": 4, "expert_ffn_size": 16, "shared_ffn_size": 16}

@@ -12,7 +12,7 @@ from linear_moe.modeling.mixers.registry import MIXERS
 from linear_moe.modeling.model import LanguageModel
 from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.load import from_dict
-from tests.unit.mixers.common import variants
+from tests.unit.modeling.mixers.common import variants
 
 VOCABULARY = 64
 

@@ -26,8 +26,8 @@ from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.options.errors import ConfigError
 from linear_moe.options.load import from_dict
 from linear_moe.plan.activations import layer_elements
-from tests.unit.mixers.common import case_ids, cases
-from tests.unit.mixers.test_memory import Saves
+from tests.unit.modeling.mixers.common import case_ids, cases
+from tests.unit.modeling.mixers.test_memory import Saves
 
 VOCAB = 64
 ALL = frozenset(MODULES)

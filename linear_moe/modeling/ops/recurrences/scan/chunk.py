@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.packing import Chunks, on_device
+from linear_moe.modeling.ops.stand_ins import stood_in
 
 
 def restart(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -174,7 +175,7 @@ def diagonal_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `recurrences.scan.diagonal_scan`. A convolution within chunks, states between them."""
     # a GPU has few steps between chunks rather than little work within them
-    tokens_at_once = 128 if u.is_cuda and cu_seqlens is None else None
+    tokens_at_once = 128 if (u.is_cuda or stood_in()) and cu_seqlens is None else None
     chunks, (batch, _, dim) = Chunks(u.unsqueeze(-1), cu_seqlens, tokens_at_once), u.shape
     size, count = chunks.size, chunks.count
     # fp64: an angle times a number of tokens is large, and only what is left of whole turns counts

@@ -6,8 +6,8 @@ sizes that they have on a GPU.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from collections.abc import Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,54 +21,62 @@ from linear_moe.modeling.tokens import TokenLayout
 
 TOKENS = 128  # a whole number of any recurrence's chunks
 
-_known: dict[tuple[Any, ...], float] = {}
+_known: dict[tuple[Any, ...], SavedBytes] = {}
 
 
-def mixer_saved(mixer: Mixer, *, core: bool = False) -> float:
-    """Bytes per token that a mixer on the meta device keeps besides its input and its parameters.
+@dataclass(frozen=True)
+class SavedBytes:
+    """Bytes that a forward pass keeps.
 
-    Measured once for mixers alike.
+    Attributes:
+        by_token: for each token.
+        fixed: besides, however many tokens there are: what is made of the parameters.
+    """
+
+    by_token: float
+    fixed: float
+
+    def of(self, tokens: int) -> float:
+        """Bytes for a micro-batch of so many tokens."""
+        return self.fixed + self.by_token * tokens
+
+
+def mixer_saved(mixer: Mixer, recompute: Collection[str] = ()) -> SavedBytes:
+    """What a mixer on the meta device keeps besides its input and its parameters; mixers alike are measured once.
 
     Args:
-        core: only those that it does not keep if its recurrence is computed again, from the recurrence's inputs.
+        recompute: modules that are computed again, as `Activations` names them.
     """
-    dims, dtype = mixer.dims, mixer.host.dtype
-    key = type(mixer), repr(mixer.config), dtype, core, *((p.shape, p.dtype) for p in mixer.parameters())
+    modules = tuple(sorted(recompute))
+    parameters = ((p.shape, p.dtype, p.requires_grad) for p in mixer.parameters())
+    key = type(mixer), repr(mixer.config), mixer.dims.layer > 0, mixer.host.dtype, modules, *parameters
     if key not in _known:
-        _known[key] = _by_token(mixer, ()) - (_by_token(mixer, ("core",)) if core else 0.0)
-        if core:
-            pass
+        once, twice = (_saved(mixer, n * TOKENS, modules) for n in (1, 2))
+        _known[key] = SavedBytes((twice - once) / TOKENS, 2 * once - twice)
     return _known[key]
 
 
-def _by_token(mixer: Mixer, modules: tuple[str, ...]) -> float:
-    """Bytes per token, without what does not depend on the number of tokens."""
-    return (_saved(mixer, 2 * TOKENS, modules) - _saved(mixer, TOKENS, modules)) / TOKENS
-
-
-def _saved(mixer: Mixer, tokens: int, modules: tuple[str, ...]) -> int:
+def _saved(mixer: Mixer, tokens: int, modules: Collection[str]) -> int:
     """Bytes of the storages that a forward pass of one row of `tokens` tokens keeps."""
-    empty = {"dtype": mixer.host.dtype, "device": "meta"}
-    x = torch.empty(tokens, mixer.dims.hidden_size, **empty).requires_grad_()
-    share = mixer.host.size("tensor")
+    host, empty = mixer.host, {"dtype": mixer.host.dtype, "device": "meta"}
+    x = torch.empty(tokens, mixer.dims.hidden_size, **empty, requires_grad=True)
     crossing = mixer.crossing(mixer.config, mixer.dims) if mixer.dims.layer > 0 else {}
-    shared = {name: torch.empty(tokens, n // share, **empty).requires_grad_() for name, n in crossing.items()}
+    shared = {name: torch.empty(tokens, host.split(n), **empty, requires_grad=True) for name, n in crossing.items()}
     outside = {_address(t) for t in (x, *shared.values(), *mixer.parameters())}
-    found: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 
     def pack(t: Tensor) -> Tensor:
         if _address(t) not in outside:
-            found[_address(t)] = t.untyped_storage()
+            kept[_address(t)] = t.untyped_storage()
         return t
 
-    host = mixer.host
     before, host.activations = host.activations, Activations(modules)
     try:
         with torch.enable_grad(), stand_ins(), saved_tensors_hooks(pack, lambda t: t):
             host.activations.layer(0, mixer, x, TokenLayout(1, tokens, shared=shared))
     finally:
         host.activations = before
-    return sum(storage.nbytes() for storage in found.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _address(t: Tensor) -> int:

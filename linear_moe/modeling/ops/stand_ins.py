@@ -1,8 +1,8 @@
 """Stand-ins for the kernels of a GPU: they keep for the backward pass what the kernels keep, and compute zeros.
 
-Within `stand_ins`, ops do what they do on a GPU on any device: they choose and prepare as there, but in a kernel's place
-an autograd function keeps the tensors that the function `kept...` beside the kernel's call names. On the meta device
-that costs neither memory nor arithmetic: so is measured how much a forward pass keeps (`plan/saved.py`).
+Within `stand_ins`, ops on any device choose and prepare as on a GPU, but in a kernel's place an autograd function keeps
+the tensors that the function `kept...` beside the kernel's call names. On the meta device that costs neither memory nor
+arithmetic: `plan/saved.py` measures there how much a forward pass keeps.
 """
 
 from __future__ import annotations

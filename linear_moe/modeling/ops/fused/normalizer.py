@@ -74,8 +74,8 @@ def kept(q: Tensor, k: Tensor) -> list[Tensor]:
 
 
 def divide(o: Tensor, total: Tensor, *, eps: float) -> Tensor:
-    """`o [B, T, H, V]` by `total + eps`, `[B, T, H, 1]`."""
-    return o / (total + eps)
+    """`o [B, T, H, V]` by `total + eps`, `[B, T, H, 1]`; the quotient has o's dtype."""
+    return (o / (total + eps)).to(o.dtype)
 
 
 def _has_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:

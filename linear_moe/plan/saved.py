@@ -1,6 +1,6 @@
 """What a mixer keeps for its backward pass, measured by running it on the meta device with stand-ins for kernels.
 
-No mixer declares this: the tensors that autograd and the kernels' stand-ins (`modeling/ops/stand_ins.py`) keep have the
+No mixer declares this: the tensors that autograd and the kernels' stand-ins (`modeling/ops/kernels.py`) keep have the
 sizes that they have on a GPU.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.mixers.base import Mixer
-from linear_moe.modeling.ops.stand_ins import stand_ins
+from linear_moe.modeling.ops.kernels import stand_ins
 from linear_moe.modeling.tokens import TokenLayout
 
 TOKENS = 128  # a whole number of any recurrence's chunks
@@ -58,10 +59,10 @@ def mixer_saved(mixer: Mixer, recompute: Collection[str] = ()) -> SavedBytes:
 
 def _saved(mixer: Mixer, tokens: int, modules: Collection[str]) -> int:
     """Bytes of the storages that a forward pass of one row of `tokens` tokens keeps."""
-    host, empty = mixer.host, {"dtype": mixer.host.dtype, "device": "meta"}
-    x = torch.empty(tokens, mixer.dims.hidden_size, **empty, requires_grad=True)
+    host, empty = mixer.host, partial(torch.empty, tokens, device="meta", dtype=mixer.host.dtype, requires_grad=True)
+    x = empty(mixer.dims.hidden_size)
     crossing = mixer.crossing(mixer.config, mixer.dims) if mixer.dims.layer > 0 else {}
-    shared = {name: torch.empty(tokens, host.split(n), **empty, requires_grad=True) for name, n in crossing.items()}
+    shared = {name: empty(host.split(n)) for name, n in crossing.items()}
     outside = {_address(t) for t in (x, *shared.values(), *mixer.parameters())}
     kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 

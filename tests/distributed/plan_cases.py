@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.modeling.moe import router
 from linear_moe.modeling.moe.config import MoEConfig
-from linear_moe.modeling.ops.stand_ins import stand_ins
+from linear_moe.modeling.ops.kernels import stand_ins
 from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training import build as training_model
 from linear_moe.training.build import build_model

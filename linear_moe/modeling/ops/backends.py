@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops import tuned
-from linear_moe.modeling.ops.stand_ins import stand_in, stood_in
+from linear_moe.modeling.ops.kernels import stand_in, stood_in
 
 BACKENDS = ("auto", "reference", "chunk", "gpu")
 

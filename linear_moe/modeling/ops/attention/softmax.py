@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import requested
-from linear_moe.modeling.ops.stand_ins import stand_in, stood_in
+from linear_moe.modeling.ops.kernels import stand_in, stood_in
 
 
 def visible(

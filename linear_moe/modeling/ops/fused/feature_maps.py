@@ -12,8 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import pad_keys, tiled
-from linear_moe.modeling.ops.kernels import fused, has_triton, upcast
-from linear_moe.modeling.ops.stand_ins import stood_in
+from linear_moe.modeling.ops.kernels import fused, has_triton, stood_in, upcast
 
 NORM_EPS = 1e-4  # flash-linear-attention's, so that weights trained there mean the same here
 

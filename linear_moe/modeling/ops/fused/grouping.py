@@ -12,8 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.autograd import Function
-from linear_moe.modeling.ops.kernels import has_triton, upcast
-from linear_moe.modeling.ops.stand_ins import stand_in, stood_in
+from linear_moe.modeling.ops.kernels import has_triton, stand_in, stood_in, upcast
 
 
 class Grouping:

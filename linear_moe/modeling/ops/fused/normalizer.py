@@ -9,8 +9,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import pad_keys, requested
-from linear_moe.modeling.ops.kernels import fused, has_triton
-from linear_moe.modeling.ops.stand_ins import stand_in, stood_in
+from linear_moe.modeling.ops.kernels import fused, has_triton, stand_in, stood_in
 
 NAMES = ("state", "normalizer")
 KERNEL_CHUNK = 64  # tokens of which our kernels keep the sum of the keys

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.kernels import fused, upcast
-from linear_moe.modeling.ops.stand_ins import stood_in
+from linear_moe.modeling.ops.kernels import fused, stood_in, upcast
 
 Kind = Literal["rms", "layer", "none"]
 Activation = Literal["silu", "sigmoid", "identity"]

@@ -15,9 +15,8 @@ from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import check_cu_seqlens, decodes, has_fla, import_fla
 from linear_moe.modeling.ops.fused.norms import l2_norm
-from linear_moe.modeling.ops.kernels import has_triton, on_kernels
+from linear_moe.modeling.ops.kernels import has_triton, on_kernels, stand_in, stood_in
 from linear_moe.modeling.ops.packing import documents, on_device
-from linear_moe.modeling.ops.stand_ins import stand_in, stood_in
 
 ACTIVATIONS = ("silu", None)
 KERNEL_TAPS = 4  # our kernels take at most as many

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested, tiled
+from linear_moe.modeling.ops.kernels import stand_in, stood_in
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.decay.fla import CHUNK, MIN_GATE
 from linear_moe.modeling.ops.recurrences.decay.summary import differentiable
-from linear_moe.modeling.ops.stand_ins import stand_in, stood_in
 
 States = tuple[Tensor, Tensor]
 

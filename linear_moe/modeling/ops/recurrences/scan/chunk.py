@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops.autograd import Function
+from linear_moe.modeling.ops.kernels import stood_in
 from linear_moe.modeling.ops.packing import Chunks, on_device
-from linear_moe.modeling.ops.stand_ins import stood_in
 
 
 def restart(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

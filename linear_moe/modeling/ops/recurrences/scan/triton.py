@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linear_moe.modeling.ops.kernels import stand_in, stood_in
 from linear_moe.modeling.ops.recurrences.scan import chunk
-from linear_moe.modeling.ops.stand_ins import stand_in, stood_in
 
 
 def linear_scan(

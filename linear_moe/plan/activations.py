@@ -1,9 +1,9 @@
-"""Bytes of activations that a rank keeps for backward passes: the only home of these formulas."""
+"""Bytes of activations that a rank keeps for backward passes: those of mixers are measured, all others stated here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from operator import mul
 from typing import Any
 
@@ -14,11 +14,19 @@ from linear_moe.layout.processes import ProcessMesh
 from linear_moe.layout.recompute import recomputed
 from linear_moe.layout.sequence import rank_tokens, tensor_sequence
 from linear_moe.modeling.host import DTYPES
+from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.moe.config import expert_dispatcher
 from linear_moe.modeling.ops.fused.linear_cross_entropy import block_rows
 from linear_moe.plan.needs import SequenceNeeds
 from linear_moe.plan.ranks import RankChunk
+from linear_moe.plan.saved import mixer_saved
 from linear_moe.plan.traffic import SequenceSplit, kept_bytes
+
+
+def mixer_elements(config: Config, mixer: Mixer, recompute: Collection[str] = ()) -> float:
+    """Elements per token of a rank's micro-batch that a mixer keeps if the modules `recompute` are computed again."""
+    tokens = rank_tokens(config)
+    return mixer_saved(mixer, recompute).of(tokens) / tokens / DTYPES[config.training.dtype].itemsize
 
 
 def layer_elements(
@@ -37,8 +45,9 @@ def layer_elements(
     model, parallel, hidden = config.model, config.parallel, config.model.hidden_size
     wide = 4 / DTYPES[config.training.dtype].itemsize
     mixer: Any = layer.mixer
-    core = mixer.core_elements()
-    inside = {"mixer": mixer.activation_elements(), "ffn": 0.0}  # of both halves, besides the norm's output
+    mixing = mixer_elements(config, mixer)
+    core = mixing - mixer_elements(config, mixer, ("core",)) if "core" in modules else 0.0
+    inside = {"mixer": mixing, "ffn": 0.0}  # of both halves, besides the norm's output
     normed = {"mixer": float(hidden), "ffn": float(hidden)}  # that output, as it is used
     parts = {"core": ("mixer", core)}  # that can be left out of them
     if hasattr(layer.ffn, "experts"):

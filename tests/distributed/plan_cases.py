@@ -11,23 +11,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state as ps
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.config.vocabulary import vocab_size
-from linear_moe.modeling.layers import conv
-from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.moe import router
 from linear_moe.modeling.moe.config import MoEConfig
+from linear_moe.modeling.ops.kernels import stand_ins
 from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training import build as training_model
 from linear_moe.training.build import build_model
 from linear_moe.training.optimizer.build import build_optimizer, optimizer_parts
 from tests.distributed.cases import start
-from tests.unit.modeling.mixers.test_memory import Saves, kernels
 
 
 class Kept:
@@ -72,16 +69,11 @@ def balanced(choice: Tensor, config: MoEConfig) -> Tensor:
     return (slots % config.num_experts).view(-1, config.top_k)
 
 
-def kernels_of(model: nn.Module) -> ExitStack:
-    """Stand-ins that keep what the GPU's kernels keep, as in the mixers' own test, and `balanced` routers."""
+def kernels() -> ExitStack:
+    """Stand-ins that keep what the GPU's kernels keep, and `balanced` routers."""
     stack = ExitStack()
-    for cls in {type(m) for m in model.modules() if isinstance(m, Mixer)}:
-        for place, attribute, stand_in in kernels(cls):
-            stack.enter_context(mock.patch.object(place, attribute, stand_in))
-    stack.enter_context(mock.patch.object(conv, "short_conv", lambda x, weight, bias, **_: (Saves.apply(x, x), None)))
+    stack.enter_context(stand_ins())
     stack.enter_context(mock.patch.object(router, "choose", balanced))
-    norm = lambda x, *_, **__: Saves.apply(x, x, torch.empty(x.shape[:-1]))  # noqa: E731
-    stack.enter_context(mock.patch.object(F, "rms_norm", norm))
     return stack
 
 
@@ -122,7 +114,7 @@ def _held(config: dict[str, Any], bucket: int | None) -> dict[str, Any]:
         return losses, lambda x: (x.sum(), torch.tensor(x.numel(), dtype=torch.int), x.sum().detach())
 
     kept = Kept(set(weights))
-    with saved_tensors_hooks(kept.pack, kept.unpack), kernels_of(nn.ModuleList(model)):
+    with saved_tensors_hooks(kept.pack, kept.unpack), kernels():
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[batches() for _ in model] if len(model) > 1 else batches(),

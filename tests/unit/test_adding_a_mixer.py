@@ -19,7 +19,7 @@ import pytest
 
 from linear_moe.cli import main
 from linear_moe.modeling.mixers.registry import MIXERS, mixer_class
-from tests.unit.modeling.mixers import common, test_fields, test_memory, test_mixers, test_validate
+from tests.unit.modeling.mixers import common, test_fields, test_mixers, test_saved, test_validate
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding_a_mixer.md").read_text()
@@ -59,7 +59,7 @@ def of_every_mixer(*modules: ModuleType) -> list[Callable[..., None]]:
 
 
 MIXER_ARGUMENTS = ("name", ("name", "fields"))
-MODULES = (test_mixers, test_memory, test_validate, test_fields)
+MODULES = (test_mixers, test_saved, test_validate, test_fields)
 CHECKS = of_every_mixer(*MODULES)
 
 

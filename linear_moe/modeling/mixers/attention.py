@@ -135,10 +135,3 @@ class Attention(Mixer):
         if self.config.window is not None and (window := self.config.window) < length:
             seen = window - window * (window - 1) / (2 * length)
         return 4.0 * self.num_heads * self.head_dim * seen
-
-    def activation_elements(self) -> float:
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        # q, k, v as attended to, o; in fp32 log-sum-exp, cos and sin; QK-norm's inputs; sigmoid, gated output
-        rotary = 2 * self.rotary_dim if self.config.rope else 0
-        optional = self.config.qk_norm * (q + kv) + self.config.output_gate * 2 * q
-        return 2 * q + 2 * kv + 2 * self.heads + rotary + optional

@@ -91,14 +91,6 @@ class Mixer(nn.Module):
         """Forward FLOPs per token of `mix` over all heads (no projections), at sequence length `length`."""
         raise NotImplementedError
 
-    def activation_elements(self) -> float:
-        """Elements per token that the backward pass needs from inside this mixer, this rank's heads."""
-        raise NotImplementedError
-
-    def core_elements(self) -> float:
-        """Of those, what only the inside of `mix` keeps: not its inputs and its output. 0: too little to count."""
-        return 0.0
-
     def forward(self, x: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         """`x [tokens, hidden]` (this rank's share) -> the same shape."""
         activations = self.host.activations

@@ -131,14 +131,6 @@ class DeltaNet(LinearMixer):
     def recurrence_flops(self, length: int) -> float:
         return 6.0 * self.num_heads * self.key_dim * self.value_dim
 
-    def activation_elements(self) -> float:
-        k, v = self.heads * self.key_dim, self.heads * self.value_dim
-        # what precedes the activation; q, k before a norm of their own, and as used; v, o, norm; beta's logit and, in
-        # fp32, beta, its sums; scores within a chunk of 64; gate
-        gate = v if self.config.use_gate else 0
-        before = 0 if self._normed_in_conv() else 2 * k
-        return (2 * k + v) + before + 2 * k + 3 * v + (1 + 2 * 2 + 64) * self.heads + gate
-
     def _normed_in_conv(self) -> bool:
         """The convolutions of q and k have their L2 norm too."""
         config = self.config

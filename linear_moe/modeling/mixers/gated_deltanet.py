@@ -113,13 +113,3 @@ class GatedDeltaNet(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 6.0 * self.num_v_heads * self.key_dim * self.value_dim
-
-    def activation_elements(self) -> float:
-        qk, v = self.heads * self.key_dim, self.v_heads * self.value_dim
-        repeated = self.v_heads * self.key_dim
-        # the convolutions' inputs; q, k as used; v, o, the gate, the gated norm; the inverse
-        # within a chunk of 64; the projections to beta and g and, in fp32, these and the sums of g
-        return 2 * qk + v + 2 * repeated + 4 * v + (64 + 2 + 2 * 3) * self.v_heads
-
-    def core_elements(self) -> float:
-        return (64.0 + 2) * self.v_heads  # the inverse within a chunk of 64 and, in fp32, the sums of g

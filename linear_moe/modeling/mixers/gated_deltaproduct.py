@@ -154,17 +154,3 @@ class GatedDeltaProduct(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return (4.0 * self.config.num_householder + 2.0) * self.num_v_heads * self.key_dim * self.value_dim
-
-    def activation_elements(self) -> float:
-        writes, v = self.config.num_householder, self.v_heads * self.value_dim
-        qk, repeated = (1 + writes) * self.heads * self.key_dim, (1 + writes) * self.v_heads * self.key_dim
-        # before SiLU, q, k also before an L2 norm on its own and repeated for value heads, v after SiLU; o, the gate,
-        # the norm; per write the inverse within a chunk of 64 and, in fp32, beta and the sums of g; the projections to
-        # beta and g
-        alone = 0 if self.config.conv_size else qk
-        chunk = (64 + 2 * 2 + 1) * writes + (1 + 2 if self.config.use_forget_gate else 0)
-        elements = (qk + writes * v) + alone + repeated + writes * v + chunk * self.v_heads
-        return elements + (3 if self.config.use_output_gate else 2) * v
-
-    def core_elements(self) -> float:
-        return 64.0 * self.config.num_householder * self.v_heads  # the inverse within a chunk of 64

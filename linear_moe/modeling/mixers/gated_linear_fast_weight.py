@@ -90,11 +90,3 @@ class GatedLinearFastWeight(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.key_dim * self.value_dim
-
-    def activation_elements(self) -> float:
-        k, v = self.heads * self.key_dim, self.heads * self.value_dim
-        # q, k, v; the gates' projections and, in fp32, the gates; the output in fp32 and not, its norm
-        return 2 * k + v + 2 * (self.config.gate_rank or 0) + 3 * (k + v) + 3 * v + self.config.output_norm * v
-
-    def core_elements(self) -> float:
-        return 2.0 * self.heads * self.value_dim  # the output in fp32

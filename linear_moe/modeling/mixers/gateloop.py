@@ -93,15 +93,3 @@ class GateLoop(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.key_dim * self.value_dim * (2 if self.config.phase else 1)
-
-    def activation_elements(self) -> float:
-        k, v = self.heads * self.key_dim, self.heads * self.value_dim
-        # q, k, alpha, the angles, the decay in fp32; or q, k, alpha, the decay and its sums in fp32, and scores within
-        # a chunk of 64
-        keys = (2 + 1 + 1 + 2) * k if self.config.phase else (2 + 1 + 2 * 2) * k + 64 * self.heads
-        # v, o, the gate, then its SiLU and the product, or the gated norm
-        return keys + (4 if self.config.output_norm else 5) * v
-
-    def core_elements(self) -> float:
-        # without phases: the decay's sums, in fp32, and scores within a chunk of 64
-        return 0.0 if self.config.phase else self.heads * (2 * self.key_dim + 64)

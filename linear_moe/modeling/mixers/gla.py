@@ -88,14 +88,3 @@ class GatedLinearAttention(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.key_dim * self.value_dim
-
-    def activation_elements(self) -> float:
-        k, v = self.heads * self.key_dim, self.heads * self.value_dim
-        conv = 2 * k + v if self.config.conv_size else 0
-        # q, k; the decay's projections, in fp32 the decay and its sums; v, o, the gate, the gated norm; scores within
-        # a chunk of 64
-        return conv + 2 * k + self.config.gate_rank + k + 2 * 2 * k + 4 * v + 64 * self.heads
-
-    def core_elements(self) -> float:
-        # the sums of the decay, in fp32; scores within a chunk of 64
-        return self.heads * (2 * self.key_dim + 64)

@@ -109,23 +109,3 @@ class GatedSlotAttention(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return self.num_heads * self.config.num_slots * (4.0 * self.key_dim + 4.0 * self.value_dim + 5.0)
-
-    def activation_elements(self) -> float:
-        slots, repeated = self.config.num_slots, self.heads != self.kv_heads
-        written = self.kv_heads * slots
-        q, k = self.heads * self.key_dim, self.kv_heads * self.key_dim
-        o, v = self.heads * self.value_dim, self.kv_heads * self.value_dim
-        conv = q + k + v if self.config.conv_size else 0
-        mapped = (self.feature_map.kept - self.key_dim) * (self.heads + self.kv_heads)
-        # v before SiLU; the decay's projection
-        inputs = conv + mapped + v + written
-        # as the recurrence gets them: q, k, v, what is written, in fp32 the decay
-        inputs += q + self.heads * (self.key_dim + self.value_dim + 3 * slots)
-        if repeated and self.config.feature_map == "relu":
-            inputs += k  # its result, not repeated
-        # scores, in fp32 their softmax and the scores of tokens within a chunk of 64; o, norm
-        return inputs + self.heads * (3 * slots + 2 * 64) + 2 * o
-
-    def core_elements(self) -> float:
-        # scores, in fp32 their softmax and the scores of tokens within a chunk of 64
-        return self.heads * (3 * self.config.num_slots + 2 * 64)

@@ -80,8 +80,3 @@ class HGRN(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 2.0 * self.host.size("tensor") * self.inner
-
-    def activation_elements(self) -> float:
-        conv = 2 if self.config.conv_size else 0
-        # the convolutions' inputs; i, the projection to f, o, its gate, the gated norm; in fp32 the forget gate
-        return (conv + 5 + 2) * self.inner

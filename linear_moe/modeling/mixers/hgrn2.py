@@ -86,14 +86,3 @@ class HGRN2(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.dims.hidden_size * self.head_dim
-
-    def activation_elements(self) -> float:
-        n = self.heads * self.head_dim
-        conv = 3 * n if self.config.conv_size else 0
-        # q before and after SiLU, the gate's projection, k, i, o, norm; in fp32 the gate and its sums; scores within a
-        # chunk of 64
-        return conv + 7 * n + 2 * 2 * n + 64 * self.heads
-
-    def core_elements(self) -> float:
-        # the gate's sums, in fp32; scores within a chunk of 64
-        return self.heads * (2 * self.head_dim + 64)

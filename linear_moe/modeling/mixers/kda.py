@@ -130,17 +130,3 @@ class KimiDeltaAttention(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 6.0 * self.num_v_heads * self.key_dim * self.value_dim
-
-    def activation_elements(self) -> float:
-        qk, v, gates = self.heads * self.key_dim, self.v_heads * self.value_dim, self.v_heads * self.key_dim
-        # q, k, v before SiLU; q, k before an L2 norm of their own, and as used; v, o, the gate, the gated norm;
-        # the low ranks; the projections to the decay and beta and, in fp32, these and the decay's sums; scores within a
-        # chunk of 64
-        before = 0 if self.config.conv_size else 2 * qk
-        qkv = (2 * qk + v) + before + 2 * gates
-        decay = gates + 2 * 2 * gates if self.config.lower_bound is None else 2 * 4 * gates
-        return qkv + 4 * v + 2 * self.value_dim + decay + (64 + 1 + 2) * self.v_heads
-
-    def core_elements(self) -> float:
-        # the decay's sums, in fp32; scores within a chunk of 64
-        return self.v_heads * (2 * self.key_dim + 64)

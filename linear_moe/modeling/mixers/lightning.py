@@ -89,7 +89,3 @@ class LightningAttention(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.head_dim**2
-
-    def activation_elements(self) -> float:
-        # what the activation keeps of q, k and v; o, the gate, the gated norm
-        return self.heads * (3 * self.activation.kept + 3 * self.head_dim)

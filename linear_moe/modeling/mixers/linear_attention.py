@@ -129,15 +129,3 @@ class LinearAttention(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.feature_map_q.size * (self.value_dim + self.config.normalize)
-
-    def activation_elements(self) -> float:
-        config, features, v = self.config, self.feature_map_q.size, self.value_dim
-        # what the map keeps and sums divided by; copies of k and v for the query heads; o before and after division
-        # and norm
-        q = self.heads * (self.feature_map_q.kept + config.norm_q * features)
-        k = self.kv_heads * (self.feature_map_q.kept + config.norm_k * features)
-        repeated = self.heads * (features + v) if self.kv_heads != self.heads else 0
-        return q + k + self.kv_heads * v + repeated + self.heads * v * (1 + config.normalize + (self.norm is not None))
-
-    def core_elements(self) -> float:
-        return 1.0 * self.heads * self.value_dim if self.config.normalize else 0.0  # the output before division

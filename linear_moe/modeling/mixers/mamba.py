@@ -85,9 +85,3 @@ class Mamba(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 6.0 * self.host.size("tensor") * self.inner * self.config.state_size
-
-    def activation_elements(self) -> float:
-        size = self.config.state_size
-        # the convolution's input; u, o, z, what they give; the projection to dt and, in fp32, dt, and the states before
-        # every 32 tokens; dt's low-rank form, B and C
-        return (5 + 1 + 2 + 2 * size / 32) * self.inner + self.rank + 2 * size

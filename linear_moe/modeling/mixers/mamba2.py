@@ -112,10 +112,3 @@ class Mamba2(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.config.state_size * self.config.head_dim
-
-    def activation_elements(self) -> float:
-        inner, states = self.heads * self.config.head_dim, self.groups * self.config.state_size
-        repeated = self.heads * self.config.state_size
-        # the convolutions' inputs; B, and B dt and C for every head; x, y, z, the gated norm; the projection to dt
-        # and, in fp32, dt, g and its sums
-        return inner + 3 * states + 2 * repeated + 4 * inner + (1 + 2 * 3) * self.heads

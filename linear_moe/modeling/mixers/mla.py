@@ -148,17 +148,3 @@ class MultiHeadLatentAttention(Mixer):
 
     def recurrence_flops(self, length: int) -> float:
         return (self.head_dim + self.config.v_head_dim) * self.num_heads * (length + 1.0)
-
-    def activation_elements(self) -> float:
-        config, rank, rope = self.config, self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        width = max(self.head_dim, config.v_head_dim)  # the attention's: the smaller of keys and values is padded
-        v = width if config.v_head_dim < width else config.qk_nope_head_dim + config.v_head_dim
-        padded = config.v_head_dim if config.v_head_dim < width else 0
-        # q, k, v and o as attended to, o without padding, log-sum-exp in fp32; cos and sin in fp32; latents before the
-        # norm and after it, joined with the rotated keys
-        return self.heads * (3 * width + v + padded + 2) + 2 * rope + 2 * (rank + rope) + 2 * (config.q_lora_rank or 0)
-
-    def core_elements(self) -> float:
-        width, v = max(self.head_dim, self.config.v_head_dim), self.config.v_head_dim
-        # k, v and, if padded, o as attended to; log-sum-exp in fp32
-        return self.heads * (3 * width if v < width else width + self.config.qk_nope_head_dim + v) + 2 * self.heads

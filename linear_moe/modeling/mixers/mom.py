@@ -237,21 +237,3 @@ class MixtureOfMemories(LinearMixer):
     def recurrence_flops(self, length: int) -> float:
         states = self.num_heads * (self.config.top_k + self.config.shared_memory)  # that a token updates and reads
         return (4.0 if self.config.memory == "gla" else 6.0) * states * self.key_dim * self.value_dim
-
-    def activation_elements(self) -> float:
-        heads, v = self.heads * self.memories, self.heads * self.value_dim
-        keys, values = heads * self.key_dim, heads * self.value_dim
-        # the router: the token in fp32, scores, choices, permutations in int64, masks
-        router = 2 * self.dims.hidden_size + 4 * self.config.top_k + 12 * self.memories
-        # inputs of the convolutions and of the recurrence, o of every memory; o, gate, the gated norm
-        shared = router + 5 * keys + 2 * values + 3 * v
-        if self.config.memory == "gla":
-            # the gate's projection and, in fp32, the gate and its sums; scores within a chunk of 64
-            return shared + 5 * keys + self.memories * self.config.gate_rank + 64 * heads
-        # the inverse within a chunk of 64 and, in fp32, beta, g and its sums
-        return shared + (64 + 2 * 3) * heads
-
-    def core_elements(self) -> float:
-        heads = self.heads * self.memories
-        # of every memory the output and scores within a chunk of 64; the sums of the gate, in fp32
-        return heads * (self.value_dim + 64 + 2 * (self.key_dim if self.config.memory == "gla" else 1))

@@ -102,10 +102,3 @@ class ReBased(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.features * (self.value_dim + 1)
-
-    def activation_elements(self) -> float:
-        # queries and keys, their features; v, o before and after division
-        return self.heads * (2 * self.config.feature_dim + 2 * self.features + 3 * self.value_dim)
-
-    def core_elements(self) -> float:
-        return 1.0 * self.heads * self.value_dim  # the output before division

@@ -108,13 +108,3 @@ class Retention(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         return 4.0 * self.num_heads * self.key_dim * self.value_dim
-
-    def activation_elements(self) -> float:
-        q, o = self.heads * self.key_dim, self.heads * self.value_dim
-        k, v = self.kv_heads * self.key_dim, self.kv_heads * self.value_dim
-        conv = q + k + v if self.config.conv_size else 0
-        mapped = (self.feature_map.kept - self.key_dim) * (self.heads + self.kv_heads)
-        if self.config.feature_map == "relu":
-            mapped = q + k  # its result, which rotation does not need
-        # q, k, v as the recurrence gets them, cos and sin in fp32; o, its gate, the (gated) norm
-        return conv + mapped + 2 * q + 2 * self.key_dim + o * (3 + self.config.output_gate)

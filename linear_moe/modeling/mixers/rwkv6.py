@@ -120,18 +120,6 @@ class RWKV6(LinearMixer):
     def recurrence_flops(self, length: int) -> float:
         return self.num_heads * (4.0 * self.key_dim * self.value_dim + 3.0 * self.key_dim + 2.0 * self.value_dim)
 
-    def activation_elements(self) -> float:
-        hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
-        # the first interpolation, the five weights and results; low ranks; q, k;
-        # the decay's projection, in fp32 the decay and its sums; v, o, gate, the gated norm; scores within a
-        # chunk of 64
-        low = 5 * self.config.shift_rank + self.config.decay_rank
-        return 11 * hidden + low + 2 * k + k + 2 * 2 * k + 4 * v + 64 * self.heads
-
-    def core_elements(self) -> float:
-        # the sums of the decay, in fp32; scores within a chunk of 64
-        return self.heads * (2 * self.key_dim + 64)
-
 
 def _shifts(depth: float, to_last: float) -> Init:
     rest = {"r": (0.5, 0.0), "w": (1.0, 0.0), "k": (1.0, 0.0), "v": (1.0, 0.3 * depth), "g": (0.5, 0.0)}

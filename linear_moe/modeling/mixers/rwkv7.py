@@ -154,17 +154,6 @@ class RWKV7(LinearMixer):
     def recurrence_flops(self, length: int) -> float:
         return 8.0 * self.num_heads * self.key_dim * self.value_dim
 
-    def activation_elements(self) -> float:
-        hidden, k, v = self.dims.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
-        residual = [self.v_lora] if self.dims.layer > 0 else []
-        low = sum(2 * lora[0].out_features for lora in (self.w_lora, self.a_lora, self.g_lora, *residual))
-        # six mixtures with the token before; r, k before and after its rate, that rate less 1 and with k,
-        # k scaled, of unit length, negated, times the rate; in fp32 the decay, and its projection
-        keys = 9 * k + 3 * k
-        # v; the bonus, gate and their stack; o, normalised without and with its weight, with the bonus, gated
-        values = v + 7 * v + (3 * v if residual else 0)
-        return 6 * hidden + low + keys + values
-
 
 def _ramp(t: Tensor) -> Tensor:
     return torch.linspace(0, 1, len(t), device=t.device)

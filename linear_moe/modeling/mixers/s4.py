@@ -102,14 +102,6 @@ class S4(LinearMixer):
     def recurrence_flops(self, length: int) -> float:
         return 12.0 * self.dims.hidden_size * self.states
 
-    def activation_elements(self) -> float:
-        glu = 2 * self.dims.hidden_size if self.config.glu else 0
-        # in fp32 the input twice, and every 32 tokens the states twice; the output before and after GELU
-        return (2 * 2 + 2 * 2 * 2 * self.states / 32 + 2) * self.channels + glu
-
-    def core_elements(self) -> float:
-        return (2 * 2 + 2 * 2 * 2 * self.states / 32) * self.channels  # all but the output before and after GELU
-
 
 def _log_uniform(low: float, high: float) -> Init:
     return lambda t, g: t.uniform_(math.log(low), math.log(high), generator=g)

@@ -121,14 +121,3 @@ class Titans(LinearMixer):
     def recurrence_flops(self, length: int) -> float:
         # the error at k, its write to M and S, the readings of both; scores and errors within the chunk
         return self.num_heads * self.head_dim * (10.0 * self.head_dim + 4.0 * self.config.chunk_size)
-
-    def activation_elements(self) -> float:
-        width, size = self.heads * self.head_dim, self.config.chunk_size
-        # the convolutions' inputs; q, k before the L2 norm and after; v, o, gate, the gated norm; in fp32 q and k,
-        # those weighted by gates, errors and their sum; M and S of every chunk; gates between two tokens of it
-        return width * (3 + 4 + 4 + 2 * 8 + 2 * 2 * self.head_dim / size) + 2 * 7 * size * self.heads
-
-    def core_elements(self) -> float:
-        width, size = self.heads * self.head_dim, self.config.chunk_size
-        # what is in fp32: from q and k to gates between two tokens of a chunk
-        return width * (2 * 8 + 2 * 2 * self.head_dim / size) + 2 * 7 * size * self.heads

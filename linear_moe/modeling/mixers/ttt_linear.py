@@ -147,20 +147,6 @@ class TTTLinear(LinearMixer):
         # the error at k, its write, the reading of q; scores and gradients within the mini-batch
         return heads * self.head_dim * (6.0 * self.head_dim + 4.0 * self.config.mini_batch_size)
 
-    def activation_elements(self) -> float:
-        width, size, config = self.heads * self.head_dim, self.config.mini_batch_size, self.config
-        # the convolutions' input, v, o, norm, gate before and after GELU; in fp32 q, k, rated k, steps, errors, inner
-        # gradients and the last LayerNorm's tensors; the weights of every mini-batch; scores within it with and without
-        # scale; cos and sin
-        projected = 3 + config.share_qk + 3 * config.gate
-        states = 2 * (self.head_dim + 1) / size
-        return width * (projected + 2 * 9 + states) + 2 * 2 * size * self.heads + 2 * self.head_dim
-
-    def core_elements(self) -> float:
-        width, size = self.heads * self.head_dim, self.config.mini_batch_size
-        # what is in fp32, and the weights of every mini-batch
-        return width * (2 * 9 + 2 * (self.head_dim + 1) / size) + 2 * 2 * size * self.heads
-
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of `x [B, T, H, D]` by angles `[B, T, 1, D / 2]`; features 2i and 2i + 1 are a pair."""

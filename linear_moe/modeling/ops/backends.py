@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops import tuned
+from linear_moe.modeling.ops.kernels import stand_in, stood_in
 
 BACKENDS = ("auto", "reference", "chunk", "gpu")
 
@@ -113,10 +114,11 @@ def choose(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        fits = v.is_cuda and v.element_size() == 2 and unsupported is None and has_fla()
+        there = stood_in() or (v.is_cuda and has_fla())
+        fits = there and v.element_size() == 2 and unsupported is None
         backend = "gpu" if fits else "chunk"
     if backend == "gpu":
-        if not v.is_cuda:
+        if not v.is_cuda and not stood_in():
             raise ValueError(f"backend 'gpu' needs CUDA tensors, got tensors on {v.device}")
         if unsupported is not None:
             raise ValueError(f"backend 'gpu': {unsupported}")
@@ -145,6 +147,30 @@ def import_fla(module: str) -> ModuleType:
         raise ImportError("the GPU kernels need fla-core and triton: pip install 'linear-moe[gpu]'")
     tuned.install()
     return importlib.import_module(f"fla.{module}")
+
+
+def run_fla(
+    module: str, name: str, kept: Callable[..., Iterable[Tensor | None]], q: Tensor, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """The output `[B, T, H, V]` and the final state `[N, H, K, V]` of the recurrence `fla.<module>.<name>`.
+
+    Args:
+        kept: `kept(q, **inputs)`, which tensors the kernel keeps of contiguous inputs for its backward pass; what a
+            stand-in keeps.
+        q: `[B, T, H, K]`.
+        inputs: by the names of the kernel's arguments, `v [B, ..., H, V]` among them.
+    """
+    found: tuple[Tensor, Tensor]
+    if not stood_in():
+        found = getattr(import_fla(module), name)(q, **inputs)
+        return found
+    q, inputs = q.contiguous(), {key: x.contiguous() if isinstance(x, Tensor) else x for key, x in inputs.items()}
+    v, offsets = inputs["v"], inputs["cu_seqlens"]
+    o = v.new_zeros(*q.shape[:3], v.shape[-1])
+    sequences = len(q) if offsets is None else len(offsets) - 1
+    state = v.new_zeros(sequences, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    found = stand_in((o, state), kept(q, **inputs), [q, *(x for x in inputs.values() if isinstance(x, Tensor))])
+    return found
 
 
 def tiled(key_dim: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import requested
+from linear_moe.modeling.ops.kernels import stand_in, stood_in
 
 
 def visible(
@@ -129,6 +130,11 @@ def aligned(x: Tensor) -> Tensor:
     )
 
 
+def kept(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> list[Tensor]:
+    """What FlashAttention keeps: its inputs, its output and in fp32 the normalisers' logarithms."""
+    return [q, k, v, o, q.new_empty(q.shape[:3], dtype=torch.float32)]
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -168,8 +174,11 @@ def softmax_attention(
     plain = cu_seqlens is None and positions is None and (window is None or window >= q.shape[1])
     if positions is None:
         q, k, v, scale = one_size(q, k, v, scale, 1 if plain else 8)
-    if q.is_cuda:
+    if q.is_cuda or stood_in():
         q, k, v = (aligned(t) for t in (q, k, v))
+    if stood_in():
+        o = q.new_zeros(*q.shape[:3], v.shape[-1])
+        return stand_in([o], kept(q, k, v, o), (q, k, v))[..., :value_dim]
     if positions is None and not plain and suits_flash(q):
         ends = torch.arange(q.shape[0] + 1, device=q.device) * q.shape[1] if cu_seqlens is None else cu_seqlens
         offsets, longest = ends.to(torch.int32), max_document or q.shape[1]

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import pad_keys, tiled
-from linear_moe.modeling.ops.kernels import fused, has_triton, on_kernels, upcast
+from linear_moe.modeling.ops.kernels import fused, has_triton, stood_in, upcast
 
 NORM_EPS = 1e-4  # flash-linear-attention's, so that weights trained there mean the same here
 
@@ -70,9 +70,10 @@ def _quadratic(
 ) -> Tensor:
     size = x.shape[-1]
     width = size * (size + 1) // 2 + (1 + size if series else 0)
-    if x.is_cuda and x.dtype != torch.float64 and has_triton():
+    if stood_in() or (x.is_cuda and x.dtype != torch.float64 and has_triton()):
         width = tiled(width) if pad and x.element_size() == 2 else width
-        return on_kernels("quadratic_map_triton", x, gamma, beta, eps=eps, series=series, width=width)
+        kernels = "quadratic_map_triton"
+        return fused(quadratic_definition, kernels, x, gamma, beta, eps=eps, series=series, width=width)
     return quadratic_definition(x, gamma, beta, eps=eps, series=series, width=width)
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.autograd import Function
-from linear_moe.modeling.ops.kernels import has_triton, upcast
+from linear_moe.modeling.ops.kernels import has_triton, stand_in, stood_in, upcast
 
 
 class Grouping:
@@ -64,6 +64,9 @@ class Grouping:
 
     def collect(self, x: Tensor) -> Tensor:
         """`x [B, T, H, M or 1, D]` in order of time -> `[B, T, H, M, D]`, regrouped, zeros behind the chosen."""
+        if stood_in():
+            y = x.new_zeros(*x.shape[:3], len(self.places), x.shape[4])
+            return stand_in([y], kept_collect(self.places), [x])
         if _on_kernels(x):
             return _Collect.apply(x, self.places)
         token, place, _ = self._order
@@ -80,6 +83,8 @@ class Grouping:
         Returns:
             `[B, T, H, D]` in order of time, in x's dtype.
         """
+        if stood_in():
+            return stand_in([torch.zeros_like(x[:, :, :, 0])], kept_combine(x, weights, self.places), (x, weights))
         if _on_kernels(x):
             return _Combine.apply(x, weights, self.places)
         token, place, chosen = self._order
@@ -139,12 +144,22 @@ def _kernels() -> Any:
     return importlib.import_module("linear_moe.modeling.ops.fused.grouping_triton")
 
 
+def kept_collect(places: Tensor) -> list[Tensor]:
+    """What the kernel of `Grouping.collect` keeps: the places."""
+    return [places]
+
+
+def kept_combine(x: Tensor, weights: Tensor, places: Tensor) -> list[Tensor]:
+    """What the kernel of `Grouping.combine` keeps: its inputs."""
+    return [x, weights, places]
+
+
 class _Collect(Function):
     """`Grouping.collect` in one kernel each way, which keep nothing but the places."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+        ctx.save_for_backward(*kept_collect(places))
         ctx.shared = x.shape[3] == 1 < len(places)
         return _kernels().scatter(x, places)
 
@@ -161,7 +176,7 @@ class _Combine(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weights, places)
+        ctx.save_for_backward(*kept_combine(x, weights, places))
         return _kernels().gather(x, places, weights, total=True)
 
     @staticmethod

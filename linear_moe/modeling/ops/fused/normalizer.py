@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import pad_keys, requested
-from linear_moe.modeling.ops.kernels import has_triton, on_kernels
+from linear_moe.modeling.ops.kernels import fused, has_triton, stand_in, stood_in
 
 NAMES = ("state", "normalizer")
+KERNEL_CHUNK = 64  # tokens of which our kernels keep the sum of the keys
 
 
 def normalized(
@@ -45,7 +47,13 @@ def normalized(
     size = q.shape[-1]
     starts = [None if (s := states.get(name)) is None else pad_keys(s, 2, size) for name in NAMES]
     kernels = not states and sequence.current() is None and _has_kernels(q, k, v)
-    if kernels:
+    if kernels and stood_in():
+        q, k = q.contiguous(), k.contiguous()
+        sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+        total = q.new_zeros(*q.shape[:3], 1, dtype=torch.float32)
+        final = q.new_zeros(sequences, *q.shape[2:], 1, dtype=torch.float32)
+        q, k, total, sums = stand_in((q.view_as(q), k.view_as(k), total, final), kept(q, k), (q, k))
+    elif kernels:
         from linear_moe.modeling.ops.fused.normalizer_triton import totals
 
         q, k, total, sums = totals(q, k, scale, cu_seqlens)
@@ -55,16 +63,22 @@ def normalized(
         total, sums = op(q, k, ones, scale=scale, initial_state=starts[1], cu_seqlens=cu_seqlens)
     if features is not None and features < size:
         state, sums = state[:, :, :features], sums[:, :, :features]
-    y = on_kernels("normalizer_triton", o, total, eps=eps) if kernels else divide(o, total, eps=eps)
+    y = fused(divide, "normalizer_triton", o, total, eps=eps) if kernels else divide(o, total, eps=eps)
     return y, {"state": state, "normalizer": sums}
 
 
+def kept(q: Tensor, k: Tensor) -> list[Tensor]:
+    """What the kernels of `totals` keep: q, k and the sums of keys until the end of every chunk in fp32."""
+    return [q, k, q.new_empty(len(q), -(-q.shape[1] // KERNEL_CHUNK), *q.shape[2:], dtype=torch.float32)]
+
+
 def divide(o: Tensor, total: Tensor, *, eps: float) -> Tensor:
-    """`o [B, T, H, V]` by `total + eps`, `[B, T, H, 1]`."""
-    return o / (total + eps)
+    """`o [B, T, H, V]` by `total + eps`, `[B, T, H, 1]`; the quotient has o's dtype."""
+    return (o / (total + eps)).to(o.dtype)
 
 
 def _has_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Where the op's kernels would serve too: they multiply in 16 bits."""
-    of_one_kind = v.is_cuda and v.element_size() == 2 and q.dtype == k.dtype == v.dtype
-    return of_one_kind and requested("auto") in ("auto", "gpu") and has_triton()
+    there = stood_in() or (v.is_cuda and has_triton())
+    of_one_kind = v.element_size() == 2 and q.dtype == k.dtype == v.dtype
+    return there and of_one_kind and requested("auto") in ("auto", "gpu")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_moe.modeling.ops.kernels import fused, upcast
+from linear_moe.modeling.ops.kernels import fused, stood_in, upcast
 
 Kind = Literal["rms", "layer", "none"]
 Activation = Literal["silu", "sigmoid", "identity"]
@@ -79,7 +79,8 @@ def norm(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     bare = gate is None and not gate_first and skip is None and kind != "none" and size == width and scale == 1.0
-    if bare and not (x.is_cuda and size <= KERNEL_SIZE and x.numel() >= KERNEL_ELEMENTS):
+    many = stood_in() or (x.is_cuda and x.numel() >= KERNEL_ELEMENTS)
+    if bare and not (many and size <= KERNEL_SIZE):
         if kind == "rms" and bias is None:
             return F.rms_norm(x, (size,), weight, eps)
         if kind == "layer":

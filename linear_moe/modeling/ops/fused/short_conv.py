@@ -15,7 +15,7 @@ from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import check_cu_seqlens, decodes, has_fla, import_fla
 from linear_moe.modeling.ops.fused.norms import l2_norm
-from linear_moe.modeling.ops.kernels import has_triton, on_kernels
+from linear_moe.modeling.ops.kernels import has_triton, on_kernels, stand_in, stood_in
 from linear_moe.modeling.ops.packing import documents, on_device
 
 ACTIVATIONS = ("silu", None)
@@ -65,7 +65,7 @@ def short_conv(
     if norm_size is not None and x.shape[2] % norm_size:
         raise ValueError(f"norm_size must divide C = {x.shape[2]}, got {norm_size}")
     width = weight.shape[1]
-    on_kernel = x.is_cuda and state is None and 1 < width <= KERNEL_TAPS and has_triton()
+    on_kernel = (stood_in() or (x.is_cuda and has_triton())) and state is None and 1 < width <= KERNEL_TAPS
     if norm_size is not None and not (on_kernel and norm_size <= KERNEL_NORM):
         options: Any = {"state": state, "before": before, "cu_seqlens": cu_seqlens, "output_state": output_state}
         y, final = short_conv(x, weight, bias, activation=activation, **options)
@@ -79,6 +79,9 @@ def short_conv(
         state.copy_(window[..., 1:])
         y = (window.float() * weight.float()).sum(-1)[:, None]
         return _finish(y, bias, activation).to(x.dtype), state
+    if stood_in():
+        final = _last(x, width - 1, cu_seqlens) if output_state else None
+        return stand_in([torch.zeros_like(x)], kept(x, weight, bias), (x, weight, bias)), final
     if on_kernel:
         document = None if cu_seqlens is None else documents(cu_seqlens, x.shape[1])
         first = None if cu_seqlens is None else cu_seqlens[document].int()
@@ -183,6 +186,11 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 def _finish(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = y if bias is None else y + bias.float()
     return y if activation is None else F.silu(y)
+
+
+def kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """What our kernels and those of flash-linear-attention keep: their inputs."""
+    return [x, weight, bias]
 
 
 def _kernel(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested, tiled
+from linear_moe.modeling.ops.kernels import stand_in, stood_in
 from linear_moe.modeling.ops.recurrences.decay import decay
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.ops.recurrences.decay.fla import CHUNK, MIN_GATE
 from linear_moe.modeling.ops.recurrences.decay.summary import differentiable
 
 States = tuple[Tensor, Tensor]
@@ -101,15 +102,31 @@ def _kernel(
     bounded: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     key_dim, size = q.shape[-1], tiled(q.shape[-1])
+    inputs = {
+        "q": pad_keys(q.to(v.dtype), -1, size),
+        "k": pad_keys(k.to(v.dtype), -1, size),
+        "v": v,
+        "s": s.to(v.dtype),
+        "g": g if bounded else g.float().clamp(min=MIN_GATE),
+    }
+    if stood_in():
+        inputs = {name: x.contiguous() for name, x in inputs.items()}
+        sequences = (len(q) if cu_seqlens is None else len(cu_seqlens) - 1, q.shape[2])
+        shapes = (*sequences, key_dim, s.shape[-1]), (*sequences, s.shape[-1], v.shape[-1])
+        finals = [v.new_zeros(shape, dtype=torch.float32) for shape in shapes]
+        o, keys, values = stand_in((torch.zeros_like(v), *finals), kept(**inputs), inputs.values())
+        return o, (keys, values)
     o, (keys, values) = import_fla("ops.gsa").chunk_gsa(
-        q=pad_keys(q.to(v.dtype), -1, size),
-        k=pad_keys(k.to(v.dtype), -1, size),
-        v=v,
-        s=s.to(v.dtype),
-        g=g if bounded else g.float().clamp(min=MIN_GATE),
+        **inputs,
         scale=scale,
         initial_state=None if states is None else (pad_keys(states[0], 2, size), states[1]),
         output_final_state=True,
         cu_seqlens=cu_seqlens,
     )
     return o, (keys[:, :, :key_dim], values)
+
+
+def kept(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor) -> list[Tensor]:
+    """What `chunk_gsa` keeps: its inputs, the slots' scores, in fp32 their softmax and the scores within chunks."""
+    fp32: Any = {"dtype": torch.float32}
+    return [q, k, v, s, g, torch.empty_like(s), torch.empty_like(s, **fp32), q.new_empty(*q.shape[:3], CHUNK, **fp32)]

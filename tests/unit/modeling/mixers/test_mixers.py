@@ -292,7 +292,6 @@ def test_finite_at_extreme_inputs(name: str, fields: dict[str, Any], dtype: torc
 def test_estimates_scale_with_sizes(name: str, fields: dict[str, Any]) -> None:
     full, shard = build(name, fields), build(name, fields, Shard(0), tensor=2)
     assert full.recurrence_flops(64) == shard.recurrence_flops(64) > 0  # over all heads
-    assert shard.activation_elements() < full.activation_elements() <= 2 * shard.activation_elements()
     assert full.recurrence_flops(128) >= full.recurrence_flops(64)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
+from linear_moe.modeling.ops.backends import pad_keys, run_fla, tiled
 
 # The kernels subtract cumulative sums of gates, which ruins small gates after huge ones; exp(-80) is nothing already.
 MIN_GATE = -80.0
+CHUNK = 64  # tokens, the kernels' own
 
 
 def unsupported(gv: Tensor | None, bonus: Tensor | None) -> str | None:
@@ -52,18 +53,40 @@ def decay(
         if g is not None and g.ndim < 4:
             gv, g = gv + g[..., None], None
         gk = None if g is None else pad_keys(g, -1, size)
-        o, state = import_fla("ops.gla").fused_recurrent_gla(q=q, gk=gk, gv=pad_keys(gv, -1, width), **inputs)
+        inputs |= {"gk": gk, "gv": pad_keys(gv, -1, width)}
+        o, state = run_fla("ops.gla", "fused_recurrent_gla", kept_by_token, q, **inputs)
     elif bonus is not None:
         w = pad_keys(_by_channel(g, k), -1, size)
-        o, state = import_fla("ops.rwkv6").chunk_rwkv6(r=q, w=w, u=pad_keys(bonus.float(), -1, size), **inputs)
+        inputs |= {"w": w, "u": pad_keys(bonus.float(), -1, size)}
+        o, state = run_fla("ops.rwkv6", "chunk_rwkv6", kept_bonus, q, **inputs)
     elif g is not None and g.ndim == 4:
-        o, state = import_fla("ops.gla").chunk_gla(q=q, g=pad_keys(g, -1, size), **inputs)
+        o, state = run_fla("ops.gla", "chunk_gla", kept_by_channel, q, g=pad_keys(g, -1, size), **inputs)
     elif g is not None and g.ndim == 1 and _constant(g, q, cu_seqlens):
-        o, state = import_fla("ops.simple_gla").chunk_simple_gla(q=q, g_gamma=g, **inputs)
+        o, state = run_fla("ops.simple_gla", "chunk_simple_gla", kept_by_head, q, g_gamma=g, **inputs)
     else:
         g = g.expand(q.shape[:3]) if g is not None and g.ndim == 1 else g
-        o, state = import_fla("ops.simple_gla").chunk_simple_gla(q=q, g=g, **inputs)
+        o, state = run_fla("ops.simple_gla", "chunk_simple_gla", kept_by_head, q, g=g, **inputs)
     return o[..., :values].to(v.dtype), state[:, :, :keys, :values]
+
+
+def kept_by_head(q: Tensor, *, k: Tensor, v: Tensor, g: Tensor | None = None, **_: Any) -> list[Tensor]:
+    """What `chunk_simple_gla` keeps: q, k, v and the gate's running sums."""
+    return [q, k, v] if g is None else [q, k, v, torch.empty_like(g)]
+
+
+def kept_by_channel(q: Tensor, *, k: Tensor, v: Tensor, g: Tensor, **_: Any) -> list[Tensor]:
+    """What `chunk_gla` keeps: q, k, v, of a gate in fp32 the running sums, and the scores within chunks in fp32."""
+    return [q, k, v, torch.empty_like(g), q.new_empty(*q.shape[:3], CHUNK, dtype=torch.float32)]
+
+
+def kept_bonus(q: Tensor, *, k: Tensor, v: Tensor, w: Tensor, u: Tensor, **_: Any) -> list[Tensor]:
+    """What `chunk_rwkv6` keeps: q, k, v, the gate, the bonus and the scores within chunks in fp32."""
+    return [q, k, v, w, u, q.new_empty(*q.shape[:3], CHUNK, dtype=torch.float32)]
+
+
+def kept_by_token(q: Tensor, *, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor, **_: Any) -> list[Tensor | None]:
+    """What `fused_recurrent_gla` keeps: q, k, v, the gates and its output in fp32."""
+    return [q, k, v, gk, gv, torch.empty_like(v, dtype=torch.float32)]
 
 
 def _constant(g: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
-from linear_moe.modeling.ops.recurrences.decay.fla import MIN_GATE
+from linear_moe.modeling.ops.backends import pad_keys, run_fla, tiled
+from linear_moe.modeling.ops.recurrences.decay.fla import CHUNK, MIN_GATE
 
 MAX_KEY_DIM = 256
-CHUNK = 64  # tokens, the kernels' own
 
 
 def unsupported(q: Tensor, v: Tensor) -> str | None:
@@ -46,8 +47,7 @@ def delta(
     """See `recurrences.delta.delta`. Products in v's dtype; gates below -80 count as -80."""
     keys = q.shape[-1]
     q, k, g = prepared(q, k, v, g, bounded)
-    inputs = {
-        "q": q,
+    inputs: dict[str, Any] = {
         "k": k,
         "v": v,
         "beta": beta,
@@ -57,9 +57,24 @@ def delta(
         "cu_seqlens": cu_seqlens,
     }
     if g is None:
-        o, state = import_fla("ops.delta_rule").chunk_delta_rule(**inputs)
+        o, state = run_fla("ops.delta_rule", "chunk_delta_rule", kept, q, **inputs)
     elif g.ndim == 4:
-        o, state = import_fla("ops.kda").chunk_kda(g=g, **inputs)
+        o, state = run_fla("ops.kda", "chunk_kda", kept_by_channel, q, g=g, **inputs)
     else:
-        o, state = import_fla("ops.gated_delta_rule").chunk_gated_delta_rule(g=g, **inputs)
+        o, state = run_fla("ops.gated_delta_rule", "chunk_gated_delta_rule", kept, q, g=g, **inputs)
     return o.to(v.dtype), state[:, :, :keys]
+
+
+def kept(q: Tensor, *, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, **_: Any) -> list[Tensor]:
+    """What `chunk_delta_rule` and `chunk_gated_delta_rule` keep.
+
+    These are q, k, v, beta, the gate's running sums and the inverse within chunks, CHUNK numbers a token (with several
+    writes a token: a write) and head.
+    """
+    sums = [] if g is None else [torch.empty_like(beta, dtype=g.dtype)]
+    return [q, k, v, beta, *sums, k.new_empty(*beta.shape, CHUNK)]
+
+
+def kept_by_channel(q: Tensor, *, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, **_: Any) -> list[Tensor]:
+    """What `chunk_kda` keeps: q, k, v, beta, the gate and its running sums, and scores and inverse within chunks."""
+    return [q, k, v, beta, g, torch.empty_like(g), *(k.new_empty(*beta.shape, CHUNK) for _ in range(2))]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops import sequence
-from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, import_fla, pad_keys, requested
+from linear_moe.modeling.ops.backends import check_inputs, choose, decodes, pad_keys, requested, run_fla
 from linear_moe.modeling.ops.packing import by_token, separately, start_state
 from linear_moe.modeling.ops.recurrences.delta import chunk, fla
 from linear_moe.modeling.ops.recurrences.delta.decode import step as delta_step
@@ -129,8 +129,11 @@ def _gpu(
     """The kernels of flash-linear-attention. Products in v's dtype; gates below -80 count as -80."""
     n, keys = k.shape[2], q.shape[-1]
     q, k, g = fla.prepared(q, k, v, g, bounded)
-    o, state = import_fla("ops.gated_delta_product").chunk_gated_delta_product(
-        q=q,
+    o, state = run_fla(
+        "ops.gated_delta_product",
+        "chunk_gated_delta_product",
+        fla.kept,
+        q,
         k=k.flatten(1, 2),
         v=v.flatten(1, 2),
         g=g,

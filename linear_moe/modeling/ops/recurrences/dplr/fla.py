@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
+from linear_moe.modeling.ops.backends import pad_keys, run_fla, tiled
 from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
 
 # In a chunk of at least 16 tokens the kernel multiplies exp of sums of -g by zero where it wants none of it: in fp32
@@ -40,8 +42,11 @@ def dplr(
     """See `recurrences.dplr.dplr`. Products in v's dtype."""
     keys, size = q.shape[-1], tiled(q.shape[-1])
     q, k, a, b = (pad_keys(x.to(v.dtype), -1, size) for x in (q, k, a, b))
-    o, state = import_fla("ops.generalized_delta_rule").chunk_dplr_delta_rule(
-        q=q,
+    o, state = run_fla(
+        "ops.generalized_delta_rule",
+        "chunk_dplr_delta_rule",
+        kept,
+        q,
         k=k,
         v=v,
         a=a,
@@ -54,3 +59,8 @@ def dplr(
         lower_bound=min_gate,
     )
     return o.to(v.dtype), state[:, :, :keys]
+
+
+def kept(q: Tensor, *, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gk: Tensor, **_: Any) -> list[Tensor]:
+    """What `chunk_dplr_delta_rule` keeps: its inputs."""
+    return [q, k, v, a, b, gk]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_moe.modeling.ops.autograd import Function
+from linear_moe.modeling.ops.kernels import stood_in
 from linear_moe.modeling.ops.packing import Chunks, on_device
 
 
@@ -174,7 +175,7 @@ def diagonal_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `recurrences.scan.diagonal_scan`. A convolution within chunks, states between them."""
     # a GPU has few steps between chunks rather than little work within them
-    tokens_at_once = 128 if u.is_cuda and cu_seqlens is None else None
+    tokens_at_once = 128 if (u.is_cuda or stood_in()) and cu_seqlens is None else None
     chunks, (batch, _, dim) = Chunks(u.unsqueeze(-1), cu_seqlens, tokens_at_once), u.shape
     size, count = chunks.size, chunks.count
     # fp64: an angle times a number of tokens is large, and only what is left of whole turns counts

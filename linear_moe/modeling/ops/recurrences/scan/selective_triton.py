@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_moe.modeling.ops.autograd import Function
+from linear_moe.modeling.ops.recurrences.scan.chunk import BLOCK
 
-BLOCK = 32  # tokens
 TILE = 8192  # elements of a block's states, 32 for each thread of 8 warps
 WARPS = 8
 

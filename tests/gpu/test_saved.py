@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from linear_moe.modeling.host import Host
 from linear_moe.modeling.ops.attention.softmax import softmax_attention
+from linear_moe.modeling.ops.fused import norms
 from linear_moe.modeling.ops.fused.feature_maps import taylor
 from linear_moe.modeling.ops.fused.gates import gate
 from linear_moe.modeling.ops.fused.grouping import Grouping
@@ -136,8 +137,9 @@ def test_op(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
-def test_mixer(name: str, fields: dict[str, Any]) -> None:
-    """Enough tokens that norms of all features are our kernels, as in training."""
+def test_mixer(name: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All norms are our kernels here, as they are in training with its many tokens."""
+    monkeypatch.setattr(norms, "KERNEL_ELEMENTS", 0)
     at, length = dims(256), 4096
     real = build(name, fields, Host(dtype=torch.bfloat16), at).cuda()
     measured = mixer_saved(on_meta(name, fields, at, torch.bfloat16)).of(length)

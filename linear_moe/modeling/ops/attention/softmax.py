@@ -65,6 +65,12 @@ def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def takes_groups() -> bool:
+    """Whether the packed FlashAttention lets heads of queries share keys and values, instead of repeating these."""
+    varlen = _varlen()
+    return varlen is not None and "enable_gqa" in varlen[1]
+
+
 def suits_flash(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
 
@@ -99,7 +105,7 @@ def _packed(
             return None
         extra["scale"] = scale
     if q.shape[2] != k.shape[2]:
-        if "enable_gqa" in parameters:
+        if takes_groups():
             extra["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
@@ -177,6 +183,9 @@ def softmax_attention(
     if q.is_cuda or stood_in():
         q, k, v = (aligned(t) for t in (q, k, v))
     if stood_in():
+        if not (plain or takes_groups()):
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+        q, k, v, scale = one_size(q, k, v, scale, 8)  # PyTorch pads by itself before it calls FlashAttention
         o = q.new_zeros(*q.shape[:3], v.shape[-1])
         return stand_in([o], kept(q, k, v, o), (q, k, v))[..., :value_dim]
     if positions is None and not plain and suits_flash(q):

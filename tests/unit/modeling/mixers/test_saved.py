@@ -21,7 +21,7 @@ from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.plan.saved import mixer_saved
 from tests.unit.modeling.mixers.common import build, case_ids, cases, dims, variants
 
-STATED = json.loads((Path(__file__).parents[2] / "golden" / "saved.json").read_text())
+STATED = json.loads((Path(__file__).parents[3] / "golden" / "saved.json").read_text())
 """Elements per token that each mixer's file stated before they were measured, in all and only inside its recurrence;
 `why`: the reason for which those measured are others."""
 HIDDEN, LENGTH = 128, 256

@@ -159,18 +159,19 @@ def model_difference(here: ModelConfig, there: ModelConfig, *, upcycle: bool = F
 
 
 def _mixer_fields(model: ModelConfig, mixer: MixerConfig) -> dict[str, Any]:
-    """A mixer's configuration, `type` first, with the model's number of heads where it has none of its own."""
+    """A mixer's configuration, `type` first, with the model's number of heads if the mixer does not set its own."""
     fields = dataclasses.asdict(mixer)
     return fields | ({"num_heads": model.num_heads} if fields.get("num_heads", MISSING) is None else {})
 
 
 def _ffn_difference(here: ModelConfig, there: ModelConfig, a: ResolvedLayer, b: ResolvedLayer) -> Difference:
+    """The setting that makes the FFN of one layer dense here and experts there, or the other way round."""
     if a.symbol in here.symbols and here.symbols[a.symbol].ffn is not None:
         return f"model.symbols.{a.symbol}.ffn", a.ffn, b.ffn
     for name in ("first_dense_layers", "layer_frequency"):
-        mine, other = getattr(here.moe, name), getattr(there.moe, name)
-        if here.ffn == there.ffn and mine != other:
-            return f"model.moe.{name}", mine, other
+        ours, theirs = getattr(here.moe, name), getattr(there.moe, name)
+        if here.ffn == there.ffn and ours != theirs:
+            return f"model.moe.{name}", ours, theirs
     return "model.ffn", a.ffn, b.ffn
 
 

@@ -212,9 +212,9 @@ def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
 
 
 def saved_objects() -> list[ShardedObject]:
-    """This rank's random states, and an empty `common_state`, which Megatron-Core 0.19.2 reads in every checkpoint.
+    """Checkpoint objects of this rank: its random states, and an empty `common_state`.
 
-    Megatron-Core keeps in `common_state` the state that no single rank owns; here there is none.
+    Megatron-Core 0.19.2 reads `common_state`, the state that no single rank owns, in every checkpoint; ours has none.
     """
     return [rng_object(rng_state()), ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())]
 

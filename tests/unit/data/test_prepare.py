@@ -157,7 +157,7 @@ def test_damaged_folder(config_of: ConfigOf, kind: str) -> None:
 
 
 INDEX_DAMAGES = {
-    "magic": (0, b"X", "does not begin like one"),
+    "magic": (0, b"X", "the header is not that of an indexed dataset"),
     "version": (9, struct.pack("<Q", 2), "version 2"),
     "dtype": (17, b"\x63", "token type 99"),
     "count": (18, struct.pack("<Q", 10**6), "bytes instead of"),

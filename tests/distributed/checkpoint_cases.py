@@ -86,14 +86,14 @@ class Trainer:
         """This rank's parameters, and where they lie in the full ones."""
         (chunk,) = self.model
         inner = chunk.module
-        found = {}
+        parts = {}
         for name, parameter in inner.named_parameters():
             spec: ParameterSpec = parameter.spec
             offset = [0] * len(spec.shape)
             for dim, axis in spec.axes.items():
                 offset[dim] = inner.host.rank(axis) * parameter.shape[dim]
-            found[name] = (tuple(offset), parameter.detach().clone())
-        return found
+            parts[name] = (tuple(offset), parameter.detach().clone())
+        return parts
 
 
 def draw() -> list[float]:
@@ -111,9 +111,9 @@ def resume(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
     first.save(before)
     numbers = draw()
     went_on = first.run(range(before + 1, before + after + 1))
-    other = copy.deepcopy(tree)
-    other.training.seed += 1
-    second = Trainer(other, groups)
+    reseeded = copy.deepcopy(tree)
+    reseeded.training.seed += 1
+    second = Trainer(reseeded, groups)
     fresh = second.weights()
     loaded = second.load()
     numbers_again = draw()
@@ -137,14 +137,14 @@ def write(config: dict[str, Any], steps: int, after: int) -> dict[str, Any]:
 
 
 def rewrite(config: dict[str, Any], run: str, after: int) -> dict[str, Any]:
-    """Resume what another layout saved, save it again at once in `run`, train on."""
+    """Resume what another layout saved, save it target at once in `run`, train on."""
     tree, groups = start(config)
     trainer = Trainer(tree, groups)
     step = trainer.load()
     weights = trainer.weights()
-    again = copy.deepcopy(tree)
-    again.run = run
-    folder = save(again, step, trainer.model, trainer.optimizer)
+    target = copy.deepcopy(tree)
+    target.run = run
+    folder = save(target, step, trainer.model, trainer.optimizer)
     return {"folder": folder, "weights": weights, "results": trainer.run(range(step + 1, step + after + 1))}
 
 
@@ -169,8 +169,8 @@ def read_with_megatron(config: dict[str, Any], folder: str) -> dict[str, Tensor]
     Its `load_plain_tensors`, which does the same, hands torch 2.15's new properties of a tensor on to `torch.empty`.
     """
     start(config)
-    found = FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {name: t for name, t in found.items() if isinstance(t, TensorStorageMetadata)}
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: t for name, t in entries.items() if isinstance(t, TensorStorageMetadata)}
     whole = {name: torch.empty(t.size, dtype=t.properties.dtype, device="meta") for name, t in tensors.items()}
     wanted = {name: ShardedTensor.from_rank_offsets(name, t).without_data() for name, t in whole.items()}
     return dist_checkpointing.load(wanted, folder, validate_access_integrity=False)

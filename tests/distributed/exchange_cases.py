@@ -56,10 +56,10 @@ def expected(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor | No
         zero = torch.zeros_like(states[:1])
         return torch.cat([zero, states[:-1]]), None, torch.cat([gradients[1:], zero])
     transitions.requires_grad_(), states.requires_grad_()
-    found = [torch.zeros_like(states[0])]
+    states_before = [torch.zeros_like(states[0])]
     for a, e in zip(transitions[:-1], states[:-1], strict=True):
-        found.append((a @ found[-1] if kind == "matrix" else a * found[-1]) + e)
-    before = torch.stack(found)
+        states_before.append((a @ states_before[-1] if kind == "matrix" else a * states_before[-1]) + e)
+    before = torch.stack(states_before)
     before.backward(gradients)
     return before.detach(), transitions.grad, states.grad  # type: ignore[return-value]
 
@@ -113,8 +113,8 @@ def exchange_states(
         before.backward(gradient)
     d_transition = None if transition is None else transition.grad
     tensors = {"before": before.detach(), "transition": d_transition, "state": state.grad}
-    found = {name: x.cpu() for name, x in tensors.items() if x is not None}
-    return found | {"sent": tuple(sent), "kept": kept}
+    result = {name: x.cpu() for name, x in tensors.items() if x is not None}
+    return result | {"sent": tuple(sent), "kept": kept}
 
 
 KINDS = list(TRANSITIONS)
@@ -143,11 +143,11 @@ def many_exchanges(
             time.sleep(random.random() * 0.02)
             one = activations.once(partial(StateExchange, lines[n % 2], kind == "matrix"))
             begun.append(one.begin(*leaves[2 * n : 2 * n + 2]))
-        found = {}
+        arrived = {}
         for n in waits:
             time.sleep(random.random() * 0.02)
-            found[n] = _Late.apply(begun[n](), random)
-        return tuple(found[n] for n in range(len(KINDS)))
+            arrived[n] = _Late.apply(begun[n](), random)
+        return tuple(arrived[n] for n in range(len(KINDS)))
 
     activations = Activations(("layer",) if again else ())
     befores = activations.layer(0, forward, *leaves)
@@ -157,8 +157,8 @@ def many_exchanges(
         losses.append((before * gradient.conj()).real.sum())
     torch.stack(losses).sum().backward()
     gradients = [None if x is None else x.grad for x in leaves]
-    found = [(b.detach(), *gradients[2 * n : 2 * n + 2]) for n, b in enumerate(befores)]
-    return [tuple(None if x is None else x.cpu() for x in three) for three in found]
+    triples = [(b.detach(), *gradients[2 * n : 2 * n + 2]) for n, b in enumerate(befores)]
+    return [tuple(None if x is None else x.cpu() for x in three) for three in triples]
 
 
 def exchanges_on_gpus(
@@ -168,8 +168,8 @@ def exchanges_on_gpus(
     device = f"cuda:{dist.get_rank()}"
     torch.cuda.set_device(device)
     group = dist.new_group(backend="nccl")
-    found: dict[str, Any] = {name: exchange_states(*case, group, device) for name, case in states.items()}
-    return found | {name: many_exchanges(*case, group, device) for name, case in many.items()}
+    results: dict[str, Any] = {name: exchange_states(*case, group, device) for name, case in states.items()}
+    return results | {name: many_exchanges(*case, group, device) for name, case in many.items()}
 
 
 class _Late(torch.autograd.Function):

@@ -95,22 +95,22 @@ class Run:
     def gradients(self) -> Pieces:
         """What the optimizers update with: reduced, averaged, clipped; of what this rank updates."""
         names = {p: name for name, p in state.named_parameters(self.model).items()}
-        found: Pieces = {}
+        shares: Pieces = {}
         for part in optimizer_parts(self.optimizer):
             for p, main, first, last in stretches(part):
                 gradient = main.grad.detach().flatten().clone()
-                found[names[p]] = (p.spec.shape, self.places(p).flatten()[first:last], gradient)
-        return found
+                shares[names[p]] = (p.spec.shape, self.places(p).flatten()[first:last], gradient)
+        return shares
 
     def moments(self) -> dict[str, Pieces]:
         owned = state.owned_by_optimizer(self.optimizer)
-        found: dict[str, Pieces] = {}
+        by_kind: dict[str, Pieces] = {}
         for name, p in state.named_parameters(self.model).items():
             if p in owned:
                 index = self.places(p).flatten()[owned[p].start : owned[p].stop]
                 for key, moment in owned[p].moments.items():
-                    found.setdefault(key, {})[name] = (p.spec.shape, index, moment.clone())  # type: ignore[attr-defined]
-        return found
+                    by_kind.setdefault(key, {})[name] = (p.spec.shape, index, moment.clone())  # type: ignore[attr-defined]
+        return by_kind
 
     def forget(self) -> None:
         """Make everything that a checkpoint holds something else."""
@@ -138,23 +138,23 @@ def follow(config: dict[str, Any], steps: int, replicas: int = 1, save_at: int =
     """
     with masked_samples, merged(replicas):
         run = Run(*start(config))
-        found: dict[str, Any] = {"initial": run.weights(), "gradients": {}}
+        outcome: dict[str, Any] = {"initial": run.weights(), "gradients": {}}
 
         def record(update: Any) -> Any:
             def step(*args: Any) -> Any:
-                if not found["gradients"]:
-                    found["gradients"] = run.gradients()
+                if not outcome["gradients"]:
+                    outcome["gradients"] = run.gradients()
                 return update(*args)
 
             return step
 
         for part in optimizer_parts(run.optimizer):
             part.optimizer.step = record(part.optimizer.step)
-        found["steps"] = list(run.train(1, save_at))
+        outcome["steps"] = list(run.train(1, save_at))
         if save_at:
             save(run.config, save_at, run.model, run.optimizer, data=run.data.fingerprint)
-        found["steps"] += run.train(save_at + 1, steps)
-        return found | {"validation": run.validate(), "final": run.weights()}
+        outcome["steps"] += run.train(save_at + 1, steps)
+        return outcome | {"validation": run.validate(), "final": run.weights()}
 
 
 def resume_elsewhere(config: dict[str, Any], folders: dict[str, str], go_on: list[str], after: int) -> dict[str, Any]:

@@ -41,13 +41,13 @@ def pipeline(
     optimizer = build_optimizer(model, tree)
     stepper = Stepper(tree, model, optimizer, groups.device, StopSignal())
     place = groups.data_rank, groups.data_size
-    found: dict[str, Any] = {}
+    first_gradients: dict[str, Any] = {}
     update = optimizer.step
     first = load_latest(tree, model, optimizer) if load else 0
 
     def record_and_update() -> Any:
         for inner in (chunk.module for chunk in model):
-            found.update({name: shard(inner, p) for name, p in inner.named_parameters() if p.requires_grad})
+            first_gradients.update({name: shard(inner, p) for name, p in inner.named_parameters() if p.requires_grad})
         return update()
 
     def train(step: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def pipeline(
     results.append(vars(stepper.validate(micro_batches(tree, 100, *place), 1)))
     assert_tied([chunk.module for chunk in model])
     layers = [list(map(int, chunk.module.layers)) for chunk in model]
-    return {"results": results, "gradients": found, "layers": layers, "stage": groups.stage, "first": first}
+    return {"results": results, "gradients": first_gradients, "layers": layers, "stage": groups.stage, "first": first}
 
 
 def assert_tied(chunks: list[Any]) -> None:

@@ -96,9 +96,9 @@ def memory(config: dict[str, Any], bucket: int | None = None) -> dict[str, Any]:
 
     `bucket`: elements of a bucket of DDP's where there are several; Megatron-Core's own are larger than these models.
     """
-    found = _held(config, bucket)
+    held = _held(config, bucket)
     gc.collect()
-    return found | {"left": sum(isinstance(x, nn.Parameter) for x in gc.get_objects())}
+    return held | {"left": sum(isinstance(x, nn.Parameter) for x in gc.get_objects())}
 
 
 def _held(config: dict[str, Any], bucket: int | None) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def sequence_mixer_on_short_pieces(name: str, fields: dict[str, Any]) -> dict[st
 
 def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """`one_pass` of this rank's share of the tokens in every setting; parameters' gradients summed over the ranks."""
-    mixer, found = build(name, fields), {}
+    mixer, results = build(name, fields), {}
     for layout, strategy, attention, packed in settings(mixer, ranks()):
         own = line(layout, strategy, attention)
         pieces, own_tokens = own_layout(own, packed)
@@ -70,8 +70,8 @@ def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Ten
         for key, gradient in result.items():
             if key not in ("output", "tokens"):
                 dist.all_reduce(gradient)
-        found[f"{layout}-{strategy}-{attention}-{packed}"] = result
-    return found
+        results[f"{layout}-{strategy}-{attention}-{packed}"] = result
+    return results
 
 
 def sequence_bytes(
@@ -146,8 +146,8 @@ def sequence_model(
     shape = (where.batch, where.length)
     losses = network(tokens.reshape(shape), where, labels=labels.reshape(shape))
     losses.sum().backward()
-    found = {name: p.grad for name, p in network.named_parameters()}
+    gradients = {name: p.grad for name, p in network.named_parameters()}
     if layout is not None:
-        for gradient in found.values():
+        for gradient in gradients.values():
             dist.all_reduce(gradient)
-    return {"losses": losses.detach().view(rows, -1, 1)} | found
+    return {"losses": losses.detach().view(rows, -1, 1)} | gradients

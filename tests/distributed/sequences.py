@@ -24,10 +24,10 @@ SHORT = {"LENGTH": 16, "OFFSETS": [0, 1, 2, 2, 7, 8, 9, 16]}
 def own_layout(line: SequenceGroup, packed: bool) -> tuple[Cut, TokenLayout]:
     """This rank's share of `ROWS` whole rows, or of one row of packed documents."""
     offsets = torch.tensor(OFFSETS) if packed else None
-    found = cut(1 if packed else ROWS, LENGTH, line.order, line.rank, offsets)
-    positions = share(whole_layout(packed).positions, found)  # type: ignore[arg-type]
-    local = torch.tensor(found.offsets) if packed else None
-    return found, pieces_layout(found, line, torch.device("cpu"), positions, local)
+    own_cut = cut(1 if packed else ROWS, LENGTH, line.order, line.rank, offsets)
+    positions = share(whole_layout(packed).positions, own_cut)  # type: ignore[arg-type]
+    local = torch.tensor(own_cut.offsets) if packed else None
+    return own_cut, pieces_layout(own_cut, line, torch.device("cpu"), positions, local)
 
 
 def whole_layout(packed: bool) -> TokenLayout:
@@ -49,9 +49,9 @@ def one_pass(module: nn.Module, x: Tensor, weights: Tensor, layout: TokenLayout)
     tokens = x.flatten(0, 1).requires_grad_()
     y = module(tokens, layout)
     (y * weights.flatten(0, 1)).sum().backward()
-    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
-    return {"output": y.detach().view_as(x), "tokens": tokens.grad.view_as(x)} | found  # type: ignore[union-attr]
+    return {"output": y.detach().view_as(x), "tokens": tokens.grad.view_as(x)} | gradients  # type: ignore[union-attr]
 
 
 def settings(mixer: Mixer, world: int) -> Iterator[tuple[str, str, str, bool]]:

@@ -36,9 +36,9 @@ LAYERS = {"pp2x2": 4}  # else 2
 
 def pure_case(root: Path, name: str, layout: str, layers: int) -> tuple[str, dict[str, Any]]:
     """10 steps; router losses that do not depend on how sequences are shared out over micro-batches."""
-    _, _, parallel, more = LAYOUTS[layout]
+    _, _, parallel, sections = LAYOUTS[layout]
     model = PURE[name] | {"moe": SEQUENCE, "num_layers": layers, "pattern": "L" * layers}
-    tree = config(model, parallel, **more) | {"run": str(root / f"{name}-{layout}-{layers}")}
+    tree = config(model, parallel, **sections) | {"run": str(root / f"{name}-{layout}-{layers}")}
     tree["training"] |= {"global_batch": 8}
     return "follow", {"config": tree, "steps": STEPS, "save_at": 0}
 
@@ -47,12 +47,12 @@ def pure_case(root: Path, name: str, layout: str, layers: int) -> tuple[str, dic
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Results:
     root = tmp_path_factory.mktemp("pure")
     alone = Ranks(1, {f"{n}-one-{k}": pure_case(root, n, "one", k) for n in PURE for k in (2, 4)}, timeout=1800)
-    found: Results = {}
+    outcomes: Results = {}
     for world in (2, 4):
         layouts = [layout for layout in SPREAD if LAYOUTS[layout][0] == world]
         cases = {f"{n}-{la}": pure_case(root, n, la, LAYERS.get(la, 2)) for n in PURE for la in layouts}
-        found |= run(world, cases, timeout=1800)
-    return found | alone.results()
+        outcomes |= run(world, cases, timeout=1800)
+    return outcomes | alone.results()
 
 
 @pytest.mark.parametrize("layout", SPREAD)
@@ -74,10 +74,10 @@ def test_pure_models(pure: Results, name: str, layout: str) -> None:
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """ "one": the uninterrupted run; "READER": its runs from all checkpoints, by writer."""
     root = tmp_path_factory.mktemp("resumed")
-    found: Results = {}
+    outcomes: Results = {}
     for world in (1, 2, 4):
         cases = {name: case(root, BASE, name) for name in WRITERS if LAYOUTS[name][0] == world}
-        found |= {f"write-{name}": result for name, result in run(world, cases, timeout=1800).items()}
+        outcomes |= {f"write-{name}": result for name, result in run(world, cases, timeout=1800).items()}
     folders = {name: str(root / name) for name in WRITERS}
     for world in (1, 2, 4):
         cases = {
@@ -86,8 +86,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Results:
             for name in WRITERS
             if LAYOUTS[name][0] == world
         }  # fmt: skip
-        found |= run(world, cases, timeout=1800)
-    return found
+        outcomes |= run(world, cases, timeout=1800)
+    return outcomes
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -42,10 +42,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, str]) ->
         ).returncode
         output.seek(0)
         assert code == 0, f"returned {code}:\n{output.read()[-4000:]}"
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in sorted(MIXERS)}
+    by_mixer = {name: json.loads((folder / f"{name}.json").read_text()) for name in sorted(MIXERS)}
     shutil.rmtree(folder)
-    print("seconds:", {name: round(result["seconds"], 1) for name, result in found.items()})
-    return found
+    print("seconds:", {name: round(result["seconds"], 1) for name, result in by_mixer.items()})
+    return by_mixer
 
 
 def losses(records: list[dict[str, Any]]) -> dict[int, float]:

@@ -37,12 +37,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, T
     """Run folder and logits `[B, T, V]` of every case."""
     root = tmp_path_factory.mktemp("runs")
     results = run(2, {case: ("logits", {"config": config(root, case), "tokens": TOKENS}) for case in CASES})
-    found = {}
+    by_case = {}
     for case, ranks in results.items():
         ranks = sorted(ranks, key=lambda rank: rank["first"])
         assert [rank["first"] for rank in ranks] == [0, VOCAB // 2] and all(rank["tensor_sequence"] for rank in ranks)
-        found[case] = root / case, torch.cat([rank["logits"] for rank in ranks], -1)
-    return found
+        by_case[case] = root / case, torch.cat([rank["logits"] for rank in ranks], -1)
+    return by_case
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -120,8 +120,8 @@ class Outcome:
     @property
     def lines(self) -> dict[int, str]:
         """What each rank said of the lost one."""
-        found = re.findall(r"^linear-moe: \[rank (\d+)\] (rank \d.*)$", self.text, re.MULTILINE)
-        return {int(rank): line for rank, line in found}
+        matches = re.findall(r"^linear-moe: \[rank (\d+)\] (rank \d.*)$", self.text, re.MULTILINE)
+        return {int(rank): line for rank, line in matches}
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +150,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         path = os.pathsep.join([str(commands(root / "bin")), os.environ["PATH"]])
         kill = start("kill", ["bash", "scripts/launch.sh", "CONFIG"], env={"GPUS": "3", "PATH": path})
         kill.strike(2, signal.SIGKILL)
-        found = {}
+        by_fault = {}
         for name, job in jobs.items():
             job.finish()
             log = job.run / "metrics.jsonl"
             records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             events = [record for record in records if record.get("event") == "rank_failure"]
-            found[name] = Outcome(job.process.returncode, job.ended - job.since, job.text(), job.pid, events)
-        return found
+            by_fault[name] = Outcome(job.process.returncode, job.ended - job.since, job.text(), job.pid, events)
+        return by_fault
     finally:
         for job in jobs.values():
             job.kill()

@@ -76,11 +76,11 @@ class Job:
 
     def signal_all(self, number: signal.Signals) -> None:
         """To the workers and torchrun at once, as a scheduler does; wait for those that are killed."""
-        found = [*self.process.children(recursive=True), self.process] if self.process.is_running() else []
-        for process in found:
+        processes = [*self.process.children(recursive=True), self.process] if self.process.is_running() else []
+        for process in processes:
             process.send_signal(number)
         if number is signal.SIGKILL:
-            _, alive = psutil.wait_procs(found, 10)
+            _, alive = psutil.wait_procs(processes, 10)
             assert not alive
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 240.0) -> None:
@@ -111,23 +111,23 @@ class Session:
 
 
 def sessions(run: Path) -> list[Session]:
-    found: list[Session] = []
+    all_sessions: list[Session] = []
     for record in records(run):
         event, step = record.get("event"), record["step"]
         if event == "start":
-            found.append(Session(step))
+            all_sessions.append(Session(step))
         elif event == "validation":
-            found[-1].validations[step] = record["loss"], record["tokens"]
+            all_sessions[-1].validations[step] = record["loss"], record["tokens"]
         elif event == "checkpoint":
-            found[-1].checkpoints.append(step)
+            all_sessions[-1].checkpoints.append(step)
         elif event == "stopped":
-            found[-1].stopped = step
+            all_sessions[-1].stopped = step
         elif event == "routing":
-            found[-1].routings[step] = record["layers"]
+            all_sessions[-1].routings[step] = record["layers"]
         else:
             assert event is None
-            found[-1].steps[step] = {key: record[key] for key in NUMBERS}
-    return found
+            all_sessions[-1].steps[step] = {key: record[key] for key in NUMBERS}
+    return all_sessions
 
 
 def last_step(run: Path) -> int:

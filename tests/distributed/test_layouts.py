@@ -141,8 +141,8 @@ def covered() -> list[tuple[str, str]]:
     pairs += [("dense", "tp2-replicated")]
     pairs += [("tied", layout) for layout in ("tp2", "tp2-replicated", "dp2-overlap")]
     pairs += [(BASE, layout) for layout in WRITERS if layout != "one"]
-    more = [layout for layout in MORE_LAYOUTS if layout != "tp2-replicated"]
-    pairs += [(LOSSES, layout) for layout in [*more, "ep2", "dp2", "ep2-etp2"]]
+    extra_layouts = [layout for layout in MORE_LAYOUTS if layout != "tp2-replicated"]
+    pairs += [(LOSSES, layout) for layout in [*extra_layouts, "ep2", "dp2", "ep2-etp2"]]
     return pairs
 
 
@@ -158,8 +158,8 @@ def steps_of(model: str, layout: str) -> int:
 
 def case(root: Path, model: str, layout: str, /, **sections: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A run of `follow`, which saves the base model on its way."""
-    _, replicas, parallel, more = (LAYOUTS | MORE_LAYOUTS)[layout]
-    tree = config(MODELS[model], parallel, **more | sections) | {"run": str(root / layout)}
+    _, replicas, parallel, layout_sections = (LAYOUTS | MORE_LAYOUTS)[layout]
+    tree = config(MODELS[model], parallel, **layout_sections | sections) | {"run": str(root / layout)}
     if model in (ALL, BASE, LOSSES):
         tree["training"] |= {"global_batch": 8}
     if model in (ALL, BASE) and replicas == 1:
@@ -231,10 +231,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """One process leaves a core idle: it runs beside two, which wait for each other now and then."""
     root = tmp_path_factory.mktemp("runs")
     one = Ranks(1, references(root) | left_out(root))
-    found = run(2, spread(root, 2)) | one.results()
-    found |= run(4, spread(root, 4) | resuming(root, 4))
+    outcomes = run(2, spread(root, 2)) | one.results()
+    outcomes |= run(4, spread(root, 4) | resuming(root, 4))
     one = Ranks(1, resuming(root, 1))
-    return found | run(2, resuming(root, 2)) | one.results()
+    return outcomes | run(2, resuming(root, 2)) | one.results()
 
 
 def together(ranks: list[Any], key: str) -> dict[str, Tensor]:
@@ -250,8 +250,8 @@ def together(ranks: list[Any], key: str) -> dict[str, Tensor]:
 
 
 def numbers(result: dict[str, Any]) -> dict[str, Tensor]:
-    found = {key: torch.tensor([step[key] for step in result["steps"]]) for key in ("loss", "tokens", "gradient_norm")}
-    return found | {"validation": torch.tensor(result["validation"])}
+    series = {key: torch.tensor([step[key] for step in result["steps"]]) for key in ("loss", "tokens", "gradient_norm")}
+    return series | {"validation": torch.tensor(result["validation"])}
 
 
 def assert_same_steps(result: dict[str, Any], expected: dict[str, Any], without: str = "") -> None:
@@ -384,7 +384,7 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
     routers = {i: getattr(layer.ffn, "router", None) for i, layer in enumerate(model.layers.values())}
     biases = {i: router.expert_bias for i, router in routers.items() if router is not None}
     (reference,) = results[ONE[name]]
-    found = []
+    computed = []
     for step in range(CHECKED):
         adam.zero_grad()
         total, counted = torch.zeros(()), 0
@@ -421,6 +421,6 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
         with torch.no_grad():
             for layer, bias in biases.items():
                 bias += moe.bias_update_rate * torch.sign(loads[layer].mean() - loads[layer])
-        found.append((float(total) / counted, counted, float(norm)))
+        computed.append((float(total) / counted, counted, float(norm)))
     steps = [(step["loss"], step["tokens"], step["gradient_norm"]) for step in reference["steps"][:CHECKED]]
-    assert_close(torch.tensor(steps), torch.tensor(found), FP32, "losses, tokens and gradient norms")
+    assert_close(torch.tensor(steps), torch.tensor(computed), FP32, "losses, tokens and gradient norms")

@@ -90,7 +90,7 @@ def results() -> dict[str, list[Any]]:
         for moe in RECOMPUTED
         for how, options in {"full": FULL, "ffn": FFN}.items()
     }
-    found = run(
+    trainings = run(
         1,
         one
         | {"mixtral-4": case("mixtral", {}, micro_batch=4), "drop-4": case("drop", {}, micro_batch=4)}
@@ -103,8 +103,8 @@ def results() -> dict[str, list[Any]]:
         if world == 2:
             spread |= {"mixtral-global": case("mixtral", {"expert": 2})} | sequence_losses(2)
             spread |= {n: case(moe, sizes[p], **how) for n, (moe, p, how) in RECOMPUTED_PARALLEL.items()}
-        found |= run(world, spread | expert_cases(world))
-    return found
+        trainings |= run(world, spread | expert_cases(world))
+    return trainings
 
 
 def assert_equal_training(ranks: list[Any], reference: list[Any]) -> None:

@@ -50,15 +50,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     root = tmp_path_factory.mktemp("optimizers")
 
     def write(name: str, optimizer: dict[str, Any]) -> Any:
-        _, parallel, more = LAYOUTS[name]
-        return config(root / name, "fp32", parallel, optimizer | more)
+        _, parallel, options = LAYOUTS[name]
+        return config(root / name, "fp32", parallel, optimizer | options)
 
     def reread(layout: str, moments: str = "fp32") -> Any:
-        _, parallel, more = LAYOUTS[layout]
-        tree = config(root / "tp2-ep2-dp2", "fp32", parallel, MUON | more | {"moments": moments})
+        _, parallel, options = LAYOUTS[layout]
+        tree = config(root / "tp2-ep2-dp2", "fp32", parallel, MUON | options | {"moments": moments})
         return "rewrite", {"config": tree, "run": str(root / f"again-{layout}-{moments}"), "after": 3}
 
-    found: Results = {}
+    outcomes: Results = {}
     for world in (4, 2, 1):
         cases: dict[str, Any] = {
             name: ("write", {"config": write(name, MUON), "steps": STEPS, "after": 3})
@@ -76,8 +76,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
                 for kind, optimizer in {"adamw": {"lr": 3e-3}, "muon": MUON}.items():
                     tree = config(root / f"{kind}-{name}", "fp32", {}, optimizer | half)
                     cases[f"{kind}-{name}"] = ("write", {"config": tree, "steps": 20, "after": 3})
-        found |= run(world, cases)
-    return found
+        outcomes |= run(world, cases)
+    return outcomes
 
 
 def losses(ranks: list[Any]) -> Tensor:

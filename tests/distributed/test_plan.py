@@ -59,10 +59,10 @@ def results() -> dict[str, list[Any]]:
         name: ("memory", {"config": config(sizes, rest), "bucket": BUCKETS.get(name)})
         for name, (_, sizes, rest) in LAYOUTS.items()
     }
-    found: dict[str, list[Any]] = {}
+    held: dict[str, list[Any]] = {}
     for world in (2, 4):
-        found |= run(world, {name: case for name, case in cases.items() if LAYOUTS[name][0] == world})
-    return found
+        held |= run(world, {name: case for name, case in cases.items() if LAYOUTS[name][0] == world})
+    return held
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -45,13 +45,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of each layout, saved at step 3 and going on; rewritten; and what training makes of the rewritten."""
     root = tmp_path_factory.mktemp("reshard")
     writes = {name: ("write", {"config": tree(root / name, name), "steps": 3, "after": AFTER}) for name in LAYOUTS}
-    found: dict[str, Any] = {"root": root} | run(2, writes)
-    found["same"] = command("reshard", root / "dp2", root / "same", "--files", "3")
-    found["other"] = command("reshard", root / "dp2", root / "other", "--files", 2, "--tensor", 2, "--expert", 2)
+    outcomes: dict[str, Any] = {"root": root} | run(2, writes)
+    outcomes["same"] = command("reshard", root / "dp2", root / "same", "--files", "3")
+    outcomes["other"] = command("reshard", root / "dp2", root / "other", "--files", 2, "--tensor", 2, "--expert", 2)
     bare = ("reshard", root / "tp2-ep2" / "checkpoints" / "step_00000003", root / "bare", "--no-optimizer")
-    found["bare"] = command(*bare, "--files", 1)
+    outcomes["bare"] = command(*bare, "--files", 1)
     reads = {"same": "dp2", "other": "tp2-ep2", "bare": "dp2"}
-    return found | run(
+    return outcomes | run(
         2,
         {
             f"{name} read": (
@@ -106,24 +106,24 @@ def test_training_goes_on(runs: dict[str, Any]) -> None:
 
 def test_inspect(runs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     root = runs["root"]
-    found = command("inspect", root / "tp2-ep2", "--tensors", "model.*")
+    report = command("inspect", root / "tp2-ep2", "--tensors", "model.*")
     info = json.loads((root / "tp2-ep2" / "checkpoints" / "step_00000003" / INFO).read_text())
     tensors = all_tensors(root / "tp2-ep2" / "checkpoints" / "step_00000003")
     model = {key: value for key, value in tensors.items() if key.startswith("model.")}
-    assert found["step"] == 3 and found["samples"] == 12 and found["tokens"] == 12 * 16
-    assert found["layout"]["world"] == 2 and found["layout"]["tensor"] == found["layout"]["expert"] == 2
-    assert found["layout"]["distributed_optimizer"] == info["config"]["optimizer"]["distributed"]
-    assert found["verified"] and found["data"] == "these tokens" and found["versions"] == info["versions"]
-    assert found["parameters"] == sum(value.numel() for value in model.values())
-    for entry in found["tensors"]:
+    assert report["step"] == 3 and report["samples"] == 12 and report["tokens"] == 12 * 16
+    assert report["layout"]["world"] == 2 and report["layout"]["tensor"] == report["layout"]["expert"] == 2
+    assert report["layout"]["distributed_optimizer"] == info["config"]["optimizer"]["distributed"]
+    assert report["verified"] and report["data"] == "these tokens" and report["versions"] == info["versions"]
+    assert report["parameters"] == sum(value.numel() for value in model.values())
+    for entry in report["tensors"]:
         value = model.pop(entry["name"])
         assert entry["shape"] == list(value.shape) and entry["dtype"] == str(value.dtype).removeprefix("torch.")
         assert entry["bytes"] == value.nbytes
     assert not model
     trained = [key for key in tensors if key.startswith("optimizer.exp_avg.")]
-    assert found["optimizer"]["step"] == 3 and found["optimizer"]["tensors"] == 2 * len(trained)
+    assert report["optimizer"]["step"] == 3 and report["optimizer"]["tensors"] == 2 * len(trained)
     other, bare = command("inspect", root / "dp2"), command("inspect", root / "bare")
-    assert other["config_digest"] != found["config_digest"] == command("inspect", root / "tp2-ep2")["config_digest"]
+    assert other["config_digest"] != report["config_digest"] == command("inspect", root / "tp2-ep2")["config_digest"]
     assert bare["optimizer"] is None and bare["step"] == 3 and bare["tensors"] == []
     assert main(["checkpoint", "inspect", str(root / "bare")]) == 0
     assert "optimizer   none" in capsys.readouterr().out

@@ -97,21 +97,21 @@ def test_pieces_shorter_than_what_reaches_over_them() -> None:
     names = ("deltanet", "gated_deltaproduct", "mamba", "mom", "rwkv6", "attention", "titans", "ttt_linear")
     cases = {f"{name}-0": IDS[f"{name}-0"] for name in names} | {"window-0": ("attention", {"window": 5})}
     todo = {key: dict(zip(("name", "fields"), case, strict=True)) for key, case in cases.items()}
-    found = run(4, {key: ("sequence_mixer_on_short_pieces", case) for key, case in todo.items()})
+    ranks_by_key = run(4, {key: ("sequence_mixer_on_short_pieces", case) for key, case in todo.items()})
     with mock.patch.multiple(sequences, **SHORT), mock.patch.dict(IDS, cases):
         for key in cases:
-            assert_one_process({4: found}, key)
+            assert_one_process({4: ranks_by_key}, key)
 
 
 def assert_one_process(results: Results, key: str) -> None:
     mixer = build(*IDS[key])
     for packed in (False, True):
         expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))
-        for world, found in results.items():
+        for world, ranks_by_key in results.items():
             for layout, strategy, attention, whether in settings(mixer, world):
-                if key not in found or whether != packed:
+                if key not in ranks_by_key or whether != packed:
                     continue
-                ranks = [rank[f"{layout}-{strategy}-{attention}-{packed}"] for rank in found[key]]
+                ranks = [rank[f"{layout}-{strategy}-{attention}-{packed}"] for rank in ranks_by_key[key]]
                 actual = dict(ranks[0])
                 for name in ("output", "tokens"):
                     actual[name] = joined([rank[name] for rank in ranks], PieceOrder(world, layout), packed)

@@ -83,18 +83,18 @@ def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int | None]]:
 def planned(name: str, world: int, layout: str, length: int, rank: int, **ways: str) -> tuple[int, int]:
     """What `linear-moe plan` counts with."""
     mixer, fields = SOFTMAX.get(name) or (name, MIXERS[name])
-    found, order = (
+    module, order = (
         mixer_class(mixer)(mixer_config(mixer, **fields), dims(), Host(torch.float32, "meta")),
         PieceOrder(world, layout),
     )
-    needs = mixer_needs(found, tokens=length // order.count)
+    needs = mixer_needs(module, tokens=length // order.count)
     ways = {"exchange": "all_gather", "attention": "all_gather"} | ways
     return layer_sent(needs, SequenceSplit(order, ROWS, ROWS * length // world, **ways), rank)
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[tuple[Any, ...], list[tuple[int, int]]]:
-    found = {}
+    by_case = {}
     names = ("name", "layout", "strategy", "attention")
     values = [*((*case, "all_gather") for case in CASES), *((n, layout, "all_gather", a) for n, layout, a in ATTENTION)]
     for world in WORLDS:
@@ -103,8 +103,8 @@ def results() -> dict[tuple[Any, ...], list[tuple[int, int]]]:
             name, fields = SOFTMAX.get(value[0]) or (value[0], MIXERS[value[0]])
             given = dict(zip(names, value, strict=True)) | {"name": name, "fields": fields, "length": length}
             todo["-".join(map(str, (*value, length)))] = "sequence_bytes", given
-        found |= {(world, *key.split("-")): ranks for key, ranks in run(world, todo).items()}
-    return found
+        by_case |= {(world, *key.split("-")): ranks for key, ranks in run(world, todo).items()}
+    return by_case
 
 
 @pytest.mark.parametrize(("name", "layout", "strategy"), CASES)

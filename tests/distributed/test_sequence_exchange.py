@@ -29,7 +29,7 @@ def results() -> Results:
     todo: dict[str, Any] = {"-".join(case): ("exchange_states", dict(zip(names, case, strict=True))) for case in CASES}
     for name, (layout, again) in MANY.items():
         todo[name] = "many_exchanges", {"layout": layout, "again": again}
-    return {(world, name): found for world in WORLDS for name, found in run(world, todo).items()}
+    return {(world, name): ranks for world in WORLDS for name, ranks in run(world, todo).items()}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -43,9 +43,9 @@ def assert_states(ranks: list[Any], kind: str, layout: str, dtype: str) -> None:
     order = order_of(len(ranks), layout)
     whole = dict(zip(("before", "transition", "state"), expected(kind, order.count), strict=True))
     errors = []
-    for rank, found in enumerate(ranks):
+    for rank, result in enumerate(ranks):
         for name, x in ((name, x) for name, x in whole.items() if x is not None):
-            actual, wanted = real(found[name]), real(own(x, SequenceGroup(order, rank)))
+            actual, wanted = real(result[name]), real(own(x, SequenceGroup(order, rank)))
             rounded = 2 if name == "transition" else 1  # a product of a state and a gradient
             bound = FP32 if dtype == "fp32" else rounded * BF16_ROUNDING
             assert_close(actual, wanted, bound, f"{name} of {rank}")
@@ -92,8 +92,8 @@ def assert_many(ranks: list[Any], layout: str) -> None:
     order = order_of(len(ranks), layout)
     for seed, kind in enumerate(KINDS):
         whole = expected(kind, order.count, seed)
-        for rank, found in enumerate(ranks):
-            for actual, x, name in zip(found[seed], whole, ("before", "transition", "state"), strict=True):
+        for rank, result in enumerate(ranks):
+            for actual, x, name in zip(result[seed], whole, ("before", "transition", "state"), strict=True):
                 if x is None:
                     assert actual is None
                     continue

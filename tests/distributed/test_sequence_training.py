@@ -118,12 +118,12 @@ def outcomes(cases: dict[str, tuple[str, int, dict[str, Any]]], cache: Path) -> 
     def case(model: str, parallel: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "sequence_training", {"config": tree(model, parallel, cache), "steps": STEPS}
 
-    found = run(1, {model: case(model, {}) for model, _, _ in cases.values()})
+    results = run(1, {model: case(model, {}) for model, _, _ in cases.values()})
     for world in sorted({ranks for _, ranks, _ in cases.values()}):
-        found |= run(
+        results |= run(
             world, {name: case(model, sizes) for name, (model, ranks, sizes) in cases.items() if ranks == world}
         )
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_the_command_and_resuming_on_other_ranks(tmp_path: Path) -> None:
     assert [step for step, _ in one] == [*range(1, STEPS + 1), STEPS]  # and a validation
     shutil.rmtree(tmp_path / "run1" / "checkpoints" / f"step_{STEPS:08d}")
     resumed = losses_of(tmp_path / "run1", configs[0] | {"checkpoint": {"every": 5}}, 1)
-    for found in (two, one[:5] + resumed):
-        assert [step for step, _ in found] == [step for step, _ in one]
-        for (step, loss), (_, expected) in zip(found, one, strict=True):
+    for actual in (two, one[:5] + resumed):
+        assert [step for step, _ in actual] == [step for step, _ in one]
+        for (step, loss), (_, expected) in zip(actual, one, strict=True):
             assert loss == pytest.approx(expected, rel=FP32), step

@@ -227,14 +227,14 @@ def test_fingerprint_is_of_the_content(config_of: ConfigOf, tmp_path: Path) -> N
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97'))
     assert (other / "tokenizer.json").read_text() != text
-    found = []
+    fingerprints = []
     for name, tokenizer in (("one", prepared.tokenizer_folder), ("two", prepared.tokenizer_folder), ("three", other)):
         (tmp_path / name).mkdir()
         for suffix in (".bin", ".idx"):
             shutil.copyfile(str(prepared.train_prefix) + suffix, tmp_path / name / f"theirs{suffix}")
         data = {"corpus": str(tmp_path / name / "theirs"), "tokenizer": {"type": "hf", "path": str(tokenizer)}}
-        found.append(prepare_data(config_of(data), progress=False).fingerprint)
-    assert found[0] == found[1] != found[2]
+        fingerprints.append(prepare_data(config_of(data), progress=False).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_tokenizer_of_a_run_is_not_replaced(config_of: ConfigOf, tmp_path: Path) -> None:

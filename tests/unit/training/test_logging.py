@@ -31,12 +31,12 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
 
 
 def expected_scalars(steps: list[dict[str, Any]]) -> dict[str, dict[int, Any]]:
-    found: dict[str, dict[int, Any]] = {}
+    by_tag: dict[str, dict[int, Any]] = {}
     for record in steps:
         for key, value in record.items():
             if key != "step":
-                found.setdefault(f"train/{key}", {})[record["step"]] = pytest.approx(value, rel=FP32)  # kept in fp32
-    return found
+                by_tag.setdefault(f"train/{key}", {})[record["step"]] = pytest.approx(value, rel=FP32)  # kept in fp32
+    return by_tag
 
 
 def test_records_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

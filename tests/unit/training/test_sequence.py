@@ -64,10 +64,10 @@ def test_split_batches_hold_every_token_once(order: PieceOrder, isolate: bool) -
         batch["positions"] = (torch.arange(rows * length) - offsets[:-1].repeat_interleave(offsets.diff())).view(
             rows, -1
         )
-    found = [split(batch, order, rank, padded) for rank in range(order.size)]
+    shares = [split(batch, order, rank, padded) for rank in range(order.size)]
     whole = {name: torch.zeros(rows, padded, dtype=x.dtype) for name, x in batch.items() if name != "cu_seqlens"}
     documents_of = documents(tokens)
-    for part in found:
+    for part in shares:
         own = part["cut"]
         for s, (row, piece) in enumerate(own.places):
             span = slice(piece * own.length, (piece + 1) * own.length)
@@ -91,7 +91,7 @@ def test_split_batches_hold_every_token_once(order: PieceOrder, isolate: bool) -
             assert part["max_document"] == int(part["cu_seqlens"].diff().max())
     assert all(torch.equal(x[:, :length], batch[name]) for name, x in whole.items())
     assert not whole["loss_mask"][:, length:].any()
-    assert sum(sum(part["cut"].padding) for part in found) == rows * (padded - length)
+    assert sum(sum(part["cut"].padding) for part in shares) == rows * (padded - length)
 
 
 GATES = ["none", "scalar", "key", "value", "both"]
@@ -209,22 +209,22 @@ def test_pieces_take_no_initial_state() -> None:
 
 def messages(order: PieceOrder, rank: int) -> list[list[tuple[str, int]]]:
     """What a rank of the ring sends and receives, to and from whom, in order: forward pass, backward pass."""
-    found: list[tuple[str, int]] = []
+    log: list[tuple[str, int]] = []
 
     def send(x: torch.Tensor, to: int, line: SequenceGroup) -> tuple[Any, torch.Tensor]:
-        found.append(("send", to))
+        log.append(("send", to))
         return mock.Mock(), x
 
     def receive(like: torch.Tensor, source: int, line: SequenceGroup) -> torch.Tensor:
-        found.append(("receive", source))
+        log.append(("receive", source))
         return torch.zeros_like(like)
 
     state = torch.ones(order.per_rank, 2, 8, requires_grad=True)
     with mock.patch.multiple(exchange, _send=send, _receive=receive):
         before = states_before(torch.ones(order.per_rank, 2, 1), state, SequenceGroup(order, rank, None, "ring"), False)
-        split = len(found)
+        split = len(log)
         before.sum().backward()
-    return [found[:split], found[split:]]
+    return [log[:split], log[split:]]
 
 
 WALKS = [PieceOrder(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")]

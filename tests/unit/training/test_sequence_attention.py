@@ -43,9 +43,9 @@ def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: i
     mask = visible(ROWS * LENGTH, ROWS * LENGTH, device, cu_seqlens=offsets, window=window)[0].float()
     tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
     cuts = [cut(ROWS, LENGTH, order, rank, offsets if packed else None) for rank in range(size)]
-    held = [share(tokens, found).flatten() for found in cuts]
-    reaches = [Reach(found, device) for found in cuts]
-    for rank, (found, reach) in enumerate(zip(cuts, reaches, strict=True)):
+    held = [share(tokens, own_cut).flatten() for own_cut in cuts]
+    reaches = [Reach(own_cut, device) for own_cut in cuts]
+    for rank, (own_cut, reach) in enumerate(zip(cuts, reaches, strict=True)):
         for source in range(size):
             pairs, blocks = torch.zeros(len(held[rank]), len(held[source])), reach.of_rank(source, window)
             for block in blocks:
@@ -58,7 +58,7 @@ def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: i
         count(pairs, block)
         whole = torch.zeros(len(held[rank]), ROWS * LENGTH).index_add_(1, keys, pairs)
         assert torch.equal(whole, mask[held[rank]])
-        assert window is None or len(keys) <= len(held[rank]) + len(found.starts) * (window - 1), "keys out of reach"
+        assert window is None or len(keys) <= len(held[rank]) + len(own_cut.starts) * (window - 1), "keys out of reach"
         wanted, given = reach.wanted(window)
         assert not wanted[rank] and not given[rank]
         assert wanted == [[span for by, span in sources if by == n != rank] for n in range(size)]

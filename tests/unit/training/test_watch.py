@@ -29,9 +29,9 @@ def watching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Watch]
     monkeypatch.setattr(watch, "_connect", lambda rank, timeout: dist.PrefixStore("test", store))
     monkeypatch.setattr(watch, "OBSERVED", 0.0)
     monkeypatch.setattr(Watch, "_run", lambda self: None)
-    found = Watch(0, 3, 0.001, tmp_path)
-    yield found
-    found.end()
+    own_watch = Watch(0, 3, 0.001, tmp_path)
+    yield own_watch
+    own_watch.end()
 
 
 def status(rank: int, **said: Any) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def suspect(watching: Watch, monkeypatch: pytest.MonkeyPatch, before: list[Any],
     looks = iter([before, after])
     monkeypatch.setattr(watching, "_everyone", lambda: next(looks))
     beats = watching.beats
-    found = watching._suspect()
-    if found is None or found[1].split()[0] not in ("failed", "died"):  # which need no second look
+    accusation = watching._suspect()
+    if accusation is None or accusation[1].split()[0] not in ("failed", "died"):  # which need no second look
         assert watching.beats > beats, "a rank that looks at the others must not seem silent to them"
-    return found and (found[0] and found[0]["rank"], found[1].split()[0])
+    return accusation and (accusation[0] and accusation[0]["rank"], accusation[1].split()[0])
 
 
 CASES: dict[str, tuple[dict[int, dict[str, Any]], Any]] = {

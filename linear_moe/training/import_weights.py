@@ -85,7 +85,7 @@ def _upcycled_layers(config: Config, weights: WeightSource, upcycle: bool) -> li
     if difference is not None:
         path, here, there = difference
         experts = not upcycle and (here, there) == ("moe", "dense")
-        fix = "give --upcycle to make experts of it" if experts else f"set {path} to that"
+        fix = "give --upcycle to make experts of the dense FFN" if experts else f"set {path} to the source's value"
         raise ConfigError(path, here, f"{weights.place} has {there!r}", fix=fix)
     pairs = enumerate(zip(resolve_layers(config.model), resolve_layers(weights.model), strict=True))
     layers = [i for i, (here, there) in pairs if here.ffn != there.ffn]
@@ -118,7 +118,9 @@ def _check_parameters(weights: WeightSource, parameters: Parameters, layers: lis
     for i in layers:
         for name in DENSE:
             expected[f"layers.{i}.ffn.{name}.weight"] = (hidden, ffn) if name == "down_proj" else (ffn, hidden)
-    check_shapes(str(weights.place), expected, weights.shapes, fix="give another source, or its own model")
+    check_shapes(
+        str(weights.place), expected, weights.shapes, fix="give another source, or configure the source's model"
+    )
 
 
 def _pieces(weights: WeightSource, parameters: Parameters, layers: list[int], upcycler: Upcycler | None) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the ranks of the pipeline tests run. Imported after `platform.install()`."""
+"""Functions that the ranks of the pipeline tests run. To be imported after `platform.install()`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from tests.distributed.masked import micro_batches
 def pipeline(
     config: dict[str, Any], steps: int, save_at: int = 0, save_to: str = "", load: bool = False
 ) -> dict[str, Any]:
-    """Train by the trainer's own Stepper, on batches that depend on the step alone, and validate once.
+    """Trains with the trainer's own Stepper, on batches that depend on the step alone, and validates once.
+
+    It also asserts that copies of tied embeddings stay equal.
 
     Args:
-        steps: the last one.
-        save_at: the step to save after, into the run folder `save_to`; 0: none.
-        load: begin with the checkpoint of the run folder.
+        steps: the last step.
+        save_at: step after which to save, in the run folder `save_to`; 0: nothing is saved.
+        load: whether to begin with the checkpoint of the run folder.
 
     Returns:
-        Every step's and the validation's loss, gradient norm and tokens, router losses and routing; this rank's
-        chunks; unless it loaded, the shards of the first step's gradients before clipping. Asserts that copies of tied
-        embeddings stay equal.
+        loss, gradient norm, tokens, router losses and routing of every step and of the validation; the layers of this
+        rank's chunks; and, unless a checkpoint was loaded, the shards of the first step's gradients before clipping.
     """
     tree, groups = start(config)
     model = build_model(tree, vocab_size(tree), groups)
@@ -55,7 +56,8 @@ def pipeline(
         routing = {layer.layer: [layer.load, layer.bias] for layer in stepper.routing()}
         return vars(result) | {"router": stepper.auxiliary_losses(), "routing": routing}
 
-    # Whole gradients on every rank in the first step: the distributed optimizer's ranks would have a shard each.
+    # In the first step gradients are all-reduced, so that every rank has them whole. Otherwise each rank would have
+    # only the shard of its distributed optimizer.
     whole = partial(get_forward_backward_func(), force_all_reduce=True)
     results = []
     for step in range(first, steps):
@@ -77,7 +79,7 @@ def pipeline(
 
 
 def assert_tied(chunks: list[Any]) -> None:
-    """All ranks' copies of the embedding's shares are equal, bit for bit."""
+    """Asserts that all ranks' copies of each share of the embedding are equal, bit for bit."""
     mine = {
         inner.host.rank("tensor"): inner.shared_embedding_or_output_weight().detach().cpu()
         for inner in chunks

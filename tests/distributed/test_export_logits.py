@@ -1,4 +1,4 @@
-"""The exported model computes what the training model computed, for every mixer, and decodes it step by step."""
+"""An exported model of every mixer has the logits of the training model, also when it decodes step by step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = torch.tensor([prompt(LENGTH), prompt(LENGTH, seed=1)])
 
 
 def config(folder: Path, case: str) -> dict[str, Any]:
-    """A model of the inference tests on two tensor ranks, which share out tokens, vocabulary and experts too."""
+    """A model of the inference tests on two tensor ranks, which also share out tokens, vocabulary and experts."""
     return {
         "run": str(folder / case),
         "model": CASES[case] | {"vocab_size": VOCAB},

@@ -1,4 +1,4 @@
-"""`linear-moe checkpoint`: what it says of checkpoints, and that what it rewrites is the same training."""
+"""`linear-moe checkpoint`: its reports on checkpoints, and training from the checkpoints that it rewrites."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tree(folder: Path, layout: str) -> dict[str, Any]:
 
 
 def command(*words: str | Path) -> Any:
-    """What a successful command prints as JSON."""
+    """Runs `linear-moe checkpoint` with `--json`, and returns the parsed output. Asserts that it succeeds."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["checkpoint", *map(str, words), "--json"]) == 0
     return json.loads(out.getvalue())
@@ -42,7 +42,7 @@ def command(*words: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of each layout, saved at step 3 and going on; rewritten; and what training makes of the rewritten."""
+    """Runs of each layout, saved at step 3 and continued; reports of their rewriting; and runs from the results."""
     root = tmp_path_factory.mktemp("reshard")
     writes = {name: ("write", {"config": tree(root / name, name), "steps": 3, "after": AFTER}) for name in LAYOUTS}
     outcomes: dict[str, Any] = {"root": root} | run(2, writes)
@@ -94,7 +94,7 @@ def test_files_and_pieces(runs: dict[str, Any]) -> None:
 
 
 def test_training_goes_on(runs: dict[str, Any]) -> None:
-    """In the layout that saved it, bit for bit, random states included; in another, to rounding."""
+    """Training goes on from a rewritten checkpoint: bit for bit in the layout that saved it, else to rounding."""
     expected = runs["dp2"][0]["results"]
     assert runs["same read"][0]["results"] == expected
     for step, (a, b) in enumerate(zip(runs["other read"][0]["results"], expected, strict=True)):
@@ -131,7 +131,7 @@ def test_inspect(runs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.fixture
 def copied(runs: dict[str, Any], tmp_path: Path) -> Path:
-    """The run's only checkpoint."""
+    """Folder of the only checkpoint of a copied run, which has no optimizer state."""
     shutil.copytree(runs["root"] / "bare", tmp_path / "run")
     return tmp_path / "run" / "checkpoints" / "step_00000003"
 
@@ -172,8 +172,8 @@ def test_damage_is_one_line(
 def test_a_full_disk_leaves_nothing_that_counts(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever cannot be written: one line, no checkpoint, and the same command works when there is room."""
-    from linear_moe.training.checkpointing import reshard  # Megatron-Core: the command has made it ready
+    """If a file cannot be written, the command prints one line and leaves no checkpoint; later the command succeeds."""
+    from linear_moe.training.checkpointing import reshard  # not above: needs Megatron-Core, which the fixture prepares
 
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_nothing_that_counts(
     out, write = tmp_path / "out", filesystem._write_item
 
     def full_later(*args: Any) -> Any:
-        """In another thread than that which waits for all."""
+        """Fails in every thread but the main thread, which waits for the others."""
         return write(*args) if threading.current_thread() is threading.main_thread() else full()
 
     for where, name, broken in (

@@ -1,4 +1,4 @@
-"""The exchange of states by itself: both strategies, in fp32 and bf16, many at once and at any time."""
+"""The exchange of states by itself: both strategies, in fp32 and bf16, and many exchanges at once, on uneven ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def test_states_and_gradients(results: Results, world: int, kind: str, layout: s
 
 
 def assert_states(ranks: list[Any], kind: str, layout: str, dtype: str) -> None:
-    """Those of one process. In bf16 as far off as one rounding, however many pieces: but not exact."""
+    """Asserts that states and gradients are those of one process.
+
+    In bf16 they are off by one rounding, for any number of pieces, and are not exact.
+    """
     order = order_of(len(ranks), layout)
     whole = dict(zip(("before", "transition", "state"), expected(kind, order.count), strict=True))
     errors = []
@@ -73,7 +76,10 @@ def test_bf16_halves_the_bytes(results: Results, world: int, kind: str, layout: 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("kind", "layout"), list(product(KINDS, LAYOUTS)))
 def test_what_the_backward_pass_keeps(results: Results, world: int, kind: str, layout: str) -> None:
-    """The states before, and transitions: all_gather those of all pieces behind this rank's first, else its own."""
+    """An exchange keeps the states before its pieces, and transitions for the backward pass.
+
+    all_gather keeps the transitions of all pieces behind this rank's first one, ring those of the rank's own pieces.
+    """
     order, size = order_of(world, layout), ROWS * prod(TRANSITIONS[kind])
     states = ROWS * order.per_rank * prod(STATE)
     for rank in range(world):

@@ -79,7 +79,7 @@ def check_resume(config: Config) -> None:
     if difference is None and read_info(folder)["step"]:  # an imported model has seen no data
         sides = ((name, getattr(config.training, name), training.get(name)) for name in ORDER)
         difference = next(((f"training.{name}", a, b) for name, a, b in sides if a != b), None)
-        optimizer = _saved(folder, "optimizer").get("type", "adamw")  # older checkpoints do not say
+        optimizer = _saved(folder, "optimizer").get("type", "adamw")  # older checkpoints name no optimizer
         if difference is None and optimizer != config.optimizer.type:
             difference = "optimizer.type", config.optimizer.type, optimizer
     if difference is not None:

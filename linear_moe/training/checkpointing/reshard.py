@@ -136,7 +136,10 @@ def _specs(config: Config, metadata: Metadata) -> dict[str, ParameterSpec]:
     from linear_moe.training.checkpointing.load import check_shapes
 
     check_shapes(
-        "SRC", {name: spec.shape for name, spec in specs.items()}, saved, fix="reshard it with its own version"
+        "SRC",
+        {name: spec.shape for name, spec in specs.items()},
+        saved,
+        fix="reshard it with the version that saved it",
     )
     return specs
 

@@ -1,6 +1,6 @@
 """The baseline that a trained model must beat: a smoothed bigram count model of the same training tokens.
 
-Interpolated Witten-Bell smoothing (Witten & Bell 1991; Chen & Goodman 1998, section 2.4), nothing to tune:
+The smoothing is interpolated Witten-Bell (Witten & Bell 1991; Chen & Goodman 1998, section 2.4), with nothing to tune:
     P(b | a) = (c(a, b) + n(a) P(b)) / (c(a) + n(a)),   P(b) = (c(b) + 1) / (tokens + vocabulary),
 where n(a) is the number of different tokens seen after a.
 """

@@ -37,7 +37,8 @@ def check_batch(config: Config, ranks: int) -> None:
     training = config.training
     if training.global_batch % (training.micro_batch * ranks):
         raise ValueError(
-            f"global batch {training.global_batch} is no multiple of micro batch {training.micro_batch} x {ranks}"
+            f"training.global_batch {training.global_batch} is no multiple of "
+            f"training.micro_batch {training.micro_batch} x {ranks} data-parallel ranks"
         )
 
 

@@ -43,7 +43,7 @@ from linear_moe.training.data.tokenizer import (
 FORMAT = 2  # part of every key: to be raised when the same corpus and tokenizer would give other files
 BATCH = 4_000_000  # number of characters tokenized at a time
 SPLITS = ("train", "validation")
-BROKEN_INDEX = "make it again, or give another corpus"  # the `fix` for a dataset that was not prepared here
+BROKEN_INDEX = "make the dataset again, or give another corpus"  # the `fix` for a dataset that was not prepared here
 
 
 def check_data(config: Config) -> None:
@@ -326,8 +326,8 @@ def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
         raise ConfigError(
             "data.corpus",
             data.corpus,
-            f"holds token {start.max()}, but the tokenizer has {vocab_size}",
-            fix="give the tokenizer it was made with",
+            f"holds token {start.max()}, but the tokenizer has {vocab_size} tokens",
+            fix="give the tokenizer that the dataset was made with",
         )
     ends = np.cumsum(index.lengths[:64], dtype=np.int64)
     ends = ends[ends <= len(start)]
@@ -336,7 +336,7 @@ def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
             "data.isolate_documents",
             True,
             f"the dataset's documents do not end with token {eod}",
-            fix="make it again with an end-of-document token",
+            fix="make the dataset again with an end-of-document token",
         )
     key = _key(data, str(indexed.fingerprint(prefix)), tokenizer_key(TokenizerConfig(type="hf", path=folder)))
     held = {split: split_sequences(len(index.lengths), data.validation_fraction, split) for split in SPLITS}

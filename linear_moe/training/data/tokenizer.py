@@ -29,7 +29,7 @@ BPE_SAMPLE_BYTES = 100_000_000  # bytes of text that train a bpe: more text take
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:
-    """Raises ConfigError for a tokenizer that cannot be made or found; loads nothing."""
+    """Raises ConfigError if the tokenizer cannot be made, or its folder is missing; loads nothing."""
     if config.type != "hf":
         if config.path is not None:
             raise ConfigError(
@@ -109,7 +109,7 @@ def load_tokenizer(folder: str | Path, path: str) -> PreTrainedTokenizerFast:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id (a vocabulary may have holes)."""
+    """Number of ids, which is one more than the largest id, because a vocabulary may have holes."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

@@ -45,7 +45,7 @@ class AdamW(torch.optim.Optimizer):
         if not adam_w_mode or capturable:
             raise ValueError("AdamW has decoupled weight decay only, and does not run inside a CUDA graph")
         if moments not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"moments in {moments}: fp32 or bf16")
+            raise ValueError(f"moments in {moments}: must be fp32 or bf16")
         self.moments = moments
         self.names: dict[Tensor, str] = {}
         """Names of parameters, from which (with the step) the random numbers of stochastic rounding are derived.

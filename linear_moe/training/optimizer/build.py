@@ -77,7 +77,7 @@ def build_optimizer(model: list[Any], config: Config) -> MegatronOptimizer:
 
 
 def inner_optimizer(config: Config) -> Callable[..., AdamW]:
-    """The constructor, with Apex's arguments, of the inner optimizer, which updates the parameters: AdamW or Muon."""
+    """Constructor, with Apex's arguments, of the inner optimizer that updates the parameters: AdamW or Muon."""
     o = config.optimizer
     moments = DTYPES[o.moments]
     if o.type == "adamw":

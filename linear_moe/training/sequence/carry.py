@@ -50,7 +50,8 @@ class Stretch:
             return None
         begin, end = self.starts[first], self.inputs[0].shape[1]
         packed = len(self.starts) > first + 1
-        offsets = torch.tensor([n - begin for n in (*self.starts[first:], end)]) if packed else None  # on the host
+        # A tensor on the CPU, whatever device the inputs are on.
+        offsets = torch.tensor([n - begin for n in (*self.starts[first:], end)]) if packed else None
         outputs, states = run([x[:, begin:] for x in self.inputs], self.start[first:], None, 0, offsets, *shared)
         return outputs, states[-1:] if packed else states
 

@@ -125,7 +125,7 @@ class StateExchange:
         return torch.eye(like.shape[-1], device=like.device) if self.matrix else 1
 
     def step(self, state: Tensor, transition: Tensor | None, carried: Tensor) -> Tensor:
-        """`transition carried + state`."""
+        """One step of the scan: `transition carried + state`, with the 1 added back that was sent less (`less_one`)."""
         if transition is None:
             return state
         if self.less_one:

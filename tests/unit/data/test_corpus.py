@@ -1,4 +1,4 @@
-"""Which documents a corpus has and where they go."""
+"""The documents of a corpus, and their split into training and validation."""
 
 from __future__ import annotations
 

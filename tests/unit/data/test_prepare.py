@@ -1,4 +1,4 @@
-"""Preparing a corpus: what is written, that it is written once and whole, and what is said when it is not."""
+"""Preparation of a corpus: the written files, made once and whole, and the errors about unusable data."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_torn_preparation_is_not_picked_up(
         with pytest.raises(KeyboardInterrupt):
             prepare_data(config_of(), progress=False)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    torn = tmp_path / "cache" / f"{whole.fingerprint}.tmp"  # what kill -9 leaves behind
+    torn = tmp_path / "cache" / f"{whole.fingerprint}.tmp"  # left behind by a process that was killed
     torn.mkdir()
     (torn / "train.bin").write_bytes(b"torn")
     prepared = prepare_data(config_of(), progress=False)
@@ -148,7 +148,7 @@ def test_damaged_folder(config_of: ConfigOf, kind: str) -> None:
     folder = Path(str(prepared.train_prefix)).parent
     harm, message = DAMAGES[kind]
     harm(folder)
-    for look in (check_data, partial(prepare_data, progress=False)):  # the first is what `linear-moe check` calls
+    for look in (check_data, partial(prepare_data, progress=False)):  # `linear-moe check` calls the first one
         with pytest.raises(ConfigError) as error:
             look(config_of())
         assert message in str(error.value) and f"delete {folder}" in str(error.value) and "\n" not in str(error.value)
@@ -169,7 +169,7 @@ INDEX_DAMAGES = {
 
 @pytest.mark.parametrize("kind", INDEX_DAMAGES)
 def test_corrupt_index_of_another_maker(config_of: ConfigOf, tmp_path: Path, kind: str) -> None:
-    """No manifest: the structure itself is checked."""
+    """An indexed dataset without a manifest is checked by its structure."""
     prepared = prepare_data(config_of(), progress=False)
     for suffix in (".bin", ".idx"):
         shutil.copy(str(prepared.train_prefix) + suffix, tmp_path / f"theirs{suffix}")
@@ -183,7 +183,7 @@ def test_corrupt_index_of_another_maker(config_of: ConfigOf, tmp_path: Path, kin
 
 
 def test_prefix_of_another_maker(config_of: ConfigOf, tmp_path: Path) -> None:
-    """Documents are split by their number, and nothing is copied."""
+    """An indexed dataset from elsewhere is split by the documents' numbers, and is not copied."""
     prepared = prepare_data(config_of(), progress=False)
     for suffix in (".bin", ".idx"):
         shutil.copy(str(prepared.train_prefix) + suffix, tmp_path / f"theirs{suffix}")
@@ -216,7 +216,7 @@ def test_prefix_with_a_wrong_tokenizer(config_of: ConfigOf, tmp_path: Path) -> N
 
 
 def test_fingerprint_is_of_the_content(config_of: ConfigOf, tmp_path: Path) -> None:
-    """Of text and of an indexed dataset: wherever it lies, but not with another tokenizer of the same size."""
+    """Fingerprints of text and of indexed datasets depend on content and tokenizer, not on the folder."""
     prepared = prepare_data(config_of(), progress=False)
     shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
     moved = config_of({"corpus": str(tmp_path / "moved")})
@@ -241,7 +241,7 @@ def test_tokenizer_of_a_run_is_not_replaced(config_of: ConfigOf, tmp_path: Path)
     prepared = prepare_data(config_of(), progress=False)
     folder = tmp_path / "run" / "tokenizer"
     folder.parent.mkdir()
-    for _ in range(2):  # a resume
+    for _ in range(2):  # the second time as in a resumed run
         prepared.save_tokenizer(folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files == {path.name: path.read_bytes() for path in Path(str(prepared.tokenizer_folder)).iterdir()}

@@ -1,4 +1,4 @@
-"""Which tokens the blocks of attention pair: every visible pair of a query and a key once, and no other."""
+"""The blocks of attention contain every visible pair of a query and a key once, and no other pair."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from linear_moe.training.sequence.attention import Reach
 from linear_moe.training.sequence.cut import cut, share
 
 ROWS, LENGTH = 2, 48
-DOCUMENTS = [0, 1, 11, 11, 13, 48, 55, 96]  # a row's end is a document's
+DOCUMENTS = [0, 1, 11, 11, 13, 48, 55, 96]  # offsets; a document ends at the end of each row
 
 
 def count(pairs: Tensor, block: Block) -> None:
-    """Adds a block's pairs to `[queries, keys]`."""
+    """Adds 1 to `pairs [queries, keys]` at every pair of the block. Asserts that no query is twice in the block."""
     seen = torch.zeros(len(pairs))
     for (a, b), (c, d) in zip(block.queries, block.keys, strict=True):
         assert b > a and d > c

@@ -39,7 +39,7 @@ def disable_compile() -> None:
     minutes and needs a C++ compiler, and gains nothing.
     """
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    if "torch._dynamo" in sys.modules:  # it reads the variable when it is imported, so it has to be told
+    if "torch._dynamo" in sys.modules:  # _dynamo reads the variable only when it is imported
         import torch._dynamo
 
         torch._dynamo.config.disable = True

@@ -75,7 +75,7 @@ class RankPieces:
         return _Through.apply(o, final, d_final, *gradient[1:]), final
 
     def _summaries(self, summary: Summary, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor]:
-        """Summaries `[S, ...]` of every segment's last sequence; transitions are 0 where this one begins in it."""
+        """Summaries `[S, ...]` of every segment's last sequence; transitions of sequences that begin in it are 0."""
         transitions, states = zip(*(summary(*part) for part in self._segments(inputs, last=True)), strict=True)
         state = states[0] if len(states) == 1 else torch.cat(states)
         if transitions[0] is None:

@@ -127,7 +127,7 @@ def prepare(partial: Path, needed: int) -> None:
 
 
 class _Summed:
-    """A file, written from begin to end, with the CRC-32 of the bytes to be written, whatever the disk makes of them."""
+    """A file, written from begin to end, with the CRC-32 of the bytes given to it, whatever the disk makes of them."""
 
     def __init__(self, file: Any):
         self.file, self.crc = file, 0

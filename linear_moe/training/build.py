@@ -1,4 +1,4 @@
-"""This rank's part of the model, as Megatron's pipeline schedules and DDP want it."""
+"""Builds this rank's part of the model, with the interface of Megatron's pipeline schedules and DDP."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from linear_moe.training.parallel import Groups
 
 
 class MegatronModel(LanguageModel):
-    """One chunk of a pipeline stage, initialised. `config` is Megatron's configuration: it asks every model for it.
+    """One chunk of a pipeline stage, initialised.
+
+    The attribute `config` is Megatron's TransformerConfig, which Megatron reads from every model.
 
     Args:
-        config: the configuration.
+        config: configuration of the run.
         vocab_size: rows of the embedding.
-        chunk: the layers.
-        host: of all chunks of this process.
+        chunk: the layers of the chunk, and whether it is the first or the last one of the model.
+        host: host that all chunks of this process share.
     """
 
     config: Any
@@ -44,7 +46,8 @@ class MegatronModel(LanguageModel):
         self._width, self._crossing = config.model.hidden_size, crossing_columns(config)
         self._crossed = crossing(config.model, chunk.layers.start).keys()
         self._received: Tensor | None = None
-        # Tied embeddings on two stages: Megatron adds up their gradients, and counts one of them in the norm.
+        # Tied embeddings lie on the first and on the last stage. Megatron adds up their gradients, and counts only one
+        # of the two in the gradient norm.
         self.share_embeddings_and_output_weights = config.model.tie_embeddings and not (chunk.first and chunk.last)
         if self.share_embeddings_and_output_weights and self.embedding is not None:
             weight: Any = self.embedding.weight
@@ -52,12 +55,12 @@ class MegatronModel(LanguageModel):
         initialize(self, host, config.training.seed)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """For Megatron, which asks where embeddings are shared between stages."""
+        """The weight of the tied embedding, for Megatron, which sums its gradient over the first and last stage."""
         assert self.embedding is not None
         return self.embedding.weight
 
     def set_input_tensor(self, tensor: list[Tensor | None]) -> None:
-        """The schedule hands over what the previous stage sent, `[T / tensor, B, D]`."""
+        """Takes the tensor `[T / tensor, B, D]` that the previous stage sent; called by the schedule."""
         (self._received,) = tensor
 
     def forward(
@@ -70,9 +73,10 @@ class MegatronModel(LanguageModel):
         caches: list[Cache] | None = None,
         keep: int = 0,
     ) -> Tensor:
-        """As LanguageModel.forward, but `hidden` comes from the schedule and goes to it as `[T / tensor, B, D]`.
+        """Runs LanguageModel.forward on the hidden states that the previous stage sent.
 
-        Stages agree on the order of tokens, so that the sent tensor's first two dimensions have no meaning.
+        Between stages hidden states are `[T / tensor, B, D]`, the shape that the schedule expects. All stages order
+        tokens alike, so the first two dimensions have no meaning of their own.
         """
         if not self.pre_process:
             assert self._received is not None and hidden is None
@@ -82,11 +86,14 @@ class MegatronModel(LanguageModel):
             return output
         output = self._pack(output, layout)
         sent = output.view(-1, self.micro_batch, output.shape[-1])
-        # The schedule frees the storage of what it has sent, which it must not do to a view.
+        # The schedule frees the storage of the output once it has sent it, and refuses a view.
         return make_viewless_tensor(sent, requires_grad=sent.requires_grad, keep_graph=sent.requires_grad)
 
     def _pack(self, hidden: Tensor, layout: TokenLayout) -> Tensor:
-        """`hidden [n, D]` -> `[n, D + columns]`, with what layers have left for later ones; zeros until they do."""
+        """Adds columns to `hidden [n, D]` for the tensors in `layout.shared`, which layers leave for later stages.
+
+        Returns `[n, D + columns]`; the columns are zeros until a layer has left its tensor.
+        """
         parts = [hidden]
         for name, columns in self._crossing.items():
             left = layout.shared.get(name)
@@ -94,7 +101,7 @@ class MegatronModel(LanguageModel):
         return torch.cat(parts, -1) if len(parts) > 1 else hidden
 
     def _unpack(self, received: Tensor, layout: TokenLayout) -> Tensor:
-        """Undoes `_pack`."""
+        """Undoes `_pack`: returns the hidden states `[n, D]`, and puts the other columns into `layout.shared`."""
         if not self._crossing:
             return received
         hidden, *parts = received.split([self._width, *self._crossing.values()], -1)
@@ -105,16 +112,18 @@ class MegatronModel(LanguageModel):
 
 
 def build_model(config: Config, vocab_size: int, groups: Groups) -> list[DistributedDataParallel]:
-    """This rank's model chunks, in order, wrapped in Megatron's DDP, ready for its schedules.
+    """Builds this rank's model chunks, in order, each wrapped in Megatron's DDP, ready for Megatron's schedules.
 
-    The model inside is `chunk.module` (MegatronModel); all share their host, `chunk.module.host` (MegatronHost).
+    The model in a chunk is `chunk.module` (MegatronModel). All chunks share one host, `chunk.module.host`
+    (MegatronHost).
     """
     megatron = transformer_config(config)
     host = MegatronHost(megatron, groups.device, Activations(*recomputed(config)))
     model: list[DistributedDataParallel] = []
     for chunk in stage_chunks(config, groups.stage):
         inner = MegatronModel(config, vocab_size, chunk, host)
-        # Reducing a later chunk's gradients overlaps with the chunks before it, so they need no buckets.
+        # The backward pass begins with the last chunk. The reduction of a later chunk's gradients overlaps with the
+        # backward pass of the chunks before it as a whole, so only the first chunk needs buckets.
         model.append(DistributedDataParallel(megatron, ddp_config(config), inner, disable_bucketing=bool(model)))
     megatron.finalize_model_grads_func = finalize_model_grads
     if config.optimizer.overlap:

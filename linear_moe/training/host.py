@@ -1,4 +1,4 @@
-"""The Megatron-Core host: the same model, spread over tensor, expert and pipeline ranks."""
+"""The Megatron-Core host: collectives that spread the model over tensor, sequence and expert ranks."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from linear_moe.training.experts.routing import RoutingStatistics
 
 
 class MegatronHost(Host):
-    """Call after `parallel.initialize`.
+    """Host of a model on Megatron-Core's process groups, which `parallel.initialize_groups` must have made.
 
     Args:
-        config: Megatron's configuration, from `megatron_config`.
-        device: of the parameters.
-        activations: what is kept for the backward pass; None: everything.
+        config: Megatron's configuration, from `megatron_config.transformer_config`.
+        device: device of the parameters.
+        activations: settings of activation recomputation; None: all activations are kept for the backward pass.
     """
 
     def __init__(self, config: TransformerConfig, device: torch.device, activations: Activations | None = None):
@@ -68,7 +68,7 @@ class MegatronHost(Host):
         }
         self.counted: Tensor | float = 1.0  # share of the optimizer step's tokens whose own loss counts
         self.routing = RoutingStatistics(device, config.num_layers)
-        self._auxiliary: dict[str, Tensor] = {}  # by name: the sum of what is reported, and how many were added
+        self._auxiliary: dict[str, Tensor] = {}  # by name: sum of the reported losses, and number of its terms
 
     def size(self, axis: str) -> int:
         return self._sizes[axis]
@@ -87,7 +87,7 @@ class MegatronHost(Host):
         trained: bool = True,
         matrices: Matrices | None = None,
     ) -> nn.Parameter:
-        """See Host; also tells Megatron over which ranks to reduce the gradient and to count it in the norm."""
+        """See `Host.parameter`. Sets also the attributes by which Megatron reduces the gradient and takes its norm."""
         parameter: Any = super().parameter(
             *shape,
             init=init,
@@ -103,8 +103,9 @@ class MegatronHost(Host):
         assert not expert or "expert_tensor" in split, "clipping would count an expert's unsplit parameter many times"
         dim = split.get("expert_tensor" if expert else "tensor", -1)
         set_tensor_model_parallel_attributes(parameter, is_parallel=dim >= 0, dim=dim, stride=1)
-        parameter.allreduce = not expert  # an expert's replicas are the expert-data-parallel ranks
-        parameter.sequence_parallel = tokenwise and self.tensor_sequence  # its gradient is a sum over tensor ranks
+        parameter.allreduce = not expert  # False: the gradient is reduced over the expert-data-parallel ranks
+        # True: the gradient is summed over the tensor ranks, since each of them has used it on its own tokens only.
+        parameter.sequence_parallel = tokenwise and self.tensor_sequence
         return parameter
 
     def enter(self, x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class MegatronHost(Host):
         return self.leave(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """See Host. fp32 logits split over tensor ranks are overwritten."""
+        """See `Host.cross_entropy`. fp32 logits that are split over tensor ranks are overwritten."""
         if self.size("tensor") == 1:
             return super().cross_entropy(logits, labels)
         return vocab_parallel_cross_entropy(logits, labels)
@@ -141,7 +142,7 @@ class MegatronHost(Host):
         return linear_cross_entropy(x, weight, labels, first=first, merge=self._merge_vocabulary)
 
     def _merge_vocabulary(self, normaliser: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-normalisers and the labels' logits `[N]` of every tensor rank's share -> those of the vocabulary."""
+        """Log-normalisers `[N]` and labels' logits `[N]` over the whole vocabulary, from each tensor rank's share."""
         own = torch.stack([normaliser, target])
         everywhere = own.new_empty(self.size("tensor") * 2, own.shape[1])
         dist.all_gather_into_tensor(everywhere, own, group=ps.get_tensor_model_parallel_group())
@@ -175,17 +176,19 @@ class MegatronHost(Host):
     def router_losses(
         self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: TokenLayout
     ) -> Tensor:
-        """Attach one micro-batch's losses to `weights`: that of balance, in up to three scopes, and the z-loss.
+        """Attaches the router's losses of one micro-batch to `weights`, and returns `weights`.
 
-        Each tensor or sequence rank adds its tokens' part. These are means over all tokens but padding, which load
-        experts whether their own loss counts or not; gradients are later divided by the number of those whose does. So
-        a micro-batch's means are multiplied by its tokens and by the step's share of counted ones (Megatron's own
-        router multiplies by this *rank's* tokens: its losses' weight depends on the tensor-parallel size and on the
-        loss mask).
+        The losses are the load-balancing loss, in up to three scopes (micro-batch, sequence, global batch), and the
+        z-loss. They are means over all tokens but padding, because a token loads experts whether its own loss counts or
+        not; each tensor or sequence rank adds the part of its tokens. Megatron later divides all gradients by the
+        number of tokens whose loss counts. So the means are multiplied by the tokens of the micro-batch, and by the
+        share of the step's tokens whose loss counts. (Megatron's own router multiplies by the tokens of this *rank*, so
+        that the weight of its losses depends on the tensor-parallel size and on the loss mask.)
         """
         if not torch.is_grad_enabled():
             return weights
-        parts = self.size("tensor") if self.tensor_sequence else 1  # of a micro-batch's share of tokens
+        # Each of `ranks` ranks routes its own part of the micro-batch's tokens.
+        parts = self.size("tensor") if self.tensor_sequence else 1
         ranks = parts * self.size("sequence")
         counted = None if layout.padding is None else index[:, 0] < config.num_experts
         shares = scores(logits, config)
@@ -203,7 +206,7 @@ class MegatronHost(Host):
         if config.sequence_aux_loss:
             place = self.rank("tensor") * logits.shape[0] if parts > 1 else 0
             sequence, number = sequence_of_tokens(layout, place, logits.shape[0], logits.device)
-            chosen = sequence.unsqueeze(1) * (config.num_experts + 1) + index  # with a column for no expert
+            chosen = sequence.unsqueeze(1) * (config.num_experts + 1) + index  # the last column counts "no expert"
             table = _counts(chosen, number * (config.num_experts + 1)).unflatten(0, (number, -1))
             by_sequence = self.activations.once(partial(self._sum_over_tokens, table[:, :-1]))
             sums = shares.new_zeros(by_sequence.shape).index_add(0, sequence, shares)
@@ -219,7 +222,7 @@ class MegatronHost(Host):
         return MoEAuxLossAutoScaler.apply(weights, sum(weighted) * tokens * self.counted) if weighted else weights
 
     def _sum_over_tokens(self, counts: Tensor) -> Tensor:
-        """Counts of this rank's tokens -> of all tokens of the micro-batch."""
+        """Sums counts of each rank's tokens over all ranks that share out the micro-batch's tokens. Collective."""
         if not self.tensor_sequence:
             return self.sum_over_sequence(counts)
         dist.all_reduce(counts := counts.clone(), group=ps.get_tensor_and_context_parallel_group())
@@ -233,9 +236,10 @@ class MegatronHost(Host):
     def auxiliary_loss(
         self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: Tensor | int
     ) -> Tensor:
-        """See Host. Every tensor rank adds an equal part, since the region's gradients are summed over them.
+        """See `Host.auxiliary_loss`. The loss is scaled by tokens for the reason given in `router_losses`.
 
-        Scaled for the same reason as in `router_losses`.
+        Every tensor rank adds an equal part of it, because gradients of a tensor-parallel region are summed over the
+        tensor ranks.
         """
         if not torch.is_grad_enabled():
             return carrier
@@ -243,15 +247,16 @@ class MegatronHost(Host):
         return MoEAuxLossAutoScaler.apply(carrier, value * (coefficient * tokens / self.size("tensor")) * self.counted)
 
     def _report(self, name: str, value: Tensor, count: float) -> None:
+        """Adds a loss to those that `pop_auxiliary_losses` averages, with `count` in the number of terms."""
         if self.activations.again:
             return
         added = torch.stack([value, torch.full_like(value, count)]).detach().float()
         self._auxiliary[name] = self._auxiliary[name] + added if name in self._auxiliary else added
 
     def pop_auxiliary_losses(self) -> dict[str, float]:
-        """Mean auxiliary losses by name, without coefficients, over layers, micro-batches and replicas since last time.
+        """Mean auxiliary losses since the last call, by name, over layers, micro-batches and replicas. Collective.
 
-        Collective over all ranks, whose layers, and so whose losses, may differ.
+        The losses are without their coefficients. Ranks may have different layers, and so different losses.
         """
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, list(self._auxiliary))
@@ -266,13 +271,20 @@ class MegatronHost(Host):
 
 
 def _counts(index: Tensor, number: int) -> Tensor:
-    """How often each of 0 .. number - 1 is in `index` (number: none): `[number]` int64; the host does not wait."""
+    """Counts how often each of 0 .. number - 1 is in `index`: `[number]` int64. The value `number` means no expert.
+
+    Unlike `torch.bincount`, it does not make the host wait for the device.
+    """
     index = index.flatten()
     return index.new_zeros(number + 1).scatter_add_(0, index, torch.ones_like(index))[:-1]
 
 
 class MegatronDispatcher(Dispatcher):
-    """Megatron's all-to-all of one layer, or a padded exchange: tokens travel to their experts and back."""
+    """Sends the tokens of one layer to their experts and back: by Megatron's all-to-all, or in padded blocks.
+
+    Args:
+        first, local: number of this rank's first expert, and number of its experts.
+    """
 
     def __init__(self, config: MoEConfig, host: MegatronHost, first: int, local: int):
         super().__init__(config.num_experts)
@@ -289,7 +301,7 @@ class MegatronDispatcher(Dispatcher):
         if self._padded is not None and limited:
             limit = min(len(x), capacity(len(x) * self._ranks, self.config))
             return self._padded.dispatch(x, weights, index, limit)
-        dense = (len(x), self.num_experts + 1)  # with a column for no expert
+        dense = (len(x), self.num_experts + 1)  # the last column takes the choices of no expert, and is cut off
         routing_map = torch.zeros(dense, dtype=torch.bool, device=x.device).scatter(1, index, True)[:, :-1].contiguous()
         probs = weights.new_zeros(dense).scatter(1, index, weights)[:, :-1].contiguous()
         tokens, weights = self._dispatcher.dispatch_preprocess(x, routing_map, probs)
@@ -302,5 +314,5 @@ class MegatronDispatcher(Dispatcher):
             return self._padded.combine(y, self.config.top_k)
         y = self._dispatcher.combine_preprocess(y)
         y = self._dispatcher.combine_postprocess(self._dispatcher.token_combine(y))
-        self._dispatcher.probs = None  # whose graph leads back to here, unseen by the garbage collector
+        self._dispatcher.probs = None  # its graph leads back to this object, a cycle the garbage collector cannot see
         return y

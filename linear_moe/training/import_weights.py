@@ -1,4 +1,4 @@
-"""`linear-moe import`: the weights of a run, or of an exported one, as the beginning of another run."""
+"""`linear-moe import`: begins a run with the weights of another run, or of an exported model."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ Parameters = dict[str, nn.Parameter]
 
 
 def import_weights(source: Path, config: Config, *, upcycle: bool = False, step: int | None = None) -> dict[str, Any]:
-    """Write the first checkpoint of `config.run` with the weights of `source`, and the run's config and tokenizer.
+    """Writes the first checkpoint of `config.run` with the weights of `source`, and the run's config and tokenizer.
 
-    The state of the optimizer, the random states and the position in the data are those of a new run.
+    The optimizer's state, the random states and the position in the data are those of a new run.
 
     Args:
-        source: a run folder, or one that `linear-moe export` wrote.
-        config: of the run to begin, validated.
-        upcycle: where `source` has a dense FFN and `config` has experts, make them of it.
-        step: of the source's checkpoint; None: the latest complete one.
+        source: a run folder, or a folder that `linear-moe export` wrote.
+        config: validated configuration of the run to begin.
+        upcycle: whether to make experts of the dense FFN of `source` in layers that have experts in `config`.
+        step: step of the source's checkpoint; None: its latest complete one.
 
     Returns:
-        What `--json` prints: run, checkpoint, source, upcycled (layers), granularity, exact, parameters, bytes.
+        the object that `--json` prints: run, checkpoint, source, upcycled (layers), granularity, exact, parameters,
+        bytes.
 
     Raises:
-        ConfigError: the models differ in more than that, the run has begun already, or the disk is full.
+        ConfigError: the models differ (with `upcycle`: in more than the experts), the run has begun already, or the
+            disk is full.
     """
     platform.install()
     from linear_moe.training.checkpointing.initial import save_initial
@@ -76,14 +78,14 @@ def import_weights(source: Path, config: Config, *, upcycle: bool = False, step:
 
 
 def _upcycled_layers(config: Config, weights: WeightSource, upcycle: bool) -> list[int]:
-    """The layers whose dense FFN becomes experts; ConfigError where the models differ in anything else."""
+    """Indices of the layers whose dense FFN becomes experts. ConfigError if the models differ in anything else."""
     from linear_moe.training.checkpointing.load import model_difference
 
     difference = model_difference(config.model, weights.model, upcycle=upcycle)
     if difference is not None:
         path, here, there = difference
         experts = not upcycle and (here, there) == ("moe", "dense")
-        fix = "give --upcycle to make experts of it" if experts else f"set {path} to that"
+        fix = "give --upcycle to make experts of the dense FFN" if experts else f"set {path} to the source's value"
         raise ConfigError(path, here, f"{weights.place} has {there!r}", fix=fix)
     pairs = enumerate(zip(resolve_layers(config.model), resolve_layers(weights.model), strict=True))
     layers = [i for i, (here, there) in pairs if here.ffn != there.ffn]
@@ -94,7 +96,10 @@ def _upcycled_layers(config: Config, weights: WeightSource, upcycle: bool) -> li
 
 
 def _embedding_rows(config: Config, weights: WeightSource) -> int:
-    """Those of the source; ConfigError where the config says otherwise. How many tokens a bpe gets, training sees."""
+    """Number of rows of the source's embedding. ConfigError if the config gives another number.
+
+    The vocabulary size of a `bpe` tokenizer is known only once it has been trained, so it is not compared here.
+    """
     rows = weights.shapes.get(EMBEDDING, (0,))[0]
     grown = config.model.vocab_size is None and config.data.tokenizer.type == "bpe"
     if not grown and rows and vocab_size(config) != rows:
@@ -105,7 +110,7 @@ def _embedding_rows(config: Config, weights: WeightSource) -> int:
 
 
 def _check_parameters(weights: WeightSource, parameters: Parameters, layers: list[int]) -> None:
-    """Raises ConfigError where the source lacks a parameter, has one more, or has one of another shape."""
+    """Raises ConfigError if a parameter of the source is missing, unexpected or of another shape."""
     from linear_moe.training.checkpointing.load import check_shapes
 
     expected = {name: _spec(p).shape for name, p in parameters.items() if _upcycled(name, layers) is None}
@@ -113,11 +118,13 @@ def _check_parameters(weights: WeightSource, parameters: Parameters, layers: lis
     for i in layers:
         for name in DENSE:
             expected[f"layers.{i}.ffn.{name}.weight"] = (hidden, ffn) if name == "down_proj" else (ffn, hidden)
-    check_shapes(str(weights.place), expected, weights.shapes, fix="give another source, or its own model")
+    check_shapes(
+        str(weights.place), expected, weights.shapes, fix="give another source, or configure the source's model"
+    )
 
 
 def _pieces(weights: WeightSource, parameters: Parameters, layers: list[int], upcycler: Upcycler | None) -> list[Any]:
-    """Every parameter; experts one by one, so that ranks read theirs only."""
+    """The pieces of every parameter. Each expert is a piece of its own, so that a rank reads only its own experts."""
     from linear_moe.training.checkpointing.initial import TensorPiece
 
     pieces = []
@@ -143,7 +150,7 @@ def _one_expert(upcycler: Upcycler, prefix: str, name: str, spec: ParameterSpec,
 
 
 def _upcycled(name: str, layers: list[int]) -> tuple[str, str] | None:
-    """Prefix of the layer, and name in its FFN, of a parameter that is made by upcycling; None: it is a copy."""
+    """Prefix of the layer, and name in its FFN, of a parameter that is made by upcycling; None: it is copied."""
     words = name.split(".", 3)
     if words[0] != "layers" or words[2] != "ffn" or int(words[1]) not in layers:
         return None

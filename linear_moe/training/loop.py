@@ -27,7 +27,7 @@ from linear_moe.training.supervision.watch import mark
 
 
 def train(config: Config, data: PreparedData) -> int:
-    """Train from the newest checkpoint, or from the start, to `training.steps`. Returns the exit code."""
+    """Trains from the newest checkpoint, or from the start, to step `training.steps`. Returns the exit code."""
     stop = StopSignal()
     mark("meeting the other ranks")
     groups = parallel.initialize_groups(config)
@@ -109,7 +109,7 @@ def train(config: Config, data: PreparedData) -> int:
 def validate_model(
     step: int, config: Config, data: PreparedData, groups: parallel.Groups, stepper: Stepper, log: Logger
 ) -> None:
-    """Score the held-out sequences, where there are any; collective."""
+    """Computes and logs the loss on the held-out sequences, if there are any. Collective."""
     mark("validation")
     if data.has_validation:
         batches = validation_batches(data, config, groups.data_rank, groups.data_size, groups.sequence_rank)

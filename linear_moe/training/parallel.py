@@ -1,4 +1,4 @@
-"""Process groups from the configuration, which has been validated for this world size before."""
+"""Process groups from the configuration, which must have been validated for this number of ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from linear_moe.training.supervision import watch
 
 @dataclass(frozen=True)
 class Groups:
-    """This process's place among all. A stage is a pipeline stage; `data_*` counts those that take different
-    sequences, `sequence_*` those that share them out."""
+    """Places of this rank in the parallel layout.
+
+    `stage` is its pipeline stage. The `data_size` data-parallel ranks take different sequences; the `sequence_size`
+    ranks share out the same sequences.
+    """
 
     rank: int
     world: int
@@ -42,9 +45,10 @@ class Groups:
 
 
 def initialize_groups(config: Config) -> Groups:
-    """Start torch.distributed (as torchrun's environment says; without it, one process) and Megatron's groups; seed.
+    """Starts torch.distributed and Megatron's process groups, and seeds all random generators.
 
-    Uses torch.distributed as it is where it has been started before.
+    The ranks are those of torchrun's environment; without one, this process alone. If torch.distributed has been
+    started before, it is used as it is.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -95,7 +99,7 @@ def initialize_groups(config: Config) -> Groups:
 
 
 def destroy() -> None:
-    """Undo `initialize_groups`."""
+    """Undoes `initialize_groups`: destroys Megatron's process groups, and torch.distributed's."""
     from megatron.core import parallel_state as ps
 
     ps.destroy_model_parallel()

@@ -24,7 +24,7 @@ def check_run(config: Config, world: int) -> None:
     from linear_moe.training.data import check_data
 
     check_data(config)
-    if (Path(config.run) / "checkpoints").exists():  # only then is the import of Megatron-Core worth its seconds
+    if (Path(config.run) / "checkpoints").exists():  # without checkpoints, Megatron-Core need not be imported (seconds)
         from linear_moe.training import platform
 
         platform.install()

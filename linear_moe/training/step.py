@@ -1,4 +1,4 @@
-"""One optimizer step, and one validation, on Megatron-Core's pipeline schedules."""
+"""Training steps and validations, on Megatron-Core's pipeline schedules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def token_layout(batch: Batch, line: SequenceGroup | None = None) -> TokenLayout
     """The layout of a micro-batch from the loader: rows, or packed documents as one row.
 
     Args:
-        line: the ranks that share out its sequences, if there are several.
+        line: the ranks that share out the micro-batch's sequences; None: sequences are not cut into pieces.
     """
     rows, length = batch["tokens"].shape
     cu_seqlens = batch.get("cu_seqlens")
@@ -45,13 +45,14 @@ def token_layout(batch: Batch, line: SequenceGroup | None = None) -> TokenLayout
 
 
 def sequence_line(config: Config) -> SequenceGroup | None:
-    """This rank among those that share out its sequences; None: they are not cut."""
+    """The ranks that share out this rank's sequences, with its number among them; None: sequences are not cut."""
     parallel = config.parallel
     if not in_pieces(parallel):
         return None
     alone = parallel.sequence == 1
     group, rank = (None, 0) if alone else (ps.get_context_parallel_group(), ps.get_context_parallel_rank())
-    attention = "ulysses" if alone else parallel.sequence_attention  # of all heads, whole sequences
+    # One rank alone has all pieces of a sequence: with ulysses it attends to the whole sequence in one call.
+    attention = "ulysses" if alone else parallel.sequence_attention
     dtype = DTYPES[parallel.sequence_dtype]
     return SequenceGroup(order_of(parallel), rank, group, parallel.sequence_exchange, attention, dtype)
 
@@ -61,12 +62,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _tokens(batch: Batch) -> int:
-    """Of a micro-batch, without padding."""
+    """Number of this rank's tokens of a micro-batch, without padding."""
     return batch["loss_mask"].numel() - (sum(batch["cut"].padding) if "cut" in batch else 0)
 
 
 def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the counted tokens' losses and their number: Megatron divides by the global number of tokens."""
+    """Sums the losses of the counted tokens of a micro-batch, for Megatron's schedule.
+
+    Returns:
+        the sum; the number of counted tokens, whose global sum Megatron divides gradients by; and both of them for
+        `Stepper`, under "loss".
+    """
     total = (losses.flatten() * loss_mask.flatten()).sum()
     tokens = loss_mask.sum()
     return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
@@ -74,7 +80,14 @@ def masked_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict
 
 @dataclass
 class StepResult:
-    """Sums over all ranks: `loss` is the mean per counted token; `tokens` how many were counted."""
+    """Result of a step or a validation, over all ranks.
+
+    Attributes:
+        loss: mean loss per counted token, in nats.
+        tokens: number of counted tokens.
+        gradient_norm: norm of the gradient before clipping; 0 for a validation.
+        stop: whether any rank has received a signal to stop.
+    """
 
     loss: float
     tokens: int
@@ -86,10 +99,10 @@ class Stepper:
     """Runs training steps and validations of one model.
 
     Args:
-        config: the configuration.
+        config: configuration of the run.
         model: this rank's model chunks, wrapped in DDP.
         optimizer: Megatron's optimizer, or None where only validations run.
-        device: where batches go.
+        device: device to which micro-batches are copied.
         stop: this rank's signals; a step's result says whether any rank received one.
     """
 
@@ -109,7 +122,7 @@ class Stepper:
         self.micro_batches = training.global_batch // (training.micro_batch * ps.get_data_parallel_world_size())
 
     def forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        """Megatron's forward_step_func: one micro-batch through this stage."""
+        """Runs one micro-batch through this stage's chunk `model`: the `forward_step_func` of Megatron's schedules."""
         mark("forward and backward")
         batch = to_device(next(batches), self.device)
         layout = token_layout(batch, self.line)
@@ -118,7 +131,11 @@ class Stepper:
         return losses, partial(masked_loss, batch["loss_mask"])
 
     def _run(self, batches: Iterator[Batch], forward_only: bool) -> list[dict[str, Tensor]]:
-        """A global batch through the schedule."""
+        """Runs this replica's micro-batches of a global batch through the schedule.
+
+        Returns:
+            on the last stage, the dict that `masked_loss` returns for each micro-batch; elsewhere nothing of use.
+        """
         training = self.config.training
         mark("reading data")
         share = list(islice(batches, self.micro_batches))
@@ -136,14 +153,17 @@ class Stepper:
         )
 
     def _counted(self, share: list[Batch]) -> Tensor:
-        """Share of the global batch's tokens, without padding, whose loss counts, of all replicas' micro-batches."""
+        """Share of the global batch's tokens, padding apart, whose loss counts: a scalar on the device. Collective."""
         counts = [sum(int(batch["loss_mask"].sum()) for batch in share), sum(map(_tokens, share))]
         totals = torch.tensor(counts, dtype=torch.float32).to(self.device, non_blocking=True)
         dist.all_reduce(totals, group=ps.get_data_parallel_group(with_context_parallel=True))
         return totals[0] / totals[1]
 
     def _totals(self, results: list[dict[str, Tensor]]) -> tuple[float, int, bool]:
-        """Loss sum and tokens over the data-parallel ranks' last stages, known to every rank afterwards."""
+        """Sums over all ranks: loss and number of counted tokens, and whether any rank is to stop. Collective.
+
+        Only the last stages, and of tensor-parallel ranks only the first, add their losses.
+        """
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         if ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0:
             for result in results:
@@ -154,7 +174,7 @@ class Stepper:
         return loss, int(tokens), stops > 0
 
     def train(self, batches: Iterator[Batch]) -> StepResult:
-        """Forward, backward, reduce, clip, update."""
+        """Runs one optimizer step: forward and backward pass, gradient reduction, clipping and update. Collective."""
         for chunk in self.model:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
@@ -170,7 +190,7 @@ class Stepper:
 
     @torch.no_grad()
     def validate(self, batches: Iterator[Batch], global_batches: int) -> StepResult:
-        """Mean loss over `global_batches` global batches."""
+        """Computes the mean loss over `global_batches` global batches. Collective."""
         for chunk in self.model:
             chunk.eval()
         loss, tokens = 0.0, 0

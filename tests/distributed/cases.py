@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests run. Imported after `platform.install()`."""
+"""Functions that the ranks of the distributed tests run. To be imported after `platform.install()`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ LENGTH = 32
 
 
 def start(config: dict[str, Any]) -> tuple[Config, Groups]:
+    """Validates the configuration for the number of ranks, and makes its process groups."""
     tree = from_dict(Config, config)
     validate(tree, int(os.environ.get("WORLD_SIZE", "1")), files=False)
     return tree, parallel.initialize_groups(tree)
 
 
 def shard(model: Any, parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
-    """The full shape, where this rank's share lies in it, and the share of the gradient."""
+    """Full shape of the parameter, offset of this rank's share in it, and gradient of the share, on the CPU."""
     spec: ParameterSpec = parameter.spec
     offset = [0] * len(spec.shape)
     for dim, axis in spec.axes.items():
@@ -51,17 +52,18 @@ def gradients(model: Any) -> dict[str, Any]:
 
 
 def sequences(config: Config, groups: Groups, step: int) -> Iterator[Tensor]:
-    """This replica's micro-batches `[B, T + 1]` of a step: replica r takes every data_size-th."""
+    """Yields this replica's micro-batches `[B, T + 1]` of a step: every data_size-th, from number data_rank on."""
     generator = torch.Generator().manual_seed(step)
     rows = torch.randint(0, vocab_size(config), (ROWS, LENGTH + 1), generator=generator)
     yield from rows.split(config.training.micro_batch)[groups.data_rank :: groups.data_size]
 
 
 def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train, then validate once.
+    """Trains for `steps` steps, then validates once.
 
-    Returns the summed loss of the tokens of every step and of the validation on this replica (last stage only), the
-    first step's gradients before clipping, gradient norms and router losses.
+    Returns:
+        the summed token losses of every step and of the validation on this replica (last stage only), the gradients of
+        the first step before clipping, the gradient norms, the router losses and the routing.
     """
     tree, groups = start(config)
     model = build_model(tree, vocab_size(tree), groups)
@@ -117,8 +119,10 @@ def host_of(config: dict[str, Any]) -> MegatronHost:
 
 
 def strided_gradients(config: dict[str, Any], weight: Tensor, factors: list[Tensor]) -> dict[str, Tensor]:
-    """Sums over the tensor ranks of tensors that are not contiguous: a transposed one, and gradients that arrive
-    transposed (of a weight) and expanded (of an input).
+    """Sums over tensor ranks of tensors that are not contiguous.
+
+    They are the transposed output of a region, the gradient of a weight that arrives transposed, and the gradient of an
+    input that arrives expanded.
     """
     host = host_of(config)
     factor = factors[host.rank("tensor")]
@@ -133,7 +137,11 @@ def strided_gradients(config: dict[str, Any], weight: Tensor, factors: list[Tens
 
 
 def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor]) -> dict[str, Tensor]:
-    """Tokens through experts that multiply by their number + 1; and the gradients of tokens and probabilities."""
+    """Dispatches tokens to experts that multiply them by their number + 1, and combines the results.
+
+    Returns:
+        outputs, tokens of each local expert, and gradients of the tokens and of the routing probabilities.
+    """
     tree, groups = start(config)
     host = MegatronHost(transformer_config(tree), groups.device)
     tokens = x[groups.rank].requires_grad_()
@@ -154,7 +162,7 @@ def dispatch(config: dict[str, Any], x: list[Tensor], routing_map: list[Tensor])
 
 
 def router_losses(config: dict[str, Any], logits: Tensor, layout: TokenLayout | None = None) -> dict[str, Any]:
-    """The gradient that the router's losses alone give this tensor rank's part of `logits`, and what is logged."""
+    """Gradient of this tensor rank's part of `logits` from the router's losses alone, and the logged losses."""
     tree, groups = start(config)
     host = MegatronHost(transformer_config(tree), groups.device)
     part = logits.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
@@ -165,7 +173,7 @@ def router_losses(config: dict[str, Any], logits: Tensor, layout: TokenLayout | 
 
 
 def auxiliary_loss(config: dict[str, Any], x: Tensor, weight: Tensor) -> dict[str, Any]:
-    """The gradients that a loss inside a region gives this rank's tokens and a shared weight, and what is logged."""
+    """Gradients of this rank's tokens and of a shared weight from a loss inside a region, and the logged losses."""
     tree, groups = start(config)
     host = MegatronHost(transformer_config(tree), groups.device)
     part = x.chunk(groups.tensor_size)[groups.tensor_rank].clone().requires_grad_()
@@ -173,7 +181,7 @@ def auxiliary_loss(config: dict[str, Any], x: Tensor, weight: Tensor) -> dict[st
     tokens = host.enter(part)
     value = (tokens @ host.shared(weight)).square().mean()
     (host.leave(host.auxiliary_loss(tokens, "some_loss", value, 0.1, len(tokens))) * 0).sum().backward()
-    if groups.tensor_rank == 0:  # as of a layer that only this rank's pipeline stage has
+    if groups.tensor_rank == 0:  # stands for a layer that only one pipeline stage has
         host.auxiliary_loss(tokens, "other_loss", value + 1, 0.1, len(tokens))
     with torch.no_grad():
         host.auxiliary_loss(tokens, "no_loss", value, 0.1, len(tokens))

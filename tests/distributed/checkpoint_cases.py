@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests run. Imported after `platform.install()`."""
+"""Functions that the ranks of the checkpoint tests run. To be imported after `platform.install()`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.distributed.cases import start
 
 
 def small_buckets(config: Config) -> DistributedDataParallelConfig:
-    """Several buckets, with padding between them, where gradients are reduced during the backward pass."""
+    """DDP settings with small buckets, so that there are several, with padding, if reduction overlaps."""
     return dataclasses.replace(ddp_config(config), bucket_size=1000 if config.optimizer.overlap else None)
 
 
@@ -68,7 +68,7 @@ class Trainer:
             yield {"tokens": part[:, :-1], "labels": part[:, 1:], "loss_mask": mask, "positions": positions}
 
     def run(self, steps: range) -> list[tuple[float, float]]:
-        """Train; every step's loss and gradient norm."""
+        """Trains, and returns the loss and the gradient norm of every step."""
         results = []
         for step in steps:
             set_learning_rate(self.optimizer, learning_rate(step, self.config))
@@ -83,27 +83,27 @@ class Trainer:
         return load_latest(self.config, self.model, self.optimizer)
 
     def weights(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-        """This rank's parameters, and where they lie in the full ones."""
+        """Offset of this rank's share in the full parameter, and a copy of the share, by parameter name."""
         (chunk,) = self.model
         inner = chunk.module
-        found = {}
+        parts = {}
         for name, parameter in inner.named_parameters():
             spec: ParameterSpec = parameter.spec
             offset = [0] * len(spec.shape)
             for dim, axis in spec.axes.items():
                 offset[dim] = inner.host.rank(axis) * parameter.shape[dim]
-            found[name] = (tuple(offset), parameter.detach().clone())
-        return found
+            parts[name] = (tuple(offset), parameter.detach().clone())
+        return parts
 
 
 def draw() -> list[float]:
-    """The next number of every random generator, and of Megatron's tracker its state."""
+    """The next number of every random generator, and the state of Megatron's random tracker as numbers."""
     tracked = [state.double().sum().item() for state in get_cuda_rng_tracker().get_states().values()]
     return [torch.rand(()).item(), random.random(), float(np.random.rand()), *tracked]  # noqa: NPY002
 
 
 def resume(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
-    """An uninterrupted run, and one resumed from its checkpoint in a model that began otherwise."""
+    """Runs a training without a break, and one resumed from its checkpoint in a model with other initial weights."""
     tree, groups = start(config)
     first = Trainer(tree, groups)
     first.run(range(1, before + 1))
@@ -111,9 +111,9 @@ def resume(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
     first.save(before)
     numbers = draw()
     went_on = first.run(range(before + 1, before + after + 1))
-    other = copy.deepcopy(tree)
-    other.training.seed += 1
-    second = Trainer(other, groups)
+    reseeded = copy.deepcopy(tree)
+    reseeded.training.seed += 1
+    second = Trainer(reseeded, groups)
     fresh = second.weights()
     loaded = second.load()
     numbers_again = draw()
@@ -128,7 +128,7 @@ def resume(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
 
 
 def write(config: dict[str, Any], steps: int, after: int) -> dict[str, Any]:
-    """Train, save, train on."""
+    """Trains `steps` steps, saves, and trains `after` more."""
     trainer = Trainer(*start(config))
     trainer.run(range(1, steps + 1))
     folder = trainer.save(steps)
@@ -137,19 +137,23 @@ def write(config: dict[str, Any], steps: int, after: int) -> dict[str, Any]:
 
 
 def rewrite(config: dict[str, Any], run: str, after: int) -> dict[str, Any]:
-    """Resume what another layout saved, save it again at once in `run`, train on."""
+    """Resumes a checkpoint that another layout saved, saves it at once in the run folder `run`, and trains on."""
     tree, groups = start(config)
     trainer = Trainer(tree, groups)
     step = trainer.load()
     weights = trainer.weights()
-    again = copy.deepcopy(tree)
-    again.run = run
-    folder = save(again, step, trainer.model, trainer.optimizer)
+    target = copy.deepcopy(tree)
+    target.run = run
+    folder = save(target, step, trainer.model, trainer.optimizer)
     return {"folder": folder, "weights": weights, "results": trainer.run(range(step + 1, step + after + 1))}
 
 
 def roll_back(config: dict[str, Any]) -> dict[str, list[str]]:
-    """Saves, and goes back to an earlier one by naming it in `latest`: what is there after each save."""
+    """Saves steps 100 and 200, goes back to 100 by naming it in `latest`, and saves steps 150 and 160.
+
+    Returns:
+        by step, the names in the checkpoints folder after the save, and last the content of `latest`.
+    """
     tree, groups = start(config)
     trainer = Trainer(tree, groups)
     checkpoints, there = Path(tree.run) / "checkpoints", {}
@@ -164,20 +168,21 @@ def roll_back(config: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def read_with_megatron(config: dict[str, Any], folder: str) -> dict[str, Tensor]:
-    """All tensors by Megatron-Core's own loader.
+    """All tensors of a checkpoint, read by Megatron-Core's own loader.
 
-    Its `load_plain_tensors`, which does the same, hands torch 2.15's new properties of a tensor on to `torch.empty`.
+    Megatron-Core's `load_plain_tensors` would do, but fails with torch 2.15: it passes the new properties of a tensor
+    on to `torch.empty`.
     """
     start(config)
-    found = FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {name: t for name, t in found.items() if isinstance(t, TensorStorageMetadata)}
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: t for name, t in entries.items() if isinstance(t, TensorStorageMetadata)}
     whole = {name: torch.empty(t.size, dtype=t.properties.dtype, device="meta") for name, t in tensors.items()}
     wanted = {name: ShardedTensor.from_rank_offsets(name, t).without_data() for name, t in whole.items()}
     return dist_checkpointing.load(wanted, folder, validate_access_integrity=False)
 
 
 def decay(config: dict[str, Any], lr: float) -> dict[str, Any]:
-    """Every parameter before and after a step without gradients, which only weight decay changes."""
+    """Every parameter before and after a step with zero gradients, which only weight decay can change."""
     trainer = Trainer(*start(config))
     before = {name: value for name, (_, value) in trainer.weights().items()}
     decays = {name: p.spec.decay for name, p in trainer.model[0].module.named_parameters()}
@@ -190,7 +195,7 @@ def decay(config: dict[str, Any], lr: float) -> dict[str, Any]:
 
 
 def load_error(config: dict[str, Any]) -> str:
-    """What loading says of a checkpoint that does not fit."""
+    """The error message of loading a checkpoint that does not fit the model; "loaded" if there is no error."""
     trainer = Trainer(*start(config))
     try:
         trainer.load()
@@ -201,7 +206,7 @@ def load_error(config: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writing a file beyond `size` bytes fails in this process, as it does on a full disk."""
+    """Makes writes beyond `size` bytes of a file fail in this process, as they do on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -212,13 +217,13 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def free_space(size: int) -> Iterator[None]:
-    """The file system says that `size` bytes are free."""
+    """Makes the file system report that `size` bytes are free."""
     with mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=size)):
         yield
 
 
 def failing_saves(config: dict[str, Any], failures: dict[str, tuple[str, int, int]]) -> dict[str, Any]:
-    """A good save, a failing one per entry of `failures` (kind, bytes, on which rank), a good one, and a resume."""
+    """Makes a good save, a failing one per entry of `failures` (kind, bytes, rank), a good one, and a resume."""
     tree, groups = start(config)
     trainer = Trainer(tree, groups)
     trainer.run(range(1, 3))
@@ -251,8 +256,11 @@ def failing_saves(config: dict[str, Any], failures: dict[str, tuple[str, int, in
 
 
 def logits(config: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """Train two steps, save, and compute the logits of `tokens [B, T]`: this rank's part of the vocabulary, and where
-    it begins.
+    """Trains two steps, saves, and computes the logits of `tokens [B, T]`.
+
+    Returns:
+        the logits of this rank's part of the vocabulary, the first token id of this part, and whether tensor ranks
+        split tokens.
     """
     tree, groups = start(config)
     trainer = Trainer(tree, groups)

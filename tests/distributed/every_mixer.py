@@ -15,10 +15,10 @@ from typing import Any
 from linear_moe.cli import main
 from tests.distributed.harness import ROOT
 
-STEPS, SAVED = 60, 40  # of a run; and of the checkpoint that is resumed from
+STEPS, SAVED = 60, 40  # last step of a run, and step of the checkpoint from which it is resumed
 PROMPT = "def f("
 CONFIG = str(ROOT / "configs" / "train" / "quickstart.yaml")
-# The quick start, shorter: two layers, on one process, with nothing to tokenize.
+# Options that shorten the quick start: two layers, one process, and a tokenizer that needs no training.
 OVERRIDES = f"""
 model.num_layers=2 model.pattern=LN parallel.expert=1
 data.tokenizer.type=bytes data.validation_fraction=0.2
@@ -29,7 +29,7 @@ schedule.warmup_steps=5 checkpoint.every={SAVED} logging.tensorboard=false
 
 
 def command(*argv: str) -> str:
-    """What a command prints; AssertionError unless it succeeds."""
+    """Runs a command, and returns its output. AssertionError unless it succeeds."""
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         code = main(argv)
@@ -38,9 +38,10 @@ def command(*argv: str) -> str:
 
 
 def quick_start(name: str, folder: Path) -> dict[str, Any]:
-    """Train; lose the last checkpoint and resume; export; generate.
+    """Trains; removes the last checkpoint and resumes from the one before; exports; generates.
 
-    Returns the records of both trainings, and what `generate --json` says with and without a cache.
+    Returns:
+        the records of both trainings, and the output of `generate --json` with and without a cache.
     """
     run = folder / name
     train = ["train", CONFIG, *OVERRIDES, f"model.mixer.type={name}", f"run={run}", f"data.cache={folder / 'data'}"]
@@ -60,7 +61,7 @@ def quick_start(name: str, folder: Path) -> dict[str, Any]:
 
 
 def all_of(names: list[str], folder: Path) -> None:
-    """Writes NAME.json for each: what `quick_start` returns and its seconds, or the error that ended it."""
+    """Writes NAME.json for each mixer: the result of `quick_start` and its seconds, or the error that ended it."""
     for name in names:
         start = time.perf_counter()
         try:
@@ -73,7 +74,7 @@ def all_of(names: list[str], folder: Path) -> None:
 
 
 def leave_groups() -> None:
-    """A training that failed left its process groups behind."""
+    """Destroys process groups that a failed training has left behind."""
     import torch.distributed as dist
 
     from linear_moe.training import parallel

@@ -1,4 +1,4 @@
-"""What the ranks of the tests of the exchange of states run, and what one process would find."""
+"""Functions that the ranks run in the tests of the exchange of states, and the expected states of one process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def summaries(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Transitions and states `[pieces, ROWS, ...]`, and the gradients of the states before; a transition is 0."""
+    """Random transitions and states `[pieces, ROWS, ...]`, and gradients of the states before the pieces.
+
+    One of the transitions is 0.
+    """
     random = torch.Generator().manual_seed(seed)
     dtype = torch.complex64 if kind == "complex" else torch.float32
     if kind == "none":
@@ -43,29 +46,29 @@ def summaries(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor | None, Ten
     transitions = torch.randn(pieces, ROWS, *TRANSITIONS[kind], generator=random, dtype=dtype)
     transitions = transitions * (0.4 if kind == "matrix" else 0.9 / transitions.abs().clamp(min=1.0))
     transitions[pieces // 2, 0] = 0
-    if kind == "slow":  # the nearest in bf16 is 1
+    if kind == "slow":  # a decay that rounds to 1 in bf16
         transitions = torch.full_like(transitions, 0.9981)
     states, gradients = (torch.randn(pieces, ROWS, *STATE, generator=random, dtype=dtype) for _ in range(2))
     return transitions, states, gradients
 
 
 def expected(kind: str, pieces: int, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The states before, and gradients of transitions and states: autograd through a loop over the pieces."""
+    """States before all pieces, and gradients of transitions and states, by autograd through a loop over pieces."""
     transitions, states, gradients = summaries(kind, pieces, seed)
     if transitions is None:
         zero = torch.zeros_like(states[:1])
         return torch.cat([zero, states[:-1]]), None, torch.cat([gradients[1:], zero])
     transitions.requires_grad_(), states.requires_grad_()
-    found = [torch.zeros_like(states[0])]
+    states_before = [torch.zeros_like(states[0])]
     for a, e in zip(transitions[:-1], states[:-1], strict=True):
-        found.append((a @ found[-1] if kind == "matrix" else a * found[-1]) + e)
-    before = torch.stack(found)
+        states_before.append((a @ states_before[-1] if kind == "matrix" else a * states_before[-1]) + e)
+    before = torch.stack(states_before)
     before.backward(gradients)
     return before.detach(), transitions.grad, states.grad  # type: ignore[return-value]
 
 
 def own(x: Tensor, line: SequenceGroup) -> Tensor:
-    """Of `[pieces, ROWS, ...]`, this rank's segments `[S, ...]`."""
+    """Segments `[S, ...]` of this rank, cut out of `x [pieces, ROWS, ...]`."""
     return x[list(line.order.pieces(line.rank))].transpose(0, 1).flatten(0, 1)
 
 
@@ -73,7 +76,7 @@ Group = dist.ProcessGroup | None
 
 
 def order_of(size: int, layout: str) -> PieceOrder:
-    """`contiguous`, or with so many pieces each: `contiguous*3`."""
+    """The order of pieces that a layout names: `contiguous`, or `contiguous*3` with three pieces a rank."""
     name, _, each = layout.partition("*")
     return PieceOrder(size, name, int(each) if each else None)
 
@@ -86,7 +89,12 @@ def line_of(group: Group, layout: str, strategy: str, dtype: str = "fp32") -> Se
 def exchange_states(
     kind: str, layout: str, strategy: str, dtype: str, group: Group = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """One exchange, there and back: what it gives, bytes sent, and elements kept for the backward pass."""
+    """Runs the forward and backward pass of one exchange.
+
+    Returns:
+        the states before this rank's segments, the gradients of transitions and states, the bytes sent (forward,
+        backward), and the number of elements kept for the backward pass.
+    """
     line = line_of(group, layout, strategy, dtype)
     given = (None if x is None else own(x, line).to(device) for x in summaries(kind, line.order.count))
     transition, state, gradient = given
@@ -113,8 +121,8 @@ def exchange_states(
         before.backward(gradient)
     d_transition = None if transition is None else transition.grad
     tensors = {"before": before.detach(), "transition": d_transition, "state": state.grad}
-    found = {name: x.cpu() for name, x in tensors.items() if x is not None}
-    return found | {"sent": tuple(sent), "kept": kept}
+    result = {name: x.cpu() for name, x in tensors.items() if x is not None}
+    return result | {"sent": tuple(sent), "kept": kept}
 
 
 KINDS = list(TRANSITIONS)
@@ -123,10 +131,13 @@ KINDS = list(TRANSITIONS)
 def many_exchanges(
     layout: str, again: bool, group: Group = None, device: str = "cpu"
 ) -> list[tuple[Tensor | None, ...]]:
-    """Exchanges of all kinds and both strategies on their way at once, by ranks that are never there at the same time.
+    """Runs exchanges of all kinds and both strategies at once, on ranks that reach them at different times.
 
     Args:
-        again: the forward pass is computed again in the backward pass.
+        again: whether the forward pass is computed again in the backward pass.
+
+    Returns:
+        states before this rank's segments, and gradients of transitions and states, for every kind.
     """
     random = Random(dist.get_rank())
     lines = [line_of(group, layout, strategy) for strategy in exchange.STRATEGIES]
@@ -135,7 +146,7 @@ def many_exchanges(
         given = summaries(kind, lines[0].order.count, seed)[:2]
         leaves += [None if x is None else own(x, lines[0]).to(device).requires_grad_() for x in given]
     waits = list(range(len(KINDS)))
-    Random(0).shuffle(waits)  # in any order, but the same everywhere
+    Random(0).shuffle(waits)  # a random order, but one and the same on all ranks
 
     def forward(*leaves: Any) -> Any:
         begun = []
@@ -143,11 +154,11 @@ def many_exchanges(
             time.sleep(random.random() * 0.02)
             one = activations.once(partial(StateExchange, lines[n % 2], kind == "matrix"))
             begun.append(one.begin(*leaves[2 * n : 2 * n + 2]))
-        found = {}
+        arrived = {}
         for n in waits:
             time.sleep(random.random() * 0.02)
-            found[n] = _Late.apply(begun[n](), random)
-        return tuple(found[n] for n in range(len(KINDS)))
+            arrived[n] = _Late.apply(begun[n](), random)
+        return tuple(arrived[n] for n in range(len(KINDS)))
 
     activations = Activations(("layer",) if again else ())
     befores = activations.layer(0, forward, *leaves)
@@ -157,23 +168,23 @@ def many_exchanges(
         losses.append((before * gradient.conj()).real.sum())
     torch.stack(losses).sum().backward()
     gradients = [None if x is None else x.grad for x in leaves]
-    found = [(b.detach(), *gradients[2 * n : 2 * n + 2]) for n, b in enumerate(befores)]
-    return [tuple(None if x is None else x.cpu() for x in three) for three in found]
+    triples = [(b.detach(), *gradients[2 * n : 2 * n + 2]) for n, b in enumerate(befores)]
+    return [tuple(None if x is None else x.cpu() for x in three) for three in triples]
 
 
 def exchanges_on_gpus(
     states: dict[str, tuple[str, str, str, str]], many: dict[str, tuple[str, bool]]
 ) -> dict[str, Any]:
-    """`exchange_states` and `many_exchanges` of these arguments, one GPU a rank."""
+    """Results of `exchange_states` and `many_exchanges` with these arguments, on one GPU per rank."""
     device = f"cuda:{dist.get_rank()}"
     torch.cuda.set_device(device)
     group = dist.new_group(backend="nccl")
-    found: dict[str, Any] = {name: exchange_states(*case, group, device) for name, case in states.items()}
-    return found | {name: many_exchanges(*case, group, device) for name, case in many.items()}
+    results: dict[str, Any] = {name: exchange_states(*case, group, device) for name, case in states.items()}
+    return results | {name: many_exchanges(*case, group, device) for name, case in many.items()}
 
 
 class _Late(torch.autograd.Function):
-    """`x`, and its gradient after a while; it asks for x, so that recomputation has something to do."""
+    """Returns x, and delays its gradient. It saves x, so that recomputation has something to do."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, random: Random) -> Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""A rank of a training in which one goes wrong: `torchrun ... -m tests.distributed.faulty FAULT RANK train ...`."""
+"""A training in which rank RANK goes wrong: `torchrun ... -m tests.distributed.faulty FAULT RANK train ...`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEP = 3
 
 
 def inject(fault: str) -> None:
-    """Make this rank go wrong in step `STEP`."""
+    """Makes this rank go wrong in step `STEP`: it hangs, or data or memory raise an error."""
     from linear_moe.training import platform
 
     platform.install()

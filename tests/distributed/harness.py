@@ -1,7 +1,7 @@
-"""Runs many cases in one set of processes: starting one takes seconds, a case milliseconds.
+"""Runs many test cases in one set of processes: starting a process takes seconds, a case milliseconds.
 
-A case is a function of this package's `cases.py`, called on every rank with keyword arguments; it returns whatever
-`torch.save` can store. `run` gives back what each rank returned.
+A case is a function of one of this package's `*cases.py`, called on every rank with keyword arguments. It returns any
+value that `torch.save` can store. `run` returns the values of all ranks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ Case = tuple[str, dict[str, Any]]
 
 
 class Ranks:
-    """Processes that run cases one after the other, in order."""
+    """Processes that run cases one after the other, in order. They start at once; see `run` for the arguments."""
 
     def __init__(self, world: int, cases: dict[str, Case], timeout: float = 420.0):
-        """Start them; `run` says what of."""
         self.world, self.cases, self.deadline = world, cases, time.monotonic() + timeout
         self._folder = tempfile.TemporaryDirectory()
         self.folder = Path(self._folder.name)
@@ -44,7 +43,7 @@ class Ranks:
                 process.start()
 
     def results(self) -> dict[str, list[Any]]:
-        """Wait for all of them, or for the first that fails."""
+        """Waits for all processes, or for the first one that fails, and returns each case's results by rank."""
         running, failed = list(self._processes), ""
         try:
             while running and not failed:
@@ -67,23 +66,24 @@ class Ranks:
 
 
 def run(world: int, cases: dict[str, Case], timeout: float = 420.0) -> dict[str, list[Any]]:
-    """Run `cases` (a name to function name and arguments) in `world` new processes, of gloo, or NCCL on GPUs.
+    """Runs `cases` (name -> function name and arguments) in `world` new processes with gloo, or with NCCL on GPUs.
 
     Args:
         world: number of processes, as of torchrun; 1: a plain Python process.
-        cases: run one after the other, in order.
-        timeout: seconds until everything is killed.
+        cases: cases to run one after the other, in order.
+        timeout: seconds until all processes are killed.
 
     Returns:
-        Each case's results by rank.
+        each case's results by rank.
 
     Raises:
-        AssertionError: a case raised, or time was up; with the end of the output.
+        AssertionError: a case raised an error, or time was up; the message has the end of the output.
     """
     return Ranks(world, cases, timeout).results()
 
 
-# Ranks are forked from a process that has imported everything and run nothing; a CUDA driver survives no fork.
+# Ranks are forked from a process that has imported everything and run nothing. On a GPU they are spawned, because a
+# CUDA driver does not survive a fork.
 _context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _context.set_forkserver_preload(["tests.distributed.worker"])
 
@@ -95,14 +95,14 @@ def _rank(folder: Path, rank: int, world: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment for one that imports this repository and is not a rank of another launcher."""
+    """Environment for a new process that imports this repository and is not a rank of another launcher."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
     return env | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole, by PyTorch's own reader."""
+    """Every tensor of a checkpoint in full shape, read by PyTorch's own reader."""
     reader = FileSystemReader(folder)
     metadata = reader.read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {

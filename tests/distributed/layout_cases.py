@@ -1,4 +1,7 @@
-"""What the ranks of test_layouts.py run: training as the command does it. Imported after `platform.install()`."""
+"""Functions that the ranks of test_layouts.py run: training as the command `train` does it.
+
+To be imported after `platform.install()`.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ from tests.distributed.harness import all_tensors
 from tests.distributed.masked import masked_sample
 
 Pieces = dict[str, tuple[tuple[int, ...], Tensor, Tensor]]
-"""Name -> the full tensor's shape, and some of its elements: their indices in the flattened tensor, their values."""
+"""Name -> shape of the full tensor, indices of some of its elements in the flattened tensor, and their values."""
 
 masked_samples = mock.patch.object(SyntheticDataset, "__getitem__", masked_sample)
 
 
 def merged(replicas: int) -> Any:
-    """For one process: its micro-batch is what so many replicas compute at a time."""
+    """Patch for one process: its micro-batch consists of the micro-batches that `replicas` replicas compute at once."""
     of_rank = data_loader.rank_samples
 
     def samples(start: int, rank: int, ranks: int, global_batch: int, micro_batch: int) -> Iterator[list[int]]:
@@ -49,20 +52,20 @@ def merged(replicas: int) -> Any:
 
 
 class Run:
-    """A model, its optimizer and its data, where a training run has them."""
+    """A model, its optimizer and its data, made as a training run makes them."""
 
     def __init__(self, config: Config, groups: Groups):
         self.config, self.groups = config, groups
         with mock.patch.object(training_model, "ddp_config", small_buckets):
             self.model = build_model(config, vocab_size(config), groups)
-        if groups.first_stage:  # Megatron makes one bucket of a later stage's
+        if groups.first_stage:  # on later stages Megatron makes a single bucket
             assert (len(self.model[0].buffers[0].buckets) > 1) == config.optimizer.overlap
         self.optimizer = build_optimizer(self.model, config)
         self.stepper = Stepper(config, self.model, self.optimizer, groups.device, StopSignal())
         self.data = prepare_data(config)
 
     def train(self, first: int, last: int) -> Iterator[dict[str, Any]]:
-        """What the stepper says of every step, and what is logged of it."""
+        """Trains, and yields the stepper's result of every step with the logged router losses and routing."""
         groups, consumed = self.groups, (first - 1) * self.config.training.global_batch
         batches = TrainLoader(self.data, self.config, groups.data_rank, groups.data_size, consumed)
         for step in range(first, last + 1):
@@ -78,7 +81,7 @@ class Run:
         return self.stepper.validate(batches, self.config.training.eval_batches).loss
 
     def places(self, parameter: Any) -> Tensor:
-        """Where the elements of this rank's share are in the flattened full parameter, shaped like the share."""
+        """Indices in the flattened full parameter of the elements of this rank's share, shaped like the share."""
         spec, host = parameter.spec, self.stepper.host
         index = torch.arange(math.prod(spec.shape)).view(spec.shape)
         for dim, axis in spec.axes.items():
@@ -87,33 +90,35 @@ class Run:
         return index
 
     def weights(self) -> Pieces:
+        """Weights of this rank's parameters."""
         return {
             name: (p.spec.shape, self.places(p).flatten(), p.detach().flatten().clone())  # type: ignore[attr-defined]
             for name, p in state.named_parameters(self.model).items()
         }
 
     def gradients(self) -> Pieces:
-        """What the optimizers update with: reduced, averaged, clipped; of what this rank updates."""
+        """Gradients, reduced, averaged and clipped, of the elements that this rank's optimizers update."""
         names = {p: name for name, p in state.named_parameters(self.model).items()}
-        found: Pieces = {}
+        shares: Pieces = {}
         for part in optimizer_parts(self.optimizer):
             for p, main, first, last in stretches(part):
                 gradient = main.grad.detach().flatten().clone()
-                found[names[p]] = (p.spec.shape, self.places(p).flatten()[first:last], gradient)
-        return found
+                shares[names[p]] = (p.spec.shape, self.places(p).flatten()[first:last], gradient)
+        return shares
 
     def moments(self) -> dict[str, Pieces]:
+        """The optimizer state that this rank owns, by its name."""
         owned = state.owned_by_optimizer(self.optimizer)
-        found: dict[str, Pieces] = {}
+        by_kind: dict[str, Pieces] = {}
         for name, p in state.named_parameters(self.model).items():
             if p in owned:
                 index = self.places(p).flatten()[owned[p].start : owned[p].stop]
                 for key, moment in owned[p].moments.items():
-                    found.setdefault(key, {})[name] = (p.spec.shape, index, moment.clone())  # type: ignore[attr-defined]
-        return found
+                    by_kind.setdefault(key, {})[name] = (p.spec.shape, index, moment.clone())  # type: ignore[attr-defined]
+        return by_kind
 
     def forget(self) -> None:
-        """Make everything that a checkpoint holds something else."""
+        """Overwrites everything that a checkpoint restores: weights and moments with NaN, and the step."""
         with torch.no_grad():
             for parameter in state.named_parameters(self.model).values():
                 parameter.fill_(torch.nan)
@@ -124,44 +129,50 @@ class Run:
 
 
 def follow(config: dict[str, Any], steps: int, replicas: int = 1, save_at: int = 0) -> dict[str, Any]:
-    """Train from the start.
+    """Trains from the start, then validates.
 
     Args:
-        config: the configuration.
-        steps: to train.
-        replicas: of one process, how many it stands for; see `merged`.
-        save_at: the step to save after; 0: none.
+        config: configuration of the run.
+        steps: number of steps to train.
+        replicas: number of replicas that one process stands for; see `merged`.
+        save_at: step after which to save; 0: nothing is saved.
 
     Returns:
-        The initial weights, the first step's gradients as the optimizer got them, what was said of every step and of
-        the validation after them, the last weights.
+        the initial weights, the gradients of the first step as the optimizer got them, the results of every step and of
+        the validation, and the final weights.
     """
     with masked_samples, merged(replicas):
         run = Run(*start(config))
-        found: dict[str, Any] = {"initial": run.weights(), "gradients": {}}
+        outcome: dict[str, Any] = {"initial": run.weights(), "gradients": {}}
 
         def record(update: Any) -> Any:
             def step(*args: Any) -> Any:
-                if not found["gradients"]:
-                    found["gradients"] = run.gradients()
+                if not outcome["gradients"]:
+                    outcome["gradients"] = run.gradients()
                 return update(*args)
 
             return step
 
         for part in optimizer_parts(run.optimizer):
             part.optimizer.step = record(part.optimizer.step)
-        found["steps"] = list(run.train(1, save_at))
+        outcome["steps"] = list(run.train(1, save_at))
         if save_at:
             save(run.config, save_at, run.model, run.optimizer, data=run.data.fingerprint)
-        found["steps"] += run.train(save_at + 1, steps)
-        return found | {"validation": run.validate(), "final": run.weights()}
+        outcome["steps"] += run.train(save_at + 1, steps)
+        return outcome | {"validation": run.validate(), "final": run.weights()}
 
 
 def resume_elsewhere(config: dict[str, Any], folders: dict[str, str], go_on: list[str], after: int) -> dict[str, Any]:
-    """Load checkpoints that other layouts saved, all into one model, and train on from some.
+    """Loads checkpoints that other layouts saved, one after the other into one model, and trains on from some.
 
-    Returns of each of `folders`, which are runs, the tensors that are not what PyTorch's own reader finds in its
-    checkpoint; and of each in `go_on` what was said of its steps.
+    Args:
+        folders: run folders by name.
+        go_on: names of the runs to train on from.
+        after: number of steps to train.
+
+    Returns:
+        for each run, the names of the tensors that differ from those that PyTorch's own reader finds in the checkpoint;
+        and for each run in `go_on`, the results of its steps.
     """
     tree, groups = start(config)
     run = Run(tree, groups)

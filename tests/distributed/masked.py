@@ -1,4 +1,4 @@
-"""Samples in which rows, micro-batches and ranks count different numbers of tokens. Without Megatron-Core."""
+"""Samples with different numbers of counted tokens in rows, micro-batches and ranks. Imports no Megatron-Core."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ draw = SyntheticDataset.__getitem__
 
 
 def masked_sample(dataset: SyntheticDataset, number: int) -> dict[str, Tensor]:
-    """A sample of which a share is counted that differs from sample to sample; of two in ten, which may be a whole
-    micro-batch, nothing.
+    """A sample with a random share of counted tokens, another one for each sample.
+
+    In two of ten samples, which can be a whole micro-batch, no token is counted.
     """
     sample = draw(dataset, number)
     generator = torch.Generator().manual_seed(number)
@@ -26,7 +27,7 @@ def masked_sample(dataset: SyntheticDataset, number: int) -> dict[str, Tensor]:
 
 
 def global_batch(config: Config, number: int) -> dict[str, Tensor]:
-    """One global batch, as the loader lays it out. Its second micro-batch counts no token, the others few to most."""
+    """One global batch in the loader's form. In its second micro-batch no token is counted, in the others some are."""
     t = config.training
     generator = torch.Generator().manual_seed(number)
     rows = torch.randint(0, vocab_size(config), (t.global_batch, t.sequence_length + 1), generator=generator)
@@ -38,7 +39,7 @@ def global_batch(config: Config, number: int) -> dict[str, Tensor]:
 
 
 def micro_batches(config: Config, number: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
-    """A data-parallel rank's share of a global batch: the loader's equal runs."""
+    """Yields the micro-batches of a data-parallel rank, which takes an equal run of rows, as in the loader."""
     batch = global_batch(config, number)
     t = config.training
     share = t.global_batch // ranks

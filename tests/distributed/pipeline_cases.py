@@ -1,4 +1,4 @@
-"""What the ranks of the pipeline tests run. Imported after `platform.install()`."""
+"""Functions that the ranks of the pipeline tests run. To be imported after `platform.install()`."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ from tests.distributed.masked import micro_batches
 def pipeline(
     config: dict[str, Any], steps: int, save_at: int = 0, save_to: str = "", load: bool = False
 ) -> dict[str, Any]:
-    """Train by the trainer's own Stepper, on batches that depend on the step alone, and validate once.
+    """Trains with the trainer's own Stepper, on batches that depend on the step alone, and validates once.
+
+    It also asserts that copies of tied embeddings stay equal.
 
     Args:
-        steps: the last one.
-        save_at: the step to save after, into the run folder `save_to`; 0: none.
-        load: begin with the checkpoint of the run folder.
+        steps: the last step.
+        save_at: step after which to save, in the run folder `save_to`; 0: nothing is saved.
+        load: whether to begin with the checkpoint of the run folder.
 
     Returns:
-        Every step's and the validation's loss, gradient norm and tokens, router losses and routing; this rank's
-        chunks; unless it loaded, the shards of the first step's gradients before clipping. Asserts that copies of tied
-        embeddings stay equal.
+        loss, gradient norm, tokens, router losses and routing of every step and of the validation; the layers of this
+        rank's chunks; and, unless a checkpoint was loaded, the shards of the first step's gradients before clipping.
     """
     tree, groups = start(config)
     model = build_model(tree, vocab_size(tree), groups)
     optimizer = build_optimizer(model, tree)
     stepper = Stepper(tree, model, optimizer, groups.device, StopSignal())
     place = groups.data_rank, groups.data_size
-    found: dict[str, Any] = {}
+    first_gradients: dict[str, Any] = {}
     update = optimizer.step
     first = load_latest(tree, model, optimizer) if load else 0
 
     def record_and_update() -> Any:
         for inner in (chunk.module for chunk in model):
-            found.update({name: shard(inner, p) for name, p in inner.named_parameters() if p.requires_grad})
+            first_gradients.update({name: shard(inner, p) for name, p in inner.named_parameters() if p.requires_grad})
         return update()
 
     def train(step: int) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def pipeline(
         routing = {layer.layer: [layer.load, layer.bias] for layer in stepper.routing()}
         return vars(result) | {"router": stepper.auxiliary_losses(), "routing": routing}
 
-    # Whole gradients on every rank in the first step: the distributed optimizer's ranks would have a shard each.
+    # In the first step gradients are all-reduced, so that every rank has them whole. Otherwise each rank would have
+    # only the shard of its distributed optimizer.
     whole = partial(get_forward_backward_func(), force_all_reduce=True)
     results = []
     for step in range(first, steps):
@@ -73,11 +75,11 @@ def pipeline(
     results.append(vars(stepper.validate(micro_batches(tree, 100, *place), 1)))
     assert_tied([chunk.module for chunk in model])
     layers = [list(map(int, chunk.module.layers)) for chunk in model]
-    return {"results": results, "gradients": found, "layers": layers, "stage": groups.stage, "first": first}
+    return {"results": results, "gradients": first_gradients, "layers": layers, "stage": groups.stage, "first": first}
 
 
 def assert_tied(chunks: list[Any]) -> None:
-    """All ranks' copies of the embedding's shares are equal, bit for bit."""
+    """Asserts that all ranks' copies of each share of the embedding are equal, bit for bit."""
     mine = {
         inner.host.rank("tensor"): inner.shared_embedding_or_output_weight().detach().cpu()
         for inner in chunks

@@ -1,4 +1,4 @@
-"""What a rank really holds: bytes of parameters, gradients and optimizer state, and the peak of what autograd keeps."""
+"""Measures the memory of a rank: bytes of parameters, gradients and optimizer state, and autograd's peak."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from tests.distributed.cases import start
 
 
 class Kept:
-    """The peak of the bytes that autograd holds for backward passes, whoever else does, outside `known` storages."""
+    """Peak of the bytes that autograd saves for backward passes, without the storages at the addresses `known`.
+
+    A storage counts from the first time it is saved until autograd has freed it, even if others hold it too.
+    """
 
     def __init__(self, known: set[int]):
         self.known, self.now, self.peak = known, 0, 0
@@ -64,13 +67,16 @@ class _Holder:
 
 
 def balanced(choice: Tensor, config: MoEConfig) -> Tensor:
-    """Every expert as often as any other: the stand-ins' outputs are zeros, which tell a router nothing."""
+    """A router's choice in which all experts have the same load.
+
+    The stand-ins for kernels return zeros, from which a real router could not choose.
+    """
     slots = torch.arange(choice.shape[0] * config.top_k, device=choice.device)
     return (slots % config.num_experts).view(-1, config.top_k)
 
 
 def kernels() -> ExitStack:
-    """Stand-ins that keep what the GPU's kernels keep, and `balanced` routers."""
+    """Patches in stand-ins that keep what the GPU's kernels keep, and `balanced` routers."""
     stack = ExitStack()
     stack.enter_context(stand_ins())
     stack.enter_context(mock.patch.object(router, "choose", balanced))
@@ -78,19 +84,24 @@ def kernels() -> ExitStack:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> bytes."""
+    """Sizes in bytes of the tensors' storages, by address."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
 
 
 def memory(config: dict[str, Any], bucket: int | None = None) -> dict[str, Any]:
-    """This rank's place, the bytes that it holds after one optimizer step, and at the step's peak for autograd; and how
-    many parameters live on when nobody uses them.
+    """Trains one step and measures the memory of this rank.
 
-    `bucket`: elements of a bucket of DDP's where there are several; Megatron-Core's own are larger than these models.
+    Args:
+        bucket: number of elements of a DDP bucket, so that there are several; None: Megatron-Core's default, which is
+            larger than these models.
+
+    Returns:
+        this rank's stage and place, the bytes that it holds after the step, autograd's peak in the step, and the number
+        of parameters that are still alive when nobody uses them.
     """
-    found = _held(config, bucket)
+    held = _held(config, bucket)
     gc.collect()
-    return found | {"left": sum(isinstance(x, nn.Parameter) for x in gc.get_objects())}
+    return held | {"left": sum(isinstance(x, nn.Parameter) for x in gc.get_objects())}
 
 
 def _held(config: dict[str, Any], bucket: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the ranks of the sequence-parallel tests run."""
+"""Functions that the ranks of the sequence-parallel tests run."""
 
 from __future__ import annotations
 
@@ -56,13 +56,14 @@ def line(layout: str, strategy: str, attention: str = "all_gather") -> SequenceG
 
 
 def sequence_mixer_on_short_pieces(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Results of `sequence_mixer` on the short sequences of `SHORT`."""
     with mock.patch.multiple(sequences, **SHORT):
         return sequence_mixer(name, fields)
 
 
 def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """`one_pass` of this rank's share of the tokens in every setting; parameters' gradients summed over the ranks."""
-    mixer, found = build(name, fields), {}
+    """Results of `one_pass` on this rank's tokens, by setting. Gradients of parameters are summed over the ranks."""
+    mixer, results = build(name, fields), {}
     for layout, strategy, attention, packed in settings(mixer, ranks()):
         own = line(layout, strategy, attention)
         pieces, own_tokens = own_layout(own, packed)
@@ -70,8 +71,8 @@ def sequence_mixer(name: str, fields: dict[str, Any]) -> dict[str, dict[str, Ten
         for key, gradient in result.items():
             if key not in ("output", "tokens"):
                 dist.all_reduce(gradient)
-        found[f"{layout}-{strategy}-{attention}-{packed}"] = result
-    return found
+        results[f"{layout}-{strategy}-{attention}-{packed}"] = result
+    return results
 
 
 def sequence_bytes(
@@ -94,7 +95,8 @@ def sequence_bytes(
 
         return call
 
-    # A collective's input: the second argument, the first of a send; a batch of sends and receives.
+    # Index of the argument that holds the sent tensor: 1 for collectives, 0 for sends. None: the first argument is a
+    # list of sends and receives.
     collectives = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
     places = dict.fromkeys(collectives, 1) | {"isend": 0, "send": 0, "batch_isend_irecv": None}
     with ExitStack() as stack:
@@ -107,7 +109,12 @@ def sequence_bytes(
 
 
 def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Real batches of the loader through real steps; the losses and gradient norms, then a validation's loss."""
+    """Trains on the loader's batches with the trainer's Stepper, then validates.
+
+    Returns:
+        (loss, gradient norm, tokens) of every step and of the validation, the router losses of every step, and the
+        routing.
+    """
     tree, groups = start(config)
     data = prepare_data(tree)
     model = build_model(tree, vocab_size(tree), groups)
@@ -128,11 +135,11 @@ def sequence_training(config: dict[str, Any], steps: int) -> dict[str, Any]:
 def sequence_model(
     model: dict[str, Any], modules: list[str], packed: bool, layout: str | None, attention: str = "all_gather"
 ) -> dict[str, Tensor]:
-    """Losses of this rank's tokens in a whole model, and the gradients of all its parameters, summed over the ranks.
+    """Losses of this rank's tokens in a whole model, and gradients of all parameters, summed over the ranks.
 
     Args:
-        modules: computed again in the backward pass.
-        layout: None: all tokens on this rank.
+        modules: modules that are computed again in the backward pass.
+        layout: layout of the pieces; None: all tokens are on this rank.
     """
     host = Host(activations=Activations(modules))
     network = LanguageModel(from_dict(ModelConfig, model), VOCABULARY, host)
@@ -146,8 +153,8 @@ def sequence_model(
     shape = (where.batch, where.length)
     losses = network(tokens.reshape(shape), where, labels=labels.reshape(shape))
     losses.sum().backward()
-    found = {name: p.grad for name, p in network.named_parameters()}
+    gradients = {name: p.grad for name, p in network.named_parameters()}
     if layout is not None:
-        for gradient in found.values():
+        for gradient in gradients.values():
             dist.all_reduce(gradient)
-    return {"losses": losses.detach().view(rows, -1, 1)} | found
+    return {"losses": losses.detach().view(rows, -1, 1)} | gradients

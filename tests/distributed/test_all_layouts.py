@@ -1,5 +1,6 @@
-"""What test_layouts.py covers by samples, in full: pure models of every family in every layout; every checkpoint of a
-layout resumed in every other. Minutes long: `pytest tests/distributed/test_all_layouts.py -m slow`.
+"""Full coverage of what test_layouts.py covers by samples; runs only with `-m slow`, for minutes.
+
+Pure models of every family are trained in every layout, and every layout's checkpoint is resumed in every other layout.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gra
 pytestmark = pytest.mark.slow
 
 SPREAD = [layout for layout in LAYOUTS if layout != "one"]
-LAYERS = {"pp2x2": 4}  # else 2
+LAYERS = {"pp2x2": 4}  # layers of the model; other layouts have 2
 
 
 def pure_case(root: Path, name: str, layout: str, layers: int) -> tuple[str, dict[str, Any]]:
-    """10 steps; router losses that do not depend on how sequences are shared out over micro-batches."""
-    _, _, parallel, more = LAYOUTS[layout]
+    """A run of 10 steps, with router losses that do not depend on the distribution of sequences over micro-batches."""
+    _, _, parallel, sections = LAYOUTS[layout]
     model = PURE[name] | {"moe": SEQUENCE, "num_layers": layers, "pattern": "L" * layers}
-    tree = config(model, parallel, **more) | {"run": str(root / f"{name}-{layout}-{layers}")}
+    tree = config(model, parallel, **sections) | {"run": str(root / f"{name}-{layout}-{layers}")}
     tree["training"] |= {"global_batch": 8}
     return "follow", {"config": tree, "steps": STEPS, "save_at": 0}
 
@@ -47,18 +48,18 @@ def pure_case(root: Path, name: str, layout: str, layers: int) -> tuple[str, dic
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Results:
     root = tmp_path_factory.mktemp("pure")
     alone = Ranks(1, {f"{n}-one-{k}": pure_case(root, n, "one", k) for n in PURE for k in (2, 4)}, timeout=1800)
-    found: Results = {}
+    outcomes: Results = {}
     for world in (2, 4):
         layouts = [layout for layout in SPREAD if LAYOUTS[layout][0] == world]
         cases = {f"{n}-{la}": pure_case(root, n, la, LAYERS.get(la, 2)) for n in PURE for la in layouts}
-        found |= run(world, cases, timeout=1800)
-    return found | alone.results()
+        outcomes |= run(world, cases, timeout=1800)
+    return outcomes | alone.results()
 
 
 @pytest.mark.parametrize("layout", SPREAD)
 @pytest.mark.parametrize("name", PURE)
 def test_pure_models(pure: Results, name: str, layout: str) -> None:
-    """Gradients of the first step, losses of ten, weights after them."""
+    """Gradients of the first step, losses of ten steps, and final weights are those of one process."""
     ranks, (reference,) = pure[f"{name}-{layout}"], pure[f"{name}-one-{LAYERS.get(layout, 2)}"]
     actual, expected = together(ranks, "gradients"), together([reference], "gradients")
     assert_gradients_close(actual, expected, FP32, FP32_GRADIENT_FLOOR)
@@ -72,12 +73,12 @@ def test_pure_models(pure: Results, name: str, layout: str) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """ "one": the uninterrupted run; "READER": its runs from all checkpoints, by writer."""
+    """Results "write-WRITER" of the uninterrupted runs; and "READER" of the runs from all checkpoints, by writer."""
     root = tmp_path_factory.mktemp("resumed")
-    found: Results = {}
+    outcomes: Results = {}
     for world in (1, 2, 4):
         cases = {name: case(root, BASE, name) for name in WRITERS if LAYOUTS[name][0] == world}
-        found |= {f"write-{name}": result for name, result in run(world, cases, timeout=1800).items()}
+        outcomes |= {f"write-{name}": result for name, result in run(world, cases, timeout=1800).items()}
     folders = {name: str(root / name) for name in WRITERS}
     for world in (1, 2, 4):
         cases = {
@@ -86,8 +87,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Results:
             for name in WRITERS
             if LAYOUTS[name][0] == world
         }  # fmt: skip
-        found |= run(world, cases, timeout=1800)
-    return found
+        outcomes |= run(world, cases, timeout=1800)
+    return outcomes
 
 
 @pytest.mark.parametrize("writer", WRITERS)

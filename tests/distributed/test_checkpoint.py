@@ -23,14 +23,16 @@ from linear_moe.training.import_weights import import_weights
 from tests.distributed.harness import ROOT, all_tensors, run
 from tests.tolerances import BF16_ROUNDING, FP32, assert_close
 
-AFTER = 20  # steps compared after a resume
+AFTER = 20  # number of steps that are compared after a resume
 
 
 def config(
     folder: Path, dtype: str = "fp32", parallel: dict[str, int] | None = None, **sections: Any
 ) -> dict[str, Any]:
-    """A hybrid with bf16 or fp32 weights, and fp32 ones (Mamba2's) in either; experts, shared and routed; a bias of the
-    experts' choice, which no gradient trains."""
+    """A hybrid model with shared and routed experts.
+
+    Some of its weights (Mamba2's) are fp32 even in bf16 training. No gradient trains the experts' bias.
+    """
     tree: dict[str, Any] = {
         "run": str(folder),
         "model": {
@@ -138,7 +140,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "tp2-etp2": (2, {"tensor": 2, "expert_tensor": 2}, {}),
     "pp2": (2, {"pipeline": 2}, {}),
 }
-SEQUENTIAL = {"ep2-plain", "tp2-etp2"}  # one expert after the other; the rest compute them in grouped GEMMs
+SEQUENTIAL = {"ep2-plain", "tp2-etp2"}  # layouts that compute expert after expert; the others use grouped GEMMs
 WRITERS = {"one": "fp32", "tp2-ep2": "bf16", "tp2-etp2": "fp32"}
 PAIRS = [(writer, reader) for writer in ("one", "tp2-ep2") for reader in LAYOUTS if writer != reader]
 PAIRS += [("tp2-etp2", reader) for reader in ("one", "ep2-plain", "tp2-ep2")]
@@ -149,7 +151,7 @@ Results = dict[str, list[Any]]
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Results of "WRITER" and "WRITER-READER"."""
+    """Results of the runs "WRITER", and "WRITER-READER", which resumes the writer's checkpoint in another layout."""
     root = tmp_path_factory.mktemp("layouts")
 
     def tree(layout: str, writer: str) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def assert_parts(ranks: list[Any], full: dict[str, Tensor]) -> None:
-    """Every rank's parameters are their part of the full ones, and together they are all."""
+    """Asserts that every rank's parameters are parts of the full ones, and that together they cover all names."""
     seen = set()
     for rank in ranks:
         for name, (offset, value) in rank["weights"].items():
@@ -193,7 +195,7 @@ def test_full_weights(layouts: Results, writer: str) -> None:
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
 def test_other_layout(layouts: Results, writer: str, reader: str) -> None:
-    """Weights and optimizer state survive the way through another layout bit for bit; training goes on alike."""
+    """Weights and optimizer state pass through another layout unchanged, bit for bit, and training goes on alike."""
     before, ranks = layouts[writer], layouts[f"{writer}-{reader}"]
     assert_parts(ranks, load_full_weights(before[0]["folder"]))
     expected, actual = all_tensors(before[0]["folder"]), all_tensors(ranks[0]["folder"])
@@ -235,8 +237,9 @@ READERS = ("one", "ep2-plain", "tp2-ep2", "pp2")
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """A checkpoint of experts made of a dense run, and results of training from it in every layout; "dense": from the
-    dense weights themselves.
+    """A checkpoint whose experts are upcycled from a dense run, and results of training from it in every layout.
+
+    The result "dense" is of a training from the dense weights themselves.
     """
     root = tmp_path_factory.mktemp("imported")
 
@@ -263,7 +266,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
 
 @pytest.mark.parametrize("layout", READERS)
 def test_imported_weights_in_every_layout(imported: tuple[Path, Results], layout: str) -> None:
-    """Layouts read the same weights and train alike; the first loss, before any update, is the dense model's."""
+    """All layouts read equal weights and train alike; the first loss, before any update, is the dense model's."""
     checkpoint, results = imported
     assert_parts(results[layout], load_full_weights(checkpoint))
     again = all_tensors(results[layout][0]["folder"])  # saved before the first step
@@ -341,18 +344,18 @@ def test_nothing_complete_is_an_error(copied: Path) -> None:
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_rolled_back_run_keeps_what_it_saves(tmp_path: Path, keep: int) -> None:
-    """The steps beyond the one gone back to are abandoned; what was just saved stays, whatever its number."""
+    """A run that goes back to an earlier checkpoint drops those of later steps, and keeps the one it has just saved."""
     tree = config(tmp_path / "run", checkpoint={"keep": keep})
     ((there,),) = run(1, {"back": ("roll_back", {"config": tree})}).values()
     expected = {100: [100], 200: [100, 200][-keep:], 150: [100, 150][-keep:], 160: [150, 160][-keep:]}
-    if keep == 1:  # 100 is gone when 200 is saved: nothing to go back to but the newest
+    if keep == 1:  # step 100 was removed when 200 was saved, so the run goes on from 200
         expected[150] = [150]
     for step, steps in expected.items():
         names = [f"step_{s:08d}" for s in steps]
         assert there[str(step)] == ["latest", *names, names[-1]], step
 
 
-FAILURES = {  # kind, bytes, rank
+FAILURES = {  # kind of failure, bytes that still fit, rank
     "data of rank 0": ("file size", 20_000, 0),
     "data of rank 1": ("file size", 20_000, 1),
     "at the first byte": ("file size", 0, 1),
@@ -386,7 +389,7 @@ CHECK_DATA = "from linear_moe.training import platform; platform.install()\n" + 
 
 
 def test_other_data(copied: Path) -> None:
-    """By fingerprint: a corpus that lies elsewhere is the same, one whose files changed is not."""
+    """Data is compared by fingerprint: a corpus in another folder is equal, a corpus with changed files is not."""
     same = config(copied.parent)
     moved = same | {"data": same["data"] | {"corpus": "moved/elsewhere"}}
     larger = same | {"data": {"tokenizer": {"type": "bpe"}}}
@@ -398,20 +401,20 @@ def test_other_data(copied: Path) -> None:
     assert other.startswith("data.corpus = 'stdlib': the run was trained on other data") and "another run" in other
     assert "(data.tokenizer.type was 'bytes')" in hinted and "(data." not in other
     for info in copied.glob("*/checkpoint.json"):
-        info.write_text(json.dumps(json.loads(info.read_text()) | {"data": None}))  # a save that was not told
+        info.write_text(json.dumps(json.loads(info.read_text()) | {"data": None}))  # saved without a fingerprint
     done = subprocess.run([*code, json.dumps(cases)], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["ok"] * len(cases)
 
 
 def test_damaged_files_are_named(copied: Path) -> None:
-    """One line, with the file and the way out: by training's loading, and by the reader of whole weights."""
+    """A training's loading and the reader of full weights name a damaged file, and the remedy, in one line."""
     newest = copied / "step_00000004"
     cases = {}
     data, info = next(newest.glob("*.distcp")), newest / "checkpoint.json"
     whole = {path.name: path.read_bytes() for path in (data, info, newest / ".metadata")}
 
     def damage(name: str) -> Path:
-        """A run of its own with the damaged checkpoint."""
+        """Copies the checkpoints to the run `name`, and returns the newest one's folder, to be damaged."""
         run_folder = copied.parent / name
         shutil.copytree(copied, run_folder / "checkpoints")
         cases[name] = ("load_error", {"config": config(run_folder)})
@@ -451,7 +454,7 @@ CHECK = "from linear_moe.training import platform; platform.install()\n" + (
 
 
 def test_other_model(checkpoints: Path) -> None:
-    """By configuration, before there are process groups; by parameters, before they are read."""
+    """A checkpoint of another model is refused by its configuration, before process groups, or by its parameters."""
     same = config(checkpoints.parent)
     changes: dict[str, Any] = {
         "ok": {},
@@ -474,7 +477,7 @@ def test_other_model(checkpoints: Path) -> None:
     trees += [same | change for change in order.values()]
     free = same["model"]["moe"] | {"aux_loss": 0.5, "dispatcher": "allgather", "experts": "sequential"}
     free |= {"overlap_shared_expert": True, "z_loss": 0.0}
-    sameness = [  # other words for the same model, and what no layer uses
+    sameness = [  # other spellings of the same model, and settings that no layer uses
         {"moe": free},
         {"pattern": '"L" + [N] * 1'},
         {"pattern": "MN", "symbols": {"M": {"mixer": same["model"]["mixer"], "ffn": "moe"}}, "mixer": {"type": "gla"}},

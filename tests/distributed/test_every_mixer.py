@@ -42,10 +42,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, str]) ->
         ).returncode
         output.seek(0)
         assert code == 0, f"returned {code}:\n{output.read()[-4000:]}"
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in sorted(MIXERS)}
+    by_mixer = {name: json.loads((folder / f"{name}.json").read_text()) for name in sorted(MIXERS)}
     shutil.rmtree(folder)
-    print("seconds:", {name: round(result["seconds"], 1) for name, result in found.items()})
-    return found
+    print("seconds:", {name: round(result["seconds"], 1) for name, result in by_mixer.items()})
+    return by_mixer
 
 
 def losses(records: list[dict[str, Any]]) -> dict[int, float]:
@@ -53,7 +53,7 @@ def losses(records: list[dict[str, Any]]) -> dict[int, float]:
 
 
 def byte_entropy(corpus: dict[str, str]) -> float:
-    """Of a byte by itself, in nats: the best loss of a model that ignores what came before."""
+    """Entropy of a single byte in nats: the smallest loss of a model that ignores all tokens before."""
     counts = Counter("".join(corpus.values()).encode())
     total = sum(counts.values())
     return -sum(n / total * math.log(n / total) for n in counts.values())
@@ -74,7 +74,7 @@ def test_quick_start(results: Results, corpus: dict[str, str], name: str) -> Non
         [r["loss"] for r in result[key] if r.get("event") == "validation"] for key in ("training", "resumed")
     ]
     assert len(validations[0]) == 1 and validations[0] == validations[1]
-    # The state says what the whole text says.
+    # Decoding with the state gives the tokens of decoding from the whole text.
     assert result["cached"]["prompts"] == [PROMPT] and len(result["cached"]["tokens"][0]) == 24
     assert result["cached"]["tokens"] == result["recomputed"]["tokens"]
     assert result["cached"]["state_bytes_per_sequence"] > 0 == result["recomputed"]["state_bytes_per_sequence"]
@@ -82,5 +82,5 @@ def test_quick_start(results: Results, corpus: dict[str, str], name: str) -> Non
 
 @every_mixer
 def test_fits_the_quick_start(name: str) -> None:
-    """Its defaults, at the quick start's own sizes, on the two ranks that it starts."""
+    """Every mixer's defaults are valid at the quick start's own sizes, on the two ranks that the quick start uses."""
     validate(load_config(CONFIG, [f"model.mixer.type={name}"]), 2, files=False)

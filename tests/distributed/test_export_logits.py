@@ -1,4 +1,4 @@
-"""The exported model computes what the training model computed, for every mixer, and decodes it step by step."""
+"""An exported model of every mixer has the logits of the training model, also when it decodes step by step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = torch.tensor([prompt(LENGTH), prompt(LENGTH, seed=1)])
 
 
 def config(folder: Path, case: str) -> dict[str, Any]:
-    """A model of the inference tests on two tensor ranks, which share out tokens, vocabulary and experts too."""
+    """A model of the inference tests on two tensor ranks, which also share out tokens, vocabulary and experts."""
     return {
         "run": str(folder / case),
         "model": CASES[case] | {"vocab_size": VOCAB},
@@ -37,12 +37,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, T
     """Run folder and logits `[B, T, V]` of every case."""
     root = tmp_path_factory.mktemp("runs")
     results = run(2, {case: ("logits", {"config": config(root, case), "tokens": TOKENS}) for case in CASES})
-    found = {}
+    by_case = {}
     for case, ranks in results.items():
         ranks = sorted(ranks, key=lambda rank: rank["first"])
         assert [rank["first"] for rank in ranks] == [0, VOCAB // 2] and all(rank["tensor_sequence"] for rank in ranks)
-        found[case] = root / case, torch.cat([rank["logits"] for rank in ranks], -1)
-    return found
+        by_case[case] = root / case, torch.cat([rank["logits"] for rank in ranks], -1)
+    return by_case
 
 
 @pytest.mark.parametrize("case", CASES)

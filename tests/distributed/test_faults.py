@@ -1,4 +1,4 @@
-"""A rank that dies, hangs or fails ends the whole job, within the time-out, in a line that names it."""
+"""If a rank dies, hangs or fails, the whole job ends within the time-out, with a line that names the rank."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import pytest
 
 from tests.distributed.harness import ROOT, environment
 
-TIMEOUT = 15.0  # seconds, of those that wait for it
-LATEST = 30.0  # after it, or after a death: the whole job has ended (torchrun gives its processes as much)
+TIMEOUT = 15.0  # training.timeout_minutes of the jobs that wait for the time-out, in seconds
+LATEST = 30.0  # seconds after the time-out, or after a death, until the whole job has ended; torchrun waits as long
 CONFIG: dict[str, Any] = {
     "model": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "pattern": "LN", "ffn": "dense", "ffn_size": 64},
     "data": {"tokenizer": {"type": "bytes"}, "validation_fraction": 0.0},
@@ -72,9 +72,9 @@ class Job:
         self.since = time.monotonic()
 
     def strike(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to a rank that trains."""
+        """Sends a signal to a rank that is training."""
         self.wait_until(lambda: self.steps() > 4)
-        time.sleep(3)  # the others know of it what it did a second ago
+        time.sleep(3)  # so that the other ranks know a status of the training rank; each writes one every second
         (process,) = [p for p in self.process.children(recursive=True) if p.environ().get("RANK") == str(rank)]
         self.pid = process.pid
         process.send_signal(number)
@@ -101,7 +101,7 @@ def torchrun(ranks: int, *module: str) -> list[str]:
 
 
 def commands(folder: Path) -> Path:
-    """What a launch script calls, of this interpreter and this repository."""
+    """Folder with the commands that a launch script calls, `torchrun` and `linear-moe`, for this interpreter."""
     folder.mkdir()
     for name, module in {"torchrun": "torch.distributed.run", "linear-moe": "linear_moe"}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
@@ -119,14 +119,14 @@ class Outcome:
 
     @property
     def lines(self) -> dict[int, str]:
-        """What each rank said of the lost one."""
-        found = re.findall(r"^linear-moe: \[rank (\d+)\] (rank \d.*)$", self.text, re.MULTILINE)
-        return {int(rank): line for rank, line in found}
+        """Line that each rank printed about the lost rank, by rank."""
+        matches = re.findall(r"^linear-moe: \[rank (\d+)\] (rank \d.*)$", self.text, re.MULTILINE)
+        return {int(rank): line for rank, line in matches}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """Of every fault. Those that the others have to wait for wait while the next ones start."""
+    """Outcome of a job for every fault. Jobs that run into the time-out do so while the next jobs start."""
     root = tmp_path_factory.mktemp("faults")
     (root / "corpus").mkdir()
     (root / "corpus" / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
@@ -143,28 +143,28 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     try:
         start("stop", torchrun(3, "linear_moe"), timeout_minutes=minutes).strike(2, signal.SIGSTOP)
         hang = faulty("hang", 1, timeout_minutes=minutes)
-        hang.wait_until(lambda: hang.steps() > 2)  # the start, and two steps
+        hang.wait_until(lambda: hang.steps() > 2)  # records of the start event and of two steps
         faulty("late", 1, timeout_minutes=minutes)
         for name, rank in {"data": 1, "memory": 0}.items():
             faulty(name, rank).finish()
         path = os.pathsep.join([str(commands(root / "bin")), os.environ["PATH"]])
         kill = start("kill", ["bash", "scripts/launch.sh", "CONFIG"], env={"GPUS": "3", "PATH": path})
         kill.strike(2, signal.SIGKILL)
-        found = {}
+        by_fault = {}
         for name, job in jobs.items():
             job.finish()
             log = job.run / "metrics.jsonl"
             records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             events = [record for record in records if record.get("event") == "rank_failure"]
-            found[name] = Outcome(job.process.returncode, job.ended - job.since, job.text(), job.pid, events)
-        return found
+            by_fault[name] = Outcome(job.process.returncode, job.ended - job.since, job.text(), job.pid, events)
+        return by_fault
     finally:
         for job in jobs.values():
             job.kill()
 
 
 def check(outcome: Outcome, rank: int, *parts: str, known: bool = True) -> dict[str, Any]:
-    """The job has failed with a line that names the rank, the same on every rank that says it, and in the log."""
+    """Asserts that the job has failed, and that all other ranks and the log name the rank in one and the same line."""
     assert outcome.code != 0
     assert outcome.lines and rank not in outcome.lines, outcome.text
     (line,) = set(outcome.lines.values())

@@ -1,4 +1,4 @@
-"""The Megatron host's collectives and dispatchers where training might not notice: strides, ranks without tokens."""
+"""The Megatron host's collectives and dispatchers on strided tensors, and on ranks that receive no tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ EXPERTS, TOKENS, WIDTH = 4, 8, 32
 
 
 def routing(only: int | None) -> torch.Tensor:
-    """Two experts per token; or all tokens to the pair that begins with `only`, so that other ranks get none."""
+    """Routing map of two random experts per token; with `only`, all tokens go to experts `only` and `only` + 1.
+
+    Ranks that have neither of these two experts then get no token.
+    """
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(TOKENS, EXPERTS, generator=generator).topk(2).indices
     if only is not None:
@@ -61,7 +64,7 @@ def test_dispatch(results: dict[str, list[Any]], dispatcher: str, name: str) -> 
     chosen = ROUTINGS[name]
     factors = torch.arange(1.0, EXPERTS + 1)
     for rank, result in enumerate(results[f"{dispatcher}-{name}"]):
-        scale = (chosen * factors).sum(1, keepdim=True) / 2  # every token goes to two experts, half and half
+        scale = (chosen * factors).sum(1, keepdim=True) / 2  # every token goes to two experts, with weights of a half
         y = X[rank] * scale
         assert_close(result["y"], y, FP32, "outputs")
         assert_close(result["dx"], 2 * y * scale, FP32, "gradient of the tokens")
@@ -72,7 +75,7 @@ def test_dispatch(results: dict[str, list[Any]], dispatcher: str, name: str) -> 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_router_losses(results: dict[str, list[Any]], score: str) -> None:
-    """Tokens times Switch Transformer's equation 4 and ST-MoE's equation 5, over all tokens of the micro-batch."""
+    """The losses are Switch Transformer's equation 4 and ST-MoE's equation 5, times the tokens of the micro-batch."""
     logits = X[0, :, :EXPERTS].clone().requires_grad_()
     scores = logits.softmax(1) if score == "softmax" else logits.sigmoid()
     share = torch.bincount(logits.topk(2).indices.flatten(), minlength=EXPERTS) / (2 * TOKENS)

@@ -1,4 +1,4 @@
-"""A training command killed in mid-run, or stopped by a signal, and run again: as if nothing had happened."""
+"""A training that is killed in mid-run, or stopped by a signal, and run again computes what an unbroken one does."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import torch
 
 from tests.distributed.harness import ROOT, all_tensors, environment
 
-STEPS, EVERY, COMPARED = 60, 10, 20  # steps of the run, between checkpoints, and at least compared after a resume
-# What a step computes; the other keys are times and memory.
+# Steps of the run, steps between checkpoints, and least number of steps that are compared after a resume.
+STEPS, EVERY, COMPARED = 60, 10, 20
+# Keys of a step's record that are compared; the other keys are times and memory.
 NUMBERS = ("loss", "gradient_norm", "learning_rate", "load_balancing_loss", "router_z_loss")
 NUMBERS += ("max_load", "load_entropy", "dropped_fraction", "dead_experts")
 CONFIG = {
@@ -49,7 +50,7 @@ CONFIG = {
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds, all of it whole lines."""
+    """Records of metrics.jsonl, all of whose lines must be whole."""
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -75,12 +76,12 @@ class Job:
         self.output.close()
 
     def signal_all(self, number: signal.Signals) -> None:
-        """To the workers and torchrun at once, as a scheduler does; wait for those that are killed."""
-        found = [*self.process.children(recursive=True), self.process] if self.process.is_running() else []
-        for process in found:
+        """Sends a signal to torchrun and its workers at once, as a scheduler does; waits until killed ones are gone."""
+        processes = [*self.process.children(recursive=True), self.process] if self.process.is_running() else []
+        for process in processes:
             process.send_signal(number)
         if number is signal.SIGKILL:
-            _, alive = psutil.wait_procs(found, 10)
+            _, alive = psutil.wait_procs(processes, 10)
             assert not alive
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 240.0) -> None:
@@ -100,7 +101,7 @@ class Job:
 
 @dataclass
 class Session:
-    """What one process wrote to metrics.jsonl."""
+    """Records that one start of the training wrote to metrics.jsonl."""
 
     start: int
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -111,23 +112,23 @@ class Session:
 
 
 def sessions(run: Path) -> list[Session]:
-    found: list[Session] = []
+    all_sessions: list[Session] = []
     for record in records(run):
         event, step = record.get("event"), record["step"]
         if event == "start":
-            found.append(Session(step))
+            all_sessions.append(Session(step))
         elif event == "validation":
-            found[-1].validations[step] = record["loss"], record["tokens"]
+            all_sessions[-1].validations[step] = record["loss"], record["tokens"]
         elif event == "checkpoint":
-            found[-1].checkpoints.append(step)
+            all_sessions[-1].checkpoints.append(step)
         elif event == "stopped":
-            found[-1].stopped = step
+            all_sessions[-1].stopped = step
         elif event == "routing":
-            found[-1].routings[step] = record["layers"]
+            all_sessions[-1].routings[step] = record["layers"]
         else:
             assert event is None
-            found[-1].steps[step] = {key: record[key] for key in NUMBERS}
-    return found
+            all_sessions[-1].steps[step] = {key: record[key] for key in NUMBERS}
+    return all_sessions
 
 
 def last_step(run: Path) -> int:
@@ -139,7 +140,7 @@ class Results:
     straight: Session
     killed: Session
     resumed: Session  # from the checkpoint before the kill, until a SIGTERM
-    again: Session  # from there to the end
+    again: Session  # from the checkpoint of the SIGTERM to the end
     folders: tuple[Path, Path]
 
 
@@ -167,7 +168,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         stop_after = sessions(interrupted)[-1].start + COMPARED + 2
         job.wait_until(lambda: max(sessions(interrupted)[-1].steps, default=0) >= stop_after)
         job.signal_all(signal.SIGTERM)
-        job.process.wait(60)  # torchrun itself says that it was ended by a signal
+        job.process.wait(60)  # without a check of the exit code: torchrun reports that a signal ended it
     with Job(config, interrupted) as job:
         job.finish()
     (whole,) = sessions(straight)
@@ -176,7 +177,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def assert_same(session: Session, straight: Session, last: int) -> None:
-    """Every step from the session's start to `last`, and every validation, bit for bit."""
+    """Asserts that steps from the session's start to `last`, and validations, equal the straight run's bit for bit."""
     assert list(session.steps) == list(range(session.start + 1, last + 1))
     for step, numbers in session.steps.items():
         assert numbers == straight.steps[step], step
@@ -201,7 +202,8 @@ def test_resume_after_kill_9(results: Results) -> None:
     killed, resumed = results.killed, results.resumed
     died_at = max(killed.steps)
     assert killed.start == 0 and died_at < STEPS and killed.stopped is None
-    assert resumed.start in (killed.checkpoints[-1], killed.checkpoints[-1] + EVERY)  # saved, but not yet said
+    # The kill may come after a checkpoint has been saved, and before its event is written.
+    assert resumed.start in (killed.checkpoints[-1], killed.checkpoints[-1] + EVERY)
     assert resumed.start < died_at, "there must be steps to be made again"
     assert len(resumed.steps) >= COMPARED
     assert_same(resumed, results.straight, max(resumed.steps))

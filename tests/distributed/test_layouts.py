@@ -1,4 +1,4 @@
-"""Training spread over ranks is training in one process, for every mixer: weights, gradients, losses, checkpoints."""
+"""Training on several ranks equals that in one process, for every mixer: weights, gradients, losses, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gra
 from tests.unit.modeling.mixers.common import variants
 
 STEPS, SOME = 10, 4
-CHECKED = 3  # written out
-VOCAB = 12  # also the mean length of a document
+CHECKED = 3  # number of steps compared with a training written out in this module
+VOCAB = 12  # vocabulary size, which is also the mean length of a document
 Results = dict[str, list[Any]]
 
-# Losses of the router that make a visible difference, and a choice that follows the load.
+# Router losses that are large enough to show in the results, and a bias of the choice that follows the load.
 ROUTER = {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "shared_ffn_size": 16, "shared_gate": True}
 ROUTER |= {"score": "sigmoid", "expert_bias": True, "bias_update_rate": 0.02, "z_loss": 0.05}
 LOCAL = ROUTER | {"aux_loss": 0.3, "sequence_aux_loss": 0.3}
-SEQUENCE = ROUTER | {"aux_loss": 0.0, "sequence_aux_loss": 0.3}  # however sequences are shared out
+# Losses that do not depend on the distribution of sequences over micro-batches.
+SEQUENCE = ROUTER | {"aux_loss": 0.0, "sequence_aux_loss": 0.3}
 GLOBAL = SEQUENCE | {"global_aux_loss": 0.3}
 
 
 def config(model: dict[str, Any], parallel: dict[str, Any], /, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A tiny model in fp32 on packed documents; two micro-batches a step in one process."""
+    """A tiny model in fp32, trained on packed documents; one process has two micro-batches a step."""
     base: dict[str, Any] = {
         "model": {
             "hidden_size": 32,
@@ -49,13 +50,14 @@ def config(model: dict[str, Any], parallel: dict[str, Any], /, **sections: dict[
             "ffn_size": 32,
             "vocab_size": VOCAB,
             "init_std": 0.1,
-            # A document's first output is (q k) v; where q k happens to be near 0, the gradient through a norm with a
-            # small epsilon is lost in rounding.
+            # A document's first output is (q k) v. If q k happens to be near 0, a norm with a small epsilon would blow
+            # up rounding errors in the gradient.
             "norm_eps": 1e-2,
             "moe": LOCAL,
         },
         "training": {"sequence_length": 24, "micro_batch": 2, "global_batch": 4, "dtype": "fp32", "steps": 100},
-        # Adam's first steps are signs of the gradients, and rounding decides the sign of one that vanishes.
+        # Adam's first steps follow the signs of the gradients. With a larger eps, rounding does not decide the step of
+        # a gradient near 0.
         "optimizer": {"lr": 3e-3, "eps": 1e-4, "clip": 0.5, "weight_decay": 1.0},
         "schedule": {"warmup_steps": 4},
         "data": {"corpus": "synthetic", "isolate_documents": True},
@@ -72,7 +74,7 @@ def mixer_model(name: str, which: int, **model: Any) -> dict[str, Any]:
 
 
 def stack(names: list[str], which: int, ffns: str = "moe dense", **model: Any) -> dict[str, Any]:
-    """A hybrid with a layer of each of these mixers, of every other symbol with experts."""
+    """A hybrid model with one layer of each mixer in `names`; the kinds of FFN in `ffns` take turns."""
     kinds = cycle(ffns.split())
     letters = dict(zip(ascii_uppercase, names, strict=False))
     symbols = {letter: mixer_model(name, which, ffn=next(kinds)) for letter, name in letters.items()}
@@ -80,19 +82,21 @@ def stack(names: list[str], which: int, ffns: str = "moe dense", **model: Any) -
 
 
 def even(names: list[str], parts: int) -> list[str]:
-    """As many as can be shared out over so many stages: some again."""
+    """`names`, with the first ones repeated at the end, so that `parts` stages can share them out evenly."""
     return [*names, *names[: -len(names) % parts]]
 
 
 NAMES = sorted(MIXERS)
 FAMILIES = sorted({mixer_class(name).family: name for name in reversed(NAMES)}.values())
 OTHERS = [name for name in NAMES if name not in FAMILIES]
-# The first mixer of every family alone, with experts and its options on; the other mixers a few at a time.
+# PURE: the first mixer of every family in a model of its own, with experts and with its options on. FEW: the other
+# mixers, six in a model.
 PURE = {f"{name}-pure": mixer_model(name, -1) for name in FAMILIES}
 FEW = {f"others-{i // 6}": stack(even(OTHERS[i : i + 6], 2), -1) for i in range(0, len(OTHERS), 6)}
-# All families together, with experts and with dense layers.
+# Name of the model of all families together, with layers of experts and dense layers.
 ALL = "families"
-# That which is saved and resumed; that whose losses are all written out, with one that differs by micro-batch.
+# BASE is the model that is saved and resumed. LOSSES has router losses, one of which depends on the micro-batch, and is
+# also trained by a loop that is written out in this module.
 BASE, LOSSES = f"{FAMILIES[1]}-hybrid", "gla-hybrid"
 MODELS: dict[str, dict[str, Any]] = PURE | FEW
 MODELS |= {
@@ -128,21 +132,21 @@ MORE_LAYOUTS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "tp2-ep2-etp2": (4, 2, {"tensor": 2, "expert": 2, "expert_tensor": 2}, {}),
     "pp2-ep2-overlap": (4, 2, {"pipeline": 2, "expert": 2}, OVERLAP),
 }
-# Those that save the base model, which has a layer for each of two stages.
+# Layouts that save the base model. Its two layers suffice for two stages, not for two interleaved ones.
 WRITERS = [name for name in LAYOUTS if name != "pp2x2"]
 BEFORE, AFTER = 2, 10  # steps before a checkpoint and after it
 
 
 def covered() -> list[tuple[str, str]]:
-    """Which model runs in which layouts."""
+    """Pairs (model, layout) that are trained and compared with one process."""
     spread = [name for name in LAYOUTS if name != "one"]
     pairs = [(name, layout) for name in PURE | FEW for layout in ("tp2", "pp2")]
     pairs += [(ALL, layout) for layout in [*spread, "pp2-ep2-overlap"]]
     pairs += [("dense", "tp2-replicated")]
     pairs += [("tied", layout) for layout in ("tp2", "tp2-replicated", "dp2-overlap")]
     pairs += [(BASE, layout) for layout in WRITERS if layout != "one"]
-    more = [layout for layout in MORE_LAYOUTS if layout != "tp2-replicated"]
-    pairs += [(LOSSES, layout) for layout in [*more, "ep2", "dp2", "ep2-etp2"]]
+    extra_layouts = [layout for layout in MORE_LAYOUTS if layout != "tp2-replicated"]
+    pairs += [(LOSSES, layout) for layout in [*extra_layouts, "ep2", "dp2", "ep2-etp2"]]
     return pairs
 
 
@@ -150,16 +154,16 @@ COVERED = covered()
 
 
 def steps_of(model: str, layout: str) -> int:
-    """Of every family in the layouts that matter: all; of what a few tell as well, fewer, for the time they take."""
+    """Number of steps to train: all for every family in the main layouts; fewer for the rest, to save time."""
     if model == BASE:
         return BEFORE + AFTER
     return STEPS if model in PURE or (model == ALL and layout in LAYOUTS) else SOME
 
 
 def case(root: Path, model: str, layout: str, /, **sections: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A run of `follow`, which saves the base model on its way."""
-    _, replicas, parallel, more = (LAYOUTS | MORE_LAYOUTS)[layout]
-    tree = config(MODELS[model], parallel, **more | sections) | {"run": str(root / layout)}
+    """A case of `follow`; the base model is saved on the way."""
+    _, replicas, parallel, layout_sections = (LAYOUTS | MORE_LAYOUTS)[layout]
+    tree = config(MODELS[model], parallel, **layout_sections | sections) | {"run": str(root / layout)}
     if model in (ALL, BASE, LOSSES):
         tree["training"] |= {"global_batch": 8}
     if model in (ALL, BASE) and replicas == 1:
@@ -169,7 +173,10 @@ def case(root: Path, model: str, layout: str, /, **sections: dict[str, Any]) -> 
 
 
 def reference_name(model: str, layout: str) -> str:
-    """A loss of all replicas' load sees as much at a time as one process with their micro-batches merged."""
+    """Name of the one-process run with which to compare a run.
+
+    A loss of the load of all replicas is compared with a process whose micro-batches are the replicas' merged ones.
+    """
     replicas = (LAYOUTS | MORE_LAYOUTS)[layout][1] if model == ALL else 1
     return f"{model}-of-{replicas}-{steps_of(model, layout)}"
 
@@ -212,7 +219,7 @@ def left_out(root: Path) -> dict[str, Any]:
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
-# Whose checkpoint is trained on from, besides the layout's own: any other's, each once.
+# For each layout, another one from whose checkpoint it trains on, besides its own; each layout is chosen once.
 PARTNER = {reader: WRITERS[(i + 4) % len(WRITERS)] for i, reader in enumerate(WRITERS)}
 
 
@@ -228,17 +235,17 @@ def resuming(root: Path, world: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """One process leaves a core idle: it runs beside two, which wait for each other now and then."""
+    """Results of all runs. The runs of one process run beside those of two, to use the processor cores better."""
     root = tmp_path_factory.mktemp("runs")
     one = Ranks(1, references(root) | left_out(root))
-    found = run(2, spread(root, 2)) | one.results()
-    found |= run(4, spread(root, 4) | resuming(root, 4))
+    outcomes = run(2, spread(root, 2)) | one.results()
+    outcomes |= run(4, spread(root, 4) | resuming(root, 4))
     one = Ranks(1, resuming(root, 1))
-    return found | run(2, resuming(root, 2)) | one.results()
+    return outcomes | run(2, resuming(root, 2)) | one.results()
 
 
 def together(ranks: list[Any], key: str) -> dict[str, Tensor]:
-    """Full tensors from every rank's pieces; where two hold the same elements, they are the same numbers."""
+    """Full tensors, put together from every rank's pieces. Asserts that elements which two ranks hold are equal."""
     full: dict[str, Tensor] = {}
     for rank in ranks:
         for name, (shape, index, value) in rank[key].items():
@@ -250,8 +257,8 @@ def together(ranks: list[Any], key: str) -> dict[str, Tensor]:
 
 
 def numbers(result: dict[str, Any]) -> dict[str, Tensor]:
-    found = {key: torch.tensor([step[key] for step in result["steps"]]) for key in ("loss", "tokens", "gradient_norm")}
-    return found | {"validation": torch.tensor(result["validation"])}
+    series = {key: torch.tensor([step[key] for step in result["steps"]]) for key in ("loss", "tokens", "gradient_norm")}
+    return series | {"validation": torch.tensor(result["validation"])}
 
 
 def assert_same_steps(result: dict[str, Any], expected: dict[str, Any], without: str = "") -> None:
@@ -262,7 +269,7 @@ def assert_same_steps(result: dict[str, Any], expected: dict[str, Any], without:
     for step, other in zip(result["steps"], expected["steps"], strict=True):
         router = {key: value for key, value in other["router"].items() if key != without}
         assert {key: step["router"][key] for key in router} == pytest.approx(router, rel=FP32)
-        assert step["routing"] == other["routing"]  # whole numbers; the biases, too, are equal on all ranks
+        assert step["routing"] == other["routing"]  # exactly: loads are integers, and all ranks update biases alike
 
 
 @pytest.mark.parametrize(("model", "layout"), COVERED, ids=lambda name: name)
@@ -275,7 +282,7 @@ def test_equals_one_process(results: Results, model: str, layout: str) -> None:
     actual, expected = together(ranks, "gradients"), together([reference], "gradients")
     assert_gradients_close(actual, expected, FP32, FP32_GRADIENT_FLOOR)
     for rank in ranks:
-        # How its own micro-batches are balanced depends on how many there are.
+        # The balance within micro-batches depends on their number, so these two models' loss is left out.
         assert_same_steps(rank, reference, "load_balancing_loss" if model in (ALL, BASE) else "")
     final, expected = together(ranks, "final"), together([reference], "final")
     for name, value in expected.items():
@@ -284,26 +291,26 @@ def test_equals_one_process(results: Results, model: str, layout: str) -> None:
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_every_ingredient_counts(results: Results, name: str) -> None:
-    """Were it left out in some layout, the comparison of losses with one process would say so."""
+    """Each ingredient of training changes the losses enough for `test_equals_one_process` to notice its absence."""
     (without,), (reference,) = results[f"without {name}"], results[ONE[LOSSES]]
     actual, expected = numbers(without), numbers(reference)
     assert relative_error(actual["loss"], expected["loss"]) > 10 * FP32
 
 
 def test_micro_batches_count_different_numbers_of_tokens(results: Results) -> None:
-    """And rows, and replicas; or wrong averages would be right."""
+    """Micro-batches and replicas count different numbers of tokens; otherwise wrong averages would go unnoticed."""
     tree = from_dict(Config, case(Path(), BASE, "one")[1]["config"])
     t, dataset = tree.training, SyntheticDataset(VOCAB, tree.training.sequence_length, 2 * tree.training.seed + 1, True)
     for step in range(STEPS):
         samples = [masked_sample(dataset, step * t.global_batch + i) for i in range(t.global_batch)]
         counts = torch.stack([sample["loss_mask"].sum() for sample in samples])
         assert counts.sum() == results[ONE[BASE]][0]["steps"][step]["tokens"]
-        for parts in (2, 4):  # replicas; and micro-batches
+        for parts in (2, 4):  # two replicas, and four micro-batches
             assert len(set(counts.view(parts, -1).sum(1).tolist())) > 1
 
 
 def assert_goes_on(resumed: list[Any], expected: list[Any], exact: bool) -> None:
-    """Steps after a checkpoint are those of the uninterrupted run; `exact`: bit for bit."""
+    """Asserts that steps after a checkpoint are those of the uninterrupted run; with `exact`, bit for bit."""
     assert len(resumed) == len(expected) == AFTER
     for one, other in zip(resumed, expected, strict=True):
         loads = [[(layer["load"], layer["bias"]) for layer in step["routing"]] for step in (one, other)]
@@ -325,9 +332,9 @@ def test_resumes_what_any_layout_saved(results: Results, reader: str) -> None:
             assert_goes_on(rank["steps"][writer], saved["steps"][BEFORE:], exact=writer == reader)
 
 
-# -- what one process should do, written out --------------------------------------------------------------------------
+# -- the training of one process, written out -------------------------------------------------------------------------
 class RecordingHost(Host):
-    """Keeps every router's logits and choice, in the order of the tokens."""
+    """Host that records every router's logits and choice, in the order of the tokens, and adds no losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -341,20 +348,26 @@ class RecordingHost(Host):
 
 
 def documents(tokens: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and mask `[T]` cut after every end of a document, which is token 0."""
+    """Cuts tokens and mask `[T]` after every end of a document, which is token 0."""
     ends = [i + 1 for i, token in enumerate(tokens.tolist()) if token == 0 and i + 1 < len(tokens)]
     cuts = list(zip([0, *ends], [*ends, len(tokens)], strict=True))
     return [(tokens[a:b], mask[a:b]) for a, b in cuts]
 
 
 def even_load(index: Tensor, scores: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """`E * sum_i f_i P_i` of these tokens; of all that were `chosen` in their place."""
+    """Load-balancing loss `E * sum_i f_i P_i` of tokens with choices `index` and `scores`.
+
+    The shares f_i are those of `index`, or with `chosen`, of these counts of choices per expert.
+    """
     share = torch.bincount(index.flatten(), minlength=4) if chosen is None else chosen
     return 4 * (share / share.sum() * scores.mean(0)).sum()
 
 
 def routers_loss(routed: list[tuple[Tensor, Tensor]], moe: MoEConfig, so_far: Tensor) -> Tensor:
-    """One layer's losses of a micro-batch, given document by document, times its tokens; adds to the load `so_far`."""
+    """Router losses of one layer and micro-batch, times its tokens; adds the choices to the load `so_far`.
+
+    `routed` has logits and choices document by document.
+    """
     logits, index = (torch.cat(parts) for parts in zip(*routed, strict=True))
     share = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
     so_far += torch.bincount(index.flatten(), minlength=4)
@@ -368,7 +381,10 @@ def routers_loss(routed: list[tuple[Tensor, Tensor]], moe: MoEConfig, so_far: Te
 
 @pytest.mark.parametrize("name", [LOSSES, ALL])
 def test_one_process_is_what_the_options_say(results: Results, name: str) -> None:
-    """Every document alone on the plain host; PyTorch's losses, clipping, AdamW; the routers' losses in words."""
+    """One process trains like a plain loop over single documents, with PyTorch's loss, clipping and AdamW.
+
+    The plain loop computes the routers' losses by `routers_loss`.
+    """
     tree = from_dict(Config, case(Path(), name, "one")[1]["config"])
     t, o, moe = tree.training, tree.optimizer, tree.model.moe
     dataset = SyntheticDataset(VOCAB, t.sequence_length, 2 * t.seed + 1, True)
@@ -384,14 +400,15 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
     routers = {i: getattr(layer.ffn, "router", None) for i, layer in enumerate(model.layers.values())}
     biases = {i: router.expert_bias for i, router in routers.items() if router is not None}
     (reference,) = results[ONE[name]]
-    found = []
+    computed = []
     for step in range(CHECKED):
         adam.zero_grad()
         total, counted = torch.zeros(()), 0
         loads = {layer: torch.zeros(4) for layer in biases}
         numbers = range(step * t.global_batch, (step + 1) * t.global_batch)
         masks = sum(masked_sample(dataset, number)["loss_mask"].sum() for number in numbers)
-        share = masks / (t.global_batch * t.sequence_length)  # the routers' losses are means over all tokens
+        # Routers' losses are means over all tokens, but gradients are divided by the number of counted tokens only.
+        share = masks / (t.global_batch * t.sequence_length)
         for first in numbers[:: t.micro_batch]:
             host.routed.clear()
             objective = torch.zeros(())
@@ -421,6 +438,6 @@ def test_one_process_is_what_the_options_say(results: Results, name: str) -> Non
         with torch.no_grad():
             for layer, bias in biases.items():
                 bias += moe.bias_update_rate * torch.sign(loads[layer].mean() - loads[layer])
-        found.append((float(total) / counted, counted, float(norm)))
+        computed.append((float(total) / counted, counted, float(norm)))
     steps = [(step["loss"], step["tokens"], step["gradient_norm"]) for step in reference["steps"][:CHECKED]]
-    assert_close(torch.tensor(steps), torch.tensor(found), FP32, "losses, tokens and gradient norms")
+    assert_close(torch.tensor(steps), torch.tensor(computed), FP32, "losses, tokens and gradient norms")

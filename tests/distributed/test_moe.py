@@ -1,4 +1,4 @@
-"""Routing spread over ranks = routing in one process: losses in all scopes, biases, capacity, statistics; resuming."""
+"""Routing spread over ranks equals routing in one process: losses in all scopes, biases, capacity, statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gra
 STEPS = 3
 GROUPED = {"num_experts": 8, "top_k": 2, "num_groups": 4, "top_k_groups": 2}
 MOE: dict[str, dict[str, Any]] = {
-    # Everything of DeepSeek-V3, and losses that make a visible difference.
+    # All options of DeepSeek-V3's routing, and losses that are large enough to show in the results.
     "v3": GROUPED
     | {"score": "sigmoid", "group_score": "sum_top_2", "expert_bias": True, "bias_update_rate": 0.05, "aux_loss": 0.0}
     | {"sequence_aux_loss": 0.1, "routed_scaling_factor": 2.5},
@@ -47,11 +47,11 @@ COVERED = [
     *(("pad", parallel) for parallel in ("tp2", "ep2", "tp2-etp2", "etp2", "tp2-ep4")),
     *(("mixtral", parallel) for parallel in ("tp2", "tp2-etp2", "pp2")),
 ]
-# Dropless, over expert ranks alone: parallel.expert and the experts' implementation. Micro-batches of one sequence, so
-# that four replicas see those of one process.
+# Dropless experts on expert ranks alone: (parallel.expert, implementation of experts). Micro-batches have one sequence,
+# so that four replicas have the micro-batches of one process.
 EXPERT = [(expert, experts) for expert in (1, 2, 4) for experts in ("sequential", "grouped")]
 RECOMPUTED = ("v3", "mixtral", "drop")
-# What is computed again: whole layers, the channel mixer alone, parts of layers.
+# Kinds of activation recomputation: whole layers, the channel mixer alone, parts of layers.
 FULL = {"recompute": "full", "recompute_modules": ["logits"]}
 FFN = {"recompute": "selective", "recompute_modules": ["ffn", "norm"]}
 PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
@@ -59,7 +59,7 @@ RECOMPUTED_PARALLEL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "recompute-v3-tp2": ("v3", "tp2", FFN),
     "recompute-v3-ep2": ("v3", "ep2", FULL),
     "recompute-v2-tp2": ("v2", "tp2", PARTS),
-    "recompute-mixtral-pp2": ("mixtral", "pp2", FFN),  # a micro-batch's recomputation follows another's forward pass
+    "recompute-mixtral-pp2": ("mixtral", "pp2", FFN),  # one micro-batch is recomputed after the forward pass of another
     "recompute-drop-tp2": ("drop", "tp2", FULL),
     "recompute-drop-pp2": ("drop", "pp2", FFN),
     "recompute-pad-ep2": ("pad", "ep2", FFN),
@@ -90,7 +90,7 @@ def results() -> dict[str, list[Any]]:
         for moe in RECOMPUTED
         for how, options in {"full": FULL, "ffn": FFN}.items()
     }
-    found = run(
+    trainings = run(
         1,
         one
         | {"mixtral-4": case("mixtral", {}, micro_batch=4), "drop-4": case("drop", {}, micro_batch=4)}
@@ -103,8 +103,8 @@ def results() -> dict[str, list[Any]]:
         if world == 2:
             spread |= {"mixtral-global": case("mixtral", {"expert": 2})} | sequence_losses(2)
             spread |= {n: case(moe, sizes[p], **how) for n, (moe, p, how) in RECOMPUTED_PARALLEL.items()}
-        found |= run(world, spread | expert_cases(world))
-    return found
+        trainings |= run(world, spread | expert_cases(world))
+    return trainings
 
 
 def assert_equal_training(ranks: list[Any], reference: list[Any]) -> None:
@@ -114,7 +114,7 @@ def assert_equal_training(ranks: list[Any], reference: list[Any]) -> None:
         for step, (routing, expected) in enumerate(zip(rank["routing"], reference[0]["routing"], strict=True)):
             assert rank["router"][step] == pytest.approx(reference[0]["router"][step], rel=FP32)
             assert [layer.layer for layer in routing] == [0, 1]
-            assert routing == expected  # whole numbers: also the biases are equal, on all ranks
+            assert routing == expected  # exactly: loads are integers, and all ranks update biases alike
 
 
 @pytest.mark.parametrize(("moe", "parallel"), COVERED, ids=lambda name: name)
@@ -124,7 +124,7 @@ def test_equals_one_process(results: dict[str, list[Any]], moe: str, parallel: s
 
 @pytest.mark.parametrize(("expert", "experts"), EXPERT[1:])
 def test_experts_spread_alone(results: dict[str, list[Any]], expert: int, experts: str) -> None:
-    """Over 1, 2 and 4 ranks, looped and grouped: equal to the loop in one process."""
+    """Experts on 1, 2 and 4 ranks, computed in a loop or grouped, equal the loop in one process."""
     ranks = results[f"ep{expert}-{experts}"]
     name = "layers.0.ffn.experts.down_proj"
     for i, rank in enumerate(ranks):
@@ -141,13 +141,16 @@ def test_recomputed_layers_count_once(results: dict[str, list[Any]], moe: str, h
 
 @pytest.mark.parametrize("name", RECOMPUTED_PARALLEL)
 def test_recomputed_over_ranks(results: dict[str, list[Any]], name: str) -> None:
-    """Losses, gradients, router losses, loads, biases and drops are those of one process that keeps everything."""
+    """Training on several ranks with recomputation is that of one process which keeps all activations."""
     assert_equal_training(results[name], results[RECOMPUTED_PARALLEL[name][0]])
 
 
 def test_global_loss_sees_all_replicas(results: dict[str, list[Any]]) -> None:
-    """With the load of all replicas, two halves of a batch are trained on as the whole batch at once is: to rounding,
-    so only what has been routed before differs between layouts that compute other micro-batches together."""
+    """Two replicas with half a batch each and the global loss train like one process with the whole batch at once.
+
+    The loss sees all choices of the step so far, on all replicas. So layouts differ only if they route other
+    micro-batches at the same time.
+    """
     ranks, whole = results["mixtral-global"], results["mixtral-4"]
     name = "global_balancing_loss"
     for rank in ranks:
@@ -155,14 +158,14 @@ def test_global_loss_sees_all_replicas(results: dict[str, list[Any]]) -> None:
             assert step[name] == pytest.approx(expected[name], rel=FP32)
             assert expected[name] == pytest.approx(expected["load_balancing_loss"], rel=FP32)
         assert rank["routing"] == whole[0]["routing"]
-    local = results["mixtral"][0]["router"][0]  # of two micro-batches, the first knows itself only
+    local = results["mixtral"][0]["router"][0]  # in one process, the first of two micro-batches sees its own load only
     assert local[name] != pytest.approx(local["load_balancing_loss"], rel=FP32)
     assert_gradients_close(gradients(ranks), gradients(whole), FP32, FP32_GRADIENT_FLOOR)
     assert_close(losses(ranks), losses(whole), FP32, "losses")
 
 
 def test_biases_follow_the_load(results: dict[str, list[Any]]) -> None:
-    """Written out: each step adds the rate to the experts below the mean load, and takes it from those above."""
+    """Each step adds the update rate to the biases of experts below the mean load, and takes it from the others."""
     biases = torch.zeros(2, 8)
     for step in results["v3"][0]["routing"]:
         for layer in step:
@@ -172,7 +175,7 @@ def test_biases_follow_the_load(results: dict[str, list[Any]]) -> None:
 
 
 def test_idle_steps(results: dict[str, list[Any]]) -> None:
-    """Steps since an expert was last chosen: 0 where it was in this one."""
+    """`idle` counts the steps since an expert was last chosen, 0 if it was chosen in this step."""
     before = [[0] * 8, [0] * 8]
     for step in results["v3"][0]["routing"]:
         for layer in step:
@@ -186,7 +189,8 @@ def test_dropped_fraction(results: dict[str, list[Any]]) -> None:
     for name, least in (("drop", 0.01), ("drop-last", 0.25), ("pad", 0.01)):
         for step in results[name][0]["routing"]:
             assert all(least <= layer.dropped < 0.6 for layer in step)
-    for step in results["drop-4"][0]["routing"]:  # of one micro-batch: all above the capacity, here the mean load
+    # With one micro-batch a step, all choices above the capacity are dropped, and here the capacity is the mean load.
+    for step in results["drop-4"][0]["routing"]:
         for layer in step:
             assert layer.dropped == pytest.approx(sum(max(load - 1, 0) for load in layer.load) / 4)
     assert all(layer.dropped == 0 for step in results["v3"][0]["routing"] for layer in step)
@@ -212,7 +216,7 @@ def sequence_losses(world: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("world", [1, 2])
 def test_sequence_loss(results: dict[str, list[Any]], name: str, world: int) -> None:
-    """DeepSeek-V2's equations 23 to 25 in every sequence; packed documents weigh by their tokens."""
+    """The sequence loss is DeepSeek-V2's equations 23 to 25 in every sequence; documents weigh by their tokens."""
     logits = LOGITS.clone().requires_grad_()
     total = torch.zeros(())
     for part in logits.split(LENGTHS if name == "packed" else (4,) * 4):

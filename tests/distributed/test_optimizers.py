@@ -1,4 +1,4 @@
-"""Muon and bf16 moments: the same in every layout, through checkpoints, and resumed."""
+"""Muon and bf16 moments: equal results in every layout, through checkpoints in other layouts, and after a resume."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ Results = dict[str, list[Any]]
 
 
 def config(folder: Path, dtype: str, parallel: dict[str, int], optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Mamba2 and MLA: parameters split by rows, by columns, not at all, and one made of two matrices head by head."""
+    """A model of Mamba2 and MLA, whose parameters are split by rows, by columns or not at all.
+
+    One of its parameters consists of two matrices, head by head.
+    """
     return checkpoint_config(folder, dtype, parallel, optimizer=optimizer, model={"attention": MLA})
 
 
@@ -50,15 +53,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     root = tmp_path_factory.mktemp("optimizers")
 
     def write(name: str, optimizer: dict[str, Any]) -> Any:
-        _, parallel, more = LAYOUTS[name]
-        return config(root / name, "fp32", parallel, optimizer | more)
+        _, parallel, options = LAYOUTS[name]
+        return config(root / name, "fp32", parallel, optimizer | options)
 
     def reread(layout: str, moments: str = "fp32") -> Any:
-        _, parallel, more = LAYOUTS[layout]
-        tree = config(root / "tp2-ep2-dp2", "fp32", parallel, MUON | more | {"moments": moments})
+        _, parallel, options = LAYOUTS[layout]
+        tree = config(root / "tp2-ep2-dp2", "fp32", parallel, MUON | options | {"moments": moments})
         return "rewrite", {"config": tree, "run": str(root / f"again-{layout}-{moments}"), "after": 3}
 
-    found: Results = {}
+    outcomes: Results = {}
     for world in (4, 2, 1):
         cases: dict[str, Any] = {
             name: ("write", {"config": write(name, MUON), "steps": STEPS, "after": 3})
@@ -76,8 +79,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
                 for kind, optimizer in {"adamw": {"lr": 3e-3}, "muon": MUON}.items():
                     tree = config(root / f"{kind}-{name}", "fp32", {}, optimizer | half)
                     cases[f"{kind}-{name}"] = ("write", {"config": tree, "steps": 20, "after": 3})
-        found |= run(world, cases)
-    return found
+        outcomes |= run(world, cases)
+    return outcomes
 
 
 def losses(ranks: list[Any]) -> Tensor:
@@ -85,7 +88,7 @@ def losses(ranks: list[Any]) -> Tensor:
 
 
 def test_which_parameters_are_muons(results: Results) -> None:
-    """By their state in the checkpoint: linear maps have momentum, everything else has AdamW's moments."""
+    """Linear maps have Muon's momentum in the checkpoint, and all other parameters have AdamW's moments."""
     keys = all_tensors(results["one"][0]["folder"]).keys()
     by_moment = {
         moment: {key.removeprefix(f"optimizer.{moment}.") for key in keys if key.startswith(f"optimizer.{moment}.")}
@@ -102,7 +105,7 @@ def test_which_parameters_are_muons(results: Results) -> None:
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_muon_in_every_layout(results: Results, layout: str) -> None:
-    """Weights and states after some steps, losses and gradient norms before and after, are one process's."""
+    """Weights and optimizer state after some steps, all losses and all gradient norms are those of one process."""
     expected, actual = (all_tensors(results[name][0]["folder"]) for name in ("one", layout))
     assert expected.keys() == actual.keys()
     for key, value in expected.items():
@@ -139,7 +142,7 @@ def test_resume_is_exact(results: Results, name: str) -> None:
 
 
 def test_replicas_round_alike(results: Results) -> None:
-    """Without the distributed optimizer each replica rounds its own copy of the moments."""
+    """Replicas stay equal without the distributed optimizer, where each of them rounds its own copy of the moments."""
     first, second = (rank["weights"][0] for rank in results["adamw-dp2-half-plain"])
     for name, (_, value) in first.items():
         assert torch.equal(second[name][1], value), name
@@ -147,7 +150,7 @@ def test_replicas_round_alike(results: Results) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_bf16_moments_train_alike(results: Results, kind: str) -> None:
-    """20 steps: states of half the size, nearby weights and losses."""
+    """After 20 steps, weights and losses with bf16 moments are near those with fp32 moments."""
     runs = [results[f"{kind}-{name}"] for name in ("exact", "half")]
     exact, half = (all_tensors(ranks[0]["folder"]) for ranks in runs)
     assert exact.keys() == half.keys()
@@ -160,7 +163,7 @@ def test_bf16_moments_train_alike(results: Results, kind: str) -> None:
 
 
 def test_multi_tensor_functions() -> None:
-    """What stands in for Apex's kernels, against plain arithmetic."""
+    """The stand-ins for Apex's kernels compute what plain arithmetic computes."""
     platform.install()
     from linear_moe.training.optimizer.build import _foreach_copy, _foreach_norm, _foreach_scale
 

@@ -1,4 +1,7 @@
-"""Ways to compute the same training, and bf16, spread over ranks. Layouts and mixers: test_layouts.py."""
+"""Training on several ranks with dispatchers, recomputation, overlap and bf16 equals training in one process.
+
+Layouts and mixers are tested in test_layouts.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ STEPS = 3
 
 
 def config(model: dict[str, Any], parallel: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    """A tiny model in fp32 with micro-batches of two sequences, two of them a step in one process."""
+    """A tiny model in fp32, with micro-batches of two sequences; one process has two micro-batches a step."""
     base: dict[str, Any] = {
         "model": {
             "hidden_size": 32,
@@ -26,7 +29,8 @@ def config(model: dict[str, Any], parallel: dict[str, Any], **sections: dict[str
             "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16, "shared_ffn_size": 16},
         },
         "training": {"sequence_length": 32, "micro_batch": 2, "global_batch": 4, "dtype": "fp32"},
-        # Adam's first steps are signs of the gradients, and rounding decides the sign of one that vanishes.
+        # Adam's first steps follow the signs of the gradients. With a larger eps, rounding does not decide the step of
+        # a gradient near 0.
         "optimizer": {"lr": 1e-3, "eps": 1e-4},
         "data": {"tokenizer": {"type": "bytes"}},
     }
@@ -80,7 +84,7 @@ def results() -> dict[str, list[Any]]:
 
 
 def losses(ranks: list[Any]) -> torch.Tensor:
-    """Loss sums of all replicas, per step; replicas of a replica (tensor ranks) must agree."""
+    """Loss sums over all replicas, by step. Asserts that the tensor ranks of a replica agree."""
     by_replica: dict[int, torch.Tensor] = {}
     for result in ranks:
         if result["last_stage"]:
@@ -90,7 +94,7 @@ def losses(ranks: list[Any]) -> torch.Tensor:
 
 
 def gradients(ranks: list[Any]) -> dict[str, torch.Tensor]:
-    """Full gradients, put together from every rank's shards; where shards overlap they must agree."""
+    """Full gradients, put together from every rank's shards. Asserts that overlapping shards agree."""
     full: dict[str, torch.Tensor] = {}
     for result in ranks:
         for name, (shape, offset, value) in result["gradients"].items():
@@ -114,7 +118,7 @@ def test_equals_one_process(results: dict[str, list[Any]], name: str) -> None:
 
 
 def test_bf16(results: dict[str, list[Any]]) -> None:
-    """bf16 weights and collectives, fp32 gates and gradients: near the same training in one process."""
+    """Training with bf16 weights and collectives stays near the same training in one process."""
     reference, ranks = results["bf16"], results["bf16-tp2-ep2"]
     assert_close(losses(ranks), losses(reference), BF16, "losses")
     assert_close(torch.tensor(ranks[0]["norms"]), torch.tensor(reference[0]["norms"]), BF16, "gradient norms")

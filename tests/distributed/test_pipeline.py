@@ -1,6 +1,6 @@
-"""Pipelines = one process: uneven and interleaved stages, tied embeddings, tensors that cross layers, other splits.
+"""Pipelines equal one process: uneven and interleaved stages, tied embeddings, tensors that cross stages, other splits.
 
-Every family in a pipeline, interleaved too: test_layouts.py.
+test_layouts.py has every family of mixers in a pipeline, interleaved too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tests.distributed.test_parallel_training import gradients
 from tests.tolerances import FP32, FP32_GRADIENT_FLOOR, assert_close, assert_gradients_close
 
 STEPS, FEW = 10, 3
-SAVED, RESUMED = 2, 6  # the step that a run is saved after, and its last one
+SAVED, RESUMED = 2, 6  # step after which a run is saved, and last step of the run
 
 
 def config(model: dict[str, Any], parallel: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    """A tiny model of four layers in fp32, eight sequences a step in micro-batches of two."""
+    """A tiny model of four layers in fp32, trained on eight sequences a step in micro-batches of two."""
     tree: dict[str, Any] = {
         "model": {
             "hidden_size": 16,
@@ -30,7 +30,8 @@ def config(model: dict[str, Any], parallel: dict[str, Any], **sections: dict[str
             "moe": {"num_experts": 4, "top_k": 2, "expert_ffn_size": 16},
         },
         "training": {"sequence_length": 16, "micro_batch": 2, "global_batch": 8, "dtype": "fp32"},
-        # Adam's first steps are signs of the gradients, and rounding decides the sign of one that vanishes.
+        # Adam's first steps follow the signs of the gradients. With a larger eps, rounding does not decide the step of
+        # a gradient near 0.
         "optimizer": {"lr": 1e-3, "eps": 1e-4},
         "data": {"tokenizer": {"type": "bytes"}},
         "parallel": parallel,
@@ -44,14 +45,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe-tied": {"tie_embeddings": True, "moe": {"shared_ffn_size": 16, "expert_bias": True, "global_aux_loss": 0.01}},
     "dense-tied": {"tie_embeddings": True, "ffn": "dense"},
     "crossing": {"mixer": {"type": "rwkv7"}, "ffn": "dense"},
-    # RWKV-7 from the second layer on, and not in the third.
+    # RWKV-7 in the second and fourth layer: the values of the second cross the third layer, which does not use them.
     "late-crossing": {"pattern": "NLNL", "mixer": {"type": "rwkv7", "expand_v": 2.0}, "ffn": "dense"},
     "hybrid": {"pattern": "LNLL", "symbols": {"N": {"ffn": "dense"}}},
 }
 
 
 def steps(model: str) -> int:
-    """Many where stages share state: the experts' bias, two copies of the embedding."""
+    """Number of steps: many where stages share state, such as the experts' bias or two copies of the embedding."""
     return STEPS if model == "moe-tied" else FEW
 
 
@@ -72,7 +73,8 @@ FOUR: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "moe-tied-pp4": ("moe-tied", DEEP, {}),
     "late-crossing-pp4": ("late-crossing", DEEP, {}),
     "dense-tied-interleaved-dp2-overlap": ("dense-tied", INTERLEAVED, OVERLAP),
-    # Stages of different sizes, in which replicas would share out the embedding differently, and gather it at its use.
+    # With stages of different sizes, the replicas of the two stages cut the tied embedding at different elements, and
+    # with overlap they gather it only when it is used.
     "dense-tied-uneven-dp2-overlap": ("dense-tied", UNEVEN, OVERLAP),
     "dense-tied-tp2-interleaved": ("dense-tied", INTERLEAVED | {"tensor": 2}, {}),
     "hybrid-interleaved-ep2": ("hybrid", INTERLEAVED | {"expert": 2}, OVERLAP),
@@ -80,7 +82,7 @@ FOUR: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "crossing-tp2-uneven-replicated": ("crossing", UNEVEN | {"tensor": 2, "tensor_sequence": False}, {}),
 }
 CASES = TWO | FOUR
-# A run saved by one split and resumed by the others.
+# Splits of the layers over stages: one of them saves a run, and all of them resume it.
 SPLITS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "uneven": (2, UNEVEN),
@@ -115,7 +117,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def assert_same(ranks: list[Any], expected: list[dict[str, Any]]) -> None:
-    """Every step's results, and the validation's, are the same on every rank and the expected ones."""
+    """Asserts that the results of every step and of the validation are the expected ones on every rank."""
     for rank in ranks:
         assert len(rank["results"]) == len(expected)
         for key in ("loss", "gradient_norm", "tokens"):

@@ -1,4 +1,4 @@
-"""What `linear-moe plan` says of a rank's memory, against what the ranks of real layouts hold."""
+"""The memory of a rank that `linear-moe plan` computes is the memory that the ranks of real layouts hold."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "tp2-pp2-ep2-fp32": (4, {"tensor": 2, "pipeline": 2, "expert": 2}, {"training": {"dtype": "fp32"}}),
     "dp4-fp32-plain": (4, {}, PLAIN | {"training": {"dtype": "fp32"}}),
 }
-BUCKETS = {"dp2-buckets": 200_000}  # elements; else what Megatron-Core says
+BUCKETS = {"dp2-buckets": 200_000}  # elements of a DDP bucket; other layouts have Megatron-Core's default
 
 
 def config(parallel: dict[str, int], sections: dict[str, Any]) -> dict[str, Any]:
-    """A hybrid with a dense layer and a shared expert; logits that weigh little."""
+    """A hybrid model with a dense layer and a shared expert; its vocabulary is so small that logits hardly count."""
     model = {
         "hidden_size": 256,
         "num_layers": 4,
@@ -59,10 +59,10 @@ def results() -> dict[str, list[Any]]:
         name: ("memory", {"config": config(sizes, rest), "bucket": BUCKETS.get(name)})
         for name, (_, sizes, rest) in LAYOUTS.items()
     }
-    found: dict[str, list[Any]] = {}
+    held: dict[str, list[Any]] = {}
     for world in (2, 4):
-        found |= run(world, {name: case for name, case in cases.items() if LAYOUTS[name][0] == world})
-    return found
+        held |= run(world, {name: case for name, case in cases.items() if LAYOUTS[name][0] == world})
+    return held
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

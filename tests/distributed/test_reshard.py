@@ -1,4 +1,4 @@
-"""`linear-moe checkpoint`: what it says of checkpoints, and that what it rewrites is the same training."""
+"""`linear-moe checkpoint`: its reports on checkpoints, and training from the checkpoints that it rewrites."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tree(folder: Path, layout: str) -> dict[str, Any]:
 
 
 def command(*words: str | Path) -> Any:
-    """What a successful command prints as JSON."""
+    """Runs `linear-moe checkpoint` with `--json`, and returns the parsed output. Asserts that it succeeds."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["checkpoint", *map(str, words), "--json"]) == 0
     return json.loads(out.getvalue())
@@ -42,16 +42,16 @@ def command(*words: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of each layout, saved at step 3 and going on; rewritten; and what training makes of the rewritten."""
+    """Runs of each layout, saved at step 3 and continued; reports of their rewriting; and runs from the results."""
     root = tmp_path_factory.mktemp("reshard")
     writes = {name: ("write", {"config": tree(root / name, name), "steps": 3, "after": AFTER}) for name in LAYOUTS}
-    found: dict[str, Any] = {"root": root} | run(2, writes)
-    found["same"] = command("reshard", root / "dp2", root / "same", "--files", "3")
-    found["other"] = command("reshard", root / "dp2", root / "other", "--files", 2, "--tensor", 2, "--expert", 2)
+    outcomes: dict[str, Any] = {"root": root} | run(2, writes)
+    outcomes["same"] = command("reshard", root / "dp2", root / "same", "--files", "3")
+    outcomes["other"] = command("reshard", root / "dp2", root / "other", "--files", 2, "--tensor", 2, "--expert", 2)
     bare = ("reshard", root / "tp2-ep2" / "checkpoints" / "step_00000003", root / "bare", "--no-optimizer")
-    found["bare"] = command(*bare, "--files", 1)
+    outcomes["bare"] = command(*bare, "--files", 1)
     reads = {"same": "dp2", "other": "tp2-ep2", "bare": "dp2"}
-    return found | run(
+    return outcomes | run(
         2,
         {
             f"{name} read": (
@@ -94,7 +94,7 @@ def test_files_and_pieces(runs: dict[str, Any]) -> None:
 
 
 def test_training_goes_on(runs: dict[str, Any]) -> None:
-    """In the layout that saved it, bit for bit, random states included; in another, to rounding."""
+    """Training goes on from a rewritten checkpoint: bit for bit in the layout that saved it, else to rounding."""
     expected = runs["dp2"][0]["results"]
     assert runs["same read"][0]["results"] == expected
     for step, (a, b) in enumerate(zip(runs["other read"][0]["results"], expected, strict=True)):
@@ -106,24 +106,24 @@ def test_training_goes_on(runs: dict[str, Any]) -> None:
 
 def test_inspect(runs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     root = runs["root"]
-    found = command("inspect", root / "tp2-ep2", "--tensors", "model.*")
+    report = command("inspect", root / "tp2-ep2", "--tensors", "model.*")
     info = json.loads((root / "tp2-ep2" / "checkpoints" / "step_00000003" / INFO).read_text())
     tensors = all_tensors(root / "tp2-ep2" / "checkpoints" / "step_00000003")
     model = {key: value for key, value in tensors.items() if key.startswith("model.")}
-    assert found["step"] == 3 and found["samples"] == 12 and found["tokens"] == 12 * 16
-    assert found["layout"]["world"] == 2 and found["layout"]["tensor"] == found["layout"]["expert"] == 2
-    assert found["layout"]["distributed_optimizer"] == info["config"]["optimizer"]["distributed"]
-    assert found["verified"] and found["data"] == "these tokens" and found["versions"] == info["versions"]
-    assert found["parameters"] == sum(value.numel() for value in model.values())
-    for entry in found["tensors"]:
+    assert report["step"] == 3 and report["samples"] == 12 and report["tokens"] == 12 * 16
+    assert report["layout"]["world"] == 2 and report["layout"]["tensor"] == report["layout"]["expert"] == 2
+    assert report["layout"]["distributed_optimizer"] == info["config"]["optimizer"]["distributed"]
+    assert report["verified"] and report["data"] == "these tokens" and report["versions"] == info["versions"]
+    assert report["parameters"] == sum(value.numel() for value in model.values())
+    for entry in report["tensors"]:
         value = model.pop(entry["name"])
         assert entry["shape"] == list(value.shape) and entry["dtype"] == str(value.dtype).removeprefix("torch.")
         assert entry["bytes"] == value.nbytes
     assert not model
     trained = [key for key in tensors if key.startswith("optimizer.exp_avg.")]
-    assert found["optimizer"]["step"] == 3 and found["optimizer"]["tensors"] == 2 * len(trained)
+    assert report["optimizer"]["step"] == 3 and report["optimizer"]["tensors"] == 2 * len(trained)
     other, bare = command("inspect", root / "dp2"), command("inspect", root / "bare")
-    assert other["config_digest"] != found["config_digest"] == command("inspect", root / "tp2-ep2")["config_digest"]
+    assert other["config_digest"] != report["config_digest"] == command("inspect", root / "tp2-ep2")["config_digest"]
     assert bare["optimizer"] is None and bare["step"] == 3 and bare["tensors"] == []
     assert main(["checkpoint", "inspect", str(root / "bare")]) == 0
     assert "optimizer   none" in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_inspect(runs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.fixture
 def copied(runs: dict[str, Any], tmp_path: Path) -> Path:
-    """The run's only checkpoint."""
+    """Folder of the only checkpoint of a copied run, which has no optimizer state."""
     shutil.copytree(runs["root"] / "bare", tmp_path / "run")
     return tmp_path / "run" / "checkpoints" / "step_00000003"
 
@@ -172,8 +172,8 @@ def test_damage_is_one_line(
 def test_a_full_disk_leaves_nothing_that_counts(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever cannot be written: one line, no checkpoint, and the same command works when there is room."""
-    from linear_moe.training.checkpointing import reshard  # Megatron-Core: the command has made it ready
+    """If a file cannot be written, the command prints one line and leaves no checkpoint; later the command succeeds."""
+    from linear_moe.training.checkpointing import reshard  # not above: needs Megatron-Core, which the fixture prepares
 
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_nothing_that_counts(
     out, write = tmp_path / "out", filesystem._write_item
 
     def full_later(*args: Any) -> Any:
-        """In another thread than that which waits for all."""
+        """Fails in every thread but the main thread, which waits for the others."""
         return write(*args) if threading.current_thread() is threading.main_thread() else full()
 
     for where, name, broken in (

@@ -1,4 +1,4 @@
-"""What routers' losses weigh: means over all tokens of a step, counted or not, in every layout; against autograd."""
+"""Weights of routers' losses: in every layout they are means over all tokens of a step, counted or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODEL: dict[str, Any] = {
 }
 INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
 AGAIN = {"training": {"recompute": "selective", "recompute_modules": ["mixer", "ffn"]}}
-# name -> (parallel sizes, other sections); of four processes
+# name -> (parallel sizes, other sections) on four processes
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dp4": ({}, {}),
     "tp2-pp2x2-recompute": (INTERLEAVED | {"tensor": 2}, AGAIN),
@@ -45,7 +45,7 @@ def results() -> dict[str, list[Any]]:
 
 
 class RecordingHost(Host):
-    """Adds up the losses of a forward pass, each a mean over its tokens, as the configuration weighs them."""
+    """Host that adds up the auxiliary losses of a forward pass: means over its tokens, times their coefficients."""
 
     total: Tensor | float = 0.0
 
@@ -64,7 +64,7 @@ class RecordingHost(Host):
 
 
 def expected() -> dict[str, Tensor]:
-    """The mean cross-entropy of the counted tokens, plus the mean of the micro-batches' other losses; its gradients."""
+    """Gradients of the mean cross-entropy of the counted tokens plus the mean of the micro-batches' other losses."""
     tree = from_dict(Config, config(MODEL, {}))
     host = RecordingHost()
     model = LanguageModel(tree.model, vocab_size(tree), host)

@@ -1,4 +1,4 @@
-"""Sequence parallelism: every mixer that declares it gives the numbers of one process, whoever holds which tokens."""
+"""Sequence parallelism: every mixer gives the numbers of one process, for every distribution of tokens over ranks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ IDS = dict(zip(case_ids(), cases(), strict=True))
 SPLIT = [key for key, (name, _) in IDS.items() if mixer_class(name).capabilities.sequence_parallel]
 Results = dict[int, dict[str, list[Any]]]
 NAMES = sorted({IDS[key][0] for key in SPLIT})
-# Every mixer once, three to a model, behind them a layer of softmax attention; each in one of these settings.
+# Settings (layout, packed, recomputed modules, attention strategy) of the models below.
 SETTINGS = [
     ("zigzag", True, ["layer"], "all_gather"),
     ("contiguous", False, ["norm", "core", "activation"], "ring"),
     ("zigzag", False, [], "ulysses"),
 ]
+# Every mixer once, three in a model, with a last layer of softmax attention; the settings take turns.
 MODELS = {"-".join(NAMES[i : i + 3]): SETTINGS[i // 3 % len(SETTINGS)] for i in range(0, len(NAMES), 3)}
 
 
 def model_of(key: str) -> dict[str, Any]:
-    """The config of a model, whose layers have the weights' scale of the mixers' tests."""
+    """The config of the model `key`, with weights of the scale of the mixers' unit tests."""
     names = key.split("-")
     symbols = {
         letter: {"mixer": {"type": name} | IDS[f"{name}-0"][1]} for letter, name in zip("ABC", names, strict=False)
@@ -45,7 +46,7 @@ def model_of(key: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, list[dict[str, Tensor]]]:
-    """What every rank of a sequence has, and (`one-` before the name) what one process has."""
+    """Losses and gradients of every rank of a sequence; under `one-NAME`, those of one process."""
     todo: dict[str, Any] = {}
     for key, (layout, packed, modules, attention) in MODELS.items():
         common = {"model": model_of(key), "packed": packed}
@@ -66,7 +67,7 @@ def test_model_is_that_of_one_process(models: dict[str, list[dict[str, Tensor]]]
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Results:
-    """Of the tests that were asked for."""
+    """Results for the mixers of the selected tests, by number of ranks."""
     chosen = [
         item.callspec.params["key"]  # type: ignore[attr-defined]
         for item in request.session.items
@@ -78,7 +79,7 @@ def results(request: pytest.FixtureRequest) -> Results:
 
 
 def joined(parts: list[Tensor], order: PieceOrder, packed: bool) -> Tensor:
-    """Tokens of all ranks -> in order of time."""
+    """The tokens of all ranks, put together in order of time."""
     rows, length = (1 if packed else ROWS), sum(part.shape[1] for part in parts)
     places = [share(torch.arange(rows * length).view(rows, -1), cut(rows, length, order, r)) for r in range(len(parts))]
     whole = torch.empty(rows * length, parts[0].shape[-1])
@@ -93,25 +94,25 @@ def test_mixer_is_that_of_one_process(results: Results, key: str) -> None:
 
 
 def test_pieces_shorter_than_what_reaches_over_them() -> None:
-    """Convolutions of all kinds, token shift, a window, chunks."""
+    """Convolutions, token shift, windows and chunks that reach over several pieces give one process's numbers."""
     names = ("deltanet", "gated_deltaproduct", "mamba", "mom", "rwkv6", "attention", "titans", "ttt_linear")
     cases = {f"{name}-0": IDS[f"{name}-0"] for name in names} | {"window-0": ("attention", {"window": 5})}
     todo = {key: dict(zip(("name", "fields"), case, strict=True)) for key, case in cases.items()}
-    found = run(4, {key: ("sequence_mixer_on_short_pieces", case) for key, case in todo.items()})
+    ranks_by_key = run(4, {key: ("sequence_mixer_on_short_pieces", case) for key, case in todo.items()})
     with mock.patch.multiple(sequences, **SHORT), mock.patch.dict(IDS, cases):
         for key in cases:
-            assert_one_process({4: found}, key)
+            assert_one_process({4: ranks_by_key}, key)
 
 
 def assert_one_process(results: Results, key: str) -> None:
     mixer = build(*IDS[key])
     for packed in (False, True):
         expected = one_pass(mixer, stream(packed, 0), stream(packed, 1), whole_layout(packed))
-        for world, found in results.items():
+        for world, ranks_by_key in results.items():
             for layout, strategy, attention, whether in settings(mixer, world):
-                if key not in found or whether != packed:
+                if key not in ranks_by_key or whether != packed:
                     continue
-                ranks = [rank[f"{layout}-{strategy}-{attention}-{packed}"] for rank in found[key]]
+                ranks = [rank[f"{layout}-{strategy}-{attention}-{packed}"] for rank in ranks_by_key[key]]
                 actual = dict(ranks[0])
                 for name in ("output", "tokens"):
                     actual[name] = joined([rank[name] for rank in ranks], PieceOrder(world, layout), packed)

@@ -1,6 +1,7 @@
-"""What sequence parallelism sends: counted at the collectives, as docs/sequence_parallelism.md and `plan` say.
+"""Bytes that sequence parallelism sends, counted at the collectives.
 
-Sizes of states are written down here once more, so that the formula's own way to find them is checked too.
+They are compared with the formulas of docs/sequence_parallelism.md and with `linear-moe plan`. The sizes of states are
+written down here once more, to check the sizes that `plan` derives from the mixers.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ ATTENTION = [(name, layout, attention) for name in SOFTMAX for layout in LAYOUTS
 
 
 def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int | None]]:
-    """Elements of every state that the mixer carries, and of its transition over a piece of `length` tokens.
+    """Number of elements of every state that the mixer carries, and of its transition over a piece of `length` tokens.
 
-    None: it has no transition, and is handed over.
+    The second number is None for a state without a transition, which is handed from piece to piece.
     """
     sizes, joined = list[tuple[int, int | None]](), False
     for name, (shape, _) in mixer.state_shapes(1, 1).items():
         if name.startswith("conv"):
             _, channels, history = shape
-            if memories := getattr(mixer, "memories", 0):  # which may have no token at all in a piece
+            if memories := getattr(mixer, "memories", 0):  # a memory may have no token in a piece: always a transition
                 sizes.append((channels * history, memories * history * history))
-            else:  # those behind projections in one message
+            else:  # convolutions of one input send their states in one message
                 before, _ = sizes.pop() if joined else (0, 0)
                 sizes.append((before + channels * history, history * history if length < history else 0))
                 joined = hasattr(mixer, f"{name.removeprefix('conv_')}_conv1d")
@@ -73,7 +74,7 @@ def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int | None]]:
             "gla": lambda h, k, v: h * k,
             "gated_deltanet": lambda h, k, v: h * k * k,
             "mom": lambda h, k, v: h * k,
-            "titans": lambda h, k, v: 3 * h * k * k,  # of three such states, one matrix on all
+            "titans": lambda h, k, v: 3 * h * k * k,  # a matrix 3K x 3K for three stacked states, so 3 K^2 for each
             "hgrn": math.prod,
         }[mixer.config.type]
         sizes.append((math.prod(shape), kept(*shape[1:]) if mixer.config.type != "hgrn" else math.prod(shape)))
@@ -81,20 +82,20 @@ def state_sizes(mixer: Mixer, length: int) -> list[tuple[int, int | None]]:
 
 
 def planned(name: str, world: int, layout: str, length: int, rank: int, **ways: str) -> tuple[int, int]:
-    """What `linear-moe plan` counts with."""
+    """Bytes that a rank sends in the forward and backward pass of a layer, as `linear-moe plan` computes them."""
     mixer, fields = SOFTMAX.get(name) or (name, MIXERS[name])
-    found, order = (
+    module, order = (
         mixer_class(mixer)(mixer_config(mixer, **fields), dims(), Host(torch.float32, "meta")),
         PieceOrder(world, layout),
     )
-    needs = mixer_needs(found, tokens=length // order.count)
+    needs = mixer_needs(module, tokens=length // order.count)
     ways = {"exchange": "all_gather", "attention": "all_gather"} | ways
     return layer_sent(needs, SequenceSplit(order, ROWS, ROWS * length // world, **ways), rank)
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[tuple[Any, ...], list[tuple[int, int]]]:
-    found = {}
+    by_case = {}
     names = ("name", "layout", "strategy", "attention")
     values = [*((*case, "all_gather") for case in CASES), *((n, layout, "all_gather", a) for n, layout, a in ATTENTION)]
     for world in WORLDS:
@@ -103,8 +104,8 @@ def results() -> dict[tuple[Any, ...], list[tuple[int, int]]]:
             name, fields = SOFTMAX.get(value[0]) or (value[0], MIXERS[value[0]])
             given = dict(zip(names, value, strict=True)) | {"name": name, "fields": fields, "length": length}
             todo["-".join(map(str, (*value, length)))] = "sequence_bytes", given
-        found |= {(world, *key.split("-")): ranks for key, ranks in run(world, todo).items()}
-    return found
+        by_case |= {(world, *key.split("-")): ranks for key, ranks in run(world, todo).items()}
+    return by_case
 
 
 @pytest.mark.parametrize(("name", "layout", "strategy"), CASES)
@@ -132,7 +133,7 @@ def test_bytes_are_those_of_the_formula(results: Any, world: int, name: str, lay
 @pytest.mark.parametrize(("name", "layout", "attention"), ATTENTION)
 @pytest.mark.parametrize("world", WORLDS)
 def test_bytes_of_softmax_attention(results: Any, world: int, name: str, layout: str, attention: str) -> None:
-    """Elements a token: of what is shared, G (D + V) or a latent, and in Ulysses of all heads' q, k, v and o."""
+    """Bytes follow from the elements per token: keys and values, G (D + V), or a latent; in Ulysses q, k, v and o."""
     config: Any = build(*SOFTMAX[name]).config
     if name != "mla":
         heads, kv_heads, size, value = 4, config.num_kv_heads, HIDDEN // 4, HIDDEN // 4

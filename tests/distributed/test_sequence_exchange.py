@@ -1,4 +1,4 @@
-"""The exchange of states by itself: both strategies, in fp32 and bf16, many at once and at any time."""
+"""The exchange of states by itself: both strategies, in fp32 and bf16, and many exchanges at once, on uneven ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def results() -> Results:
     todo: dict[str, Any] = {"-".join(case): ("exchange_states", dict(zip(names, case, strict=True))) for case in CASES}
     for name, (layout, again) in MANY.items():
         todo[name] = "many_exchanges", {"layout": layout, "again": again}
-    return {(world, name): found for world in WORLDS for name, found in run(world, todo).items()}
+    return {(world, name): ranks for world in WORLDS for name, ranks in run(world, todo).items()}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -39,13 +39,16 @@ def test_states_and_gradients(results: Results, world: int, kind: str, layout: s
 
 
 def assert_states(ranks: list[Any], kind: str, layout: str, dtype: str) -> None:
-    """Those of one process. In bf16 as far off as one rounding, however many pieces: but not exact."""
+    """Asserts that states and gradients are those of one process.
+
+    In bf16 they are off by one rounding, for any number of pieces, and are not exact.
+    """
     order = order_of(len(ranks), layout)
     whole = dict(zip(("before", "transition", "state"), expected(kind, order.count), strict=True))
     errors = []
-    for rank, found in enumerate(ranks):
+    for rank, result in enumerate(ranks):
         for name, x in ((name, x) for name, x in whole.items() if x is not None):
-            actual, wanted = real(found[name]), real(own(x, SequenceGroup(order, rank)))
+            actual, wanted = real(result[name]), real(own(x, SequenceGroup(order, rank)))
             rounded = 2 if name == "transition" else 1  # a product of a state and a gradient
             bound = FP32 if dtype == "fp32" else rounded * BF16_ROUNDING
             assert_close(actual, wanted, bound, f"{name} of {rank}")
@@ -73,7 +76,10 @@ def test_bf16_halves_the_bytes(results: Results, world: int, kind: str, layout: 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("kind", "layout"), list(product(KINDS, LAYOUTS)))
 def test_what_the_backward_pass_keeps(results: Results, world: int, kind: str, layout: str) -> None:
-    """The states before, and transitions: all_gather those of all pieces behind this rank's first, else its own."""
+    """An exchange keeps the states before its pieces, and transitions for the backward pass.
+
+    all_gather keeps the transitions of all pieces behind this rank's first one, ring those of the rank's own pieces.
+    """
     order, size = order_of(world, layout), ROWS * prod(TRANSITIONS[kind])
     states = ROWS * order.per_rank * prod(STATE)
     for rank in range(world):
@@ -92,8 +98,8 @@ def assert_many(ranks: list[Any], layout: str) -> None:
     order = order_of(len(ranks), layout)
     for seed, kind in enumerate(KINDS):
         whole = expected(kind, order.count, seed)
-        for rank, found in enumerate(ranks):
-            for actual, x, name in zip(found[seed], whole, ("before", "transition", "state"), strict=True):
+        for rank, result in enumerate(ranks):
+            for actual, x, name in zip(result[seed], whole, ("before", "transition", "state"), strict=True):
                 if x is None:
                     assert actual is None
                     continue

@@ -1,4 +1,4 @@
-"""Training whose sequences are shared out over ranks: the losses of one process, step by step."""
+"""Training with sequences shared out over ranks has the losses of one process, step by step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HYBRID = {
     "symbols": {"M": {"mixer": {"type": "mamba2", "head_dim": 16, "num_groups": 2}}},
     "attention": {"type": "attention", "num_kv_heads": 2},
 }
-ROUTERS = {  # every loss of a router, and the choice's bias; memories too
+ROUTERS = {  # all losses of routers, the experts' bias, and a mixture of memories
     "pattern": "LMLN",
     "num_layers": 4,
     "symbols": {"M": {"mixer": {"type": "mom", "balance_loss": 0.3}}},
@@ -53,7 +53,7 @@ MEMORIES = {
 RECOMPUTE = {"recompute": "full"}
 PARTS = {"recompute": "selective", "recompute_modules": ["norm", "core", "experts", "activation", "logits"]}
 
-# name -> (model, training, isolated documents); 30 tokens do not divide and are padded
+# name -> (model, training, isolated documents); sequences of 27 and 30 tokens do not divide into pieces, and are padded
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "gla": (MOE, {}, False),
     "hybrid": (HYBRID, PARTS, True),
@@ -85,7 +85,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "hybrid-sp2-pieces": ("hybrid", 2, {"sequence": 2, "sequence_pieces": 4, "sequence_attention": "ring"}),
     "drop-pad-sp2-ep2": ("drop-pad", 2, {"sequence": 2, "expert": 2, "sequence_layout": "contiguous"}),
 }
-MORE: dict[str, tuple[str, int, dict[str, Any]]] = {  # minutes long
+MORE: dict[str, tuple[str, int, dict[str, Any]]] = {  # only with -m slow: takes minutes
     "gla-sp2-dp2": ("gla", 4, {"sequence": 2}),
     "hybrid-sp2-ring": ("hybrid", 2, {"sequence": 2, "sequence_attention": "ring"}),
     "routers-rows-sp2": ("routers-rows", 2, {"sequence": 2, "sequence_layout": "contiguous"}),
@@ -109,7 +109,8 @@ def tree(model: str, parallel: dict[str, Any], cache: Path) -> dict[str, Any]:
     fields, training, isolate = MODELS[model]
     data = {"corpus": "synthetic", "tokenizer": {"type": "bytes"}, "isolate_documents": isolate, "cache": str(cache)}
     training = {"steps": STEPS, "eval_batches": 1} | training
-    # Overlapped, a gradient is reduced as soon as it is there: those that wait (modeling/later.py) come late.
+    # With overlap, DDP reduces a gradient as soon as it is ready. Gradients that are put off (modeling/deferred.py) are
+    # ready later than others.
     rest = {"schedule": {"warmup_steps": 2}, "optimizer": {"overlap": parallel.get("sequence", 1) > 1}}
     return tiny({"vocab_size": 24} | fields, parallel, data=data, training=training, **rest)
 
@@ -118,12 +119,12 @@ def outcomes(cases: dict[str, tuple[str, int, dict[str, Any]]], cache: Path) -> 
     def case(model: str, parallel: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "sequence_training", {"config": tree(model, parallel, cache), "steps": STEPS}
 
-    found = run(1, {model: case(model, {}) for model, _, _ in cases.values()})
+    results = run(1, {model: case(model, {}) for model, _, _ in cases.values()})
     for world in sorted({ranks for _, ranks, _ in cases.values()}):
-        found |= run(
+        results |= run(
             world, {name: case(model, sizes) for name, (model, ranks, sizes) in cases.items() if ranks == world}
         )
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def compare(results: dict[str, list[Any]], model: str, name: str) -> None:
     (one,) = results[model]
     expected = torch.tensor(one["losses"])
     assert len(expected) == STEPS + 1 and bool((expected[:, 1][:-1] > 0).all())
-    tolerance = BF16_SAME if name.endswith("bf16") else FP32  # states only are rounded
+    tolerance = BF16_SAME if name.endswith("bf16") else FP32  # with bf16 only the exchanged states are rounded
     for rank in results[name]:
         actual = torch.tensor(rank["losses"])
         for column, what in enumerate(("losses", "gradient norms", "counted tokens")):
@@ -160,12 +161,12 @@ def compare(results: dict[str, list[Any]], model: str, name: str) -> None:
             assert mine.keys() == whole.keys()
             for key, value in whole.items():
                 assert mine[key] == pytest.approx(value, rel=10 * tolerance), f"{name}: {key} of step {step}"
-        if tolerance == FP32:  # otherwise a choice may be another
+        if tolerance == FP32:  # with rounded states a router may choose other experts
             assert rank["routing"] == one["routing"], name
 
 
 def losses_of(run_folder: Path, config: dict[str, Any], ranks: int) -> list[tuple[int, float]]:
-    """Steps, validations and their losses that the command, on so many ranks, records."""
+    """Runs the command `train` on `ranks` ranks, and returns (step, loss) of its steps and validations."""
     path = run_folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config | {"run": str(run_folder)}))
     command = ["-m", "linear_moe", "train", str(path), "logging.tensorboard=false"]
@@ -180,13 +181,13 @@ def losses_of(run_folder: Path, config: dict[str, Any], ranks: int) -> list[tupl
 
 
 def test_the_command_and_resuming_on_other_ranks(tmp_path: Path) -> None:
-    """Losses of one process, on two; and then on, from the middle, on one."""
+    """The command trains on two ranks with the losses of one process; so does a resume of this run on one rank."""
     configs = [tree("hybrid", {"sequence": ranks}, tmp_path / "data") for ranks in (1, 2)]
     one, two = (losses_of(tmp_path / f"run{n}", configs[n] | {"checkpoint": {"every": 5}}, n + 1) for n in (0, 1))
     assert [step for step, _ in one] == [*range(1, STEPS + 1), STEPS]  # and a validation
     shutil.rmtree(tmp_path / "run1" / "checkpoints" / f"step_{STEPS:08d}")
     resumed = losses_of(tmp_path / "run1", configs[0] | {"checkpoint": {"every": 5}}, 1)
-    for found in (two, one[:5] + resumed):
-        assert [step for step, _ in found] == [step for step, _ in one]
-        for (step, loss), (_, expected) in zip(found, one, strict=True):
+    for actual in (two, one[:5] + resumed):
+        assert [step for step, _ in actual] == [step for step, _ in one]
+        for (step, loss), (_, expected) in zip(actual, one, strict=True):
             assert loss == pytest.approx(expected, rel=FP32), step

@@ -1,6 +1,7 @@
-"""One rank of `harness.run`: runs the cases of a folder and stores what they return.
+"""One rank of `harness.run`: runs the cases of a folder, and stores the values that they return.
 
-Imported once, by the server that ranks are forked from: importing Megatron-Core takes longer than most cases.
+The server from which ranks are forked imports this module once, because importing Megatron-Core takes longer than most
+cases.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ FUNCTIONS = {k: f for m in MODULES for k, f in vars(m).items() if getattr(f, "__
 
 
 def destroy_groups() -> None:
-    """All but the default one: Megatron-Core only forgets them, and the threads of each slow the next cases down."""
+    """Destroys all process groups but the default one.
+
+    Megatron-Core only drops its references to them, and the threads of each group would slow the next cases down.
+    """
     dist.barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
@@ -43,8 +47,8 @@ def destroy_groups() -> None:
 
 
 def main(folder: Path, rank: int, world: int) -> None:
-    """Of several ranks, each has torchrun's environment. Ends the process with 1 where a case raises."""
-    os.setsid()  # with whatever it starts, it can be killed
+    """Runs the cases of `folder` as one rank, with its output in a file. Exits with 1 if a case raises an error."""
+    os.setsid()  # a process group of its own, so that the rank can be killed with all processes that it starts
     with open(folder / "output", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -56,6 +60,7 @@ def main(folder: Path, rank: int, world: int) -> None:
 
 
 def run(folder: Path, rank: int, world: int) -> None:
+    """Starts torch.distributed, with torchrun's environment if there are several ranks, and runs the cases."""
     warnings.simplefilter("ignore")
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

@@ -1,4 +1,4 @@
-"""What rank 0 alone does while the others wait for the outcome."""
+"""Actions that rank 0 alone runs while the other ranks wait for the outcome."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and give every rank its result, or its error: nobody waits for a rank that has failed.
+    """Runs `action` on rank 0, and returns its result, or raises its error, on every rank. Collective.
 
-    An OSError arrives as it is, any other error as a RuntimeError that quotes it.
+    So no rank waits for a rank 0 that has failed. An OSError is raised as an OSError, any other error as a RuntimeError
+    that quotes it.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:

@@ -1,4 +1,7 @@
-"""A run's first checkpoint, written from given weights by one process, without a model in memory and without groups."""
+"""A run's first checkpoint, written from given weights by one process.
+
+It needs neither the whole model in memory nor process groups.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,12 @@ class TensorPiece:
     """A box of a tensor, by default of a weight in fp32.
 
     Attributes:
-        name: the parameter's.
-        shape: of the whole parameter.
-        offset, size: where the box lies in it, and its shape.
-        value: makes the box's content; called when it is written.
-        prefix: with `name`, the tensor's key in the checkpoint.
+        name: the parameter's name.
+        shape: shape of the whole tensor.
+        offset, size: offset of the box in the tensor, and shape of the box.
+        value: makes the box's content; called when the box is written.
+        prefix: `prefix + name` is the tensor's key in the checkpoint.
+        dtype: dtype of the content.
     """
 
     name: str
@@ -51,23 +55,23 @@ class TensorPiece:
 
 
 def save_initial(config: Config, pieces: list[TensorPiece], dtypes: dict[str, str], imported: dict[str, Any]) -> Path:
-    """Write the checkpoint of step 0, whole or not at all, and return its folder.
+    """Writes the checkpoint of step 0, whole or not at all, and returns its folder.
 
-    As `save` does, but without optimizer state and random states: training from it begins with fresh ones, at its first
-    token.
+    Unlike a checkpoint of `save`, it has no optimizer state and no random states: a training from it begins with fresh
+    ones, at the first token of its data.
 
     Args:
-        config: of the run, which has no checkpoint yet.
+        config: configuration of the run, which has no checkpoint yet.
         pieces: together, every parameter of the model; written in this order, one in memory at a time.
-        dtypes: of the parameters in training, by name.
-        imported: what `checkpoint.json` says of the weights' origin.
+        dtypes: the parameters' dtypes in training, by parameter name.
+        imported: the entry of `checkpoint.json` that says where the weights come from.
 
     Raises:
-        SaveError: no space, no permission, ...; what was written is removed.
+        SaveError: no space, no permission, ...; the partial checkpoint has been removed.
     """
     info = checkpoint_info(config, 0, 0, dtypes) | {"world": 0, "data": None, "imported": imported}
     nothing = io.BytesIO()
-    torch.save({}, nothing)  # see `saved_objects` in state.py
+    torch.save({}, nothing)  # Megatron-Core 0.19.2 expects this object, see `saved_objects` in state.py
     final = Path(config.run) / "checkpoints" / step_name(0)
     save_pieces(final, pieces, {"common_state/shard_0_1": nothing}, info)
     return final
@@ -76,23 +80,26 @@ def save_initial(config: Config, pieces: list[TensorPiece], dtypes: dict[str, st
 def save_pieces(
     final: Path, pieces: list[TensorPiece], objects: Mapping[str, io.BytesIO], info: dict[str, Any], files: int = 1
 ) -> None:
-    """Write the checkpoint `final` in this process alone, whole or not at all.
+    """Writes the checkpoint `final` in this process alone, whole or not at all.
 
     Args:
-        pieces: of its tensors.
-        objects: its other content, by key; `Raw` as it is, others within one more layer of serialisation.
-        info: what `checkpoint.json` says, but for what `publish` adds.
-        files: to spread the pieces over, by size; as many pieces are in memory at a time, at most `THREADS`.
+        pieces: all boxes of all tensors of the checkpoint.
+        objects: the other entries of the checkpoint, by key. The bytes of a `Raw` are written as they are; any other
+            object is serialised once more.
+        info: content of `checkpoint.json`, without the entries that `publish` adds.
+        files: number of files to spread the pieces over, by size; as many pieces are in memory at a time, at most
+            `THREADS`.
 
     Raises:
-        SaveError: no space, no permission, ..., or the disk does not give back what was written; nothing is left of it.
+        SaveError: no space, no permission, ..., or a file read back differs from what was written. The partial
+            checkpoint has been removed.
     """
     partial = final.with_name(f".{final.name}.partial")
     writer = CheckpointWriter(partial, files)
     try:
         prepare(partial, sum(piece.nbytes + 2048 for piece in pieces) + 2**16)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for just that
             dcp.save(dict(objects), storage_writer=writer, planner=PiecePlanner(pieces), no_dist=True)
         for name, crc in writer.files.sums.items():
             if file_crc(partial / name) != crc:
@@ -102,7 +109,7 @@ def save_pieces(
         shutil.rmtree(partial, ignore_errors=True)
         error = failure
         if isinstance(failure, CheckpointException):
-            ((error, _),) = failure.failures.values()  # of this process alone
+            ((error, _),) = failure.failures.values()  # there is one process, so there is one error
         if not isinstance(error, OSError):
             raise error from None
         reason = f"checkpoint not saved: {error.strerror or error}"
@@ -112,11 +119,11 @@ def save_pieces(
 
 
 class Raw(io.BytesIO):
-    """An object of another checkpoint, as its bytes are there."""
+    """Serialised bytes of an object, copied from another checkpoint."""
 
 
 class PiecePlanner(DefaultSavePlanner):
-    """Plans pieces that do not exist yet, beside the objects of the state dict."""
+    """Save planner for tensor pieces that are made only when they are written, and for the state dict's objects."""
 
     def __init__(self, pieces: list[TensorPiece]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -137,7 +144,7 @@ class PiecePlanner(DefaultSavePlanner):
             return super().lookup_object(index)
         value = piece.value()
         assert value.shape == piece.size and value.dtype is piece.dtype, (piece.name, value.shape, piece.size)
-        return value.clone(memory_format=torch.contiguous_format)  # a view would be saved with all that it is a view of
+        return value.clone(memory_format=torch.contiguous_format)  # a view would be saved with its whole storage
 
 
 def _item(index: MetadataIndex, piece: TensorPiece) -> WriteItem:

@@ -1,4 +1,4 @@
-"""Loading: into any layout, after checking that the checkpoint is of this model."""
+"""Loads a checkpoint into any layout, after checking that it is a checkpoint of this model."""
 
 from __future__ import annotations
 
@@ -36,31 +36,36 @@ logger = logging.getLogger(__name__)
 WAY_OUT = "set it back, or choose another run folder"
 MISSING = object()
 
-# What may differ between a checkpoint's model and the one that resumes from it: how it started, how it is computed, and
-# what its losses weigh; the weights mean the same. The rows of the embedding are for the parameters' shapes to tell.
+# Model settings that may differ between a checkpoint and the run that resumes from it, because the weights mean the
+# same with either value: initialisation, implementation, weights of losses. (`vocab_multiple` sets the rows of the
+# embedding, which the comparison of the parameters' shapes covers.)
 FREE = {"init_std", "scale_output_init", "vocab_multiple"}
 FREE_MOE = {"aux_loss", "sequence_aux_loss", "global_aux_loss", "z_loss", "bias_update_rate", "experts", "dispatcher"}
-FREE_MOE |= {"capacity_factor", "capacity_pad", "drop_policy"}  # in training only
+FREE_MOE |= {"capacity_factor", "capacity_pad", "drop_policy"}  # settings of training only
 FREE_MOE |= {"overlap_shared_expert"}
 FREE_MOE |= {"first_dense_layers", "layer_frequency"}  # compared layer by layer
 
-# What the layers are made from: these are compared layer by layer, as far as a layer uses them.
+# Model settings that the layers are made from: compared layer by layer, as far as a layer uses them.
 LAYERS = {"num_heads", "pattern", "mixer", "attention", "symbols", "ffn", "ffn_size", "moe"}
 
-# What the position in the data means nothing without, besides the data (`check_data_unchanged`).
+# Training settings that fix the order of the samples. If one changed, the saved position in the data would point to
+# other samples. (`check_data_unchanged` compares the data itself.)
 ORDER = ("seed", "global_batch", "sequence_length")
 
-# What may have changed the data, for the message.
+# Data settings that the message of `check_data_unchanged` names if they changed.
 DATA = ("validation_fraction", "tokenizer.type", "tokenizer.vocab_size")
 
 Difference = tuple[str, Any, Any]
-"""A dotted path, its value here, and its value there."""
+"""A dotted path of the configuration, its value in this run, and its value in the checkpoint."""
 
 
 def check_resume(config: Config) -> None:
-    """Raises ConfigError, naming the first differing path, when the run's checkpoint is of another model or data order.
+    """Checks that the run's newest checkpoint has the model, the data order and the optimizer of `config`.
 
-    Needs no process group; does nothing where there is no checkpoint.
+    Needs no process group, and does nothing where there is no checkpoint.
+
+    Raises:
+        ConfigError: they differ; names the first path that differs.
     """
     folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
     if folder is None:
@@ -74,7 +79,7 @@ def check_resume(config: Config) -> None:
     if difference is None and read_info(folder)["step"]:  # an imported model has seen no data
         sides = ((name, getattr(config.training, name), training.get(name)) for name in ORDER)
         difference = next(((f"training.{name}", a, b) for name, a, b in sides if a != b), None)
-        optimizer = _saved(folder, "optimizer").get("type", "adamw")  # older checkpoints do not say
+        optimizer = _saved(folder, "optimizer").get("type", "adamw")  # older checkpoints name no optimizer
         if difference is None and optimizer != config.optimizer.type:
             difference = "optimizer.type", config.optimizer.type, optimizer
     if difference is not None:
@@ -83,9 +88,12 @@ def check_resume(config: Config) -> None:
 
 
 def check_data_unchanged(config: Config, fingerprint: str) -> None:
-    """Raises ConfigError when the run's checkpoint was trained on other data than that of this fingerprint.
+    """Checks that the run's newest checkpoint was trained on the data with this fingerprint.
 
-    Needs no process group; does nothing where there is no checkpoint, or it recorded no data.
+    Needs no process group, and does nothing where there is no checkpoint, or the checkpoint records no fingerprint.
+
+    Raises:
+        ConfigError: the checkpoint was trained on other data.
     """
     folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
     if folder is None or read_info(folder).get("data") in (None, fingerprint):
@@ -101,7 +109,7 @@ def check_data_unchanged(config: Config, fingerprint: str) -> None:
 
 
 def _saved(folder: Path, section: str) -> dict[str, Any]:
-    """A section of the configuration that a checkpoint was saved with."""
+    """A section of the configuration with which the checkpoint in `folder` was saved."""
     config = read_info(folder, ["config"])["config"]
     if not isinstance(config, dict) or not isinstance(config.get(section), dict):
         raise damaged(folder / INFO, f"is damaged: it has no configuration of {section!r}")
@@ -117,16 +125,17 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def model_difference(here: ModelConfig, there: ModelConfig, *, upcycle: bool = False) -> Difference | None:
-    """The first thing in which two models differ, not their spelling: LLLN and L * 3 + N are the same.
+    """The first setting in which two models differ; None: they are the same model.
 
-    With `upcycle`, layers that are dense there may have experts here.
+    Models are compared by their resolved layers, so that the patterns LLLN and L * 3 + N are the same. With `upcycle`,
+    layers that are dense `there` may have experts `here`.
     """
     for name in (field.name for field in dataclasses.fields(ModelConfig)):
         a, b = getattr(here, name), getattr(there, name)
-        unset = name == "vocab_size" and None in (a, b)  # the tokenizer's
+        unset = name == "vocab_size" and None in (a, b)  # None: the tokenizer's vocabulary size
         if a != b and not unset and name not in FREE | LAYERS:
             return f"model.{name}", a, b
-    layers = list(zip(resolve_layers(here), resolve_layers(there), strict=True))  # num_layers is the same
+    layers = list(zip(resolve_layers(here), resolve_layers(there), strict=True))  # num_layers has been compared above
     for a, b in layers:
         mixers = _mixer_fields(here, a.mixer), _mixer_fields(there, b.mixer)
         same_ffn = a.ffn == b.ffn or (upcycle and a.ffn == "moe")
@@ -150,25 +159,30 @@ def model_difference(here: ModelConfig, there: ModelConfig, *, upcycle: bool = F
 
 
 def _mixer_fields(model: ModelConfig, mixer: MixerConfig) -> dict[str, Any]:
-    """A mixer's configuration, `type` first, with the model's number of heads where it has none of its own."""
+    """A mixer's configuration, `type` first, with the model's number of heads if the mixer does not set its own."""
     fields = dataclasses.asdict(mixer)
     return fields | ({"num_heads": model.num_heads} if fields.get("num_heads", MISSING) is None else {})
 
 
 def _ffn_difference(here: ModelConfig, there: ModelConfig, a: ResolvedLayer, b: ResolvedLayer) -> Difference:
+    """The setting that makes the FFN of one layer dense here and experts there, or the other way round."""
     if a.symbol in here.symbols and here.symbols[a.symbol].ffn is not None:
         return f"model.symbols.{a.symbol}.ffn", a.ffn, b.ffn
     for name in ("first_dense_layers", "layer_frequency"):
-        mine, other = getattr(here.moe, name), getattr(there.moe, name)
-        if here.ffn == there.ffn and mine != other:
-            return f"model.moe.{name}", mine, other
+        ours, theirs = getattr(here.moe, name), getattr(there.moe, name)
+        if here.ffn == there.ffn and ours != theirs:
+            return f"model.moe.{name}", ours, theirs
     return "model.ffn", a.ffn, b.ffn
 
 
 def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) -> int:
-    """Resume from the run's newest complete checkpoint; collective. Returns its step, 0 where there is none.
+    """Resumes from the run's newest complete checkpoint. Collective.
 
-    Weights, Adam's moments and step are restored in any layout; the random states only in the one that saved them.
+    The weights, the optimizer's moments and its step are restored in any layout. The random states are restored only in
+    the layout that saved them.
+
+    Returns:
+        the checkpoint's step; 0: the run has no checkpoint, or only imported weights.
     """
     folder = on_rank_0(lambda: latest_checkpoint(Path(config.run) / "checkpoints"))
     if folder is None:
@@ -184,18 +198,25 @@ def load_latest(config: Config, model: list[Any], optimizer: MegatronOptimizer) 
 
 
 def imported_from(config: Config) -> str | None:
-    """Where the weights of the run's newest checkpoint were imported from; None: they were trained, or it has none."""
+    """Source from which the weights of the run's newest checkpoint were imported.
+
+    None: the run has no checkpoint, or its weights were trained by the run.
+    """
     folder = latest_checkpoint(Path(config.run) / "checkpoints", warn=False)
     return None if folder is None else read_info(folder).get("imported", {}).get("source")
 
 
 def load(folder: Path, model: list[Any], optimizer: MegatronOptimizer | None = None) -> dict[str, Any]:
-    """Read a checkpoint's weights, and the optimizer's state, into `model` and `optimizer`; collective.
+    """Reads a checkpoint's weights into `model`, and its optimizer state into `optimizer`. Collective.
 
-    An imported checkpoint has no optimizer state: `optimizer` must not have made a step yet.
+    All files of the checkpoint are verified first, shared out over the ranks, at about 4 GB/s a file. An imported
+    checkpoint has no optimizer state: `optimizer` must then not have made a step yet.
 
-    Returns the checkpoint's `checkpoint.json`. Raises ConfigError, alike on all ranks, when parameters differ or a file
-    is not what was written. The ranks share out the files to verify: all of a checkpoint, at about 4 GB/s a file.
+    Returns:
+        the content of the checkpoint's `checkpoint.json`.
+
+    Raises:
+        ConfigError: the parameters are not those of `model`, or a file differs from what was written. On all ranks.
     """
     info = read_info(folder, ["step", "dtypes", "files", "config", "world", "optimizer_step"])
     _verify(folder)
@@ -209,7 +230,7 @@ def load(folder: Path, model: list[Any], optimizer: MegatronOptimizer | None = N
 
 
 def _verify(folder: Path) -> None:
-    """Raises ConfigError, alike on all ranks, unless all files are what was written."""
+    """Raises ConfigError, on all ranks, unless every file has the recorded size and CRC-32. Collective."""
     world = dist.get_world_size()
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, verify_checkpoint_files(folder, dist.get_rank(), world))
@@ -219,7 +240,7 @@ def _verify(folder: Path) -> None:
 
 
 def _read(folder: Path, shards: dict[str, Any]) -> dict[str, Any]:
-    """Fill the shards' tensors in place; objects come in the returned dict. Each rank reads what it needs."""
+    """Reads the shards' tensors in place, and returns a dict with the objects. Each rank reads its own shards only."""
     tensors = mcore_to_pyt_state_dict(shards, is_loading=True)
     planner = MCoreLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     read_tensors(folder, tensors, planner)
@@ -227,6 +248,7 @@ def _read(folder: Path, shards: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_parameters(folder: Path, model: list[Any]) -> None:
+    """Raises ConfigError, on all ranks, unless the checkpoint has the parameters of `model`. Collective."""
     local: dict[str, tuple[int, ...]] = {}
     for name, parameter in state.named_parameters(model).items():
         spec = spec_of(parameter)
@@ -240,7 +262,11 @@ def _check_parameters(folder: Path, model: list[Any]) -> None:
 def check_shapes(
     folder: str, expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], fix: str
 ) -> None:
-    """Raises ConfigError, about the first one, where the parameters in `folder` are not the expected."""
+    """Raises ConfigError, for the first parameter in `folder` that is missing, unexpected or of another shape.
+
+    Args:
+        expected, saved: full shapes of the model's and of the checkpoint's parameters, by name.
+    """
     for name in sorted(expected.keys() | saved.keys()):
         if expected.get(name) != saved.get(name):
             here, there = (_words(shapes.get(name)) for shapes in (expected, saved))

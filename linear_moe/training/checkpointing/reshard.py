@@ -1,7 +1,8 @@
-"""Rewriting a checkpoint in one process: other files, other pieces, with or without the optimizer's state.
+"""Rewrites a checkpoint in one process: other files, other pieces, with or without the optimizer's state.
 
-Every checkpoint loads in any layout as it is. Rewritten, it loads faster there: a rank reads pieces that are its own
-whole, instead of parts of larger ones or many small ones, which data-parallel ranks with a distributed optimizer leave.
+Every checkpoint loads in any layout as it is. Rewritten for a layout, it loads faster there. A rank then reads whole
+pieces of its own, instead of parts of larger pieces, or of the many small pieces that data-parallel ranks with a
+distributed optimizer write.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from linear_moe.training.checkpointing.initial import Raw, TensorPiece, save_pie
 from linear_moe.training.supervision.faults import lock_run
 
 PIECE_BYTES = 256 * 2**20
-"""Larger pieces are cut along their first dimension: what a reader wants a part of, it has to read whole."""
+"""Bytes from which on a piece is cut along its first dimension: a reader must read a piece whole for any part of it."""
 
 AXES = ("tensor", "expert", "expert_tensor")
+"""Parallel axes over which parameters are split."""
 
 
 def reshard(
@@ -53,23 +55,25 @@ def reshard(
     sizes: Mapping[str, int] | None = None,
     optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Write the checkpoint `source` again as the only one of the run folder `out`, with configuration and tokenizer.
+    """Rewrites the checkpoint `source` as the only one of the run folder `out`, with configuration and tokenizer.
 
-    Streamed: at most eight pieces of `PIECE_BYTES`, and what they are read from, are in memory. The source is verified
-    first, what was written is read back, and only then the folder gets its name.
+    Tensors are streamed: at most eight pieces of `PIECE_BYTES`, and the source pieces that they are read from, are in
+    memory at a time. The source is verified first, the written files are read back, and only then the folder gets its
+    name.
 
     Args:
-        source: a run folder, or a step folder.
-        out: run folder without checkpoints.
-        step: of a run folder; None: its latest complete checkpoint.
-        files: that the tensors are spread over.
-        sizes: parallel axis ("tensor", "expert", "expert_tensor") -> ranks to cut the tensors for; else as SRC's
-            configuration says.
-        optimizer: keep the optimizer's state. Without it a training that resumes goes on at the same step and token,
-            with moments that begin anew.
+        source: a run folder, or the folder of a checkpoint.
+        out: run folder, which must have no checkpoints.
+        step: step of the checkpoint, if `source` is a run folder; None: its latest complete checkpoint.
+        files: number of files to spread the tensors over.
+        sizes: parallel axis of `AXES` -> number of ranks to cut the tensors for. An axis that is missing has the size
+            of the source's configuration.
+        optimizer: whether to keep the optimizer's state. Without it, a training that resumes goes on at the same step
+            and token, with moments that begin anew.
 
     Returns:
-        What `--json` prints: checkpoint, source, step, optimizer, layout, tensors, pieces, files, bytes, source_bytes.
+        the object that `--json` prints: checkpoint, source, step, optimizer, layout, tensors, pieces, files, bytes,
+        source_bytes.
 
     Raises:
         ConfigError: the source is damaged, `out` has checkpoints, sizes do not divide the model, or the disk is full.
@@ -91,7 +95,7 @@ def reshard(
     info |= {"resharded": {"source": str(folder), "layout": layout, "optimizer": optimizer}}
     info |= {} if optimizer else {"optimizer_step": 0}
     config.run = str(out)
-    with lock_run(out):  # the checkpoint last: a run that has one is whole
+    with lock_run(out):  # the checkpoint is written last, so that a run folder with a checkpoint is complete
         tokenizer = folder.parent.parent / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
@@ -114,13 +118,13 @@ def reshard(
 
 
 def _config(folder: Path, info: dict[str, Any]) -> Config:
-    """Of the run that the checkpoint lies in, else the one it was saved with."""
+    """Configuration of the run folder in which the checkpoint lies; without one, that saved in the checkpoint."""
     run = folder.parent.parent
     return load_config(run / "config.yaml") if is_run(run) else from_dict(Config, info["config"])
 
 
 def _specs(config: Config, metadata: Metadata) -> dict[str, ParameterSpec]:
-    """How each parameter is split; ConfigError where the checkpoint is not of this model."""
+    """Shape and split of each parameter of the model, by name. ConfigError if the checkpoint has other parameters."""
     saved = {
         key.removeprefix(MODEL): tuple(entry.size)
         for key, entry in metadata.state_dict_metadata.items()
@@ -132,13 +136,16 @@ def _specs(config: Config, metadata: Metadata) -> dict[str, ParameterSpec]:
     from linear_moe.training.checkpointing.load import check_shapes
 
     check_shapes(
-        "SRC", {name: spec.shape for name, spec in specs.items()}, saved, fix="reshard it with its own version"
+        "SRC",
+        {name: spec.shape for name, spec in specs.items()},
+        saved,
+        fix="reshard it with the version that saved it",
     )
     return specs
 
 
 class _Reader:
-    """Boxes of a checkpoint's tensors, whatever pieces they were saved in."""
+    """Reads any box of a checkpoint's tensors, from whichever pieces they were saved in."""
 
     def __init__(self, folder: Path, metadata: Metadata):
         self.entries = metadata.state_dict_metadata
@@ -152,7 +159,7 @@ class _Reader:
         return [key for key, entry in self.entries.items() if not isinstance(entry, TensorStorageMetadata)]
 
     def box(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """`[*size]` of the tensor `key`, from `offset` on, in the data type it was saved in."""
+        """The box of shape `size` at `offset` of the tensor `key`, in the dtype in which it was saved."""
         entry = self.tensors()[key]
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
         items = create_read_items_for_chunk_list(key, entry, [chunk])
@@ -163,7 +170,7 @@ class _Reader:
         return target
 
     def raw(self, key: str) -> Raw:
-        """An object's bytes."""
+        """The serialised bytes of the object `key`."""
         index, none = MetadataIndex(key), torch.Size([0])
         into = _Into(torch.empty(0))
         item = ReadItem(LoadItemType.BYTE_IO, index, none, index, none, none)
@@ -173,7 +180,7 @@ class _Reader:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor, or keeps one object."""
+    """Load planner that reads boxes into one tensor, or keeps one object."""
 
     def __init__(self, target: Tensor):
         super().__init__()
@@ -195,7 +202,7 @@ class _Into(DefaultLoadPlanner):
 def _pieces(
     reader: _Reader, specs: dict[str, ParameterSpec], layout: dict[str, int], optimizer: bool
 ) -> Iterator[TensorPiece]:
-    """Every tensor, cut as `layout` cuts the parameter that it belongs to."""
+    """Yields the pieces of every tensor, cut as `layout` cuts the parameter to which the tensor belongs."""
     for key, entry in sorted(reader.tensors().items()):
         if key.startswith(OPTIMIZER) and not optimizer:
             continue
@@ -206,7 +213,7 @@ def _pieces(
 
 
 def _suffixes(key: str) -> Iterator[str]:
-    """What may be the parameter's name in `model.NAME` or `optimizer.STATE.NAME`."""
+    """Yields the possible parameter names in a tensor's key, `model.NAME` or `optimizer.STATE.NAME`."""
     words = key.split(".")
     return (".".join(words[i:]) for i in range(1, len(words)))
 
@@ -214,6 +221,10 @@ def _suffixes(key: str) -> Iterator[str]:
 def _boxes(
     key: str, shape: tuple[int, ...], itemsize: int, spec: ParameterSpec | None, layout: dict[str, int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yields (offset, size) of the boxes of a tensor: one for each rank of the split, cut to `PIECE_BYTES`.
+
+    ConfigError if the sizes of the layout do not divide the tensor's dimensions.
+    """
     step = list(shape)
     for dim, axis in (spec.axes if spec else {}).items():
         ranks = layout[axis]

@@ -1,4 +1,4 @@
-"""Saving: all ranks or none, and never over a good checkpoint."""
+"""Saves checkpoints: every rank's part or none, and never over a good checkpoint."""
 
 from __future__ import annotations
 
@@ -34,28 +34,30 @@ from linear_moe.training.checkpointing.collective import on_rank_0
 logger = logging.getLogger(__name__)
 
 THREADS = 8
-"""Files that one process writes at a time."""
+"""Number of files that one process writes at a time."""
 
 
 class SaveError(ConfigError):
-    """A checkpoint could not be written; the ones before it are as they were. Raised alike on all ranks."""
+    """A checkpoint could not be written. Raised on all ranks; earlier checkpoints are unchanged."""
 
 
 def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimizer, *, data: str | None = None) -> Path:
-    """Save a checkpoint after optimizer step `step`; collective. Returns its folder.
+    """Saves a checkpoint after optimizer step `step`, and returns its folder. Collective.
 
-    `data` is the training data's fingerprint, for `check_data_unchanged`; None: a resume accepts any data.
+    The checkpoint is written to a sibling folder. Its sizes are checked, the folder is renamed, and only then `latest`
+    names it. Then older checkpoints are removed, but for the last `checkpoint.keep`; and checkpoints of later steps,
+    which a run that went back to an earlier checkpoint has abandoned.
 
-    It is written to a sibling folder, its sizes checked, renamed, and only then named in `latest`. Then the steps after
-    it are removed, which a run that went back to an earlier checkpoint has abandoned, and of the others all but the
-    last `checkpoint.keep`.
+    The format and the planners are Megatron-Core's, but its `dist_checkpointing.save` is not used: it writes in forked
+    processes, and on rank 0 alone between collectives, so that the other ranks wait for ever when one of these writes
+    fails, for example on a full disk (0.16.1 and 0.19.2). PyTorch's writer runs in this process, and reports the
+    failure of any rank to all ranks.
 
-    Megatron-Core's format and planners, but not its `dist_checkpointing.save`: that one writes in forked processes, and
-    on rank 0 alone between collectives, so that the other ranks wait for ever when one of those fails, as on a full
-    disk (0.16.1 and 0.19.2). PyTorch's writer runs in this process and reports every rank's failure to all.
+    Args:
+        data: fingerprint of the training data, for `check_data_unchanged`; None: a resume accepts any data.
 
     Raises:
-        SaveError: no space, no permission, ...; on all ranks. What was written is removed.
+        SaveError: no space, no permission, ...; on all ranks. The partial checkpoint has been removed.
     """
     checkpoints = Path(config.run) / "checkpoints"
     final, partial = checkpoints / step_name(step), checkpoints / f".{step_name(step)}.partial"
@@ -80,7 +82,7 @@ def save(config: Config, step: int, model: list[Any], optimizer: MegatronOptimiz
 
 
 def _total_bytes(tensors: list[torch.Tensor], model: list[Any]) -> int:
-    """What all ranks will write, with room for the format's own bookkeeping."""
+    """Bytes that all ranks together will write, with room for the format's metadata. Collective."""
     local = sum(t.numel() * t.element_size() + 2048 for t in tensors) + 2**16
     device = next(iter(state.named_parameters(model).values())).device
     total = torch.tensor(local, dtype=torch.int64, device=device)
@@ -89,7 +91,7 @@ def _total_bytes(tensors: list[torch.Tensor], model: list[Any]) -> int:
 
 
 def _dtypes(model: list[Any]) -> dict[str, str]:
-    """The data type of every rank's parameters, by name."""
+    """Dtypes of all ranks' parameters, by parameter name. Collective."""
     dtypes: list[Any] = [None] * dist.get_world_size()
     local = {name: dtype_name(p) for name, p in state.named_parameters(model).items()}
     dist.all_gather_object(dtypes, local)
@@ -101,7 +103,7 @@ def dtype_name(parameter: torch.Tensor) -> str:
 
 
 def checkpoint_info(config: Config, step: int, optimizer_step: int, dtypes: dict[str, str]) -> dict[str, Any]:
-    """`checkpoint.json`, but for `world`, `data`, and what `publish` adds."""
+    """Content of `checkpoint.json`, without `world`, `data`, and the entries that `publish` adds."""
     import megatron.core
 
     return {
@@ -116,7 +118,7 @@ def checkpoint_info(config: Config, step: int, optimizer_step: int, dtypes: dict
 
 
 def prepare(partial: Path, needed: int) -> None:
-    """An empty folder to write `needed` bytes into; OSError where there is no room."""
+    """Makes the empty folder `partial`. OSError if the disk has no room for `needed` bytes."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
@@ -125,7 +127,7 @@ def prepare(partial: Path, needed: int) -> None:
 
 
 class _Summed:
-    """A file, written from begin to end, and the CRC-32 of what was meant to be in it, whatever the disk made of it."""
+    """A file, written from begin to end, with the CRC-32 of the bytes given to it, whatever the disk makes of them."""
 
     def __init__(self, file: Any):
         self.file, self.crc = file, 0
@@ -150,7 +152,7 @@ class _Summed:
 
 
 class _Files(FileSystem):
-    """The file system, remembering the CRC-32 of every file written by this process, by name."""
+    """PyTorch's file system, which also keeps the CRC-32 of every file that this process writes, by name."""
 
     def __init__(self) -> None:
         self.sums: dict[str, int] = {}
@@ -163,25 +165,27 @@ class _Files(FileSystem):
                 return
             summed = _Summed(file)
             yield summed
-            name = Path(path).name.removesuffix(".tmp")  # the metadata is renamed
+            name = Path(path).name.removesuffix(".tmp")  # the metadata file is written as .tmp and then renamed
             self.sums[name] = summed.crc
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Sums up its files; reports the operating system's error where PyTorch's serialisation hides it behind its own.
+    """PyTorch's checkpoint writer, with CRC-32 sums of its files and the operating system's errors.
+
+    PyTorch's serialisation raises errors of its own; the OSError behind them is raised instead.
 
     Args:
-        folder: where to write.
-        count: of files, over which what is written is shared out by size; `THREADS` are written at a time.
+        folder: folder to write to.
+        count: number of files, over which the tensors are shared out by size; at most `THREADS` are written at a time.
     """
 
     def __init__(self, folder: Path, count: int = 1):
-        ahead = 10_000_000 if count == 1 else 0  # bytes copied from the GPU, from where several threads do not
+        ahead = 10_000_000 if count == 1 else 0  # bytes copied from the GPU ahead; not with several threads
         super().__init__(folder, thread_count=count, sync_files=True, per_thread_copy_ahead=ahead)
         self.fs = self.files = _Files()
 
     def _write_data(self, planner: Any, file_queue: Any) -> Any:
-        """By threads of its own: an error in one of PyTorch's ends that thread and is told nobody (2.11, 2.13)."""
+        """Writes in own threads: PyTorch (2.11, 2.13) reports no error of the threads that it would start itself."""
         threads, self.thread_count = min(self.thread_count, THREADS), 1
         write = super()._write_data
         if threads == 1:
@@ -206,6 +210,7 @@ class CheckpointWriter(FileSystemWriter):
 
 
 def _system_error(error: BaseException) -> BaseException:
+    """The OSError in the chain of causes of `error`; `error` itself where there is none."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError):
@@ -215,12 +220,12 @@ def _system_error(error: BaseException) -> BaseException:
 
 
 def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
-    """Every rank writes its file; returns the CRC-32 of all of them, by name."""
+    """Writes this rank's file, and returns the CRC-32 of every rank's files, by name. Collective."""
     writer = CheckpointWriter(folder)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     try:
         dcp.save(tensors, storage_writer=writer, planner=planner)
-    except CheckpointException as failure:  # the same on every rank
+    except CheckpointException as failure:  # raised on every rank, with the errors of all ranks
         errors = [error for error, _ in failure.failures.values()]
         system = next((error for error in errors if isinstance(error, OSError)), None)
         if system is None:
@@ -232,9 +237,18 @@ def _write(folder: Path, tensors: dict[str, Any]) -> dict[str, int]:
 
 
 def publish(partial: Path, final: Path, info: dict[str, Any], sums: dict[str, int]) -> None:
-    """Check what was written, complete it, and put it in the place of the last checkpoint."""
+    """Checks the written files, adds `checkpoint.json`, renames `partial` to `final`, and names it in `latest`.
+
+    Args:
+        info: content of `checkpoint.json`; the files' sizes and CRC-32 sums are added.
+        sums: CRC-32 of files by name; those of the other files in `partial` are added to it.
+
+    Raises:
+        OSError: a piece is missing, or a file is too short.
+    """
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    torch.save({}, partial / "common.pt")  # where 0.16.1 looks for what no rank owns; 0.19.2 has an object for it
+    # The state that no rank owns: Megatron-Core 0.16.1 reads it from this file, 0.19.2 from the object `common_state`.
+    torch.save({}, partial / "common.pt")
     metadata = FileSystemReader(partial).read_metadata()
     planned = sum(len(getattr(entry, "chunks", [None])) for entry in metadata.state_dict_metadata.values())
     if len(metadata.storage_data) != planned:
@@ -270,7 +284,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the folder's own entries (new names) durable."""
+    """Makes the folder's entries (new and renamed files) durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -279,12 +293,12 @@ def _sync(folder: Path) -> None:
 
 
 def _prune(checkpoints: Path, step: int, keep: int) -> None:
-    """After saving `step`: keep it and the `keep - 1` before it; remove also what killed saves left behind."""
+    """Removes all checkpoints but that of `step` and the `keep - 1` before it, and the leftovers of killed saves."""
     try:
         complete = complete_checkpoints(checkpoints)
         kept = complete[: complete.index(checkpoints / step_name(step)) + 1][-keep:]
         for folder in [folder for folder in complete if folder not in kept]:
-            (folder / INFO).unlink()  # first: half removed, it must not count as complete
+            (folder / INFO).unlink()  # first, because a checkpoint that is half removed must not count as complete
             shutil.rmtree(folder)
         for leftover in checkpoints.glob(".step_*"):
             shutil.rmtree(leftover)
@@ -293,6 +307,7 @@ def _prune(checkpoints: Path, step: int, keep: int) -> None:
 
 
 def _way_out(checkpoints: Path) -> str:
+    """The `fix` of a SaveError: which checkpoint stays valid, and what to do."""
     complete = complete_checkpoints(checkpoints)
     kept = f"{complete[-1].name} stays valid" if complete else "there is no earlier one"
     return f"{kept}; free some space or change `run`, and rerun the command"

@@ -1,16 +1,17 @@
-"""What a checkpoint holds, named and cut into shards so that any layout can read what any other wrote.
+"""Content of a checkpoint, cut into shards so that every layout can read the checkpoints of every other layout.
 
-Tensors (Megatron-Core `ShardedTensor`s, full shapes, global names):
+Tensors (Megatron-Core `ShardedTensor`s, with full shapes and global names):
     model.NAME                  the weight, in fp32 (the optimizer's copy where the model trains in bf16)
-    optimizer.exp_avg.NAME      Adam's first moment, in `optimizer.moments`
-    optimizer.exp_avg_sq.NAME   Adam's second moment, likewise
-    optimizer.momentum.NAME     Muon's momentum, likewise, of the parameters that it updates, which have no others
-Objects: rng/... one per rank.
+    optimizer.exp_avg.NAME      Adam's first moment, in the dtype `optimizer.moments`
+    optimizer.exp_avg_sq.NAME   Adam's second moment, in this dtype too
+    optimizer.momentum.NAME     Muon's momentum, in this dtype too; its parameters have no moments of Adam
+Objects: rng/..., one for every rank.
 
 Megatron's own `optimizer.sharded_state_dict` is not used. With bf16 and fp32 parameters in one model, its distributed
-optimizer looks fp32 shards up in the wrong order and its plain one numbers them wrongly; `fully_reshardable` confuses
-padded and unpadded offsets when a buffer has more than one bucket (0.16.1 and 0.19.2). Here, each rank writes the
-stretch of each parameter that it owns, as the few boxes that such a stretch is; nothing is gathered, nothing copied.
+optimizer looks fp32 shards up in the wrong order, and its plain optimizer numbers them wrongly; `fully_reshardable`
+confuses padded and unpadded offsets when a buffer has more than one bucket (0.16.1 and 0.19.2). Here, a rank owns a
+stretch of each flattened parameter, and writes it as the few boxes of the parameter that the stretch consists of.
+Nothing is gathered, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Owned:
 
     Attributes:
         start, stop: the stretch of the flattened local parameter.
-        whole: whether it is all of it, alike on all data-parallel ranks.
-        main: fp32 weights `[stop - start]`; shares memory with an fp32 parameter, else is the copy of a bf16 one.
+        whole: whether the stretch is the whole local parameter, on every data-parallel rank alike.
+        main: fp32 weights `[stop - start]`: an fp32 parameter's own memory, or the optimizer's copy of a bf16 one.
         moments: the optimizer's state by name, each `[stop - start]`.
     """
 
@@ -58,7 +59,7 @@ class Owned:
 
 
 def named_parameters(model: list[Any]) -> dict[str, nn.Parameter]:
-    """All parameters of this rank's chunks by their names in the model, which are global; a shared one appears once.
+    """All parameters of this rank's model chunks, by their global names in the model; a shared one appears once.
 
     The chunks may be wrapped in Megatron's DistributedDataParallel.
     """
@@ -72,7 +73,7 @@ def named_parameters(model: list[Any]) -> dict[str, nn.Parameter]:
 
 
 def owned_by_optimizer(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Owned]:
-    """What this rank's optimizers hold, by model parameter (bf16 or fp32)."""
+    """The parts of parameters that this rank's optimizers update, by model parameter (bf16 or fp32)."""
     owned: dict[nn.Parameter, Owned] = {}
     for part in optimizer_parts(optimizer):
         for parameter, main, start, stop in stretches(part):
@@ -85,15 +86,15 @@ def owned_by_optimizer(optimizer: MegatronOptimizer) -> dict[nn.Parameter, Owned
 
 # -- shards ---------------------------------------------------------------------------------------------------------
 def boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The stretch [start, stop) of a flattened tensor as (offset, size) boxes of the tensor, in order."""
+    """Yields the stretch [start, stop) of a flattened tensor as (offset, size) of boxes of the tensor, in order."""
     if start >= stop:
         return
     if len(shape) <= 1:
         yield ((start,), (stop - start,)) if shape else ((), ())
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
-    if first > last:  # inside one row
+    first, last = -(-start // row), stop // row  # rows first .. last - 1 lie in the stretch as a whole
+    if first > last:  # the stretch lies inside one row
         yield from _in_row(last, start, stop, shape)
         return
     yield from _in_row(first - 1, start, first * row, shape)
@@ -118,7 +119,12 @@ def _axis_rank(axis: str) -> int:
 
 
 def _place(parameter: nn.Parameter) -> tuple[ParameterSpec, list[int], tuple[int, int]]:
-    """Its spec, the offset of this rank's share, and this rank's number among the holders of the same share."""
+    """The parameter's spec, and the place of this rank's share in it.
+
+    Returns:
+        the spec; the offset of this rank's share in the full parameter; and this rank's numbers (tensor-parallel,
+        data-parallel) among the ranks that hold the same share.
+    """
     spec = spec_of(parameter)
     offset = [0] * len(spec.shape)
     for dim, axis in spec.axes.items():
@@ -132,10 +138,10 @@ def _place(parameter: nn.Parameter) -> tuple[ParameterSpec, list[int], tuple[int
 
 
 def shard(key: str, data: Tensor, parameter: nn.Parameter, owned: Owned | None = None) -> list[ShardedTensor]:
-    """This rank's share of the full tensor `key`, shaped and split like `parameter`.
+    """Shards of this rank's share of the full tensor `key`, which is shaped and split like `parameter`.
 
     Args:
-        data: of the parameter's local shape; or, with `owned`, the flat stretch that it describes.
+        data: tensor of the parameter's local shape; or, with `owned`, the flat stretch that `owned` describes.
     """
     spec, base, (tensor, replica) = _place(parameter)
     start, stop = (owned.start, owned.stop) if owned else (0, parameter.numel())
@@ -162,12 +168,15 @@ def shard(key: str, data: Tensor, parameter: nn.Parameter, owned: Owned | None =
 
 
 def weights(model: list[Any]) -> Shards:
-    """`model.NAME` for all of this rank's parameters, in the parameters' own memory: to load into."""
+    """Shards `model.NAME` of all of this rank's parameters, in the parameters' own memory; for loading."""
     return {MODEL + name: shard(MODEL + name, p, p) for name, p in named_parameters(model).items()}
 
 
 def main_weights(model: list[Any], optimizer: MegatronOptimizer) -> Shards:
-    """`model.NAME` for what this rank's optimizer owns, in fp32, and for what none trains: to save, or to load into."""
+    """Shards `model.NAME` of the fp32 weights that this rank's optimizer owns; for saving and for loading.
+
+    Parameters that are not trained belong to no optimizer, and are added as they are.
+    """
     owned = owned_by_optimizer(optimizer)
     names = named_parameters(model).items()
     shards = {MODEL + name: shard(MODEL + name, owned[p].main, p, owned[p]) for name, p in names if p in owned}
@@ -175,7 +184,7 @@ def main_weights(model: list[Any], optimizer: MegatronOptimizer) -> Shards:
 
 
 def moments(model: list[Any], optimizer: MegatronOptimizer) -> Shards:
-    """`optimizer.MOMENT.NAME` for what this rank's optimizer owns."""
+    """Shards `optimizer.MOMENT.NAME` of the optimizer state that this rank owns."""
     owned = owned_by_optimizer(optimizer)
     shards: Shards = {}
     for name, p in named_parameters(model).items():
@@ -188,7 +197,7 @@ def moments(model: list[Any], optimizer: MegatronOptimizer) -> Shards:
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
-    """Adam's step, which all groups share."""
+    """The optimizer's step, which all parameter groups share; 0 before the first step."""
     steps = {int(g.get("step", 0)) for part in optimizer_parts(optimizer) for g in part.optimizer.param_groups}
     steps = steps - {0} if len(steps) > 1 else steps  # Apex leaves groups without a parameter on this rank at 0
     assert len(steps) <= 1, f"parameter groups at different steps: {sorted(steps)}"
@@ -196,18 +205,22 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
 
 
 def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Sets the step of all parameter groups."""
     for part in optimizer_parts(optimizer):
         for group in part.optimizer.param_groups:
             group["step"] = step
 
 
 def saved_objects() -> list[ShardedObject]:
-    """This rank's random states; and nothing, under the name where Megatron-Core 0.19.2 looks for what no rank owns."""
+    """Checkpoint objects of this rank: its random states, and an empty `common_state`.
+
+    Megatron-Core 0.19.2 reads `common_state`, the state that no single rank owns, in every checkpoint; ours has none.
+    """
     return [rng_object(rng_state()), ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())]
 
 
 def rng_object(state: dict[str, Any] | None) -> ShardedObject:
-    """The random states of this rank; None: to be loaded."""
+    """The checkpoint object of this rank's random states `state`; None: the states are to be loaded."""
     return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
 
 
@@ -223,6 +236,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
+    """Sets every random generator to a state of `rng_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])

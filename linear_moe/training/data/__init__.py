@@ -1,4 +1,4 @@
-"""Text -> tokenizer -> Megatron's indexed dataset -> its GPT dataset -> micro-batches."""
+"""Training data: text is tokenized into Megatron's indexed dataset, and read by its GPT dataset as micro-batches."""
 
 from linear_moe.training.data.loader import TrainLoader, validation_batches
 from linear_moe.training.data.prepare import check_data, prepare_data

@@ -1,6 +1,6 @@
 """The baseline that a trained model must beat: a smoothed bigram count model of the same training tokens.
 
-Interpolated Witten-Bell smoothing (Witten & Bell 1991; Chen & Goodman 1998, section 2.4), nothing to tune:
+The smoothing is interpolated Witten-Bell (Witten & Bell 1991; Chen & Goodman 1998, section 2.4), with nothing to tune:
     P(b | a) = (c(a, b) + n(a) P(b)) / (c(a) + n(a)),   P(b) = (c(b) + 1) / (tokens + vocabulary),
 where n(a) is the number of different tokens seen after a.
 """
@@ -17,11 +17,16 @@ from linear_moe.training.data import indexed
 from linear_moe.training.data.loader import validation_batches
 from linear_moe.training.data.prepared import PreparedData
 
-CHUNK = 1 << 24  # tokens counted at a time
+CHUNK = 1 << 24  # number of tokens counted at a time
 
 
 class Bigram:
-    """Counts of `tokens` (int arrays, in order, each one continuing the last), and probabilities from them."""
+    """A bigram model of `tokens`.
+
+    Args:
+        tokens: int arrays in order; each array continues the one before.
+        vocab_size: number of token ids.
+    """
 
     def __init__(self, tokens: Iterable[np.ndarray], vocab_size: int):
         self.vocab_size = vocab_size
@@ -44,16 +49,16 @@ class Bigram:
         self.context = np.bincount(first, weights=counts, minlength=vocab_size)
 
     def log_probability(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """log P(b | a), elementwise, in nats; a token that training never continued leaves the unigram."""
+        """log P(b | a) of token ids, elementwise, in nats; the unigram P(b) if no training token follows a."""
         keys = a.astype(np.int64) * self.vocab_size + b
-        found = np.minimum(np.searchsorted(self.pairs, keys), len(self.pairs) - 1)
-        count = np.where(self.pairs[found] == keys, self.counts[found], 0)
+        place = np.minimum(np.searchsorted(self.pairs, keys), len(self.pairs) - 1)
+        count = np.where(self.pairs[place] == keys, self.counts[place], 0)
         followers = np.where(self.context[a] > 0, self.followers[a], 1)
         return np.log((count + followers * self.unigram[b]) / (self.context[a] + followers))
 
 
 def training_tokens(prepared: PreparedData) -> Iterator[np.ndarray]:
-    """The training set in file order, in chunks."""
+    """Yields the tokens of the training set in file order, in chunks or by document."""
     assert prepared.train_prefix is not None
     index = indexed.read_index(prepared.train_prefix, "prepare it again")
     tokens = np.memmap(prepared.train_prefix + ".bin", dtype=index.dtype, mode="r")
@@ -66,7 +71,11 @@ def training_tokens(prepared: PreparedData) -> Iterator[np.ndarray]:
 
 
 def bigram_loss(prepared: PreparedData, config: Config) -> float:
-    """Its cross-entropy in nats per token on exactly the positions that a validation of the model scores."""
+    """Cross-entropy of the bigram model, in nats per token, on exactly the positions that a validation scores.
+
+    Raises:
+        ConfigError: the data is synthetic, or nothing is held out for validation.
+    """
     if prepared.synthetic:
         raise ConfigError("data.corpus", config.data.corpus, "random tokens have no bigram baseline")
     if not prepared.has_validation:

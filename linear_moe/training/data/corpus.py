@@ -1,4 +1,4 @@
-"""Where text comes from: which files, in which order, and which of them are for validation."""
+"""The text of a corpus: its files, their order, and the documents held out for validation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text files: `files` are names relative to `root`, sorted."""
+    """Text files of a corpus: `files` are sorted names relative to `root`."""
 
     root: Path
     files: tuple[str, ...]
 
     def size(self) -> int:
-        """Bytes."""
+        """Size of all files in bytes."""
         return sum((self.root / name).stat().st_size for name in self.files)
 
     def fingerprint(self) -> str:
-        """sha256 over the files' names and contents."""
+        """sha256 over the files' names and contents. ConfigError if a file cannot be read."""
         total = hashlib.sha256()
         for name in self.files:
             try:
@@ -48,9 +48,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Document:
+    """A document of a corpus; `split` is "train" or "validation"."""
+
     name: str
     text: str
-    split: str  # "train" or "validation"
+    split: str
 
 
 def open_corpus(value: str) -> Corpus:
@@ -79,26 +81,28 @@ def open_corpus(value: str) -> Corpus:
 
 
 def _walk(root: Path, suffixes: frozenset[str], skip: frozenset[str]) -> tuple[str, ...]:
-    found = []
+    """Sorted names of the files under `root` with one of the suffixes, without hidden ones and folders in `skip`."""
+    names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        found += [
+        names += [
             (Path(folder) / name).relative_to(root).as_posix()
             for name in files
             if Path(name).suffix.lower() in suffixes and not name.startswith(".") and (Path(folder) / name).is_file()
         ]
-    return tuple(sorted(found))
+    return tuple(sorted(names))
 
 
 def unit_hash(name: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
+    """Hash of the name as a number in [0, 1), equal on all machines."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def validation_names(names: tuple[str, ...], fraction: float) -> frozenset[str]:
-    """The share of `names` held out: by hash of the name, so that a file stays where it is as others come and go.
+    """The names held out for validation, about the share `fraction` of them.
 
-    Both sides get at least one name where there are two.
+    Names are chosen by their hash, so that a file stays in its split as other files come and go. Of two or more names,
+    each split gets at least one.
     """
     if fraction == 0 or len(names) < 2:
         return frozenset()
@@ -108,10 +112,10 @@ def validation_names(names: tuple[str, ...], fraction: float) -> frozenset[str]:
 
 
 def documents(corpus: Corpus, fraction: float, skipped: Counter[str] | None = None) -> Iterator[Document]:
-    """All documents in order: one per file, or per line of a .jsonl file.
+    """Yields all documents in order: one per file, or one per line of a .jsonl file.
 
-    Files are held out for validation whole. A corpus of one file gives up its last `fraction` (a .jsonl file: lines
-    chosen by hash). Documents that are empty or not UTF-8 are skipped and counted in `skipped`.
+    Files are held out for validation whole. Of a corpus of one file, the last `fraction` of the text is held out (of a
+    .jsonl file: lines chosen by hash). Documents that are empty or not UTF-8 are skipped, and counted in `skipped`.
     """
     skipped = Counter() if skipped is None else skipped
     held_out = validation_names(corpus.files, fraction)
@@ -126,7 +130,7 @@ def documents(corpus: Corpus, fraction: float, skipped: Counter[str] | None = No
                 yield Document(document, text, inside)
             continue
         try:
-            text = path.read_bytes().decode("utf-8")  # not read_text: line ends stay as they are
+            text = path.read_bytes().decode("utf-8")  # unlike read_text, keeps line ends as they are
         except UnicodeDecodeError:
             skipped["undecodable"] += 1
             continue
@@ -134,7 +138,8 @@ def documents(corpus: Corpus, fraction: float, skipped: Counter[str] | None = No
             skipped["empty"] += 1
         elif alone and fraction:
             middle = int(len(text) * (1 - fraction))
-            # At the last line end near there, or at a character: text8 is one line.
+            # The text is cut after the last line end before `middle`. If none is near, as in text8, which is one line,
+            # it is cut between two characters.
             cut = text.rfind("\n", max(0, 2 * middle - len(text)), middle + 1) + 1 or middle
             parts = (("train", text[:cut]), ("validation", text[cut:]))
             yield from (Document(f"{name}:{part}", piece, part) for part, piece in parts if piece)
@@ -143,7 +148,7 @@ def documents(corpus: Corpus, fraction: float, skipped: Counter[str] | None = No
 
 
 def holds_text(corpus: Corpus) -> bool:
-    """Whether there is a document at all, as far as the first MiB of each text file tells; reads until one is found."""
+    """Whether there is a document at all. Reads files until one has text; of a text file, the first MiB."""
     for name in corpus.files:
         path = corpus.root / name
         if path.suffix.lower() == ".jsonl":
@@ -160,6 +165,10 @@ def holds_text(corpus: Corpus) -> bool:
 
 
 def _json_lines(path: Path, skipped: Counter[str]) -> Iterator[tuple[int, str]]:
+    """Yields line number, from 1, and "text" of every record of a .jsonl file; empty and undecodable ones are skipped.
+
+    ConfigError for a line that is not valid JSON or has no "text".
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -185,6 +194,6 @@ def _json_lines(path: Path, skipped: Counter[str]) -> Iterator[tuple[int, str]]:
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError:  # a JSON string may escape half of a surrogate pair, which is no character
         return False
     return True

@@ -1,7 +1,7 @@
-"""Samples by number: Megatron's GPT dataset, one per epoch, and random tokens.
+"""Datasets of samples by number: one of Megatron's GPT datasets for every epoch, and one of random tokens.
 
-Sample `i` is a function of (data, sequence length, seed, i) alone. Every epoch is a GPTDataset of its own with a seed
-of its own, so that the order does not depend on how many steps a run is planned for, and a run can be made longer.
+Sample `i` is a function of (data, sequence length, seed, i) alone. Every epoch is a GPTDataset of its own, with a seed
+of its own. So the order of the samples does not depend on the planned number of steps, and a run can be made longer.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch.utils.data import Dataset
 from linear_moe.config.schema import Config
 from linear_moe.training.data.prepared import PreparedData
 
-VALIDATION_SEED = 0  # the same sequences whatever training.seed is
-AHEAD = 4  # epochs whose orders are written ahead
-PADDING = -1  # the number of a sample whose positions do not count
+VALIDATION_SEED = 0  # fixed, so that the validation sequences do not depend on training.seed
+AHEAD = 4  # number of epochs whose sample orders are written before training
+PADDING = -1  # number of a sample none of whose positions count in the loss
 
 Sample = dict[str, Tensor]
-"""tokens, labels `[T]` int64; loss_mask `[T]` fp32."""
+"""One sequence: tokens and labels `[T]` int64; loss_mask `[T]` fp32, 1 where the loss counts."""
 
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """As much of a tokenizer as GPTDataset asks for."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     vocab_size: int
     eod: int
@@ -39,16 +39,17 @@ class _Tokenizer:
 
 
 def samples_per_epoch(prepared: PreparedData, split: str, length: int) -> int:
-    """Whole sequences in a split: one more token than `length` is needed for the last label."""
+    """Number of whole sequences of `length` tokens in a split; the last label needs one token more."""
     return (prepared.tokens[split] - 1) // length
 
 
 def build_orders(prepared: PreparedData, config: Config) -> None:
     """Writes the sample orders of the first AHEAD epochs that `training.steps` reads, and of the validation set.
 
-    Written, a host's ranks share an order in the page cache. Ahead of training and of the process groups, because
-    GPTDataset otherwise writes on rank 0 only and does not wait. Later epochs' orders each rank builds when it gets
-    there, in its own memory: a small corpus is read thousands of times, and a large one hardly more than AHEAD times.
+    The ranks of a machine share a written order in the page cache. It must be written before the process groups exist,
+    because GPTDataset otherwise writes it on rank 0 only, and the other ranks do not wait. The orders of later epochs
+    are not written: every rank builds them in memory when it gets there. A small corpus is read thousands of times, and
+    its orders are small; a large one is hardly read more than AHEAD times.
     """
     training = config.training
     per_epoch = samples_per_epoch(prepared, "train", training.sequence_length)
@@ -75,7 +76,12 @@ def _order_folder(prepared: PreparedData, split: str, length: int, seed: int, ep
 def _open(
     prepared: PreparedData, split: str, length: int, seed: int, epoch: int, isolate: bool, folder: Path | None
 ) -> Dataset[Sample]:
-    """The GPTDataset of one epoch; reads its order from `folder`, or builds it there (None: in memory)."""
+    """The GPTDataset of one epoch; reads the order of its samples from `folder`, or writes it there.
+
+    Args:
+        isolate: whether the loss of positions that predict across the end of a document does not count.
+        folder: folder of the sample order; None: the order is built in memory.
+    """
     from linear_moe.training import platform
 
     platform.install()
@@ -91,7 +97,7 @@ def _open(
         sequence_length=length,
         blend=([prefix], None),
         split="1,0,0",
-        path_to_cache="" if folder is None else str(folder),  # None would mean beside the tokens
+        path_to_cache="" if folder is None else str(folder),  # with None, Megatron would write beside the tokens
         tokenizer=_Tokenizer(prepared.vocab_size, prepared.eod_id),  # type: ignore[arg-type]
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -99,12 +105,13 @@ def _open(
         create_attention_mask=False,
     )
     documents = prepared.sequences(split, len(tokens))
-    # GPTDataset hashes the name it is given into its files' names; ours stays the same when the folder moves.
+    # GPTDataset hashes the dataset's name into the names of its files. A fingerprint instead of a path keeps them valid
+    # when the folder moves.
     return GPTDataset(tokens, f"{prepared.fingerprint}/{split}", documents, None, Split.train, config)
 
 
 class TextDataset(Dataset[Sample]):
-    """An endless stream of epochs, by sample number."""
+    """Samples of a split of prepared text by number, epoch after epoch without end."""
 
     def __init__(self, prepared: PreparedData, split: str, length: int, seed: int, isolate: bool):
         self.prepared, self.split, self.length, self.seed, self.isolate = prepared, split, length, seed, isolate
@@ -126,7 +133,7 @@ class TextDataset(Dataset[Sample]):
 
 
 class SyntheticDataset(Dataset[Sample]):
-    """Uniformly random tokens; token 0 ends documents, so that they are `vocab_size` long on average."""
+    """Samples of uniformly random tokens. Token 0 ends a document, so documents are `vocab_size` long on average."""
 
     def __init__(self, vocab_size: int, length: int, seed: int, isolate: bool):
         self.vocab_size, self.length, self.seed, self.isolate = vocab_size, length, seed, isolate

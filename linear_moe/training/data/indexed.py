@@ -1,7 +1,7 @@
-"""Megatron's indexed dataset on disk: checking one without Megatron-Core, and writing one with it.
+"""Megatron's indexed dataset on disk: checked without Megatron-Core, and written with Megatron-Core.
 
-`P.bin` holds all token ids; `P.idx` the header, then per sequence its length (int32) and byte offset (int64), then the
-document boundaries (int64).
+A dataset with the prefix P is two files. `P.bin` holds all token ids. `P.idx` holds the header, then the lengths of all
+sequences (int32), their byte offsets (int64), and the document boundaries (int64).
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from linear_moe.options.errors import ConfigError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, document boundaries
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-HASH_LIMIT = 1 << 28  # larger files are verified by size and structure only: every rank does so at every start
+# Bytes: of larger files only size and structure are verified, because every rank does so at every start.
+HASH_LIMIT = 1 << 28
 
 
 @dataclass(frozen=True)
 class Index:
-    """What an .idx file says.
+    """Content of an .idx file.
 
     Attributes:
-        dtype: of the tokens.
-        lengths: `[sequences]` int32, tokens in each.
+        dtype: dtype of the token ids.
+        lengths: `[sequences]` int32, number of tokens of each sequence.
     """
 
     dtype: np.dtype[Any]
@@ -41,12 +42,16 @@ class Index:
 
 
 def exists(prefix: str) -> bool:
-    """Whether either file of an indexed dataset is there."""
+    """Whether at least one of the two files of an indexed dataset exists."""
     return os.path.isfile(prefix + ".idx") or os.path.isfile(prefix + ".bin")
 
 
 def read_index(prefix: str, fix: str) -> Index:
-    """Reads an index and checks it against the token file. ConfigError, offering `fix`, if it is missing or corrupt."""
+    """Reads an index, and checks it against the token file.
+
+    Raises:
+        ConfigError: a file is missing, or the index is corrupt; offers `fix`.
+    """
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
             raise ConfigError(prefix + suffix, ..., "missing half of an indexed dataset", fix=fix)
@@ -58,12 +63,12 @@ def read_index(prefix: str, fix: str) -> Index:
     with open(prefix + ".idx", "rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise corrupt("it does not begin like one")
+        raise corrupt("the header is not that of an indexed dataset")
     _, version, code, sequences, boundaries = HEADER.unpack(header)
     if version != 1 or code not in DTYPES:
         raise corrupt(f"version {version}, token type {code}")
     expected = HEADER.size + 12 * sequences + 8 * boundaries
-    if size not in (expected, expected + sequences):  # with a mode per sequence
+    if size not in (expected, expected + sequences):  # the longer form has one byte, the mode, for every sequence
         raise corrupt(f"{size} bytes instead of {expected}")
 
     raw = np.memmap(prefix + ".idx", dtype=np.uint8, mode="r", offset=HEADER.size)
@@ -89,7 +94,10 @@ def sha256(path: str | Path) -> str:
 
 
 def fingerprint(prefix: str) -> list[Any]:
-    """What stands for both files' content, wherever they lie: sizes and sha256; over HASH_LIMIT, of the ends only."""
+    """Size and sha256 of the token file and of the index, which stand for their content wherever the files lie.
+
+    The sha256 of a file larger than HASH_LIMIT covers only its first and last MiB.
+    """
     parts: list[Any] = []
     for suffix in (".bin", ".idx"):
         size = os.path.getsize(prefix + suffix)
@@ -104,12 +112,15 @@ def fingerprint(prefix: str) -> list[Any]:
 
 
 def fingerprint_files(prefix: str) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of both files, for `verify_dataset_files`."""
+    """Size and sha256 of the token file and of the index, for `verify_dataset_files`."""
     return {s: {"size": os.path.getsize(prefix + s), "sha256": sha256(prefix + s)} for s in (".bin", ".idx")}
 
 
 def verify_dataset_files(prefix: str, recorded: dict[str, dict[str, Any]], fix: str) -> None:
-    """Raises ConfigError unless both files are as recorded (files over HASH_LIMIT: as large as recorded)."""
+    """Raises ConfigError unless both files have the recorded size and sha256.
+
+    Of a file larger than HASH_LIMIT only the size is compared.
+    """
     for suffix, expected in recorded.items():
         path = prefix + suffix
         if not os.path.isfile(path):
@@ -132,14 +143,14 @@ class IndexedWriter:
         self.documents = self.tokens = self.bytes = 0
 
     def add(self, tokens: np.ndarray, size: int) -> None:
-        """One document: its ids, the end-of-document token included, and the bytes of its text."""
+        """Adds a document: its token ids with the end-of-document token, and the size of its text in bytes."""
         self.builder.add_document(tokens, [len(tokens)])
         self.documents += 1
         self.tokens += len(tokens)
         self.bytes += size
 
     def close(self) -> dict[str, Any]:
-        """Finishes both files; returns what the manifest says of them."""
+        """Finishes both files, and returns their entry of the manifest: counts, sizes and sha256."""
         self.builder.finalize(self.prefix + ".idx")
         counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
         return counts | {"stored": fingerprint_files(self.prefix)}

@@ -16,13 +16,16 @@ from linear_moe.training.data.prepared import PreparedData
 from linear_moe.training.sequence.cut import split
 
 Batch = dict[str, Any]
-"""A micro-batch of b rows: tokens, labels, positions `[b, T]` int64, loss_mask `[b, T]` fp32; with isolated documents
-also cu_seqlens `[documents + 1]` int64 and max_document (int) of the rows laid end to end, `[1, b * T]`. With
-parallel.sequence > 1 a rank's share of that, and `cut`, what the share is of."""
+"""A micro-batch of b rows: tokens, labels, positions `[b, T]` int64, loss_mask `[b, T]` fp32. With isolated documents
+also cu_seqlens `[documents + 1]` int64 and max_document (int) of the rows laid end to end, `[1, b * T]`. If sequences
+are cut into pieces, a rank's share of these tensors, and `cut`, which says what pieces the share consists of."""
 
 
 def rank_samples(start: int, rank: int, ranks: int, global_batch: int, micro_batch: int) -> Iterator[list[int]]:
-    """A rank's micro-batches, as sample numbers, of the global batch that begins at `start`: ranks take equal runs."""
+    """Yields the sample numbers of each micro-batch of a rank, for the global batch that begins at sample `start`.
+
+    Each of the ranks takes an equal run of consecutive samples.
+    """
     share = global_batch // ranks
     first = start + rank * share
     for i in range(first, first + share, micro_batch):
@@ -34,12 +37,13 @@ def check_batch(config: Config, ranks: int) -> None:
     training = config.training
     if training.global_batch % (training.micro_batch * ranks):
         raise ValueError(
-            f"global batch {training.global_batch} is no multiple of micro batch {training.micro_batch} x {ranks}"
+            f"training.global_batch {training.global_batch} is no multiple of "
+            f"training.micro_batch {training.micro_batch} x {ranks} data-parallel ranks"
         )
 
 
 class _Batches:
-    """The numbers of the samples of every micro-batch from `consumed` to the end of the run."""
+    """Batch sampler: a rank's sample numbers of every micro-batch, from sample `consumed` to the end of the run."""
 
     def __init__(self, config: Config, rank: int, ranks: int, consumed: int):
         self.training, self.rank, self.ranks, self.consumed = config.training, rank, ranks, consumed
@@ -51,15 +55,16 @@ class _Batches:
 
 
 class Collate:
-    """Samples -> a Batch.
+    """Makes a Batch of samples.
 
-    Documents end after the end-of-document token, and with their row. Where they are isolated, positions count within
-    them, and a position that would predict across their end is not counted (by the datasets' loss_mask).
+    Documents end after the end-of-document token, and with their row. Where documents are isolated, positions count
+    from the beginning of the document, and the datasets' loss_mask leaves out positions that would predict across the
+    document's end.
 
     Args:
-        eod_id: the end-of-document token.
-        config: the configuration.
-        sequence_rank: among parallel.sequence ranks, of which each gets its share of the tokens.
+        eod_id: id of the end-of-document token.
+        config: configuration of the run.
+        sequence_rank: this rank's number among the `parallel.sequence` ranks that share out every sequence.
     """
 
     def __init__(self, eod_id: int, config: Config, sequence_rank: int):
@@ -81,7 +86,7 @@ class Collate:
 
 
 def document_offsets(tokens: Tensor, eod_id: int) -> Tensor:
-    """`tokens [b, T]` -> int64 `[documents + 1]`: where documents begin in `[b * T]`, and its end."""
+    """Offsets int64 `[documents + 1]` of the documents in `tokens [b, T]`, with the rows laid end to end."""
     ends = tokens == eod_id
     ends[:, -1] = True
     return torch.cat([torch.zeros(1, dtype=torch.int64), ends.flatten().nonzero().flatten() + 1])
@@ -90,15 +95,15 @@ def document_offsets(tokens: Tensor, eod_id: int) -> Tensor:
 class TrainLoader:
     """Iterator of a rank's micro-batches from sample `consumed_samples` to the end of `training.steps`.
 
-    Which samples make up a global batch depends on the data, `training.seed` and `consumed_samples` only, not on the
-    micro batch or the number of ranks. Tensors are on the CPU, in pinned memory where there is a GPU.
+    The samples of a global batch depend on the data, `training.seed` and `consumed_samples` only, not on the micro
+    batch or on the number of ranks. Tensors are on the CPU, in pinned memory where there is a GPU.
 
     Args:
-        prepared: from `prepare_data` of the same config.
-        config: the configuration.
-        data_parallel_rank, data_parallel_size: this rank's share of every global batch.
-        consumed_samples: samples of earlier steps, over all ranks.
-        sequence_rank: this rank's share of every sequence.
+        prepared: result of `prepare_data` for the same config.
+        config: configuration of the run.
+        data_parallel_rank, data_parallel_size: this rank and the number of ranks that share out a global batch.
+        consumed_samples: number of samples of earlier steps, over all ranks.
+        sequence_rank: this rank's number among the ranks that share out every sequence.
     """
 
     def __init__(
@@ -117,7 +122,8 @@ class TrainLoader:
             num_workers=config.data.workers,
             collate_fn=Collate(prepared.eod_id, config, sequence_rank),
             pin_memory=torch.cuda.is_available(),
-            # Or it would draw a seed from the global generator, and a resumed run would differ.
+            # Without a generator of its own, DataLoader would draw a seed from the global generator, whose state would
+            # then differ between a resumed and an uninterrupted run.
             generator=torch.Generator(),
         )
         self._batches = iter(loader)
@@ -130,7 +136,11 @@ class TrainLoader:
 
 
 def validation_sequences(prepared: PreparedData, config: Config) -> int:
-    """Sequences that a validation scores: `eval_batches` global batches, or the whole set if it is smaller."""
+    """Number of sequences that a validation scores: `eval_batches` global batches, or the whole set if it is smaller.
+
+    Raises:
+        ValueError: nothing is held out for validation.
+    """
     wanted = config.training.eval_batches * config.training.global_batch
     if prepared.synthetic:
         return wanted
@@ -142,9 +152,9 @@ def validation_sequences(prepared: PreparedData, config: Config) -> int:
 def validation_batches(
     prepared: PreparedData, config: Config, data_parallel_rank: int, data_parallel_size: int, sequence_rank: int = 0
 ) -> Iterator[Batch]:
-    """A rank's micro-batches of one validation: `eval_batches` global batches of the same sequences every time.
+    """Yields a rank's micro-batches of one validation: `eval_batches` global batches, the same in every validation.
 
-    Beyond the end of a small validation set rows are padding: their loss_mask is zero.
+    Rows beyond the end of a small validation set are padding: their loss_mask is zero.
     """
     check_batch(config, data_parallel_size)
     training = config.training

@@ -1,8 +1,9 @@
-"""`data.corpus` + `data.tokenizer` -> tokenized train and validation sets on disk, made once and verified when used.
+"""Prepares tokenized train and validation sets from `data.corpus` and `data.tokenizer`.
 
-A prepared folder `<data.cache>/<key>` holds `tokenizer/`, `train.{bin,idx}`, `validation.{bin,idx}`, `manifest.json`
-and `order/` (Megatron's sample indices). The key hashes everything the tokens depend on. Folders are made under another
-name and renamed when complete, by one process at a time.
+The sets are made once, on disk, and verified whenever they are used. A prepared folder `<data.cache>/<key>` holds
+`tokenizer/`, `train.{bin,idx}`, `validation.{bin,idx}`, `manifest.json` and `order/` (Megatron's sample indices). The
+key hashes everything the tokens depend on. One process at a time makes a folder, under another name, and renames it
+when it is complete.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from linear_moe.training.data.tokenizer import (
     vocabulary_size,
 )
 
-FORMAT = 2  # part of every key: raise it when the same corpus and tokenizer would give other files
-BATCH = 4_000_000  # characters tokenized at a time
+FORMAT = 2  # part of every key: to be raised when the same corpus and tokenizer would give other files
+BATCH = 4_000_000  # number of characters tokenized at a time
 SPLITS = ("train", "validation")
-BROKEN_INDEX = "make it again, or give another corpus"  # the way out for a dataset of another maker
+BROKEN_INDEX = "make the dataset again, or give another corpus"  # the `fix` for a dataset that was not prepared here
 
 
 def check_data(config: Config) -> None:
     """Raises ConfigError for a corpus or tokenizer that cannot be used; reads little and makes nothing.
 
-    A corpus is refused when it cannot hold one sequence at the most tokens that its bytes can give; whether its tokens
-    are enough, `prepare_data` says.
+    A corpus is refused if its bytes cannot give the tokens of one sequence with any tokenizer. `prepare_data` checks
+    the number of tokens that the corpus really gives.
     """
     data = config.data
     if data.corpus == SYNTHETIC:
@@ -70,7 +71,7 @@ def check_data(config: Config) -> None:
         raise _no_text(data, f"{len(corpus.files)} files, empty or not UTF-8")
     length, size = config.training.sequence_length, corpus.size()
     sets = "the train set and the validation set each need" if data.validation_fraction else "one sequence takes"
-    # Byte-level tokenizers give at most a token per byte, and one per document to end it.
+    # Byte-level tokenizers give at most one token per byte, and an end-of-document token per document.
     if size + len(corpus.files) + 1 < (length + 1) * (2 if data.validation_fraction else 1):
         raise ConfigError(
             "data.corpus",
@@ -84,10 +85,13 @@ def check_data(config: Config) -> None:
 
 
 def prepare_data(config: Config, progress: bool = True) -> PreparedData:
-    """Makes, or finds, the tokenized data and the sample orders of the whole run, and verifies both.
+    """Makes the tokenized data and the sample orders of the run, or finds them in the cache, and verifies the data.
 
-    Call it on every rank before the process groups exist: the first one prepares (with a progress bar on stderr), the
-    others wait. Raises ConfigError for a missing, empty, too small or corrupt corpus and for an unusable cache folder.
+    Must be called on every rank, before the process groups exist: the first rank prepares the data (with a progress bar
+    on stderr), and the other ranks wait.
+
+    Raises:
+        ConfigError: the corpus is missing, empty, too small or corrupt, or the cache folder cannot be used.
     """
     check_data(config)
     data = config.data
@@ -101,7 +105,8 @@ def prepare_data(config: Config, progress: bool = True) -> PreparedData:
         if prefix is None:
             prepared = _prepare_text(data, progress)
         elif _is_prepared(prefix):
-            prepared = load_prepared(Path(prefix).parent)  # which may be read-only
+            prepared = load_prepared(Path(prefix).parent)
+            # The folder may be read-only, so the sample orders are kept in the run's own cache.
             prepared = replace(prepared, cache=str(cache.resolve() / f"{prepared.fingerprint}-order"))
         else:
             prepared = _open_prefix(data, prefix, cache)
@@ -122,14 +127,14 @@ def prepare_data(config: Config, progress: bool = True) -> PreparedData:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """One process at a time; a holder that dies lets go."""
+    """Lets one process at a time into the `with` block; a process that dies releases the lock."""
     with open(folder.parent / f"{folder.name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def load_prepared(folder: Path) -> PreparedData:
-    """A prepared folder, verified against its manifest; ConfigError if it is damaged."""
+    """The data of a prepared folder, verified against its manifest. ConfigError if the folder is damaged."""
     fix = f"delete {folder}, and it is made again"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -171,7 +176,7 @@ def _key(data: DataConfig, source: str, tokenizer: dict[str, Any]) -> str:
 
 
 def _text_folder(data: DataConfig, corpus: Corpus) -> Path:
-    """Where a text corpus is, or will be, prepared."""
+    """Path of the folder in which a text corpus is, or will be, prepared."""
     return Path(data.cache).resolve() / _key(data, corpus.fingerprint(), tokenizer_key(data.tokenizer))
 
 
@@ -181,7 +186,7 @@ def _prepare_text(data: DataConfig, progress: bool) -> PreparedData:
     with lock(folder):
         if not folder.exists():
             temporary = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed: the lock is ours
+            shutil.rmtree(temporary, ignore_errors=True)  # under the lock, it can only be that of a killed process
             temporary.mkdir()
             try:
                 manifest = _tokenize(data, corpus, temporary, progress) | {"fingerprint": folder.name}
@@ -193,7 +198,7 @@ def _prepare_text(data: DataConfig, progress: bool) -> PreparedData:
 
 
 def _tokenize(data: DataConfig, corpus: Corpus, folder: Path, progress: bool) -> dict[str, Any]:
-    """Writes tokenizer, train and validation set to `folder`; returns the manifest."""
+    """Writes the tokenizer, the train set and the validation set to `folder`, and returns the manifest."""
     from linear_moe.training import platform
 
     platform.install()
@@ -248,7 +253,10 @@ def _tokenize(data: DataConfig, corpus: Corpus, folder: Path, progress: bool) ->
 
 
 def _sample(corpus: Corpus, fraction: float, size: int) -> Iterator[str]:
-    """The training text, or of a large corpus a fixed part of about BPE_SAMPLE_BYTES, chosen piece by piece by hash."""
+    """Yields the text on which to train a tokenizer: the training text in pieces.
+
+    Of a corpus larger than BPE_SAMPLE_BYTES, it yields about this much, chosen piece by piece by hash.
+    """
     for document in documents(corpus, fraction):
         if document.split == "train":
             for i, piece in enumerate(text_pieces(document.text)):
@@ -270,18 +278,18 @@ def _check_not_empty(data: DataConfig, corpus: Corpus, splits: dict[str, Any], s
             )
 
 
-def _no_text(data: DataConfig, found: str) -> ConfigError:
+def _no_text(data: DataConfig, contents: str) -> ConfigError:
     fix = "give UTF-8 text files that are not empty"
-    return ConfigError("data.corpus", data.corpus, f"holds no text ({found})", fix=fix)
+    return ConfigError("data.corpus", data.corpus, f"holds no text ({contents})", fix=fix)
 
 
 def _is_prepared(prefix: str) -> bool:
-    """Whether an indexed dataset is one that was prepared here."""
+    """Whether an indexed dataset is the train set of a prepared folder."""
     return Path(prefix).name == "train" and (Path(prefix).parent / "manifest.json").is_file()
 
 
 def _prefix(data: DataConfig) -> str | None:
-    """The absolute prefix, if `data.corpus` is one of an indexed dataset."""
+    """The absolute prefix of the indexed dataset that `data.corpus` names; None: the corpus is text."""
     path = Path(data.corpus).expanduser()
     if path.suffix in (".bin", ".idx") and path.is_file():
         fix = f"give {path.with_suffix('')}"
@@ -301,7 +309,12 @@ def _check_prefix_tokenizer(data: DataConfig, prefix: str) -> None:
 
 
 def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
-    """An indexed dataset made by somebody else: documents are held out by hash of their number."""
+    """The data of an indexed dataset that was not prepared here. Documents are held out by a hash of their number.
+
+    Raises:
+        ConfigError: the index is corrupt, or the dataset was made with another tokenizer or without end-of-document
+            tokens.
+    """
     index = indexed.read_index(prefix, BROKEN_INDEX)
     given = data.tokenizer.path if data.tokenizer.type == "hf" else None
     folder = str(Path(given).resolve() if given else Path(prefix).parent / "tokenizer")
@@ -313,8 +326,8 @@ def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
         raise ConfigError(
             "data.corpus",
             data.corpus,
-            f"holds token {start.max()}, but the tokenizer has {vocab_size}",
-            fix="give the tokenizer it was made with",
+            f"holds token {start.max()}, but the tokenizer has {vocab_size} tokens",
+            fix="give the tokenizer that the dataset was made with",
         )
     ends = np.cumsum(index.lengths[:64], dtype=np.int64)
     ends = ends[ends <= len(start)]
@@ -323,7 +336,7 @@ def _open_prefix(data: DataConfig, prefix: str, cache: Path) -> PreparedData:
             "data.isolate_documents",
             True,
             f"the dataset's documents do not end with token {eod}",
-            fix="make it again with an end-of-document token",
+            fix="make the dataset again with an end-of-document token",
         )
     key = _key(data, str(indexed.fingerprint(prefix)), tokenizer_key(TokenizerConfig(type="hf", path=folder)))
     held = {split: split_sequences(len(index.lengths), data.validation_fraction, split) for split in SPLITS}
@@ -350,10 +363,10 @@ def _check_size(config: Config, prepared: PreparedData) -> None:
     length = config.training.sequence_length
     for split, tokens in prepared.tokens.items():
         if tokens < length + 1:
-            more = "lower training.sequence_length or give more text"
+            advice = "lower training.sequence_length or give more text"
             raise ConfigError(
                 "data.corpus",
                 config.data.corpus,
                 f"too small: its {split} set has {tokens} tokens, and one sequence takes {length + 1}",
-                fix=more if split == "train" else f"raise data.validation_fraction, {more}",
+                fix=advice if split == "train" else f"raise data.validation_fraction, {advice}",
             )

@@ -1,4 +1,4 @@
-"""Data that is ready to train on, and the parts it is split into."""
+"""Tokenized data that is ready to train on, and its division into a train and a validation split."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from linear_moe.training.data.tokenizer import copy_tokenizer
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenized data that is there and has been verified.
+    """Tokenized data that exists on disk and has been verified.
 
     Attributes:
-        train_prefix, validation_prefix: of indexed datasets; None: synthetic data, or nothing held out.
-        tokenizer_folder: Hugging Face tokenizer; None: synthetic data.
-        vocab_size: ids are below it.
-        eod_id: the id that ends every document.
-        fingerprint: names corpus, tokenizer and split: the same fingerprint, the same tokens.
-        cache: where the sample orders are kept.
-        tokens: in each split.
-        held_out: where both prefixes are the same, the share of its documents that validate.
-        summary: counts of what was prepared, for people and `--json`.
+        train_prefix, validation_prefix: prefixes of indexed datasets; None: synthetic data, or nothing is held out.
+        tokenizer_folder: folder of the Hugging Face tokenizer; None: synthetic data.
+        vocab_size: number of token ids; all ids are below it.
+        eod_id: id of the token that ends every document.
+        fingerprint: identifies corpus, tokenizer and split: data with equal fingerprints has equal tokens.
+        cache: folder of the sample orders.
+        tokens: number of tokens of each split.
+        held_out: if both prefixes are one dataset, the share of its documents in the validation split.
+        summary: counts of documents, tokens and bytes, for people and `--json`.
     """
 
     train_prefix: str | None
@@ -51,13 +51,14 @@ class PreparedData:
         return self.train_prefix if split == "train" else self.validation_prefix
 
     def sequences(self, split: str, total: int) -> np.ndarray:
-        """Which of a prefix's `total` sequences (documents) belong to the split, int32."""
+        """Numbers, int32, of the sequences (documents) of a dataset of `total` that belong to the split."""
         return split_sequences(total, self.held_out, split)
 
     def save_tokenizer(self, folder: str | Path) -> None:
         """Copies the tokenizer to `folder`, whole or not at all; synthetic data has none to copy.
 
-        Raises ConfigError where `folder` already holds another tokenizer: what was trained with it means other ids.
+        Raises:
+            ConfigError: `folder` already holds another tokenizer, whose ids mean other text to a trained model.
         """
         if self.tokenizer_folder is not None:
             copy_tokenizer(
@@ -66,7 +67,10 @@ class PreparedData:
 
 
 def split_sequences(total: int, held_out: float, split: str) -> np.ndarray:
-    """Which of `total` sequences belong to a split when a share is held out by hash of their number; int32."""
+    """Numbers, int32, of those of `total` sequences that belong to a split.
+
+    The share `held_out` of the sequences, chosen by a hash of their number, is the validation split.
+    """
     numbers = np.arange(total, dtype=np.uint64)
     if held_out == 0:
         return numbers.astype(np.int32)

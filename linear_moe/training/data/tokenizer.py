@@ -1,6 +1,6 @@
-"""The three kinds of tokenizer, all a Hugging Face fast tokenizer folder in the end.
+"""The three kinds of tokenizer (bytes, bpe, hf), each saved as a folder of a Hugging Face fast tokenizer.
 
-`bytes` is a byte-level BPE without merges, so that it trains, exports and loads like the others.
+`bytes` is a byte-level BPE without merges, so that it trains, exports and loads like the other kinds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_DOCUMENT = "<|endoftext|>"
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", "README.md", "modeling_*.py")  # of an export
-PIECE = 1 << 20  # characters encoded at a time
-BPE_SAMPLE_BYTES = 100_000_000  # more text hardly changes a vocabulary, and takes time
+# Files of an exported model, which are not copied with the tokenizer in the same folder.
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors*", "README.md", "modeling_*.py")
+PIECE = 1 << 20  # number of characters encoded at a time
+BPE_SAMPLE_BYTES = 100_000_000  # bytes of text that train a bpe: more text takes time and hardly changes the vocabulary
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:
-    """Raises ConfigError for a tokenizer that cannot be made or found; loads nothing."""
+    """Raises ConfigError if the tokenizer cannot be made, or its folder is missing; loads nothing."""
     if config.type != "hf":
         if config.path is not None:
             raise ConfigError(
@@ -42,7 +43,7 @@ def check_tokenizer(config: TokenizerConfig) -> None:
 
 
 def tokenizer_key(config: TokenizerConfig) -> dict[str, Any]:
-    """What the tokens depend on, as JSON: the kind, with its size or its files' hash."""
+    """JSON object that identifies a tokenizer for the data's key: its type, with its size or its files' hash."""
     if config.type == "bytes":
         return {"type": "bytes"}
     if config.type == "bpe":
@@ -55,7 +56,7 @@ def tokenizer_key(config: TokenizerConfig) -> dict[str, Any]:
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """The configured tokenizer; `texts` trains a `bpe`. That and `bytes` restore any UTF-8 text exactly."""
+    """The configured tokenizer. A `bpe` is trained on `texts`. `bpe` and `bytes` restore any UTF-8 text exactly."""
     if config.type == "hf":
         assert config.path is not None
         return load_tokenizer(config.path, "data.tokenizer.path")
@@ -87,12 +88,17 @@ def byte_symbols() -> list[str]:
 
 
 def load_tokenizer(folder: str | Path, path: str) -> PreTrainedTokenizerFast:
-    """A tokenizer folder, from disk only. ConfigError about `path` if it is broken or has no end-of-text token."""
+    """Loads the tokenizer in `folder`, from disk only.
+
+    Raises:
+        ConfigError: the tokenizer is broken, is no fast tokenizer, or has no end-of-text token. The message names the
+            config path `path`.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers do
+    except Exception as error:  # transformers passes on any exception of its parsers
         reason = str(error).strip().split("\n")[0][:200]
         raise ConfigError(path, str(folder), f"cannot be loaded as a tokenizer: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -103,12 +109,12 @@ def load_tokenizer(folder: str | Path, path: str) -> PreTrainedTokenizerFast:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id (a vocabulary may have holes)."""
+    """Number of ids, which is one more than the largest id, because a vocabulary may have holes."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 class Encoder:
-    """Turns texts into ids, many at a time; special tokens in the text are text, none are added."""
+    """Encodes texts into ids, many at a time. Special tokens in a text are encoded as text, and none are added."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         from tokenizers import Tokenizer
@@ -119,13 +125,13 @@ class Encoder:
         self.backend.encode_special_tokens = True
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int64 array per text."""
+        """Ids of each text, int64 `[n]`."""
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, dtype=np.int64) for e in encoded]
 
 
 def text_pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """`text` in pieces of at most `size` characters, cut after a line where there is one."""
+    """Yields `text` in pieces of at most `size` characters, cut after a line end if the piece has one."""
     start = 0
     while len(text) - start > size:
         end = text.rfind("\n", start, start + size) + 1 or start + size
@@ -135,7 +141,14 @@ def text_pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def copy_tokenizer(source: Path, folder: Path, name: str) -> None:
-    """Copy a tokenizer, called `name`, to `folder`, whole or not at all; ConfigError where that holds another one."""
+    """Copies the tokenizer in `source` to `folder`, whole or not at all.
+
+    Args:
+        name: name of the tokenizer in the error message.
+
+    Raises:
+        ConfigError: `folder` holds another tokenizer.
+    """
     if folder.exists():
         if _tokenizer_json(folder) != _tokenizer_json(source):
             fix = f"set data.tokenizer.type=hf data.tokenizer.path={folder}, or choose another run folder"
@@ -148,7 +161,10 @@ def copy_tokenizer(source: Path, folder: Path, name: str) -> None:
 
 
 def _tokenizer_json(folder: Path) -> Any:
-    """What a tokenizer does; None where it cannot be read. The files beside it vary with transformers' version."""
+    """Content of a folder's tokenizer.json, which defines the tokenizer; None if it cannot be read.
+
+    The other files of the folder vary with the version of transformers, so they are not compared.
+    """
     try:
         return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -16,14 +16,14 @@ from linear_moe.modeling.ops.experts.assignment import Assignment
 
 
 class AllGatherDispatcher(Dispatcher):
-    """`dispatch` then `combine`, in pairs: all tokens come, and sums over the ranks of what their experts made go back.
+    """Gathers all tokens of the expert group on every rank, and sums the ranks' outputs for each token.
 
-    Sizes follow from shapes, so the host never waits for the device. A rank's buffers have room for the case that its
-    experts are chosen by all tokens of the expert ranks.
+    `dispatch` and `combine` are called in pairs. Sizes follow from shapes, so the host never waits for the device. A
+    rank's buffers have room for the case that all tokens of the group choose its experts.
 
     Args:
-        num_experts: of all ranks.
-        first, local: number of this rank's first expert, and how many it has.
+        num_experts: number of experts on all ranks together.
+        first, local: number of this rank's first expert, and number of its experts.
     """
 
     def __init__(self, num_experts: int, first: int, local: int):

@@ -1,4 +1,4 @@
-"""Expert parallelism in blocks of one size: with a capacity, no rank has to ask others how many tokens will come."""
+"""Expert parallelism in blocks of one size: a capacity bounds the tokens, so ranks need not exchange their numbers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from linear_moe.modeling.ops.kernels import upcast
 
 
 class PaddedAllToAll:
-    """`dispatch` then `combine`, in pairs: every rank sends `limit` rows to every expert, zeros where it has fewer.
+    """Sends `limit` rows from every rank to every expert; rows without a token are zeros.
 
-    Sizes follow from shapes, so the host never waits for the device, unlike with a dropless all-to-all.
+    `dispatch` and `combine` are called in pairs. Sizes follow from shapes, so the host never waits for the device,
+    unlike with a dropless all-to-all.
     """
 
     def __init__(self, num_experts: int):
@@ -27,17 +28,22 @@ class PaddedAllToAll:
         self._expert, self._tensor = ps.get_expert_model_parallel_group(), ps.get_expert_tensor_parallel_group()
 
     def dispatch(self, x: Tensor, weights: Tensor, index: Tensor, limit: int) -> tuple[Tensor, Tensor, Assignment]:
-        """Tokens `x [n, D]` with `weights [n, k]` of the experts `index [n, k]` -> rows `[n', D]`, weights `[n']`.
+        """Sends tokens `x [n, D]` with `weights [n, k]` to the experts `index [n, k]`.
 
         Args:
-            index: num_experts: none; of each expert, there are at most `limit`.
+            index: number of each chosen expert, `num_experts` for none; at most `limit` choices of each expert.
+            limit: rows of an expert's block.
+
+        Returns:
+            the local experts' rows `[n', D]`, their weights `[n']`, and the assignment of rows to experts.
         """
         n, k = index.shape
         to = assign(index, self.num_experts)
         assert to.row is not None
         before = to.row - to.offsets.index_select(0, index.flatten()).view(n, k)
         size = self.num_experts * limit
-        self._place = torch.where(index < self.num_experts, index * limit + before, size).flatten()  # size: none
+        # Row of each choice in the blocks of all experts; a choice of no expert takes row `size`, which is cut off.
+        self._place = torch.where(index < self.num_experts, index * limit + before, size).flatten()
         rows = x.unsqueeze(1).expand(n, k, -1).flatten(0, 1)
         rows = x.new_zeros(size + 1, x.shape[1]).index_copy(0, self._place, rows)[:-1]
         row_weights = weights.new_zeros(size + 1).index_copy(0, self._place, weights.flatten())[:-1]
@@ -48,7 +54,7 @@ class PaddedAllToAll:
         return self._send(rows), self._send(row_weights), Assignment.of_rows(counts)
 
     def _send(self, rows: Tensor) -> Tensor:
-        """Blocks of all experts -> those of the local ones from all ranks, sorted by expert."""
+        """Exchanges blocks for all experts for the blocks of the local experts from all ranks, sorted by expert."""
         local, sources, limit = self._blocks
         rows = all_to_all(self._expert, rows)
         if self._tensor.size() > 1:
@@ -56,7 +62,7 @@ class PaddedAllToAll:
         return rows.unflatten(0, (sources, local, limit)).transpose(0, 1).flatten(0, 2)
 
     def combine(self, y: Tensor, top_k: int) -> Tensor:
-        """Rows `[n', D]` -> tokens `[n, D]`, sums in fp32, rounded once."""
+        """Sends rows `[n', D]` back and sums those of each token: `[n, D]`, summed in fp32 and rounded once."""
         local, sources, limit = self._blocks
         y = y.unflatten(0, (local, sources, limit)).transpose(0, 1).flatten(0, 2)
         if self._tensor.size() > 1:

@@ -1,4 +1,4 @@
-"""What this rank's routers do: counted on the device in every micro-batch, read when something is logged."""
+"""Statistics of this rank's routers, counted on the device in every micro-batch, and read when a step is logged."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class LayerRouting:
     """A layer's routing since the last reading, over all replicas.
 
     Attributes:
-        layer: global index.
+        layer: global index of the layer.
         load: tokens that chose each expert, as a multiple of the mean over experts.
         dropped: share of the choices that were beyond an expert's capacity.
-        idle: steps since each expert was last chosen, as far as this process has seen.
-        bias: of each expert, where the choice has one.
+        idle: steps since each expert was last chosen, counted from the start of this process.
+        bias: bias of each expert in the choice; None: the router has no biases.
     """
 
     layer: int
@@ -39,7 +39,7 @@ class LayerRouting:
 
     @property
     def entropy(self) -> float:
-        """Of the load's distribution, divided by its maximum: 1 is even, 0 is all tokens to one expert."""
+        """Entropy of the load, divided by its maximum: 1 is an even load, 0 is all tokens to one expert."""
         shares = [load / len(self.load) for load in self.load]
         most = math.log(len(shares))
         return sum(-p * math.log(p) for p in shares if p > 0) / most if most else 1.0
@@ -55,7 +55,11 @@ class LayerRouting:
 
 
 def summary(layers: Iterable[LayerRouting], dead_after: int) -> dict[str, Any]:
-    """The worst of all layers, for a step's record: {} where there are none."""
+    """Routing figures over all layers for a step's record; {} if no layer has experts.
+
+    They are the largest load and its layer, the smallest entropy, the mean share of dropped choices, and the number of
+    dead experts.
+    """
     layers = list(layers)
     if not layers:
         return {}
@@ -70,34 +74,47 @@ def summary(layers: Iterable[LayerRouting], dead_after: int) -> dict[str, Any]:
 
 
 def routers_of(model: Iterable[nn.Module]) -> list[Router]:
-    """Those of this rank's model chunks."""
+    """All routers in this rank's model chunks."""
     return [module for chunk in model for module in chunk.modules() if isinstance(module, Router)]
 
 
 class RoutingStatistics:
-    """Counts of this rank's layers; nothing here waits for the device but `pop`.
+    """Counts of the choices of this rank's routers. Only `pop` makes the host wait for the device.
 
     Args:
-        device: of the counts.
-        num_layers: of the whole model.
+        device: device of the counts.
+        num_layers: number of layers of the whole model.
     """
 
     def __init__(self, device: torch.device, num_layers: int):
         self.device, self.num_layers = device, num_layers
-        self._step: dict[int, Tensor] = {}  # layer -> [E + 1] int64: choices, and how many were dropped; this rank
-        self._step_load: dict[int, Tensor] = {}  # layer -> [E] int64: choices of all replicas
-        self._window: dict[int, Tensor] = {}  # layer -> as `_step`, over all replicas and the steps since `pop`
-        self._idle: dict[int, Tensor] = {}  # layer -> [E] int64
+        # All by layer. [E + 1] int64: choices of each expert, and last the dropped ones, of this rank in this step.
+        self._step: dict[int, Tensor] = {}
+        # [E] int64: choices of each expert of all replicas in this step so far.
+        self._step_load: dict[int, Tensor] = {}
+        # [E + 1] int64: sums of `_step` over all replicas and over the steps since the last `pop`.
+        self._window: dict[int, Tensor] = {}
+        # [E] int64: steps since each expert was last chosen.
+        self._idle: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def add(self, counts: Tensor, dropped: Tensor | None, layer: int) -> None:
-        """One micro-batch, this rank's tokens: choices of each expert `[E]`, and how many were dropped, a scalar."""
+        """Adds the counts of this rank's tokens of one micro-batch.
+
+        Args:
+            counts: int64 `[E]`, choices of each expert.
+            dropped: scalar, number of choices that were dropped; None: none can be.
+        """
         added = torch.cat([counts, counts.new_zeros(1) if dropped is None else dropped.unsqueeze(0)])
         self._step[layer] = self._step[layer] + added if layer in self._step else added
 
     @torch.no_grad()
     def add_global(self, counts: Tensor, layer: int) -> Tensor:
-        """Choices `[E]` of all replicas in the step's micro-batches so far, these `counts` of a rank's tokens added."""
+        """Adds the choices `counts [E]` of this rank's tokens of one micro-batch to the load of the step. Collective.
+
+        Returns:
+            the choices `[E]` of all replicas in the micro-batches of the step so far.
+        """
         counts = counts.clone()
         dist.all_reduce(counts, group=ps.get_tensor_and_data_parallel_group(with_context_parallel=True))
         self._step_load[layer] = self._step_load[layer] + counts if layer in self._step_load else counts
@@ -105,9 +122,10 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def finish_step(self, routers: list[Router]) -> None:
-        """After an optimizer step: add up the replicas' counts, and move the biases of the experts' choice.
+        """Ends an optimizer step: sums the counts over replicas, and updates the routers' expert biases.
 
-        Collective over the ranks of a pipeline stage; all of them then hold equal biases.
+        A bias moves up by `bias_update_rate` if its expert's load is below the mean, and down if it is above the mean.
+        Collective over the ranks of a pipeline stage, all of which then hold equal biases.
         """
         if not self._step:
             return
@@ -126,11 +144,14 @@ class RoutingStatistics:
         for router in routers:
             if router.expert_bias is not None and router.layer in by_layer:
                 load = by_layer[router.layer][:-1]
-                below_mean = torch.sign(load.sum() - load * len(load))  # of whole numbers: the same on every rank
+                below_mean = torch.sign(load.sum() - load * len(load))  # in integers, so exactly equal on every rank
                 router.expert_bias.add_(below_mean, alpha=router.config.bias_update_rate)
 
     def pop(self, routers: list[Router]) -> list[LayerRouting]:
-        """Every layer's routing since the last call, in order, on every rank. Collective over all ranks; waits."""
+        """The routing of every MoE layer of the model since the last call, in order of layers, on every rank.
+
+        Collective over all ranks; the host waits for the device.
+        """
         mine = {router.layer: router for router in routers if router.layer in self._window}
         experts = max((len(idle) for idle in self._idle.values()), default=0)
         sizes = torch.tensor([experts], device=self.device)
@@ -140,7 +161,7 @@ class RoutingStatistics:
         if ps.get_tensor_model_parallel_rank() == 0 and ps.get_data_parallel_rank(with_context_parallel=True) == 0:
             for layer, router in mine.items():
                 bias = self._idle[layer].new_zeros(experts) if router.expert_bias is None else router.expert_bias
-                known = torch.ones(1, device=self.device)  # whether there is anything in this row, and a bias
+                known = torch.ones(1, device=self.device)  # 1: the row has counts; 2: it has counts and biases
                 known += 0.0 if router.expert_bias is None else 1.0
                 parts = [self._window[layer], self._idle[layer], bias.detach(), known]
                 table[layer] = torch.cat([part.double() for part in parts])
@@ -150,6 +171,7 @@ class RoutingStatistics:
 
 
 def _layer(layer: int, row: list[float], experts: int) -> LayerRouting:
+    """The routing of a layer from its row of the table in `pop`: counts, dropped choices, idle steps, biases."""
     counts, dropped = row[:experts], row[experts]
     total = max(sum(counts), 1.0)
     idle, bias = row[experts + 1 : 2 * experts + 1], row[2 * experts + 1 : 3 * experts + 1]

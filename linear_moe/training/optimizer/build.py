@@ -24,7 +24,7 @@ from linear_moe.training.optimizer.muon import Muon, Share
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:
-    """How gradients are reduced: in fp32, over the data-parallel ranks, into shards with the distributed optimizer."""
+    """Settings of Megatron's DDP: gradients are reduced in fp32, with the distributed optimizer into shards."""
     o = config.optimizer
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -35,7 +35,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
 
 
 def build_optimizer(model: list[Any], config: Config) -> MegatronOptimizer:
-    """Megatron's optimizer for model chunks wrapped in its DistributedDataParallel with `ddp_config(config)`.
+    """Builds Megatron's optimizer for model chunks wrapped in its DistributedDataParallel with `ddp_config(config)`.
 
     Weight decay follows each parameter's `spec.decay`. The optimizer's state exists from the start, so that a model
     that does not fit runs out of memory here and not after the first step.
@@ -67,15 +67,17 @@ def build_optimizer(model: list[Any], config: Config) -> MegatronOptimizer:
     for part in optimizer_parts(optimizer):
         describe_optimizer(part, names)
         part.optimizer.initialize()
+        # A shard of an fp32 parameter is a view of the parameter. Megatron sets the view's grad and reads it back.
         for p in (p for group in part.optimizer.param_groups for p in group["params"] if not p.is_leaf):
-            p.retain_grad()  # a shard of an fp32 parameter is a view of it; Megatron sets its grad and reads it back
+            p.retain_grad()
     for group in optimizer.param_groups:
-        group["weight_decay"] = o.weight_decay * group["wd_mult"]  # Megatron leaves that to its scheduler
+        # Megatron applies `wd_mult` only in its learning-rate scheduler, which is not used here.
+        group["weight_decay"] = o.weight_decay * group["wd_mult"]
     return optimizer
 
 
 def inner_optimizer(config: Config) -> Callable[..., AdamW]:
-    """What makes the optimizer that updates parameters, with Apex's arguments."""
+    """Constructor, with Apex's arguments, of the inner optimizer that updates the parameters: AdamW or Muon."""
     o = config.optimizer
     moments = DTYPES[o.moments]
     if o.type == "adamw":
@@ -84,11 +86,12 @@ def inner_optimizer(config: Config) -> Callable[..., AdamW]:
 
 
 def with_inner(make: Callable[..., AdamW], build: Callable[[], MegatronOptimizer]) -> MegatronOptimizer:
-    """Have Megatron-Core (0.16.1 to 0.19.2) build on `make` as if it were Apex's AdamW, whatever is installed.
+    """Runs `build` with `make` in the place of Apex's AdamW in Megatron-Core (0.16.1 to 0.19.2), whatever is installed.
 
-    The defect: without Apex and TE it takes `torch.optim.AdamW`, whose step is a tensor per parameter.
-    `DistributedOptimizer.load_state_dict` then gives all parameters one shared step tensor, which each of them
-    increments, and a resumed run starts with a step of 1 again, silently. Theirs know neither Muon nor these moments.
+    The defect: without Apex and Transformer Engine, Megatron-Core takes `torch.optim.AdamW`, whose step is a tensor per
+    parameter. `DistributedOptimizer.load_state_dict` then gives all parameters one shared step tensor, which each of
+    them increments, and a resumed run silently starts with a step of 1 again. Besides, the optimizers of Apex and
+    Transformer Engine have neither Muon nor stochastically rounded bf16 moments.
     """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
@@ -102,10 +105,10 @@ def with_inner(make: Callable[..., AdamW], build: Callable[[], MegatronOptimizer
 
 
 def use_foreach() -> None:
-    """Let Megatron-Core's norms, clipping and copies run over all tensors at once, where neither Apex nor TE is there.
+    """Makes Megatron-Core compute norms, clipping and copies over all tensors at once, without Apex and TE.
 
-    The defect (0.16.1, 0.19.2): its stand-ins for Apex's kernels loop over the tensors, and the norm's waits for the
-    device at each; the scaling allocates a copy of each gradient.
+    The defect (0.16.1, 0.19.2): Megatron-Core's own stand-ins for Apex's kernels loop over the tensors. The stand-in
+    for the norm waits for the device at each tensor; the one for the scaling allocates a copy of each gradient.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
@@ -118,13 +121,16 @@ def use_foreach() -> None:
 
 
 def _foreach_norm(chunk: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
-    """As `amp_C.multi_tensor_l2norm`: the norm of all tensors together, `[1]`."""
+    """The L2 norm of all tensors together, `[1]`, with the arguments of Apex's `amp_C.multi_tensor_l2norm`."""
     (tensors,) = lists
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).view(1), None
 
 
 def _foreach_scale(chunk: int, overflow: Tensor, lists: list[list[Tensor]], scale: float) -> None:
-    """As `amp_C.multi_tensor_scale`: the first list's tensors, scaled, into the second's, which may be the same."""
+    """Writes the tensors of the first list, scaled, to those of the second list, which may be the same list.
+
+    The arguments are those of Apex's `amp_C.multi_tensor_scale`.
+    """
     source, target = lists
     if source is not target:
         torch._foreach_copy_(target, source)
@@ -133,12 +139,18 @@ def _foreach_scale(chunk: int, overflow: Tensor, lists: list[list[Tensor]], scal
 
 
 def _foreach_copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor | None = None) -> None:
+    """Copies `this` to `that`, with the arguments of Megatron-Core's `_multi_tensor_copy_this_to_that`."""
     if this:
         torch._foreach_copy_(that, this)
 
 
 def describe_optimizer(part: Any, names: dict[nn.Parameter, str]) -> None:
-    """Tell one inner optimizer what its tensors are parts of, and spare its wrapper copying them one by one."""
+    """Tells an inner optimizer the parameters to which its tensors belong, and speeds up the copies of its wrapper.
+
+    Args:
+        part: one of Megatron's chained optimizers, with our optimizer inside.
+        names: the model's parameter names.
+    """
     shares: dict[Tensor, Share] = {}
     for parameter, main, start, stop in stretches(part):
         spec = spec_of(parameter)
@@ -151,7 +163,7 @@ def describe_optimizer(part: Any, names: dict[nn.Parameter, str]) -> None:
     distributed = isinstance(part, DistributedOptimizer)
     if isinstance(part.optimizer, Muon):
         part.optimizer.orthogonalize(shares, part.data_parallel_group if distributed else None)
-    if distributed:  # fp32 parameters are updated where they are
+    if distributed:  # only bf16 parameters are copied; fp32 parameters are updated in place
         mains, shards = (
             list(chain.from_iterable(groups))
             for groups in (part.shard_fp32_from_float16_groups, part.shard_float16_groups)
@@ -160,8 +172,11 @@ def describe_optimizer(part: Any, names: dict[nn.Parameter, str]) -> None:
 
 
 def stretches(part: Any) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
-    """Of one chained optimizer: model parameter, what the inner optimizer updates for it, and which stretch of the
-    flattened parameter that is."""
+    """Yields (parameter, main, start, stop) for every model parameter of one chained optimizer.
+
+    `main` is the tensor that the inner optimizer updates: the elements [start, stop) of the flattened parameter, in
+    fp32.
+    """
     for parameter, main in _mains(part):
         start, stop = 0, parameter.numel()
         if isinstance(part, DistributedOptimizer):
@@ -171,6 +186,7 @@ def stretches(part: Any) -> Iterator[tuple[nn.Parameter, Tensor, int, int]]:
 
 
 def _mains(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yields (parameter, main) of `stretches`, from the attributes of Megatron's three kinds of optimizer."""
     flat = chain.from_iterable
     if isinstance(part, DistributedOptimizer):
         yield from zip(flat(part.model_float16_groups), flat(part.shard_fp32_from_float16_groups), strict=True)
@@ -183,6 +199,6 @@ def _mains(part: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers that it chains (dense and expert parameters have their own), less those without parameters."""
+    """The optimizers that `optimizer` chains (for dense and for expert parameters), without those that are empty."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

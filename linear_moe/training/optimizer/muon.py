@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised. The same numbers however the matrices are spread over ranks."""
+"""Muon, an optimizer that orthogonalises the momentum of matrices, with equal numbers in every parallel layout."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from linear_moe.modeling.host import ParameterSpec
 from linear_moe.training.optimizer.adamw import AdamW, buffer_chunks, round_stochastically
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients (a, b, c) of the quintic iteration x <- a x + (b x x^T + c (x x^T)^2) x."""
+
 CHUNK = 2**26
-"""Elements orthogonalised at a time, where matrices are smaller."""
+"""Number of elements orthogonalised at a time; at least one matrix."""
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
-    """Matrices `x [..., rows, columns]` with their singular values moved to about 1 (0.7 to 1.2 after 5 steps).
+    """Orthogonalises matrices `x [..., rows, columns]`: their singular values become about 1 (0.7 to 1.2 in 5 steps).
 
-    The quintic iteration of Jordan et al. 2024, also arXiv:2502.16982, eq. 2; computed in the dtype of `x`. A matrix of
-    zeros stays zeros.
+    The quintic Newton-Schulz iteration of Jordan et al. 2024, also arXiv:2502.16982, eq. 2, computed in the dtype of
+    `x`. A matrix of zeros stays zeros.
     """
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
@@ -38,14 +40,14 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
 
 @dataclass(frozen=True)
 class Share:
-    """The stretch of a parameter that this rank updates, and who has the rest.
+    """The stretch of a parameter that this rank updates, and the tensor ranks that hold the rest of its matrices.
 
     Attributes:
-        name: the parameter's, the same on all ranks.
-        spec: the parameter's.
-        shape: of its local tensor `[..., rows, columns]`: all of it, but for the tensor-parallel split.
+        name: the parameter's name, equal on all ranks.
+        spec: the parameter's specification.
+        shape: shape `[..., rows, columns]` of the rank's local tensor, after the tensor- and expert-parallel split.
         start, stop: the stretch of the flattened local tensor.
-        group: over whose ranks tensor parallelism splits it.
+        group: process group over which tensor parallelism splits the parameter.
     """
 
     name: str
@@ -57,11 +59,11 @@ class Share:
 
     @property
     def unit(self) -> int:
-        """Elements of the last two dimensions."""
+        """Number of elements of a local matrix, the last two dimensions."""
         return self.shape[-2] * self.shape[-1]
 
     def gather(self, x: Tensor) -> Tensor:
-        """`x [n, rows, columns]` of every tensor rank -> whole matrices."""
+        """Gathers whole matrices from the local `x [n, rows, columns]` of every tensor rank. Collective."""
         dim = self._split
         if dim is None:
             return x
@@ -71,13 +73,13 @@ class Share:
         return torch.cat(parts, dim)
 
     def own(self, x: Tensor) -> Tensor:
-        """Undoes `gather`: this tensor rank's part."""
+        """Undoes `gather`: cuts this tensor rank's part out of whole matrices."""
         dim = self._split
         return x if dim is None or self.group is None else x.chunk(self.group.size(), dim)[self.group.rank()]
 
     @property
     def _split(self) -> int | None:
-        """The dimension of `[n, rows, columns]` that is split; `initialize` cuts parameters in the same way."""
+        """Dimension of `[n, rows, columns]` that is split over tensor ranks into equal chunks; None: it is whole."""
         if self.group is None or self.group.size() == 1:
             return None
         dims = [d - len(self.shape) + 3 for d, axis in self.spec.axes.items() if axis != "expert"]
@@ -95,14 +97,15 @@ class MatrixPiece:
 
 
 class MatrixExchange:
-    """Pieces of matrices that lie in several data-parallel ranks' stretches, to the ranks that have others of them.
+    """Exchange that completes the matrices which are cut by the ends of data-parallel ranks' stretches.
 
-    Each of these orthogonalises the matrix and keeps its own piece of the result, as in arXiv:2502.16982, section 2.3.
-    Whole matrices are not sent: only those at the ends of the stretches.
+    Every rank that has a piece of such a matrix receives the other pieces, orthogonalises the matrix, and keeps its own
+    piece of the result, as in arXiv:2502.16982, section 2.3. A matrix that lies in one stretch is not sent. Building an
+    exchange is collective, and so is calling it.
 
     Args:
-        shares: this rank's.
-        group: the ranks among whom parameters are divided. Building an exchange is collective, as is using it.
+        shares: this rank's shares.
+        group: data-parallel ranks over which parameters are divided into stretches.
     """
 
     def __init__(self, shares: Iterable[Share], group: dist.ProcessGroup):
@@ -116,25 +119,29 @@ class MatrixExchange:
     def __call__(
         self, value: Callable[[MatrixPiece], Tensor], dtype: torch.dtype, device: torch.device
     ) -> dict[str, list[tuple[MatrixPiece, Tensor]]]:
-        """Send every `value(piece)`, flat and of that dtype; what came, by parameter."""
+        """Sends `value(piece)`, a flat tensor of `dtype`, for every piece that other ranks need. Collective.
+
+        Returns:
+            the received pieces with their values, by parameter name.
+        """
         sent, received = ([sum(p.stop - p.start for p in pieces) for pieces in r] for r in (self.sent, self.received))
         nothing = torch.empty(0, dtype=dtype, device=device)
         buffer = nothing.new_empty(sum(received))
         outgoing = torch.cat([nothing, *(value(piece) for pieces in self.sent for piece in pieces)])
         dist.all_to_all_single(buffer, outgoing, received, sent, group=self.group)
         pieces = [piece for pieces in self.received for piece in pieces]
-        found: dict[str, list[tuple[MatrixPiece, Tensor]]] = {piece.name: [] for piece in pieces}
+        by_name: dict[str, list[tuple[MatrixPiece, Tensor]]] = {piece.name: [] for piece in pieces}
         for piece, part in zip(pieces, buffer.split([p.stop - p.start for p in pieces]), strict=True):
-            found[piece.name].append((piece, part))
-        return found
+            by_name[piece.name].append((piece, part))
+        return by_name
 
 
 Stretches = dict[str, tuple[int, int, int]]
-"""By parameter: start, stop, and the elements of a matrix."""
+"""A rank's stretches by parameter name: start, stop, and the number of elements of a matrix."""
 
 
 def _missing(source: Stretches, target: Stretches) -> list[MatrixPiece]:
-    """What `target` needs of `source`'s stretches to complete the matrices that it has a part of."""
+    """The pieces of `source`'s stretches that `target` needs to complete the matrices of which it has a part."""
     pieces = []
     for name in sorted(source.keys() & target.keys()):
         (start, stop, unit), (first, last, _) = source[name], target[name]
@@ -150,13 +157,14 @@ class Muon(AdamW):
     `m <- momentum m + g`, `W <- W (1 - lr weight_decay) - lr scale sqrt(max(rows, columns)) NS(g + momentum m)` for
     each matrix of a parameter (`ParameterSpec.matrices`; each expert has its own). State: `momentum`.
 
-    A rank keeps the momentum of the stretch of a parameter that Megatron-Core gives it to update. To be orthogonalised,
-    matrices are completed by pieces of other data-parallel ranks (`MatrixExchange`), then of tensor ranks (`Share`).
+    A rank keeps the momentum of the stretch of a parameter that Megatron-Core gives it to update. Before they are
+    orthogonalised, matrices are completed with pieces of other data-parallel ranks (`MatrixExchange`), then with the
+    parts of the tensor ranks (`Share`).
 
     Args:
-        muon: the settings.
-        dtype: what matrices are exchanged and orthogonalised in.
-        params, options: as of AdamW.
+        muon: settings of Muon.
+        dtype: dtype in which matrices are exchanged and orthogonalised.
+        params, options: arguments of AdamW.
     """
 
     def __init__(self, params: Iterable[Any], *, muon: MuonConfig, dtype: torch.dtype, **options: Any):
@@ -166,8 +174,13 @@ class Muon(AdamW):
         self.exchange: MatrixExchange | None = None
 
     def orthogonalize(self, shares: dict[Tensor, Share], group: dist.ProcessGroup | None) -> None:
-        """Say which of the parameters are Muon's; with `group`, its ranks have other stretches of them (collective)."""
-        self.shares = dict(sorted(shares.items(), key=lambda item: item[1].name))  # an order that all ranks have
+        """Sets the parameters that Muon updates. Collective over `group`.
+
+        Args:
+            shares: this rank's shares of these parameters; AdamW updates all other parameters.
+            group: data-parallel ranks, which have other stretches of the parameters; None: stretches are whole.
+        """
+        self.shares = dict(sorted(shares.items(), key=lambda item: item[1].name))  # in one order on all ranks
         self.exchange = MatrixExchange(self.shares.values(), group) if group is not None and group.size() > 1 else None
 
     def state_names(self, parameter: Tensor) -> tuple[str, ...]:
@@ -190,6 +203,7 @@ class Muon(AdamW):
             self._apply(parameter, share, groups[parameter], received.get(share.name, []))
 
     def _accumulate(self, groups: dict[Tensor, dict[str, Any]]) -> None:
+        """Updates the momenta of Muon's parameters: m <- momentum m + g. `groups` has each parameter's group."""
         momenta = {p: self.state_of(p)[0] for p in groups}
         exact = [p for p, momentum in momenta.items() if momentum.dtype == p.dtype]
         if exact:
@@ -203,7 +217,7 @@ class Muon(AdamW):
                     round_stochastically(low, sums, f"{self.names.get(p, '')}/momentum/{begin}/{group['step']}")
 
     def _direction(self, parameter: Tensor, piece: MatrixPiece) -> Tensor:
-        """Part of what is to be orthogonalised."""
+        """The update before orthogonalisation, m or (with Nesterov momentum) g + momentum m, of a piece; flat."""
         share, (momentum,) = self.shares[parameter], self.state_of(parameter)
         part = slice(piece.start - share.start, piece.stop - share.start)
         momentum = momentum.view(-1)[part]
@@ -215,7 +229,7 @@ class Muon(AdamW):
     def _apply(
         self, parameter: Tensor, share: Share, group: dict[str, Any], received: list[tuple[MatrixPiece, Tensor]]
     ) -> None:
-        """Complete the matrices, a few at a time, orthogonalise them, and update this rank's stretch."""
+        """Completes the matrices, a few at a time, orthogonalises them, and updates this rank's stretch."""
         assert share.spec.matrices is not None
         first, last = share.start // share.unit * share.unit, -(-share.stop // share.unit) * share.unit
         size = max(1, CHUNK // share.unit) * share.unit
@@ -234,4 +248,5 @@ class Muon(AdamW):
             stretch.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Orthogonalised matrices `x [..., rows, columns]`, times scale sqrt(max(rows, columns)), in `dtype`."""
         return newton_schulz(x, self.muon.steps).to(dtype) * (self.muon.scale * math.sqrt(max(x.shape[-2:])))

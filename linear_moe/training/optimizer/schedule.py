@@ -31,11 +31,11 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """0 at `start` and before, 1 at `end` and after."""
+    """Progress of `step` from `start` to `end`: linear, 0 at `start` and before, 1 at `end` and after."""
     return min(1.0, max(0.0, (step - start) / (end - start))) if end > start else 1.0
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Give every parameter group of a (Megatron or PyTorch) optimizer the learning rate `lr`."""
+    """Sets the learning rate of every parameter group of a (Megatron or PyTorch) optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""What this machine lacks, and what Megatron-Core needs to run on it all the same."""
+"""Makes Megatron-Core run on this machine: stand-ins for a missing GPU, and repairs of Megatron-Core's defects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @cache
 def install() -> None:
-    """Make Megatron-Core usable here; call it before anything imports `megatron.core`. Idempotent."""
+    """Makes Megatron-Core usable on this machine. Must run before anything imports `megatron.core`; idempotent."""
     from linear_moe.training.platform import cpu
 
     quiet()
@@ -24,11 +24,14 @@ def install() -> None:
 
 
 def quiet() -> None:
-    """Megatron-Core warns on every start of what it would do with packages that we do without (Transformer Engine,
-    Apex), and of its own deprecated defaults; a user can do nothing about either.
+    """Silences warnings that a user can do nothing about.
+
+    At every start Megatron-Core warns of packages that we do without (Transformer Engine, Apex), and of its own
+    deprecated defaults.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # Megatron's DDP holds on to the nodes that add up gradients, from before a shared expert's stream is known.
+    # Megatron's DDP keeps the AccumulateGrad nodes of all parameters from its construction on, when autograd does not
+    # know yet that a shared expert runs on another CUDA stream.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,7 +1,8 @@
 """Stand-ins that let Megatron-Core run on CPUs with gloo. Installed only where there is no GPU.
 
 Megatron-Core 0.16 to 0.19 writes `device="cuda"`, asks `torch.cuda` for streams and random states, and compares type
-names with "torch.cuda.FloatTensor". On a machine without CUDA each of these raises; here the CPU answers instead.
+names with "torch.cuda.FloatTensor". On a machine without CUDA each of these raises an error. The stand-ins answer for
+the CPU instead; the docstring of each names the defect that it works around.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Put all stand-ins in place. Must run before `megatron.core` is imported (see `disable_compile`)."""
+    """Puts all stand-ins in place. Must run before `megatron.core` is imported (see `disable_compile`)."""
     assert "megatron.core" not in sys.modules, "platform.install() must run before megatron.core is imported"
     disable_compile()
     replace_streams()
@@ -32,22 +33,27 @@ def install() -> None:
 
 
 def disable_compile() -> None:
-    """Defect: Megatron decorates small functions with torch.compile while it is imported; on a CPU compiling them
-    costs minutes and a C++ compiler, for nothing.
+    """Turns torch.compile off.
+
+    Defect: Megatron decorates small functions with torch.compile while it is imported. On a CPU, compiling them takes
+    minutes and needs a C++ compiler, and gains nothing.
     """
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    if "torch._dynamo" in sys.modules:  # has read the variable already
+    if "torch._dynamo" in sys.modules:  # _dynamo reads the variable only when it is imported
         import torch._dynamo
 
         torch._dynamo.config.disable = True
 
 
 class Stream:
-    """A CPU's stream: everything on it has already happened. A class, because others annotate with `Stream | None`."""
+    """Stream of a CPU, on which all work is done at once, so that there is nothing to wait for.
+
+    It is a class and not an object, because Megatron annotates with `Stream | None`.
+    """
 
     def __init__(self, *args: object, **kwargs: object): ...
 
-    # There is only one: the all-to-all dispatcher makes streams wait for those that are not equal.
+    # All streams are equal, because the all-to-all dispatcher makes a stream wait for any stream unequal to it.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream)
 
@@ -61,8 +67,9 @@ class Stream:
 
 
 def replace_streams() -> None:
-    """Defect: the current device, streams and synchronisation are asked of `torch.cuda` unconditionally (collectives,
-    pipeline communication, all-to-all dispatcher).
+    """Replaces the current device, streams and synchronisation of `torch.cuda`.
+
+    Defect: collectives, pipeline communication and the all-to-all dispatcher call these functions on every machine.
     """
     stream = Stream()
     cuda: Any = torch.cuda
@@ -74,9 +81,10 @@ def replace_streams() -> None:
 
 
 def replace_random_state() -> None:
-    """Defect: `model_parallel_cuda_manual_seed` and the random-state tracker know only the CUDA generator. Here the
-    CPU's default generator is "the CUDA generator". (`torch.manual_seed` calls `torch.cuda.manual_seed_all`, so the
-    generator is seeded directly.)
+    """Puts the CPU's default generator in the place of the CUDA generator.
+
+    Defect: `model_parallel_cuda_manual_seed` and the random-state tracker know only the CUDA generator.
+    (`torch.manual_seed` calls `torch.cuda.manual_seed_all`, so the stand-in seeds the generator directly.)
     """
     cuda: Any = torch.cuda
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
@@ -91,10 +99,13 @@ def replace_random_state() -> None:
 
 
 def redirect_factories() -> None:
-    """Defect: literal `device="cuda"`, for token counts of the schedules and norms of clipping.
+    """Makes `torch.tensor` and `torch.zeros` use the CPU where they are asked for a CUDA device.
 
-    `with torch.device("meta")` knows the functions that it serves by identity, from a set that torch collects at the
-    first use: collected after the replacement, the context would pass the real `torch.tensor` and `torch.zeros` by.
+    Defect: literal `device="cuda"`, for token counts of the schedules and for norms of clipping.
+
+    `with torch.device("meta")` recognises the functions that it serves by identity, from a set that torch collects at
+    the first use. So the set is collected first: collected after the replacement, it would lack the real
+    `torch.tensor` and `torch.zeros`, which the context would then not serve.
     """
     from torch.utils import _device
 
@@ -129,8 +140,10 @@ def _cuda_type_names() -> Iterator[None]:
 
 
 def expose_cuda_type_names() -> None:
-    """Defect: the mixed-precision optimizers and clipping accept a parameter or gradient only if `type()` says
-    "torch.cuda.FloatTensor" (or Half, BFloat16). Inside them, and only there, CPU tensors say so.
+    """Makes `type()` of CPU tensors return CUDA type names inside the mixed-precision optimizers and clipping.
+
+    Defect: these accept a parameter or gradient only if its `type()` is "torch.cuda.FloatTensor" (or HalfTensor,
+    BFloat16Tensor).
     """
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 
@@ -144,8 +157,9 @@ def expose_cuda_type_names() -> None:
 
 
 def convert_splits() -> None:
-    """Defect: the all-to-all dispatcher's split sizes become numpy arrays only when they come from a GPU, and
-    `all_to_all_single` does not take tensors.
+    """Converts the all-to-all dispatcher's split sizes to numpy arrays.
+
+    Defect: it converts them only when they come from a GPU, but `all_to_all_single` does not take tensors.
     """
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -156,8 +170,10 @@ def convert_splits() -> None:
 
 
 def replace_uneven_collectives() -> None:
-    """Defect: with expert tensor parallelism the all-to-all dispatcher gathers and reduce-scatters pieces of different
-    sizes, which gloo refuses; its all-to-all takes them.
+    """Replaces gathers and reduce-scatters of pieces of different sizes by all-to-alls.
+
+    Defect: with expert tensor parallelism the all-to-all dispatcher gathers and reduce-scatters such pieces, which gloo
+    refuses in these two collectives, but not in an all-to-all.
     """
     from megatron.core.tensor_parallel import mappings
 

@@ -1,4 +1,4 @@
-"""Repairs that the parts we use of Megatron-Core need on any device. (The optimizer's are in `optimizer.py`.)"""
+"""Repairs of defects of Megatron-Core on any device. (Those of its optimizer are in `training/optimizer/build.py`.)"""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 
 def install() -> None:
-    """Apply the repairs that the releases we run on need."""
+    """Applies the repairs that the supported releases of Megatron-Core need."""
     repair_all_reduce()
 
 
 def repair_all_reduce() -> None:
-    """Defects of `_reduce`, the all-reduce inside `copy_to_...` and `reduce_from_tensor_model_parallel_region`.
+    """Replaces `_reduce`, the all-reduce inside `copy_to_...` and `reduce_from_tensor_model_parallel_region`.
 
-    0.16.1 (right in 0.19.2) returns a non-contiguous tensor unreduced: it reduces a contiguous copy and drops it, so
-    that gradients that arrive transposed or expanded are silently those of one rank. 0.16.1 and 0.19.2 reduce a
-    contiguous one in place, which changes what autograd keeps of a region's output, and a gradient that it has handed
-    to another branch.
+    Defects: 0.16.1 (right in 0.19.2) returns a non-contiguous tensor unreduced: it reduces a contiguous copy and drops
+    this copy, so that gradients that arrive transposed or expanded are silently those of one rank. 0.16.1 and 0.19.2
+    reduce a contiguous tensor in place. That changes a region's output after autograd has saved it, and a gradient that
+    autograd has also handed to another branch.
     """
     from megatron.core.tensor_parallel import mappings
 

@@ -1,13 +1,14 @@
-"""Softmax attention over sequences that several ranks hold, in one of three ways.
+"""Softmax attention over sequences that several ranks hold, with one of three strategies.
 
-all_gather: a rank gathers everything, with a window only what its queries see, and attends to it at once (arXiv
-2407.21783, 2502.07563); it keeps its own tokens only, and gathers again in the backward pass. ring: keys and values go
-from rank to rank while those at hand are attended to; parts are joined by their log-sum-exp (arXiv 2310.01889); in the
-backward pass the gradients follow them. ulysses: ranks exchange tokens for heads, attend to whole sequences, and
-exchange back (arXiv 2309.14509).
+all_gather: a rank gathers the tokens of all ranks, with a window only the tokens that its queries see, and computes its
+attention in one call (arXiv 2407.21783, 2502.07563). For the backward pass it keeps its own tokens only, and gathers
+the others again. ring: keys and values go from rank to rank; each rank attends to the block that it has while the next
+one is on its way, and joins the partial outputs by their log-sum-exp (arXiv 2310.01889). In the backward pass the
+gradients of keys and values travel round the ring behind them. ulysses: ranks exchange tokens for heads, attend to
+whole sequences, and exchange back (arXiv 2309.14509).
 
-The first two send what keys and values are made of, and make them where they are used: with latent attention that is
-one latent for all heads.
+all_gather and ring send the `shared` tensors that keys and values are made of, and every rank makes the keys and values
+that it uses. With multi-head latent attention, `shared` is one latent for all heads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from linear_moe.training.sequence.exchange import SequenceGroup
 
 
 class _Pair(NamedTuple):
-    """Of `Block`, one sequence."""
+    """One sequence of a `Block`: a span of queries, the span of their keys, and the band of visible pairs."""
 
     queries: Span
     keys: Span
@@ -45,58 +46,71 @@ class _Pair(NamedTuple):
 
 
 class Reach:
-    """Which tokens of which rank the local queries see, as blocks for kernels. The same for all layers of a pass."""
+    """Tokens of every rank that the local queries see, as blocks for kernels.
+
+    One object serves all layers of a forward pass: results are kept by rank and window.
+    """
 
     def __init__(self, cut: Cut, device: torch.device):
         self.cut, self.device = cut, device
         self._known: dict[Any, Any] = {}
 
     def gathered(self, window: int | None) -> tuple[list[tuple[int, Span]], Block]:
-        """Of which rank which tokens to lay end to end, and what the local queries see of them."""
+        """All tokens that the local queries see, laid end to end.
+
+        Returns:
+            (rank, span of that rank's tokens), in the order in which to lay the spans end to end; and the block of the
+            local queries with these tokens as keys.
+        """
         if ("all", window) not in self._known:
             self._known["all", window] = self._gathered(window)
-        found: tuple[list[tuple[int, Span]], Block] = self._known["all", window]
-        return found
+        sources_and_block: tuple[list[tuple[int, Span]], Block] = self._known["all", window]
+        return sources_and_block
 
     def of_rank(self, rank: int, window: int | None) -> list[Block]:
-        """What the local queries see of a rank's tokens. No block has a query twice."""
+        """Blocks of the local queries with keys among the tokens of `rank`. No block has a query twice."""
         if (rank, window) not in self._known:
             self._known[rank, window] = self._of_rank(rank, window)
-        found: list[Block] = self._known[rank, window]
-        return found
+        blocks: list[Block] = self._known[rank, window]
+        return blocks
 
     def wanted(self, window: int | None) -> tuple[list[list[Span]], list[list[Span]]]:
-        """Of every other rank, which of its tokens the local queries see; and which local ones its queries see."""
+        """Tokens that this rank and each other rank need of each other.
+
+        Returns:
+            for every rank, the spans of its tokens that the local queries see; and, for every rank, the spans of the
+            local tokens that its queries see. Both are empty for this rank itself.
+        """
         if ("others", window) not in self._known:
             cut, ranks = self.cut, range(self.cut.order.size)
             own, others = self._sources(cut.rank, window), [self._sources(rank, window) for rank in ranks]
-            pairs = [(own, rank) for rank in ranks], [(sources, cut.rank) for sources in others]
+            directions = [(own, rank) for rank in ranks], [(sources, cut.rank) for sources in others]
             self._known["others", window] = tuple(
                 [
-                    [span for source, span in sources if source == rank and other != cut.rank]
-                    for other, (sources, rank) in enumerate(found)
+                    [span for source, span in sources if source == holder and peer != cut.rank]
+                    for peer, (sources, holder) in enumerate(direction)
                 ]
-                for found in pairs
+                for direction in directions
             )
-        found: tuple[list[list[Span]], list[list[Span]]] = self._known["others", window]
-        return found
+        spans: tuple[list[list[Span]], list[list[Span]]] = self._known["others", window]
+        return spans
 
     def _first(self, row: int, piece: int, window: int | None) -> int:
-        """Of a row, the first token that a piece's queries see."""
+        """First token of the row that the first query of `piece` sees, counted from the beginning of the row."""
         cut = self.cut
         token, start = piece * cut.length, row * cut.order.count * cut.length
         begin = cut.documents[bisect_right(cut.documents, start + token) - 1] - start if cut.packed else 0
         return begin if window is None else max(begin, token - window + 1)
 
     def _sources(self, rank: int, window: int | None) -> list[tuple[int, Span]]:
-        """See `gathered`; of any rank."""
+        """(rank, span) of all tokens that the queries of `rank` see, in the order of `gathered`."""
         order, length, sources = self.cut.order, self.cut.length, list[tuple[int, Span]]()
         for i, (row, piece) in enumerate(product(range(self.cut.rows), order.pieces(rank))):
             first = self._first(row, piece, window)
-            for other in range(first // length, piece):
-                source, place = order.owner(other)
+            for earlier in range(first // length, piece):
+                source, place = order.owner(earlier)
                 base = (row * order.per_rank + place) * length
-                sources.append((source, (base + max(first - other * length, 0), base + length)))
+                sources.append((source, (base + max(first - earlier * length, 0), base + length)))
             sources.append((rank, (i * length, (i + 1) * length)))
         return sources
 
@@ -118,20 +132,22 @@ class Reach:
         pairs = list[_Pair]()
         for i, (row, piece) in enumerate(cut.places):
             starts = (*cut.starts[i], length)
-            for place, other in enumerate(cut.order.pieces(rank)):
+            for place, key_piece in enumerate(cut.order.pieces(rank)):
                 base, here = (row * cut.order.per_rank + place) * length, i * length
-                if other == piece:
+                if key_piece == piece:
                     left = None if window is None else window - 1
-                    found = [_Pair((here + a, here + b), (base + a, base + b), left, 0) for a, b in pairwise(starts)]
-                elif other < piece and (before := self._before(i, other, window)) is not None:
+                    new = [_Pair((here + a, here + b), (base + a, base + b), left, 0) for a, b in pairwise(starts)]
+                elif key_piece < piece and (before := self._before(i, key_piece, window)) is not None:
                     queries, (start, end), left = before
-                    found = [_Pair((here, here + queries), (base + start, base + end), left, None)]
+                    new = [_Pair((here, here + queries), (base + start, base + end), left, None)]
                 else:
                     continue
+                # The same queries with keys that lie next to each other in two pieces are one pair.
                 last = pairs[-1] if pairs and window is None else None
-                if last is not None and last.queries == found[0].queries and last.keys[1] == found[0].keys[0]:
-                    found[0] = found[0]._replace(keys=(pairs.pop().keys[0], found[0].keys[1]))
-                pairs += found
+                if last is not None and last.queries == new[0].queries and last.keys[1] == new[0].keys[0]:
+                    new[0] = new[0]._replace(keys=(pairs.pop().keys[0], new[0].keys[1]))
+                pairs += new
+        # Pairs with one band form a block; the n-th pair of the same queries goes into the n-th block of this band.
         blocks: dict[Any, list[_Pair]] = {}
         times = Counter[Any]()
         for pair in pairs:
@@ -139,19 +155,25 @@ class Reach:
             times[key] += 1
             blocks.setdefault((*pair[2:], times[key]), []).append(pair)
         return [
-            Block(tuple(p.queries for p in found), tuple(p.keys for p in found), *found[0][2:], self.device)
-            for found in blocks.values()
+            Block(tuple(p.queries for p in members), tuple(p.keys for p in members), *members[0][2:], self.device)
+            for members in blocks.values()
         ]
 
-    def _before(self, i: int, other: int, window: int | None) -> tuple[int, Span, int | None] | None:
-        """Of segment i and an earlier piece of its row: how many queries see how much of it, within which `left`."""
+    def _before(self, i: int, key_piece: int, window: int | None) -> tuple[int, Span, int | None] | None:
+        """Queries of segment i that see keys of `key_piece`, an earlier piece of the segment's row.
+
+        Returns:
+            number of queries, from the segment's first on; span of the piece's tokens that they see; and `left` of the
+            `Block`. None: no query sees a token of the piece.
+        """
         cut, length = self.cut, self.cut.length
-        start, queries = max(cut.begins[i] - other * length, 0), (*cut.starts[i], length)[1]
+        start, queries = max(cut.begins[i] - key_piece * length, 0), (*cut.starts[i], length)[1]
         if start >= length:
             return None
         if window is None:
             return queries, (start, length), None
-        reach = window - 1 - (cut.places[i][1] - other - 1) * length  # of the first query into the piece
+        # Number of the piece's last tokens that are in the window of the segment's first query.
+        reach = window - 1 - (cut.places[i][1] - key_piece - 1) * length
         if reach < 1:
             return None
         queries, keys = min(queries, reach), min(length - start, reach)
@@ -159,7 +181,7 @@ class Reach:
 
     @cached_property
     def documents(self) -> tuple[Tensor | None, int | None]:
-        """`cu_seqlens` and longest document of the whole rows, laid end to end."""
+        """`cu_seqlens` and longest document of the whole rows, laid end to end; None where rows are not packed."""
         if not self.cut.packed:
             return None, None
         offsets = self.cut.documents
@@ -169,7 +191,7 @@ class Reach:
 
 @dataclass(frozen=True)
 class AttentionTask:
-    """One call's settings, see `ops.sequence.Pieces.attention`."""
+    """Settings of one attention call, see `ops.sequence.Pieces.attention`."""
 
     reach: Reach
     line: SequenceGroup
@@ -180,7 +202,12 @@ class AttentionTask:
 
 
 def attention(q: Tensor, shared: tuple[Tensor, ...], task: AttentionTask) -> Tensor:
-    """Softmax attention of the local queries `[B, T, H, D] -> [B, T, H, V]`, by the line's strategy. Collective."""
+    """Softmax attention of the local queries `[B, T, H, D] -> [B, T, H, V]`. Collective.
+
+    Args:
+        shared: tensors `[B, T, ...]` of the local tokens that keys and values are made of.
+        task: `task.line.attention` names the strategy.
+    """
     flat = STRATEGIES[task.line.attention](q.flatten(0, 1), tuple(x.flatten(0, 1) for x in shared), task)
     return flat.unflatten(0, q.shape[:2])
 
@@ -191,7 +218,7 @@ def _by(function: Any, q: Tensor, shared: tuple[Tensor, ...], task: AttentionTas
 
 
 class _Gathered(Function):
-    """q `[T, H, D]`, shared `[T, ...]` and parameters -> o `[T, H, V]`."""
+    """Attention by all-gather: q `[T, H, D]`, shared tensors `[T, ...]` and parameters -> o `[T, H, V]`."""
 
     @staticmethod
     def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:
@@ -217,7 +244,7 @@ class _Gathered(Function):
 
 
 class _Ring(Function):
-    """As `_Gathered`."""
+    """Ring attention, with the arguments and the result of `_Gathered`."""
 
     @staticmethod
     def forward(ctx: Any, task: AttentionTask, count: int, q: Tensor, *tensors: Tensor) -> Tensor:
@@ -230,7 +257,8 @@ class _Ring(Function):
                 k, v = _expanded(_parts(buffer, shared), task)
             for block in blocks:
                 part, part_lse = attend(q, k, v, block, task.scale)
-                if o is None or lse is None:  # the first blocks are of the rank's own tokens
+                # The first blocks, in step 0, are the rank's own tokens; their output says what shape o and lse have.
+                if o is None or lse is None:
                     o = part.new_zeros(*q.shape[:2], v.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
                     lse = part_lse.new_full(q.shape[:2], float("-inf"))
                 known = take(o, block.queries), take(lse, block.queries)
@@ -248,7 +276,8 @@ class _Ring(Function):
         task: AttentionTask = ctx.task
         q, o, lse, *shared = ctx.saved_tensors
         line, size, buffer = task.line, task.line.order.size, _flat(shared)
-        kind = torch.promote_types(q.dtype, torch.float32)  # sums of all ranks' gradients, also on their way
+        # Gradients are summed over ranks in at least fp32, and travel round the ring in the dtype of the sum.
+        kind = torch.promote_types(q.dtype, torch.float32)
         dq = torch.zeros_like(q, dtype=kind)
         d_parameters = [torch.zeros_like(x, dtype=kind) for x in task.parameters]
         home = torch.zeros_like(buffer, dtype=kind)
@@ -266,9 +295,9 @@ class _Ring(Function):
                         (dq, *d_keys), parts, (block.queries, block.keys, block.keys), strict=True
                     ):
                         put(into, x, spans, add=True)
-                d_shared, found = made.gradients(*d_keys)
+                d_shared, d_block_parameters = made.gradients(*d_keys)
                 d_buffer += _flat(d_shared)
-                for total, d in zip(d_parameters, found, strict=True):
+                for total, d in zip(d_parameters, d_block_parameters, strict=True):
                     if d is not None:
                         total += d
             if step > 0:
@@ -283,13 +312,13 @@ class _Ring(Function):
 
 
 def _expanded(shared: Sequence[Tensor], task: AttentionTask) -> tuple[Tensor, Tensor]:
-    """Shared `[S, ...]` -> k `[S, G, D]`, v `[S, G, V]`."""
+    """Makes keys `[S, G, D]` and values `[S, G, V]` of the shared tensors `[S, ...]`."""
     k, v = task.expand(*(x.unsqueeze(0) for x in shared))
     return k.squeeze(0), v.squeeze(0)
 
 
 class _Made:
-    """Keys and values made of what is shared, in a backward pass: with how to go back."""
+    """Keys and values, made of the shared tensors again in a backward pass, with the graph that leads back to these."""
 
     def __init__(self, shared: Sequence[Tensor], task: AttentionTask):
         self.parameters = task.parameters
@@ -299,26 +328,27 @@ class _Made:
         self.k, self.v = (x.detach() for x in self.made)
 
     def gradients(self, dk: Tensor, dv: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Of what is shared, and of the parameters (None: not trained)."""
+        """Gradients of the shared tensors, and of the parameters (None: not trained)."""
         trained = [p for p in self.parameters if p.requires_grad]
         outer = [d.to(x.dtype) for d, x in zip((dk, dv), self.made, strict=True)]
-        found = iter(torch.autograd.grad(self.made, [*self.leaves, *trained], outer))
-        return [next(found) for _ in self.leaves], [next(found) if p.requires_grad else None for p in self.parameters]
+        grads = iter(torch.autograd.grad(self.made, [*self.leaves, *trained], outer))
+        return [next(grads) for _ in self.leaves], [next(grads) if p.requires_grad else None for p in self.parameters]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements of the tensors, one tensor after the other: `[n]`."""
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """`[..., n]`, as `_flat` makes it of tensors like these, -> `[..., *shape]` of each."""
+    """Undoes `_flat`: cuts `flat [..., n]` into tensors `[..., *shape]`, with the shapes of the tensors in `like`."""
     return [
         x.unflatten(-1, tensor.shape) for x, tensor in zip(flat.split([t.numel() for t in like], -1), like, strict=True)
     ]
 
 
 def _seen(shared: Sequence[Tensor], task: AttentionTask) -> list[Tensor]:
-    """Own tokens `[T, ...]` -> all that the local queries see, `[S, ...]`, in one message."""
+    """Gathers all tokens that the local queries see, `[S, ...]`, from every rank's own `[T, ...]`, in one message."""
     line, own = task.line, _flat(shared)
     sources, _ = task.reach.gathered(task.window)
     if line.group is None:
@@ -328,23 +358,23 @@ def _seen(shared: Sequence[Tensor], task: AttentionTask) -> list[Tensor]:
         dist.all_gather_into_tensor(everywhere.view(-1), own, group=line.group)
         return [torch.cat([x[rank, a:b] for rank, (a, b) in sources]) for x in _parts(everywhere, shared)]
     wanted, given = task.reach.wanted(task.window)
-    found = _swap([[take(x, spans) for x in shared] for spans in given], wanted, line)
+    received = _swap([[take(x, spans) for x in shared] for spans in given], wanted, line)
     seen = []
     for i, x in enumerate(shared):
-        parts = [iter(part[i].split(_lengths(spans))) for part, spans in zip(found, wanted, strict=True)]
+        parts = [iter(part[i].split(_lengths(spans))) for part, spans in zip(received, wanted, strict=True)]
         seen.append(torch.cat([x[a:b] if rank == line.rank else next(parts[rank]) for rank, (a, b) in sources]))
     return seen
 
 
 def _back(d_seen: Sequence[Tensor], shared: Sequence[Tensor], task: AttentionTask) -> list[Tensor]:
-    """Gradients of what `_seen` gives -> of the own tokens, the sum of all ranks'."""
+    """Gradients of the own tokens, summed over ranks, from the local gradients of the tokens that `_seen` returns."""
     line, window = task.line, task.window
     sources, _ = task.reach.gathered(window)
     parts = [x.split(_lengths([span for _, span in sources])) for x in d_seen]
     if line.group is None or window is None:
         everyones = d_seen[0].new_zeros(line.order.size, sum(x.numel() for x in shared))
-        for into, found in zip(_parts(everyones, shared), parts, strict=True):
-            for (rank, (a, b)), part in zip(sources, found, strict=True):
+        for into, by_source in zip(_parts(everyones, shared), parts, strict=True):
+            for (rank, (a, b)), part in zip(sources, by_source, strict=True):
                 into[rank, a:b] += part
         if line.group is None:
             return _parts(everyones[0], shared)
@@ -352,8 +382,8 @@ def _back(d_seen: Sequence[Tensor], shared: Sequence[Tensor], task: AttentionTas
         dist.reduce_scatter_tensor(total, everyones.view(-1), group=line.group)
         return _parts(total, shared)
     own, sent = [torch.zeros_like(x) for x in shared], [[[x[:0]] for x in shared] for _ in range(line.order.size)]
-    for i, found in enumerate(parts):
-        for (rank, (a, b)), part in zip(sources, found, strict=True):
+    for i, by_source in enumerate(parts):
+        for (rank, (a, b)), part in zip(sources, by_source, strict=True):
             if rank == line.rank:
                 own[i][a:b] += part
             else:
@@ -373,7 +403,15 @@ def _lengths(spans: Sequence[Span]) -> list[int]:
 def _swap(
     sent: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Span]], line: SequenceGroup
 ) -> list[list[Tensor]]:
-    """To every rank tensors `[m, ...]`, from it others like them, of as many tokens as are wanted of it."""
+    """Sends tokens to every rank and receives tokens of every rank, by one all-to-all.
+
+    Args:
+        sent: for every rank, the tensors `[m, ...]` to send there.
+        wanted: for every rank, the spans of its tokens that this rank receives; only their lengths count here.
+
+    Returns:
+        for every rank, the received tensors, of the same number and widths as the sent ones.
+    """
     tokens, width = [sum(_lengths(spans)) for spans in wanted], sum(x.shape[1:].numel() for x in sent[0])
     flat = [_flat(x) for x in sent]
     received = flat[0].new_empty(sum(tokens) * width)
@@ -384,14 +422,19 @@ def _swap(
 
 
 def _pass_on(x: Tensor, line: SequenceGroup) -> Callable[[], Tensor]:
-    """Start to send x to the next rank and to receive one like it from the previous; call for that."""
+    """Starts to send x to the next rank and to receive a tensor like x from the previous rank.
+
+    Returns:
+        a function that waits for both and returns the received tensor.
+    """
     assert line.group is not None
     received, size = torch.empty_like(x), line.order.size
     onwards, back = (dist.get_global_rank(line.group, (line.rank + n) % size) for n in (1, -1))
     both = [P2POp(isend, x, onwards, line.group), P2POp(irecv, received, back, line.group)]
-    works = dist.batch_isend_irecv(both)  # together: alone, a send may wait for a receive that is not yet asked for
+    # In one batch: a send alone may wait for the matching receive, which the next rank would post after its own send.
+    works = dist.batch_isend_irecv(both)
 
-    def arrived(sent: Tensor = x) -> Tensor:  # which must live as long
+    def arrived(sent: Tensor = x) -> Tensor:  # the default keeps x, the buffer of the send, alive until the wait
         for work in works:
             work.wait()
         return received
@@ -400,12 +443,14 @@ def _pass_on(x: Tensor, line: SequenceGroup) -> Callable[[], Tensor]:
 
 
 def _ulysses(q: Tensor, shared: tuple[Tensor, ...], task: AttentionTask) -> Tensor:
+    """Ulysses attention, with the arguments and the result of `_Gathered`."""
     cut, line = task.reach.cut, task.line
     size, per_rank = line.order.size, line.order.per_rank
     k, v = _expanded(shared, task)
     if k.shape[1] < size:
         k, v = (x.repeat_interleave(size // k.shape[1], 1) for x in (k, v))
-    # [tokens, H, D] -> by rank [W, tokens, H / W, D], and back; by piece [pieces, rows, length, ...], and back
+    # W ranks: [tokens, H, D] is cut by heads into [W, tokens, H / W, D]; what arrives are all ranks' tokens with H / W
+    # heads, which `in_time` lays out as whole rows. The outputs go back the same way.
     sent = [x.unflatten(1, (size, -1)).transpose(0, 1) for x in (q, k, v)]
     received = _AllToAll.apply(torch.cat([x.flatten(1) for x in sent], 1), line)
     owners = [line.order.owner(piece) for piece in range(line.order.count)]
@@ -427,7 +472,7 @@ def _ulysses(q: Tensor, shared: tuple[Tensor, ...], task: AttentionTask) -> Tens
 
 
 class _AllToAll(Function):
-    """`[W, n] -> [W, n]`: row r to rank r, and from it."""
+    """All-to-all `[W, n] -> [W, n]`: sends row r to rank r, and receives row r from rank r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, line: SequenceGroup) -> Tensor:

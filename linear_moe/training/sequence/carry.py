@@ -1,7 +1,8 @@
-"""Recurrences that can begin anywhere inside a sequence, with a state that says how to go on there.
+"""Recurrences that can stop and go on anywhere inside a sequence, with a state carried from piece to piece.
 
-Where what a piece does to that state is affine, all pieces get theirs at once, from summaries. Otherwise every piece
-waits for the one before: sequences are shared out, and so is their memory, but ranks work one after the other.
+Where a piece is an affine map of the carried state, all pieces get their initial states at once, from an exchange of
+summaries. Otherwise every piece waits for the piece before: activations are still shared out over the ranks, but the
+ranks compute one after the other.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from linear_moe.training.sequence.exchange import SequenceGroup, StateExchange
 
 @dataclass(frozen=True)
 class Stretch:
-    """Segments that are run at once: those of a place in all rows, or a single one with its packed documents.
+    """Segments that one call of the recurrence runs: the segments of one piece in all rows, or a packed segment.
 
     Attributes:
         inputs: `[rows, T, ...]`.
-        start: `[sequences, ...]`, what those that begin here start from.
+        start: `[sequences, ...]`, initial states of the sequences that begin in this stretch.
         starts: tokens at which sequences begin, the first at 0.
-        passed: tokens of the first sequence that lie before; 0: it begins here.
+        passed: tokens of the first sequence that lie in earlier pieces; 0: the first sequence begins here.
     """
 
     inputs: list[Tensor]
@@ -38,23 +39,29 @@ class Stretch:
     passed: int
 
     def begun(self, run: Run, shared: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Of the sequences that begin here: outputs, and the last one's final state."""
+        """Runs the sequences that begin in this stretch.
+
+        Returns:
+            outputs, and the final state of the last sequence (of every row, if not packed). None: no sequence begins
+            in this stretch.
+        """
         first = int(self.passed > 0)
         if first == len(self.starts):
             return None
         begin, end = self.starts[first], self.inputs[0].shape[1]
         packed = len(self.starts) > first + 1
-        offsets = torch.tensor([n - begin for n in (*self.starts[first:], end)]) if packed else None  # on the host
+        # A tensor on the CPU, whatever device the inputs are on.
+        offsets = torch.tensor([n - begin for n in (*self.starts[first:], end)]) if packed else None
         outputs, states = run([x[:, begin:] for x in self.inputs], self.start[first:], None, 0, offsets, *shared)
         return outputs, states[-1:] if packed else states
 
     def continued(self) -> list[Tensor]:
-        """Inputs of the sequence that began before."""
+        """Inputs of the first sequence, which began in an earlier piece."""
         return [x[:, : self.starts[1]] for x in self.inputs] if len(self.starts) > 1 else self.inputs
 
 
 def stretches(cut: Cut, place: int, inputs: Sequence[Tensor], start: Tensor) -> Iterator[Stretch]:
-    """Those of this rank's piece number `place` of every row."""
+    """Yields the stretches of piece number `place` of this rank: one of all rows, or one for every packed row."""
     per_rank, length = cut.order.per_rank, cut.length
     passed = [piece * length - begin for begin, (_, piece) in zip(cut.begins, cut.places, strict=True)]
     if not cut.packed:
@@ -68,10 +75,10 @@ def stretches(cut: Cut, place: int, inputs: Sequence[Tensor], start: Tensor) -> 
 
 
 class Place:
-    """One of a rank's pieces, in all rows, up to where a state from before is needed.
+    """One of a rank's pieces, in all rows. Sequences that begin in the piece, and need no other piece, are run at once.
 
     Args:
-        parts: its stretches, in order of rows.
+        parts: the piece's stretches, in order of rows.
         run, shared: see `ops.sequence.Pieces.carry`.
     """
 
@@ -80,19 +87,19 @@ class Place:
         self.begun = [part.begun(run, shared) for part in self.parts]
 
     def summary(self, summary: Summary) -> tuple[Tensor, Tensor]:
-        """Transitions and states `[rows, ...]`."""
-        found = []
+        """The piece's summary in every row: transitions and states `[rows, ...]`."""
+        summaries = []
         for part, here in zip(self.parts, self.begun, strict=True):
             if here is None:
-                found.append(summary(*part.inputs, skip=part.passed))
+                summaries.append(summary(*part.inputs, skip=part.passed))
             else:
                 heads, size = here[1].shape[1:3]
-                found.append((here[1].new_zeros(len(here[1]), heads, size, size), here[1]))
-        transitions, states = zip(*found, strict=True)
+                summaries.append((here[1].new_zeros(len(here[1]), heads, size, size), here[1]))
+        transitions, states = zip(*summaries, strict=True)
         return torch.cat(transitions), torch.cat(states)
 
     def finish(self, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Outputs and last states of all rows, from the states before (None: there is no piece before)."""
+        """Outputs and final states of all rows, from the states before the piece (None: it is the first of its row)."""
         outputs, states = [], []
         parts = [None] * len(self.parts) if before is None else before.split(len(before) // len(self.parts))
         for part, here, state in zip(self.parts, self.begun, parts, strict=True):
@@ -105,7 +112,8 @@ class Place:
                 o, final = here
                 own.append(o)
             assert final is not None
-            # No tokens, but a gradient, if only of zeros: in the exchange's and in parameters' all ranks take part.
+            # Slices without tokens make the outputs depend on `state` and `part.start`, so that both get a gradient, if
+            # only zeros: all ranks must take part in the exchange's backward pass and in the parameters' reduction.
             unused = (x for x in (state, part.start) if x is not None)
             own.extend(x.transpose(1, 2)[: len(o), :0].to(o.dtype) for x in unused)
             outputs.append(torch.cat(own, 1))
@@ -123,7 +131,7 @@ def carry(
     count: int,
     summary: Summary | None,
 ) -> Tensor:
-    """See `ops.sequence.Pieces.carry`. Collective."""
+    """Outputs of a recurrence over the rank's pieces, see `ops.sequence.Pieces.carry`. Collective."""
     given = len(inputs)
 
     def places(*tensors: Tensor) -> list[Place]:
@@ -144,10 +152,10 @@ def carry(
 
 
 class _HandedOver(Function):
-    """The outputs `[P, ...]` of this rank's pieces, `places(*tensors)`, each with the state that the one before leaves.
+    """Outputs `[P, ...]` of this rank's pieces `places(*tensors)`, each from the final state of the piece before.
 
-    The backward pass goes from piece to piece the other way. It computes the pieces again, all at once, from the states
-    before them: a graph kept inside of this function would be unknown to activation recomputation.
+    The backward pass hands gradients of states from piece to piece in the reverse order. It computes the rank's pieces
+    again, from the saved states before them: activation recomputation would not know of a graph kept in this function.
     """
 
     @staticmethod
@@ -170,7 +178,7 @@ class _HandedOver(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         line: SequenceGroup = ctx.line
         pieces, inside = line.order.pieces(line.rank), torch.empty(0)
-        saved = ctx.saved_tensors  # once: recomputation allows no second look
+        saved = ctx.saved_tensors  # read once: under activation recomputation a second read is an error
         starts = [None if x is None else x.detach().requires_grad_() for x in saved[: len(pieces)]]
         needed = ctx.needs_input_grad[3:]
         leaves = [x.detach().requires_grad_(need) for x, need in zip(saved[len(pieces) :], needed, strict=True)]
@@ -188,7 +196,7 @@ class _HandedOver(Function):
 
 
 def _from(piece: int, line: SequenceGroup, inside: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """What the owner of `piece` hands over: `inside`, where that is this rank."""
+    """Receives the state of `piece` from the rank that owns this piece; `inside`, where the owner is this rank."""
     source = line.order.owner(piece)[0]
     if source == line.rank:
         return inside
@@ -199,7 +207,7 @@ def _from(piece: int, line: SequenceGroup, inside: Tensor, shape: Sequence[int],
 
 
 def _to(piece: int, line: SequenceGroup, x: Tensor) -> None:
-    """Hand over to the owner of `piece`, if there is one, and it is another rank."""
+    """Sends the state `x` to the rank that owns `piece`, unless this is the owner or there is no such piece."""
     if 0 <= piece < line.order.count and (target := line.order.owner(piece)[0]) != line.rank:
         assert line.group is not None
         dist.send(x.contiguous(), dist.get_global_rank(line.group, target), group=line.group)

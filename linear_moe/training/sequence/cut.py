@@ -1,4 +1,4 @@
-"""How sequences are cut into pieces, one or several a rank, and a micro-batch into the ranks' shares."""
+"""Cuts sequences into pieces, one or several for every rank, and a micro-batch into the ranks' shares."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from linear_moe.layout.sequence import PieceOrder
 
 @dataclass(frozen=True)
 class Cut:
-    """One rank's pieces of a micro-batch, row by row, those of a row in order of time: segments. Host integers only.
+    """One rank's segments of a micro-batch, as host integers. A segment is one of the rank's pieces in one row.
+
+    Segments are ordered row by row, and within a row in order of time.
 
     Attributes:
-        order, rank: see Order.
-        rows: of the micro-batch.
+        order, rank: order of the pieces of a row over ranks, see `PieceOrder`, and this rank's number in the order.
+        rows: rows of the micro-batch.
         length: tokens of a piece.
-        starts: of each segment, where in it sequences begin: 0, and its packed documents.
-        begins: of each segment, the token of its row that its first sequence really begins at.
-        packed: False: no boundaries, so that segments are rows; else all lie in one row.
-        documents: if packed, offsets of all documents in the rows laid end to end, whoever holds them.
-        filled: tokens of a row; what is behind them in its pieces is padding.
+        starts: for each segment, its tokens at which local sequences begin: 0, and every packed document.
+        begins: for each segment, the token of the row at which the segment's first sequence begins, maybe in an earlier
+            piece.
+        packed: whether there are document boundaries: segments are then laid end to end in one row of the forward pass.
+            False: each segment is a row.
+        documents: if packed, offsets of all documents of the micro-batch, whichever ranks hold them, in the whole rows
+            laid end to end.
+        filled: tokens of a row that are no padding; the tokens behind them, to the end of the last piece, are padding.
     """
 
     order: PieceOrder
@@ -42,28 +47,28 @@ class Cut:
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """Of each segment, its row and its piece."""
+        """Row and piece of each segment."""
         return [(row, piece) for row in range(self.rows) for piece in self.order.pieces(self.rank)]
 
     @property
     def continued(self) -> list[bool]:
-        """Whether each segment goes on with a sequence of the piece before."""
+        """Whether the first sequence of each segment began in an earlier piece."""
         return [begin < piece * self.length for begin, (_, piece) in zip(self.begins, self.places, strict=True)]
 
     @property
     def offsets(self) -> list[int]:
-        """Of the local sequences, segments laid end to end, and the end."""
-        found = [s * self.length + start for s, starts in enumerate(self.starts) for start in starts]
-        return [*found, len(self.starts) * self.length]
+        """First token of each local sequence, with the segments laid end to end; last, the number of tokens."""
+        firsts = [s * self.length + start for s, starts in enumerate(self.starts) for start in starts]
+        return [*firsts, len(self.starts) * self.length]
 
     @property
     def sequences(self) -> int:
-        """Rows, or packed documents, whoever holds them."""
+        """Number of whole sequences (rows or packed documents) of the micro-batch, whichever ranks hold them."""
         return len(self.documents) - 1 if self.packed else self.rows
 
     @property
     def numbers(self) -> list[int]:
-        """Of each local sequence, which of those it is part of."""
+        """Number of the whole sequence, 0 .. `sequences` - 1, that each local sequence is part of."""
         if not self.packed:
             return [row for row, _ in self.places]
         places = zip(self.places, self.starts, strict=True)
@@ -72,7 +77,7 @@ class Cut:
 
     @property
     def padding(self) -> list[int]:
-        """Of each segment, how many of its last tokens are padding."""
+        """Number of padding tokens at the end of each segment."""
         ends = [(piece + 1) * self.length for _, piece in self.places]
         return [min(max(end - self.filled, 0), self.length) for end in ends]
 
@@ -80,12 +85,12 @@ class Cut:
 def cut(
     rows: int, length: int, order: PieceOrder, rank: int, cu_seqlens: Tensor | None = None, filled: int | None = None
 ) -> Cut:
-    """The cut of `rows` rows of `length` tokens (a multiple of `order.count`).
+    """The cut of `rows` rows of `length` tokens (a multiple of `order.count`), as `rank` holds it.
 
     Args:
         cu_seqlens: `[documents + 1]` offsets, on the CPU, of documents packed into the rows laid end to end; every row
-            begins one; documents may be empty.
-        filled: tokens of a row that are no padding; None: all.
+            begins with a document of its own; documents may be empty.
+        filled: tokens of a row that are no padding; None: all tokens.
     """
     size = length // order.count
     assert size * order.count == length, (length, order)
@@ -116,25 +121,25 @@ def share(x: Tensor, cut: Cut) -> Tensor:
 def split(batch: dict[str, Any], order: PieceOrder, rank: int, padded: int) -> dict[str, Any]:
     """A rank's share of the loader's micro-batch, with its `cut`; rows are padded to `padded` tokens.
 
-    Padding counts in no loss and no statistic, comes after all that does, and is a document of its own where these are
-    isolated.
+    Padding counts in no loss and in no statistic. It lies at the end of a row, and is a document of its own where
+    documents are isolated.
     """
     rows, length = batch["tokens"].shape
     cu_seqlens = batch.get("cu_seqlens")
     if cu_seqlens is not None and padded > length:
         cu_seqlens = _pad_rows(cu_seqlens.tolist(), rows, length, padded)
-    found = cut(rows, padded, order, rank, cu_seqlens, length)
+    own_cut = cut(rows, padded, order, rank, cu_seqlens, length)
     tokens = {name: batch[name] for name in ("tokens", "labels", "loss_mask", "positions")}
-    shares = {name: share(F.pad(x, (0, padded - length)), found).contiguous() for name, x in tokens.items()}
-    own: dict[str, Any] = {"cut": found}
+    shares = {name: share(F.pad(x, (0, padded - length)), own_cut).contiguous() for name, x in tokens.items()}
+    own: dict[str, Any] = {"cut": own_cut}
     if cu_seqlens is not None:
-        offsets = found.offsets
+        offsets = own_cut.offsets
         own |= {"cu_seqlens": torch.tensor(offsets), "max_document": max(b - a for a, b in pairwise(offsets))}
     return shares | own
 
 
 def _pad_rows(offsets: Sequence[int], rows: int, length: int, padded: int) -> Tensor:
-    """Offsets in rows of `length` -> in rows of `padded`, each row's padding a document."""
+    """Offsets of documents in rows of `length` tokens, moved to rows of `padded` tokens; padding is a document."""
     moved = [offset // length * padded + offset % length for offset in offsets if offset < rows * length]
     padding = [row * padded + length for row in range(rows)]
     return torch.tensor(sorted([*moved, *padding, rows * padded]))

@@ -1,15 +1,17 @@
-"""The states before every piece, from the summaries of all: S_before(i + 1) = A_i S_before(i) + E_i, over ranks.
+"""The state before every piece, from the summaries (A_i, E_i) of all pieces, which lie on several ranks.
 
-Two strategies give the same numbers. `all_gather`: one collective of all summaries, then every rank scans them by
-itself; a rank receives as much as there are pieces. `ring`: states go from piece to piece, in blocks so that ranks work
-at the same time; what a rank sends and receives does not depend on the number of ranks, and transitions stay at home.
+The scan is S_before(i + 1) = A_i S_before(i) + E_i, with A_i the transition and E_i the state of piece i. Two
+strategies give the same numbers. `all_gather`: one collective sends all summaries to all ranks, and every rank scans
+them by itself; the bytes that a rank receives grow with the number of pieces. `ring`: states go from piece to piece, in
+blocks so that ranks work at the same time; the bytes that a rank sends and receives do not depend on the number of
+ranks, and no transition is sent.
 
-The backward pass is the same scan from the end: with d the gradients of the states before, G_i = d_(i+1) + A_(i+1)^H
-G_(i+1) are those of E_i, and G_i S_before(i)^H those of A_i.
+The backward pass is the same scan from the last piece to the first. With d_i the gradient of S_before(i), the gradient
+of E_i is G_i = d_(i+1) + A_(i+1)^H G_(i+1), and the gradient of A_i is G_i S_before(i)^H.
 
-An exchange begins in one place and is waited for in another. What an op does in between runs beside it, in the backward
-pass too: autograd runs nodes in the reverse of the order in which they were made, so the gradients leave where the
-states were waited for, and are waited for where the states left.
+An exchange begins at one point of an op and is waited for at a later point. The op's work between the two overlaps with
+the communication, in the backward pass too: autograd runs nodes in the reverse of the order in which they were made, so
+the gradients are sent where the forward pass waited for states, and are waited for where the forward pass sent states.
 """
 
 from __future__ import annotations
@@ -33,13 +35,15 @@ STRATEGIES = ("all_gather", "ring")
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """The ranks that share out sequences.
+    """The ranks that share out sequences, and the settings of their communication.
 
     Attributes:
-        group: their process group; None: this process alone.
-        strategy: of STRATEGIES.
-        attention: of `attention.STRATEGIES`.
-        dtype: in which states and transitions travel; they are fp32 before and after.
+        order: order of the pieces of a row over the ranks.
+        rank: this rank's number in the group.
+        group: process group of the ranks; None: this process alone.
+        strategy: one of STRATEGIES, for states.
+        attention: one of `attention.STRATEGIES`, for softmax attention.
+        dtype: dtype in which states and transitions are sent; all arithmetic on them is fp32.
     """
 
     order: PieceOrder
@@ -51,41 +55,54 @@ class SequenceGroup:
 
 
 def states_before(transition: Tensor | None, state: Tensor, line: SequenceGroup, matrix: bool) -> Tensor:
-    """An `StateExchange` that is waited for at once."""
+    """Runs a `StateExchange` and waits for it at once.
+
+    Args:
+        transition, state: see `StateExchange.begin`.
+        matrix: whether transitions are matrices; else they are elementwise.
+
+    Returns:
+        the states before this rank's segments `[S, ...]`, differentiable.
+    """
     return StateExchange(line, matrix).begin(transition, state)()
 
 
 Finish = Callable[[], Tensor]
-"""Waits for an exchange: the states before (after, where it ran from the end) this rank's pieces `[P, rows, ...]`."""
+"""Waits for an exchange, and returns `[P, rows, ...]`: the state before each of this rank's pieces, or, of a scan from
+the last piece to the first, the gradient of the state after each of them."""
 
 
 class StateExchange:
-    """One exchange, which `begin` sends and what it returns waits for. Collective, as are the gradients.
+    """One exchange of states, forward and backward. Both passes are collective.
 
-    Begun again, where activations are computed again, it sends nothing: it knows the states, and keeps all that its
-    backward pass needs.
+    `begin` sends the summaries and returns the function that waits for the states. When activation recomputation calls
+    `begin` a second time, nothing is sent: the exchange keeps the states, and all that its backward pass needs.
+
+    Args:
+        matrix: whether transitions are matrices; else they are elementwise.
     """
 
     def __init__(self, line: SequenceGroup, matrix: bool = False):
-        """`matrix`: transitions are matrices, else elementwise."""
         self.line, self.matrix = line, matrix
-        # A transition near 1 loses what it forgets in 16 bits, and after many pieces that is much. Less 1 it does not:
-        # sum_m (1 - A_m) prod_(l > m) A_l is at most 1, so the error does not grow with the pieces.
+        # A transition A near 1, rounded to 16 bits, loses 1 - A, the part that it forgets, and the error adds up over
+        # pieces. So A - 1 is sent: sum_m (1 - A_m) prod_(l > m) A_l is at most 1, and the error of the states does not
+        # grow with the number of pieces.
         self.less_one = line.strategy == "all_gather" and line.dtype != torch.float32
-        self.finish: Finish | None = None  # of what is on its way, forwards or backwards
+        self.finish: Finish | None = None  # waits for the messages on their way, of the forward or the backward pass
         self.kept: Tensor | None = None  # transitions that the backward pass needs
-        self.before: Tensor | None = None  # what the exchange found
+        self.before: Tensor | None = None  # states before this rank's pieces [P, rows, ...], once they have arrived
 
     def begin(self, transition: Tensor | None, state: Tensor) -> Callable[[], Tensor]:
-        """Send this rank's summaries.
+        """Sends this rank's summaries.
 
         Args:
-            transition: `[S, ...]`, see `ops.sequence.Summary`; 0 where what is before does not go on behind. None:
-                nowhere does it.
-            state: `[S, ...]` fp32 or complex; S: rows, and within a row its pieces in order of time.
+            transition: `[S, ...]`, see `ops.sequence.Summary`; 0 for a segment whose final state does not depend on
+                the state before it, because a document begins inside. None: no final state depends on the state before.
+            state: `[S, ...]` fp32 or complex; S segments: row by row, and within a row its pieces in order of time.
 
         Returns:
-            what waits for the states before each of this rank's segments `[S, ...]`, differentiable.
+            a function that waits for the states before this rank's segments and returns them, `[S, ...]`,
+            differentiable.
         """
         rows = (None if x is None else x.unflatten(0, (-1, self.line.order.per_rank)) for x in (transition, state))
         started: Tensor = _Start.apply(*(None if x is None else x.transpose(0, 1) for x in rows), self)
@@ -97,16 +114,18 @@ class StateExchange:
         return wait
 
     def arrived(self) -> Tensor:
+        """Computes the weight gradients that were put off for this gap (`fill_gap`), then waits for the messages."""
         assert self.finish is not None, "an exchange is waited for once, after it began"
-        finish, self.finish = self.finish, None  # with it go its buffers
+        finish, self.finish = self.finish, None  # the function holds the buffers, which must not outlive this call
         fill_gap()
         return finish()
 
     def one(self, like: Tensor) -> Tensor | int:
+        """The transition that changes nothing: the identity matrix, or 1."""
         return torch.eye(like.shape[-1], device=like.device) if self.matrix else 1
 
     def step(self, state: Tensor, transition: Tensor | None, carried: Tensor) -> Tensor:
-        """`transition carried + state`."""
+        """One step of the scan: `transition carried + state`, with the 1 added back that was sent less (`less_one`)."""
         if transition is None:
             return state
         if self.less_one:
@@ -117,14 +136,16 @@ class StateExchange:
         return torch.baddbmm(state3, transition3, carried3).view(state.shape)
 
     def adjoint(self, x: Tensor) -> Tensor:
+        """Adjoint of the transition x: transposed matrix, or complex conjugate of the elements."""
         return x.mT if self.matrix else x.conj()
 
 
 class _Start(Function):
-    """By piece of this rank: transition `[P, rows, ...]`, state `[P, rows, ...]` -> what `_Wait` waits for.
+    """Sends transitions `[P, rows, ...]` and states `[P, rows, ...]` of this rank's P pieces; `_Wait` waits for them.
 
-    The tensor between the two is empty: it says which comes first. What travels is in the exchange. So is what the
-    backward pass needs, which is little: recomputation, which drops what autograd saves, shall not need it once more.
+    The output is an empty tensor, the input of `_Wait`: it tells autograd the order of the two functions. Buffers of
+    messages, and the few tensors that the backward pass needs, are kept in the exchange. Saved by autograd, they would
+    be dropped by activation recomputation and have to be exchanged again.
     """
 
     @staticmethod
@@ -153,14 +174,15 @@ class _Start(Function):
 
 
 class _Wait(Function):
-    """See `_Start`: -> the states before `[P, rows, ...]`."""
+    """Waits for the exchange that `_Start` began: the states before this rank's pieces `[P, rows, ...]`."""
 
     @staticmethod
     def forward(ctx: Any, started: Tensor, exchange: StateExchange) -> Tensor:
         ctx.exchange = exchange
         if exchange.before is None:
             exchange.before = exchange.arrived()
-        return exchange.before.detach()  # autograd ties what is returned to the graph, which the exchange must not be
+        # Autograd ties the returned tensor to the graph. The exchange keeps another one, so as not to hold the graph.
+        return exchange.before.detach()
 
     @staticmethod
     @once_differentiable
@@ -176,7 +198,10 @@ class _Wait(Function):
 
 
 def _gather(exchange: StateExchange, transition: Tensor | None, state: Tensor) -> Finish:
-    """All summaries in one message; the scan is this rank's own. Transitions of the pieces behind are kept."""
+    """Gathers all ranks' summaries in one message; `finish` scans them as far as this rank's last piece.
+
+    The transitions of the pieces behind this rank's first one are kept for the backward pass.
+    """
     line, parts = exchange.line, [state]
     if transition is not None:
         parts.append(transition - exchange.one(transition) if exchange.less_one else transition)
@@ -195,6 +220,7 @@ def _gather(exchange: StateExchange, transition: Tensor | None, state: Tensor) -
 
 
 def _gather_gradients(exchange: StateExchange, gradient: Tensor) -> Finish:
+    """Gathers gradients of the states before all pieces; `finish` scans them from the last piece to the first."""
     line, kept, arrived = exchange.line, exchange.kept, _from_all([gradient], exchange.line)
 
     def finish() -> Tensor:
@@ -207,25 +233,30 @@ def _gather_gradients(exchange: StateExchange, gradient: Tensor) -> Finish:
 
 
 def _scan(exchange: StateExchange, transitions: dict[int, Tensor], states: list[Tensor], pieces: range) -> Tensor:
-    """Of all pieces in order `[rows, ...]`, as far as this rank needs -> what comes to its own `[P, rows, ...]`.
+    """Scans all pieces in the order of `pieces`, and returns the carried states `[P, rows, ...]` before this rank's.
 
-    `transitions`: empty if nothing goes on through a piece.
+    Args:
+        transitions: `[rows, ...]` by piece; a piece that is missing passes nothing on of the state before it.
+        states: `[rows, ...]` of every piece, in order of time.
+        pieces: first to last, or last to first. The scan ends where it has reached all pieces of this rank.
     """
     own = exchange.line.order.pieces(exchange.line.rank)
-    found, carried = dict[int, Tensor](), None
+    before, carried = dict[int, Tensor](), None
     for piece in pieces:
         if piece in own:
-            found[piece] = torch.zeros_like(states[piece]) if carried is None else carried
-            if len(found) == len(own):
+            before[piece] = torch.zeros_like(states[piece]) if carried is None else carried
+            if len(before) == len(own):
                 break
         carried = states[piece] if carried is None else exchange.step(states[piece], transitions.get(piece), carried)
-    return torch.stack([found[piece] for piece in own])
+    return torch.stack([before[piece] for piece in own])
 
 
 def _from_all(parts: Sequence[Tensor], line: SequenceGroup) -> Callable[[], list[list[Tensor]]]:
-    """Send `[P, ...]` of this rank, in one message -> a function that waits for all ranks' pieces, in order of time.
+    """Gathers tensors `[P, ...]` of every rank, in one message.
 
-    What it gives, in fp32 or complex, are views of one buffer.
+    Returns:
+        a function that waits for the message and returns, for every tensor of `parts`, a list `[...]` by piece, in
+        order of time. The tensors of the list are fp32 or complex, and views of one buffer.
     """
     order, shapes = line.order, [_real(part).shape[1:] for part in parts]
     sizes = [shape.numel() for shape in shapes]
@@ -241,28 +272,29 @@ def _from_all(parts: Sequence[Tensor], line: SequenceGroup) -> Callable[[], list
     def finish() -> list[list[Tensor]]:
         if work is not None:
             work.wait()
-        found = []
+        by_part = []
         for x, shape, is_complex in zip(everyones.float().split(sizes, 1), shapes, complex_parts, strict=True):
             x = x.unflatten(1, shape)
             by_rank = (torch.view_as_complex(x) if is_complex else x).unbind()
-            found.append([by_rank[n] for n in _in_time(order)])
-        return found
+            by_part.append([by_rank[n] for n in _in_time(order)])
+        return by_part
 
     return finish
 
 
 @cache
 def _in_time(order: PieceOrder) -> tuple[int, ...]:
-    """Of each piece, its place among those of all ranks."""
+    """Index of each piece, in order of time, in the pieces of all ranks laid end to end."""
     owners = (order.owner(piece) for piece in range(order.count))
     return tuple(rank * order.per_rank + place for rank, place in owners)
 
 
 def _ring(exchange: StateExchange, transition: Tensor | None, state: Tensor, reverse: bool) -> Finish:
-    """`_scan` as a walk from piece to piece, each rank with its own transitions and states `[P, rows, ...]`.
+    """`_scan` by messages from piece to piece, each rank with its own transitions and states `[P, rows, ...]`.
 
-    On a GPU it is queued on a stream of its own. The messages of any two ranks are in the same order on both, and no
-    block waits for a later one: so nothing locks up, not even where a rank's messages go strictly one after the other.
+    On a GPU arithmetic and messages are queued on a separate CUDA stream. There is no deadlock, even where the backend
+    runs a rank's messages strictly one after the other: two ranks have their common messages in the same order, and no
+    block waits for a later block.
     """
     before = torch.empty_like(state, memory_format=torch.contiguous_format)
     if not state.is_cuda:
@@ -278,7 +310,7 @@ def _ring(exchange: StateExchange, transition: Tensor | None, state: Tensor, rev
 def _joined(before: Tensor, stream: torch.cuda.Stream, _read: tuple[Tensor | None, ...]) -> Tensor:
     """Returns `before`, after the current stream has been told to wait for `stream`, which writes it.
 
-    The tensors that `stream` reads are arguments so that they live until then: their memory belongs to the current
+    The argument `_read` keeps the tensors that `stream` reads alive until then: their memory belongs to the current
     stream, which would use it again. `Tensor.record_stream` would not do, because it refuses expanded tensors such as
     S4's transitions. An exchange that is dropped before anyone waits for it gives the memory back too early.
     """
@@ -288,11 +320,16 @@ def _joined(before: Tensor, stream: torch.cuda.Stream, _read: tuple[Tensor | Non
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The device's CUDA stream for ring exchanges."""
     return torch.cuda.Stream(device)
 
 
 def _walk(exchange: StateExchange, transition: Tensor | None, state: Tensor, before: Tensor, reverse: bool) -> None:
-    """Block by block through own pieces that follow each other, so that the next rank waits for one block only."""
+    """Receives, computes and sends on one block of a state's columns after the other, and writes `before`.
+
+    The next rank can so begin as soon as the first block arrives. Pieces of this rank that follow each other directly
+    are walked through without a message between them.
+    """
     line, step = exchange.line, -1 if reverse else 1
     order, rank, sent = line.order, line.rank, list[tuple[Any, Tensor]]()
     by_column = transition is not None and not exchange.matrix and transition.shape[-1] == state.shape[-1]
@@ -320,31 +357,33 @@ def _walk(exchange: StateExchange, transition: Tensor | None, state: Tensor, bef
             if source != target:
                 sent += [_send(x, target, line) for x in ready if target is not None]
                 ready = []
-        # Where zigzag turns round, the neighbour sends all blocks before it receives one.
+        # With zigzag, source and target can be one rank, which sends all its blocks before it receives the first. So
+        # this rank receives them all before it sends.
         sent += [_send(x, target, line) for x in ready if target is not None]
     for work, _ in sent:
         work.wait()
 
 
 def _runs(pieces: Sequence[int], step: int) -> list[list[int]]:
-    """Those that follow each other together."""
-    found: list[list[int]] = []
+    """Groups pieces into runs, in which each piece is the one before plus `step`."""
+    runs: list[list[int]] = []
     for piece in pieces:
-        if found and found[-1][-1] + step == piece:
-            found[-1].append(piece)
+        if runs and runs[-1][-1] + step == piece:
+            runs[-1].append(piece)
         else:
-            found.append([piece])
-    return found
+            runs.append([piece])
+    return runs
 
 
 def _send(x: Tensor, rank: int, line: SequenceGroup) -> tuple[Any, Tensor]:
-    """The running send, and the buffer that must live as long."""
+    """Starts to send x to `rank` of the group; returns the handle, and the buffer, which must live until the wait."""
     assert line.group is not None
     buffer = _real(x).to(line.dtype).contiguous()
     return dist.isend(buffer, dist.get_global_rank(line.group, rank), group=line.group), buffer
 
 
 def _receive(like: Tensor, rank: int, line: SequenceGroup) -> Tensor:
+    """Receives a tensor of the shape of `like` from `rank` of the group; complex if `like` is."""
     assert line.group is not None
     buffer = torch.empty(_real(like).shape, dtype=line.dtype, device=like.device)
     dist.recv(buffer, dist.get_global_rank(line.group, rank), group=line.group)
@@ -352,4 +391,5 @@ def _receive(like: Tensor, rank: int, line: SequenceGroup) -> Tensor:
 
 
 def _real(x: Tensor) -> Tensor:
+    """A complex tensor as real numbers `[..., 2]`; a real tensor as given."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -1,4 +1,4 @@
-"""The pieces that a rank holds of a micro-batch's sequences, as ops ask for them (`ops.sequence.Pieces`)."""
+"""Implements `ops.sequence.Pieces`, the interface through which ops reach the tokens before their own pieces."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from linear_moe.training.sequence.exchange import SequenceGroup, StateExchange, 
 
 
 class RankPieces:
-    """See `ops.sequence.Pieces`.
+    """The pieces that a rank holds of a micro-batch's sequences. See `ops.sequence.Pieces` for the methods.
 
-    A segment's first sequence may go on with one of the piece before, its last may go on in the piece after. So only
-    its last sequence is summarised, and only its first one starts from a state; a boundary between cuts the chain.
+    The first sequence of a segment may have begun in an earlier piece, and its last sequence may go on in the next
+    piece. So a segment's summary is that of its last sequence, and only its first sequence gets an initial state from
+    the exchange. A document boundary inside the segment makes the two different sequences; the transition is then 0.
     """
 
     def __init__(self, cut: Cut, line: SequenceGroup, device: torch.device):
@@ -34,9 +35,11 @@ class RankPieces:
         counts = torch.tensor([len(starts) for starts in cut.starts])
         continued = torch.tensor(cut.continued)
         self._continued = on_device(continued.float(), device)
-        self._through = on_device((continued & (counts == 1)).float(), device)  # what came before goes on behind
-        self._firsts = on_device(counts.cumsum(0) - counts, device)  # of the local sequences, each segment's first
-        self._lasts = on_device(counts.cumsum(0) - 1, device)  # and each segment's last
+        # 1 where a segment's only sequence began before it: its final state depends on the state before the segment.
+        self._through = on_device((continued & (counts == 1)).float(), device)
+        # Numbers of each segment's first and last sequence among the local sequences.
+        self._firsts = on_device(counts.cumsum(0) - counts, device)
+        self._lasts = on_device(counts.cumsum(0) - 1, device)
         self._sequences, self.sequences, self.tokens = int(counts.sum()), cut.sequences, cut.rows * cut.filled
 
     @property
@@ -57,7 +60,7 @@ class RankPieces:
         def exchanged() -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 transition, state = self._summaries(summary[0], summary[1:])
-            with torch.enable_grad():  # a graph of its own
+            with torch.enable_grad():  # the exchange's own graph: d_final walks through it in the backward pass
                 return states_before(transition, state.requires_grad_(), self.line, matrix), state
 
         before, state = once(exchanged)
@@ -72,7 +75,7 @@ class RankPieces:
         return _Through.apply(o, final, d_final, *gradient[1:]), final
 
     def _summaries(self, summary: Summary, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor]:
-        """Of every segment's last sequence; the transition 0 where the segment before does not go on behind it."""
+        """Summaries `[S, ...]` of every segment's last sequence; transitions of sequences that begin in it are 0."""
         transitions, states = zip(*(summary(*part) for part in self._segments(inputs, last=True)), strict=True)
         state = states[0] if len(states) == 1 else torch.cat(states)
         if transitions[0] is None:
@@ -81,7 +84,7 @@ class RankPieces:
         return transition * _as(self._through, transition) if self.cut.packed else transition, state
 
     def _segments(self, inputs: tuple[Tensor | None, ...], last: bool) -> Iterator[tuple[Tensor | None, ...]]:
-        """Inputs of each segment's last (or first) sequence: at once where segments are rows, else one by one."""
+        """Yields the inputs of the segments' last (or first) sequences: in one piece where segments are rows."""
         if not self.cut.packed:
             yield inputs
             return
@@ -91,13 +94,16 @@ class RankPieces:
             yield tuple(None if x is None else x[:, span] for x in inputs)
 
     def _at(self, places: Tensor, x: Tensor) -> Tensor:
-        """`x [S, ...]` of every segment's first or last sequence, among all local ones `[N, ...]`; zeros elsewhere."""
+        """Places `x [S, ...]` of S segments at the numbers `places` of all N local sequences `[N, ...]`; else zeros."""
         if self._sequences == len(x):
             return x
         return x.new_zeros(self._sequences, *x.shape[1:]).index_copy(0, places, x)
 
     def _continuing(self, x: Tensor) -> Tensor:
-        """`x [S, ...]`, 0 where a segment begins a sequence: of whole rows only the first, which nothing is before."""
+        """Sets `x [S, ...]` to 0 for segments that begin with a new sequence.
+
+        Rows that are not packed need no mask: only their first piece begins a sequence, and the state before is 0.
+        """
         return x * _as(self._continued, x) if self.cut.packed else x
 
     def carry(
@@ -148,7 +154,7 @@ class RankPieces:
 
 
 class _Through(Function):
-    """`through(o, final, d_final, *inputs) -> o`; on the way back, the final states' gradients from that of o."""
+    """Returns o; the backward pass also gives `final`, the final states, the gradient `d_final(*inputs, d_o)`."""
 
     @staticmethod
     def forward(ctx: Any, o: Tensor, final: Tensor, d_final: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
@@ -164,14 +170,19 @@ class _Through(Function):
 
 
 def _as(flags: Tensor, x: Tensor) -> Tensor:
-    """Flags `[S]` as factors of `x [S, ...]`."""
+    """Flags `[S]`, reshaped so that they multiply `x [S, ...]`."""
     return flags.view(-1, *[1] * (x.ndim - 1))
 
 
 def pieces_layout(
     cut: Cut, line: SequenceGroup, device: torch.device, positions: Tensor, cu_seqlens: Tensor | None
 ) -> TokenLayout:
-    """The layout of a rank's share: segments as rows, or as one row of packed documents."""
+    """The layout of a rank's share of a micro-batch: segments as rows, or as one row of packed documents.
+
+    Args:
+        positions: int64, the position of each local token in its document.
+        cu_seqlens: offsets of the local sequences, with the segments laid end to end; None: not packed.
+    """
     pieces, shape, longest = RankPieces(cut, line, device), (len(cut.starts), cut.length), None
     if cu_seqlens is not None:
         shape, longest = (1, shape[0] * shape[1]), max(end - start for start, end in pairwise(cut.offsets))
@@ -180,7 +191,10 @@ def pieces_layout(
 
 
 def _padding(cut: Cut, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """See Layout. None on every rank of a sequence or on none: what is done with it is collective."""
+    """The local tokens that are padding, bool; None: no rank has any.
+
+    All ranks of a sequence decide alike, by the whole row, since the code that uses the mask calls collectives.
+    """
     if cut.filled == cut.length * cut.order.count:
         return None
     behind = torch.arange(cut.length) >= cut.length - torch.tensor(cut.padding)[:, None]

@@ -1,5 +1,7 @@
-"""How a run ends early: on a signal, after saving; or on a loss that is not a number, before it spoils a checkpoint.
-And what keeps two trainings out of one run folder.
+"""Early ends of a run, and the lock that keeps two trainings out of one run folder.
+
+A signal ends a run after a checkpoint has been saved. A loss or a gradient norm that is not finite ends it before one
+is saved, so that the last good checkpoint stays the newest.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ from linear_moe.options.errors import ConfigError
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; one line for people."""
+    """Training cannot go on. The message is one line for the user."""
 
 
 class StopSignal:
     """Remembers SIGTERM, SIGINT, SIGHUP (a lost terminal) or SIGUSR1 (a scheduler's warning), so that the loop ends
     after its step and a save.
 
-    A second SIGINT ends the process at once. The others may come twice: a scheduler sends SIGTERM to torchrun and to
-    its workers, and torchrun hands its own on to them.
+    A second SIGINT ends the process at once. A second one of the other signals does not, because it is no sign of
+    impatience: a scheduler sends SIGTERM to torchrun and to its workers, and torchrun hands its own on to the workers.
+
+    Attributes:
+        received: name of the last signal; None: there was none.
     """
 
     def __init__(self) -> None:
@@ -51,9 +56,12 @@ def check_finite(step: int, loss: float, gradient_norm: float) -> None:
 
 
 def lock_run(run: Path) -> TextIO:
-    """Claim the run folder until this process ends, however it ends; keep the returned file.
+    """Locks the run folder until this process ends, however it ends.
 
-    Raises ConfigError when a live process has claimed it: two trainings would overwrite each other's checkpoints.
+    The lock lasts as long as the returned file is open, so the caller must keep a reference to it.
+
+    Raises:
+        ConfigError: a live process has locked the folder: two trainings would overwrite each other's checkpoints.
     """
     run.mkdir(parents=True, exist_ok=True)
     file = (run / ".lock").open("a+")
@@ -71,7 +79,10 @@ def lock_run(run: Path) -> TextIO:
 
 
 def end_with_parent() -> None:
-    """Receive SIGTERM when torchrun dies: workers have sessions of their own and outlive a torchrun that is killed."""
+    """Asks the kernel to send this worker SIGTERM when torchrun dies (Linux only).
+
+    Workers run in sessions of their own, and would outlive a torchrun that is killed.
+    """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go, on rank 0: a progress display, metrics.jsonl and TensorBoard; the same records in all."""
+"""Output of a run's numbers, on rank 0: progress display, metrics.jsonl and TensorBoard, from the same records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Column
 if TYPE_CHECKING:
     from linear_moe.training.experts.routing import LayerRouting
 
-SHOWN = {  # record key -> how the progress display writes it
+SHOWN = {  # key of a record -> format in the progress display
     "loss": "loss {:.4f}",
     "tokens_per_second": "{:,.0f} tok/s",
     "tflops_per_device": "{:.3g} TFLOP/s",
@@ -27,14 +27,14 @@ SHOWN = {  # record key -> how the progress display writes it
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Formats seconds as 1:02:03 or 2:03."""
     minutes, s = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
 def progress_line(record: dict[str, Any]) -> str:
-    """The figures of a step that people watch."""
+    """The figures of a step's record that are in SHOWN, and the time left, as one line."""
     parts = [form.format(record[key]) for key, form in SHOWN.items() if key in record]
     if "seconds_left" in record:
         parts.append(f"{duration(record['seconds_left'])} left")
@@ -42,7 +42,7 @@ def progress_line(record: dict[str, Any]) -> str:
 
 
 def routing_line(record: dict[str, Any]) -> str:
-    """How the tokens of a step with experts were routed, "" for others."""
+    """The routing figures of a step's record as one line; "" for a model without experts."""
     if "max_load" not in record:
         return ""
     return (
@@ -53,25 +53,25 @@ def routing_line(record: dict[str, Any]) -> str:
 
 
 def some(items: Sequence[object], most: int, separator: str = ", ") -> str:
-    """The first `most` of them, and how many more there are."""
+    """Joins the first `most` items, and says how many more there are."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return separator.join(map(str, items[:most])) + rest
 
 
 class Logger:
-    """Writes records; every method does nothing on ranks other than 0.
+    """Writes a run's records on rank 0; on the other ranks every method does nothing.
 
     Args:
         run: the run folder.
-        steps: total steps, for the progress display.
+        steps: number of steps of the whole run, for the progress display.
         active: whether this is rank 0.
-        tensorboard: write events too.
-        step: step a resumed run starts from.
+        tensorboard: whether to write TensorBoard events too.
+        step: last step before this start of the run, 0 for a new run; TensorBoard events after it are dropped.
     """
 
     def __init__(self, run: Path, steps: int, *, active: bool, tensorboard: bool, step: int = 0):
         self.active = active
-        self._dead = 0  # experts, at the last warning
+        self._dead = 0  # number of dead experts at the last warning
         self._file: TextIO | None = None
         self._writer: Any = None
         self._bar: Progress | None = None
@@ -87,7 +87,7 @@ class Logger:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         if sys.stderr.isatty():
             whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
-            rest = Column(ratio=1)  # wraps in a narrow terminal
+            rest = Column(ratio=1)  # takes the rest of the width, and wraps in a narrow terminal
             columns = (
                 MofNCompleteColumn(table_column=whole),
                 BarColumn(bar_width=10, table_column=Column(min_width=10)),
@@ -99,16 +99,16 @@ class Logger:
         self.steps = steps
 
     def message(self, text: str) -> None:
-        """A line for people."""
+        """Prints a line for the user on stderr."""
         if self.active:
             self.console.print(text, markup=False)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Something that happened: start, save, validation, stop. Goes to metrics.jsonl."""
+        """Writes an event (start, checkpoint, validation, stopped, ...) with its time to metrics.jsonl."""
         self._write({"event": name, "time": time.time(), **fields})
 
     def step(self, record: dict[str, Any]) -> None:
-        """One training step's figures; `record["step"]` counts from 1."""
+        """Writes and displays the figures of one training step; `record["step"]` counts from 1."""
         if not self.active:
             return
         self._write(record)
@@ -117,14 +117,14 @@ class Logger:
             figures = "\n".join(filter(None, [progress_line(record), routing_line(record)]))
             self._bar.update(self._task, completed=record["step"], figures=figures)
         elif time.monotonic() - self._last_line > 5 or record["step"] == self.steps:
-            # Not a terminal: a line now and then instead of a bar.
+            # Without a terminal there is no bar: a line is printed at most every 5 seconds, and for the last step.
             self._last_line = time.monotonic()
             self.message(f"step {record['step']}/{self.steps}  {progress_line(record)}")
             if line := routing_line(record):
                 self.message(f"  {line}")
 
     def routing(self, step: int, layers: list[LayerRouting]) -> None:
-        """Every MoE layer's routing, expert by expert."""
+        """Writes the routing of every MoE layer, expert by expert, to metrics.jsonl and TensorBoard."""
         if not self.active or not layers:
             return
         self.event("routing", step=step, layers={str(layer.layer): layer.to_json() for layer in layers})
@@ -138,9 +138,9 @@ class Logger:
                 self._writer.add_histogram(f"routing_bias/layer_{layer.layer}", np.array(layer.bias), step)
 
     def dead_experts(self, step: int, layers: list[LayerRouting], dead_after: int) -> None:
-        """Warn of experts that no token has chosen in the last `dead_after` steps; again when they are twice as many.
+        """Warns of experts that no token has chosen in the last `dead_after` steps.
 
-        metrics.jsonl has all of them.
+        The warning comes again when twice as many experts are dead. It names a few of them; metrics.jsonl has all.
         """
         dead = {layer.layer: layer.dead(dead_after) for layer in layers}
         number = sum(map(len, dead.values()))
@@ -160,7 +160,7 @@ class Logger:
         )
 
     def validation(self, step: int, loss: float, tokens: int) -> None:
-        """A validation's mean loss in nats per token."""
+        """Writes a validation's mean loss, in nats per token, over `tokens` tokens."""
         self.event("validation", step=step, loss=loss, tokens=tokens)
         self._scalars("validation", {"step": step, "loss": loss})
         self.message(f"step {step}: validation loss {loss:.4f} over {tokens:,} tokens")

@@ -1,4 +1,4 @@
-"""What a run reports of itself: records of numbers, and the model's arithmetic per second."""
+"""A run's figures of itself: throughput, model FLOP/s utilisation (MFU), memory and time since the start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linear_moe.gpus import GPUS
 
 
 def peak_tflops(configured: float | None) -> float | None:
-    """Peak bf16 TFLOP/s of this device: as configured, or of a known GPU; None when unknown."""
+    """Peak bf16 TFLOP/s of this device: the configured number, else that of the GPU's name in `GPUS`; None: unknown."""
     if configured is not None or not torch.cuda.is_available():
         return configured
     name = torch.cuda.get_device_name()
@@ -29,19 +29,19 @@ def memory_gib() -> float:
 
 
 def seconds_alive() -> float:
-    """Since this process started, imports included."""
+    """Seconds since this process started, imports included."""
     return time.time() - psutil.Process().create_time()
 
 
 @dataclass
 class Throughput:
-    """Speed of the steps since the last call of `lap`, and time left from a smoothed step time.
+    """Speed of the steps since the last call of `lap`, and the time left, from a smoothed step time.
 
     Args:
-        tokens_per_step: over all ranks.
-        flops_per_token: forward and backward, of the whole model.
+        tokens_per_step: tokens of a global batch, over all ranks.
+        flops_per_token: FLOPs per token of the whole model, forward and backward pass.
         devices: number of ranks.
-        peak: TFLOP/s of one device, for MFU.
+        peak: peak TFLOP/s of one device, for MFU; None: no MFU is reported.
     """
 
     tokens_per_step: int
@@ -53,17 +53,18 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count (validation, saving)."""
+        """Leaves the time spent in the `with` block, such as a validation or a save, out of the next lap."""
         start = time.perf_counter()
         yield
         self._last += time.perf_counter() - start
 
     def lap(self, steps: int, steps_left: int) -> dict[str, float]:
-        """Figures of the `steps` steps since the last lap."""
+        """Figures of the `steps` steps since the last lap, by their keys in a step's record."""
         now = time.perf_counter()
         seconds = (now - self._last) / steps
         self._last = now
-        # The first step compiles and tunes kernels; it would spoil the estimate for a long time.
+        # The first step compiles and tunes kernels, so its time would spoil the average for long: the smoothed time is
+        # at most twice the last one.
         self._smoothed = seconds if self._smoothed is None else min(0.9 * self._smoothed + 0.1 * seconds, 2 * seconds)
         tokens_per_second = self.tokens_per_step / seconds
         tflops = tokens_per_second * self.flops_per_token / self.devices / 1e12

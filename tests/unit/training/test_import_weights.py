@@ -1,4 +1,4 @@
-"""Import: the weights of a run or an export begin another run; dense FFNs become experts and compute the same."""
+"""`linear-moe import`: weights of a run or an export begin another run; upcycled experts compute what the FFN did."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TOKENS = torch.tensor([prompt(24), prompt(24, seed=1)])
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run of a dense model at steps 10 and 20, which are also the seeds of its weights, and its export beside it."""
+    """A run of a dense model at steps 10 and 20, which are also the seeds of its weights; its export lies beside it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CASES, "dense", DENSE)
         root = tmp_path_factory.mktemp("import")
@@ -59,7 +59,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[..., list[str]]:
-    """Writes a config and gives the words of the command line that begin run `moe` with it."""
+    """Function that writes a config, and returns the command line that begins the run `moe` with this config."""
 
     def config(moe: dict[str, Any], source: Path, *words: str, **model: Any) -> list[str]:
         tree = {"run": str(tmp_path / "moe"), "model": DENSE | {"ffn": "moe", "moe": moe} | model}

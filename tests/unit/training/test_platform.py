@@ -1,4 +1,4 @@
-"""The platform layer, each time in a fresh process: it changes torch for good."""
+"""The platform layer. Every test runs in a fresh process, because `install` changes torch for good."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_must_come_first() -> None:
 
 @pytest.mark.parametrize("first", ["linear_moe.inference.hf", "linear_moe.training.platform"])
 def test_export_after_install(first: str, tmp_path: Path) -> None:
-    """Device contexts, which transformers relies on, and type hints on `torch.cuda.Stream` still work."""
+    """After `install`, device contexts, which transformers relies on, and type hints on `torch.cuda.Stream` work."""
     done = python(
         f"""
         import importlib

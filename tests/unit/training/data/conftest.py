@@ -1,4 +1,4 @@
-"""A small corpus of made-up text files."""
+"""Fixtures: a small corpus of made-up text files, and its configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = (
 
 
 def write_corpus(folder: Path, files: int = 40, seed: int = 0) -> dict[str, str]:
-    """Text files in two folders; returns their texts by relative name."""
+    """Writes text files to two folders, and returns their texts by relative name."""
     rng = random.Random(seed)
     texts = {}
     for i in range(files):
@@ -38,7 +38,7 @@ def texts(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def config_of(tmp_path: Path, texts: dict[str, str]) -> Callable[..., Config]:
-    """Config of the small corpus; keyword arguments are overrides of data and training."""
+    """Function that makes a config of the small corpus; its arguments override `data`, `model` and `training`."""
 
     def make(data: dict | None = None, model: dict | None = None, **training) -> Config:
         base = {"corpus": str(tmp_path / "corpus"), "cache": str(tmp_path / "cache"), "validation_fraction": 0.2}

@@ -1,4 +1,4 @@
-"""The bigram baseline against a direct computation."""
+"""The bigram baseline, compared with a direct computation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from linear_moe.training.data.prepare import prepare_data
 
 
 def direct(stream: list[int], vocabulary: int) -> Callable[[int, int], float]:
-    """Witten-Bell by the book, with dictionaries."""
+    """Function (a, b) -> P(b | a) with Witten-Bell smoothing, computed from dictionaries of counts."""
     after: dict[int, Counter[int]] = defaultdict(Counter)
     for a, b in zip(stream, stream[1:], strict=False):
         after[a][b] += 1
@@ -64,7 +64,7 @@ def test_loss_is_of_the_validation_positions(config_of: Callable[..., Config], i
 
 
 def test_held_out_documents_are_not_counted(config_of: Callable[..., Config], tmp_path) -> None:
-    """Where both splits are in one dataset, the model is fitted on the training documents only."""
+    """The model is fitted on the training documents only, also if both splits are in one dataset."""
     import shutil
 
     made = prepare_data(config_of(), progress=False)

@@ -1,4 +1,4 @@
-"""Which documents a corpus has and where they go."""
+"""The documents of a corpus, and their split into training and validation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def split_of(corpus, fraction: float = 0.2) -> dict[str, str]:
 def test_files_in_order_and_whole(texts: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "corpus" / "binary.so").write_bytes(b"\x7fELF")
     (tmp_path / "corpus" / ".hidden.txt").write_text("no")
-    found = [(d.name, d.text) for d in documents(open_corpus(str(tmp_path / "corpus")), 0.2)]
-    assert found == sorted(texts.items())
+    contents = [(d.name, d.text) for d in documents(open_corpus(str(tmp_path / "corpus")), 0.2)]
+    assert contents == sorted(texts.items())
 
 
 def test_split_by_file(texts: dict[str, str], tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_jsonl(tmp_path: Path) -> None:
     rows = [{"text": f"document {i} é"} for i in range(200)] + [{"text": ""}]
     path.write_text("\n".join(map(json.dumps, rows)) + '\n\n{"text": "\\ud800"}\n')
     skipped: Counter[str] = Counter()
-    found = list(documents(open_corpus(str(path)), 0.2, skipped))
-    assert [d.text for d in found] == [row["text"] for row in rows[:-1]]
-    assert 20 <= sum(d.split == "validation" for d in found) <= 60
+    read = list(documents(open_corpus(str(path)), 0.2, skipped))
+    assert [d.text for d in read] == [row["text"] for row in rows[:-1]]
+    assert 20 <= sum(d.split == "validation" for d in read) <= 60
     assert skipped == {"empty": 1, "undecodable": 1}
 
 

@@ -21,19 +21,19 @@ ConfigOf = Callable[..., Config]
 
 
 def rows(batches: Iterable[Batch]) -> np.ndarray:
-    """`[samples, T + 1]`: tokens and the last label of every row."""
+    """Tokens and last label of every row, `[samples, T + 1]`."""
     return torch.cat([torch.cat([b["tokens"], b["labels"][:, -1:]], 1) for b in batches]).numpy()
 
 
 def global_batches(prepared: PreparedData, config: Config, ranks: int, steps: int, consumed: int = 0) -> np.ndarray:
-    """`[steps, global_batch, T + 1]` put together from all ranks."""
+    """Global batches `[steps, global_batch, T + 1]`, put together from all ranks."""
     per_step = config.training.global_batch // (config.training.micro_batch * ranks)
     loaders = [TrainLoader(prepared, config, rank, ranks, consumed) for rank in range(ranks)]
     return np.stack([np.concatenate([rows(islice(loader, per_step)) for loader in loaders]) for _ in range(steps)])
 
 
 def stream(prepared: PreparedData, split: str) -> list[np.ndarray]:
-    """The documents of a split, from the raw files."""
+    """Token ids of the documents of a split, read from the raw files."""
     prefix = str(prepared.prefix(split))
     tokens = np.fromfile(prefix + ".bin", dtype=np.uint16).astype(np.int64)
     return np.split(tokens, np.flatnonzero(tokens == prepared.eod_id)[:-1] + 1)
@@ -49,7 +49,7 @@ def test_order_does_not_depend_on_the_layout(config_of: ConfigOf) -> None:
 
 
 def test_resume_is_the_tail(config_of: ConfigOf) -> None:
-    """Across epochs, and with a run that has been made longer."""
+    """A resumed loader yields the rest of the batches, across epochs, and in a run that has been made longer."""
     config = config_of(steps=120)
     prepared = prepare_data(config, progress=False)
     assert 2 * samples_per_epoch(prepared, "train", 16) < 120 * 8
@@ -62,7 +62,7 @@ def test_resume_is_the_tail(config_of: ConfigOf) -> None:
 
 
 def test_orders_are_the_same_in_memory(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the first epochs are files; a planned end in the far future costs nothing."""
+    """Orders in files and in memory are equal; only the first AHEAD epochs get files, however long the run is."""
     config = config_of(steps=10**8)
     monkeypatch.setattr(dataset, "AHEAD", 10)
     ahead = prepare_data(config, progress=False)
@@ -95,7 +95,7 @@ def test_epochs_read_everything_in_another_order(config_of: ConfigOf) -> None:
     epochs = [whole[i * per_epoch : (i + 1) * per_epoch] for i in range(2)]
     for epoch in epochs:
         missing = counts - np.bincount(epoch[:, :-1].ravel(), minlength=prepared.vocab_size)
-        assert missing.min() >= 0 and missing.sum() <= 16  # all tokens once, but for the incomplete last sequence
+        assert missing.min() >= 0 and missing.sum() <= 16  # every token once, but those of the incomplete last sequence
     assert not np.array_equal(*epochs)
     other = config_of(seed=99)
     assert not np.array_equal(global_batches(prepare_data(other, progress=False), other, 1, 1)[0], whole[:8])
@@ -118,7 +118,7 @@ def test_labels_are_the_next_tokens_of_real_documents(config_of: ConfigOf) -> No
 
 
 def brute_force(tokens: np.ndarray, eod: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """cu_seqlens, positions and mask of `tokens [b, T]`, token by token."""
+    """cu_seqlens, positions and loss mask of `tokens [b, T]`, computed token by token."""
     offsets, positions, mask = [0], np.zeros_like(tokens), np.ones(tokens.shape)
     for b in range(len(tokens)):
         position = 0
@@ -145,7 +145,7 @@ def test_isolated_documents(config_of: ConfigOf, corpus: str) -> None:
         assert batch["cu_seqlens"].dtype == torch.int64 and batch["cu_seqlens"].tolist() == offsets
         assert batch["max_document"] == max(np.diff(offsets)) and isinstance(batch["max_document"], int)
         np.testing.assert_array_equal(batch["positions"], positions)
-        if batch["loss_mask"].any():  # else padding
+        if batch["loss_mask"].any():  # otherwise all rows are padding
             padding = ~batch["loss_mask"].any(dim=1).numpy()
             np.testing.assert_array_equal(batch["loss_mask"][~padding], mask[~padding])
         seen_ends += int((tokens == prepared.eod_id).sum())
@@ -171,7 +171,7 @@ def test_small_validation_set_is_padded(config_of: ConfigOf) -> None:
     available = samples_per_epoch(prepared, "validation", 16)
     assert available == (prepared.tokens["validation"] - 1) // 16 == validation_sequences(prepared, config) < 800
     batches = list(validation_batches(prepared, config, 0, 1))
-    assert len(batches) == 400  # what the loop asks for
+    assert len(batches) == 400  # eval_batches global batches of four micro-batches
     assert sum(float(batch["loss_mask"].sum()) for batch in batches) == available * 16
     nothing = config_of({"validation_fraction": 0.0})
     with pytest.raises(ValueError, match="nothing is held out"):

@@ -1,4 +1,4 @@
-"""Preparing a corpus: what is written, that it is written once and whole, and what is said when it is not."""
+"""Preparation of a corpus: the written files, made once and whole, and the errors about unusable data."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_torn_preparation_is_not_picked_up(
         with pytest.raises(KeyboardInterrupt):
             prepare_data(config_of(), progress=False)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    torn = tmp_path / "cache" / f"{whole.fingerprint}.tmp"  # what kill -9 leaves behind
+    torn = tmp_path / "cache" / f"{whole.fingerprint}.tmp"  # left behind by a process that was killed
     torn.mkdir()
     (torn / "train.bin").write_bytes(b"torn")
     prepared = prepare_data(config_of(), progress=False)
@@ -148,7 +148,7 @@ def test_damaged_folder(config_of: ConfigOf, kind: str) -> None:
     folder = Path(str(prepared.train_prefix)).parent
     harm, message = DAMAGES[kind]
     harm(folder)
-    for look in (check_data, partial(prepare_data, progress=False)):  # the first is what `linear-moe check` calls
+    for look in (check_data, partial(prepare_data, progress=False)):  # `linear-moe check` calls the first one
         with pytest.raises(ConfigError) as error:
             look(config_of())
         assert message in str(error.value) and f"delete {folder}" in str(error.value) and "\n" not in str(error.value)
@@ -157,7 +157,7 @@ def test_damaged_folder(config_of: ConfigOf, kind: str) -> None:
 
 
 INDEX_DAMAGES = {
-    "magic": (0, b"X", "does not begin like one"),
+    "magic": (0, b"X", "the header is not that of an indexed dataset"),
     "version": (9, struct.pack("<Q", 2), "version 2"),
     "dtype": (17, b"\x63", "token type 99"),
     "count": (18, struct.pack("<Q", 10**6), "bytes instead of"),
@@ -169,7 +169,7 @@ INDEX_DAMAGES = {
 
 @pytest.mark.parametrize("kind", INDEX_DAMAGES)
 def test_corrupt_index_of_another_maker(config_of: ConfigOf, tmp_path: Path, kind: str) -> None:
-    """No manifest: the structure itself is checked."""
+    """An indexed dataset without a manifest is checked by its structure."""
     prepared = prepare_data(config_of(), progress=False)
     for suffix in (".bin", ".idx"):
         shutil.copy(str(prepared.train_prefix) + suffix, tmp_path / f"theirs{suffix}")
@@ -183,7 +183,7 @@ def test_corrupt_index_of_another_maker(config_of: ConfigOf, tmp_path: Path, kin
 
 
 def test_prefix_of_another_maker(config_of: ConfigOf, tmp_path: Path) -> None:
-    """Documents are split by their number, and nothing is copied."""
+    """An indexed dataset from elsewhere is split by the documents' numbers, and is not copied."""
     prepared = prepare_data(config_of(), progress=False)
     for suffix in (".bin", ".idx"):
         shutil.copy(str(prepared.train_prefix) + suffix, tmp_path / f"theirs{suffix}")
@@ -216,7 +216,7 @@ def test_prefix_with_a_wrong_tokenizer(config_of: ConfigOf, tmp_path: Path) -> N
 
 
 def test_fingerprint_is_of_the_content(config_of: ConfigOf, tmp_path: Path) -> None:
-    """Of text and of an indexed dataset: wherever it lies, but not with another tokenizer of the same size."""
+    """Fingerprints of text and of indexed datasets depend on content and tokenizer, not on the folder."""
     prepared = prepare_data(config_of(), progress=False)
     shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
     moved = config_of({"corpus": str(tmp_path / "moved")})
@@ -227,21 +227,21 @@ def test_fingerprint_is_of_the_content(config_of: ConfigOf, tmp_path: Path) -> N
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"a": 97', '"a": 98').replace('"b": 98', '"b": 97'))
     assert (other / "tokenizer.json").read_text() != text
-    found = []
+    fingerprints = []
     for name, tokenizer in (("one", prepared.tokenizer_folder), ("two", prepared.tokenizer_folder), ("three", other)):
         (tmp_path / name).mkdir()
         for suffix in (".bin", ".idx"):
             shutil.copyfile(str(prepared.train_prefix) + suffix, tmp_path / name / f"theirs{suffix}")
         data = {"corpus": str(tmp_path / name / "theirs"), "tokenizer": {"type": "hf", "path": str(tokenizer)}}
-        found.append(prepare_data(config_of(data), progress=False).fingerprint)
-    assert found[0] == found[1] != found[2]
+        fingerprints.append(prepare_data(config_of(data), progress=False).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_tokenizer_of_a_run_is_not_replaced(config_of: ConfigOf, tmp_path: Path) -> None:
     prepared = prepare_data(config_of(), progress=False)
     folder = tmp_path / "run" / "tokenizer"
     folder.parent.mkdir()
-    for _ in range(2):  # a resume
+    for _ in range(2):  # the second time as in a resumed run
         prepared.save_tokenizer(folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files == {path.name: path.read_bytes() for path in Path(str(prepared.tokenizer_folder)).iterdir()}

@@ -61,7 +61,7 @@ def test_bytes_are_utf8_bytes() -> None:
 
 
 def test_bpe_is_reproducible(tmp_path: Path) -> None:
-    """In another process, with another hash seed and number of threads, every byte of the folder is the same."""
+    """Every byte of a bpe's folder is equal in another process, with another hash seed and number of threads."""
     code = """if True:
         import sys
         from linear_moe.config.schema import TokenizerConfig

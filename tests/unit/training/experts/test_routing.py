@@ -1,4 +1,4 @@
-"""The figures of a layer's routing, and what is written, shown and warned of."""
+"""The figures of a layer's routing, their records and displayed lines, and warnings of dead experts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_figures() -> None:
     assert SKEWED.max_load == 2.0
     assert SKEWED.entropy == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(4)) / math.log(4))
     assert (SKEWED.dead(10), SKEWED.dead(9), SKEWED.dead(2)) == ([], [3], [2, 3])
-    assert LayerRouting(0, [1.0], 0.0, [0], None).entropy == 1.0  # of one expert
+    assert LayerRouting(0, [1.0], 0.0, [0], None).entropy == 1.0  # with a single expert the load is even
     one = LayerRouting(0, [4.0, 0.0, 0.0, 0.0], 0.0, [0, 1, 1, 1], None)
-    assert f"{one.entropy}" == "0.0"  # not -0.0
+    assert f"{one.entropy}" == "0.0"  # and not "-0.0"
 
 
 def test_summary_is_of_the_worst_layer() -> None:
@@ -75,7 +75,7 @@ def idle(layer: int, *steps: int, bias: list[float] | None = None) -> LayerRouti
 
 
 def test_dead_experts_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the first ones and of twice as many, not of some more, nor when they come and go."""
+    """The first dead experts are warned of, then twice as many; not a few more, nor experts that die again."""
     log = Logger(tmp_path, 9, active=True, tensorboard=False)
     one, two, alive = idle(3, 0, 0, 8, 9), idle(3, 0, 0, 9, 12), idle(3, 0, 0, 0, 0)
     for step, layer in enumerate((alive, one, one, alive, one, two, two)):

@@ -1,4 +1,4 @@
-"""Our AdamW = PyTorch's, to fp32 rounding; and bit for bit where both run the same kernel."""
+"""Our AdamW equals PyTorch's: to fp32 rounding, and bit for bit where both run the same kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameters(dtype: torch.dtype) -> list[Tensor]:
 
 
 def groups(tensors: list[Tensor]) -> list[dict[str, object]]:
-    """Two groups, as parameters with and without weight decay are."""
+    """Two parameter groups, one with and one without weight decay."""
     return [{"params": tensors[:2], "weight_decay": 0.1}, {"params": tensors[2:], "weight_decay": 0.0}]
 
 
@@ -36,7 +36,7 @@ def run(optimizer: torch.optim.Optimizer, tensors: list[Tensor], steps: range) -
         optimizer.step()
 
 
-# Not ("plain", bf16): the plain implementation rounds to bf16 after each operation.
+# ("plain", bf16) is left out, because PyTorch's plain implementation rounds to bf16 after each operation.
 @pytest.mark.parametrize(
     ("kernel", "dtype"), [("fused", torch.float32), ("fused", torch.bfloat16), ("plain", torch.float32)]
 )
@@ -88,7 +88,7 @@ def test_refuses_what_it_does_not_do() -> None:
 
 # -- moments in bf16 --------------------------------------------------------------------------------------------------
 def test_rounding_is_right_on_average() -> None:
-    """To one of the two neighbours, unbiased, and a function of its key."""
+    """Stochastic rounding goes to one of the two neighbours, is unbiased, and is a function of its key."""
     value = torch.tensor([1.0, 1.001, -3.1415, 1e-20, 0.0]).repeat_interleave(20_000)
     rounded = torch.empty_like(value, dtype=torch.bfloat16)
     round_stochastically(rounded, value.clone(), "a")
@@ -103,7 +103,7 @@ def test_rounding_is_right_on_average() -> None:
 
 
 def test_bf16_second_moment_decays() -> None:
-    """beta2 = 0.999 takes less than half a bit off: rounded to nearest it would stay where it is."""
+    """A bf16 second moment decays with beta2 = 0.999, although one step changes it by less than half a bit."""
     tensor = torch.zeros(4096, requires_grad=True)
     optimizer = AdamW([tensor], betas=(0.9, 0.999), moments=torch.bfloat16)
     optimizer.names[tensor] = "w"
@@ -118,7 +118,7 @@ def test_bf16_second_moment_decays() -> None:
 
 
 def test_bf16_moments_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large parameters go through in parts; one step from zero moments is the exact one."""
+    """Large parameters are updated in parts; one step from zero moments gives the weights of exact moments."""
     monkeypatch.setattr(adamw, "CHUNK", 50)
     half, exact = parameters(torch.float32), parameters(torch.float32)
     run(AdamW(groups(half), **SETTINGS, moments=torch.bfloat16), half, range(1))

@@ -1,4 +1,4 @@
-"""Muon = the paper's equations in fp64 = torch.optim.Muon; and which matrices parameters are made of."""
+"""Muon equals the paper's equations in fp64, and torch.optim.Muon; and parameters are split into the right matrices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPES: list[tuple[tuple[int, ...], Matrices]] = [
 
 
 def paper(weight: Tensor, gradients: list[Tensor], lr: float, decay: float, config: MuonConfig) -> Tensor:
-    """arXiv 2502.16982, eq. 1, 2 and 4 with Nesterov's momentum, for one matrix, by the letter."""
+    """Weight after steps with these gradients, by arXiv 2502.16982, eq. 1, 2 and 4, with Nesterov's momentum."""
     momentum = torch.zeros_like(weight)
     for gradient in gradients:
         momentum = config.momentum * momentum + gradient
@@ -48,7 +48,7 @@ def paper(weight: Tensor, gradients: list[Tensor], lr: float, decay: float, conf
 
 
 def logical(x: Tensor, matrices: Matrices) -> list[Tensor]:
-    """The matrices of a parameter, picked row by row (or column by column)."""
+    """The matrices of a parameter, collected row by row (or column by column)."""
     if not matrices.sizes:
         return list(x.flatten(0, -3)) if x.dim() > 2 else [x]
     total = sum(matrices.sizes)
@@ -61,7 +61,7 @@ def logical(x: Tensor, matrices: Matrices) -> list[Tensor]:
 
 
 def trained(dtype: torch.dtype, config: MuonConfig, steps: int = 3) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Weights before and after steps with these gradients."""
+    """Trains parameters of `SHAPES` with random gradients; returns weights before and after, and the gradients."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(shape, generator=generator, dtype=dtype) for shape, _ in SHAPES]
     before = copy.deepcopy(weights)
@@ -91,7 +91,7 @@ def test_equals_the_paper(config: MuonConfig) -> None:
 
 
 def test_equals_torch() -> None:
-    """torch.optim.Muon orthogonalises in bf16, and scales the momentum otherwise, which makes no difference."""
+    """Muon equals torch.optim.Muon, which orthogonalises in bf16, and whose other scale of momentum has no effect."""
     generator = torch.Generator().manual_seed(2)
     ours = [torch.randn(shape, generator=generator) for shape in ((16, 40), (48, 16))]
     theirs = [torch.nn.Parameter(w.clone()) for w in ours]
@@ -110,7 +110,7 @@ def test_equals_torch() -> None:
 
 
 def test_bf16_momentum_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large parameters are widened to fp32 in parts; the momentum is right on average, each element to a rounding."""
+    """bf16 momentum, converted to fp32 in parts, is right on average, and each element to a few roundings."""
     monkeypatch.setattr(adamw, "CHUNK", 50)
     weight = torch.zeros(40, 30)
     muon = Muon([weight], muon=MuonConfig(), dtype=torch.float32, moments=torch.bfloat16)
@@ -138,7 +138,7 @@ def test_newton_schulz() -> None:
 
 
 def test_pieces_complete_matrices() -> None:
-    """Three ranks' stretches of a parameter of five matrices of ten elements."""
+    """The exchanged pieces complete all matrices: three ranks' stretches of five matrices of ten elements."""
     ranks = [{"w": (0, 17, 10)}, {"w": (17, 44, 10)}, {"w": (44, 50, 10), "other": (0, 3, 3)}]
     for target in ranks:
         have = set(range(*target["w"][:2]))
@@ -153,7 +153,7 @@ def test_pieces_complete_matrices() -> None:
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
 def test_every_mixers_matrices(name: str) -> None:
-    """Cut and joined again, in every variant; weights of linear layers are linear maps, and little else is."""
+    """Parameters of every mixer variant, split into matrices and joined, are unchanged, and have the right matrices."""
     for variant in variants(name):
         tree = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "pattern": "L", "mixer": {"type": name, **variant}}
         model = LanguageModel(from_dict(ModelConfig, tree | {"ffn": "dense", "ffn_size": 32}), 64, Host())

@@ -1,4 +1,4 @@
-"""Learning-rate schedules against values worked out by hand."""
+"""Learning-rate schedules, compared with values worked out by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def config(**schedule: object) -> Config:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        # Half way of the cosine the mean of peak and floor; a quarter of the way (1 + cos 45°) / 2 of the difference.
+        # Half way, the cosine is the mean of peak and floor. A quarter of the way, it is the floor plus
+        # (1 + cos 45°) / 2 of the difference.
         (
             {"type": "cosine"},
             {1: 0.1, 5: 0.5, 10: 1.0, 35: 0.2 + 0.8 * 0.8535533905932737, 60: 0.6, 110: 0.2, 500: 0.2},

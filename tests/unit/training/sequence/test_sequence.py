@@ -1,4 +1,4 @@
-"""Sequence parallelism without processes: how sequences are cut, and what a stretch of tokens does to a state."""
+"""Sequence parallelism without processes: cuts of sequences, summaries of pieces, and messages of the ring."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_every_piece_has_one_owner(order: PieceOrder) -> None:
     held = [(piece, (rank, place)) for rank in range(order.size) for place, piece in enumerate(order.pieces(rank))]
     assert sorted(piece for piece, _ in held) == list(range(order.count))
     assert all(order.owner(piece) == where for piece, where in held)
-    # A query sees itself and the keys before: zigzag gives every rank as many pairs.
+    # A query sees itself and the keys before it. Zigzag gives every rank equally many pairs of a query and a key.
     pairs = [sum(piece + 1 for piece in order.pieces(rank)) for rank in range(order.size)]
     assert order.layout == "contiguous" or len(set(pairs)) == 1
 
 
 def documents(tokens: torch.Tensor) -> torch.Tensor:
-    """Of every token, a number for its document."""
+    """Number of the document of every token, shaped like `tokens`."""
     return torch.bucketize(torch.arange(tokens.numel()), document_offsets(tokens, 0)[1:], right=True).view(tokens.shape)
 
 
@@ -64,10 +64,10 @@ def test_split_batches_hold_every_token_once(order: PieceOrder, isolate: bool) -
         batch["positions"] = (torch.arange(rows * length) - offsets[:-1].repeat_interleave(offsets.diff())).view(
             rows, -1
         )
-    found = [split(batch, order, rank, padded) for rank in range(order.size)]
+    shares = [split(batch, order, rank, padded) for rank in range(order.size)]
     whole = {name: torch.zeros(rows, padded, dtype=x.dtype) for name, x in batch.items() if name != "cu_seqlens"}
     documents_of = documents(tokens)
-    for part in found:
+    for part in shares:
         own = part["cut"]
         for s, (row, piece) in enumerate(own.places):
             span = slice(piece * own.length, (piece + 1) * own.length)
@@ -75,10 +75,11 @@ def test_split_batches_hold_every_token_once(order: PieceOrder, isolate: bool) -
             for name, x in whole.items():
                 x[row, span] = part[name][row, mine]
             first = piece * own.length
-            if first < length:  # goes on with a document, as the token before says
+            if first < length:  # the piece is not all padding: it continues the document of the token before it
                 same = first > 0 and (not isolate or documents_of[row, first] == documents_of[row, first - 1])
                 assert own.continued[s] == bool(same), (row, piece)
-                number = row + (int(documents_of[row, first]) if isolate else 0)  # padding of rows before
+                # The padding of each row before is a document of its own.
+                number = row + (int(documents_of[row, first]) if isolate else 0)
                 assert own.numbers[sum(map(len, own.starts[:s]))] == number
                 begin = int((documents_of[row] == documents_of[row, first]).nonzero()[0]) if isolate else 0
                 assert own.begins[s] == begin
@@ -91,7 +92,7 @@ def test_split_batches_hold_every_token_once(order: PieceOrder, isolate: bool) -
             assert part["max_document"] == int(part["cu_seqlens"].diff().max())
     assert all(torch.equal(x[:, :length], batch[name]) for name, x in whole.items())
     assert not whole["loss_mask"][:, length:].any()
-    assert sum(sum(part["cut"].padding) for part in found) == rows * (padded - length)
+    assert sum(sum(part["cut"].padding) for part in shares) == rows * (padded - length)
 
 
 GATES = ["none", "scalar", "key", "value", "both"]
@@ -99,7 +100,7 @@ GATES = ["none", "scalar", "key", "value", "both"]
 
 @pytest.mark.parametrize("gate", GATES)
 def test_summary_of_the_decay_family(gate: str) -> None:
-    """In closed form, against the recurrence run on the identity; with a gate that forgets everything."""
+    """The closed form equals the recurrence run on the identity, also with a gate that forgets everything."""
     torch.manual_seed(0)
     k, v = torch.randn(2, 21, 3, 8), torch.randn(2, 21, 3, 5)
     g = {"scalar": torch.rand(2, 21, 3), "key": torch.rand(k.shape), "both": torch.rand(k.shape)}.get(gate)
@@ -124,7 +125,7 @@ def test_summary_of_the_decay_family(gate: str) -> None:
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("gate", GATES)
 def test_gradient_of_the_initial_state(gate: str, bonus: bool) -> None:
-    """In closed form, against automatic differentiation of the recurrence."""
+    """The closed form equals automatic differentiation of the recurrence."""
     torch.manual_seed(0)
     q, k, v, d_o = (
         torch.randn(2, 21, 3, 8),
@@ -153,7 +154,7 @@ def test_summary_of_a_window(length: int) -> None:
 
 
 def test_summary_of_groups_windows() -> None:
-    """Of every group the last of its own tokens, old and new: none, fewer than the window or more."""
+    """A group's window has the last of its own tokens, old and new, for groups with no, few and many new tokens."""
     chosen = torch.tensor([[1, 0, 0, 1, 1], [0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool).T[
         None
     ]
@@ -186,7 +187,7 @@ def test_pieces_on_one_rank_are_the_whole(key: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("strategy", ["all_gather", "ring"])
 def test_an_exchange_has_one_backward_pass(strategy: str) -> None:
-    """A second one would find no transitions any more."""
+    """A second backward pass through an exchange is an error: the first one drops the transitions."""
     state = torch.randn(4, 2, 8, requires_grad=True)
     one = StateExchange(SequenceGroup(PieceOrder(1, "contiguous", 4), 0, None, strategy))
     before = one.begin(torch.rand(4, 2, 1), state)()
@@ -208,23 +209,23 @@ def test_pieces_take_no_initial_state() -> None:
 
 
 def messages(order: PieceOrder, rank: int) -> list[list[tuple[str, int]]]:
-    """What a rank of the ring sends and receives, to and from whom, in order: forward pass, backward pass."""
-    found: list[tuple[str, int]] = []
+    """Messages ("send", to) and ("receive", from) of a rank of the ring, in order: forward pass, backward pass."""
+    log: list[tuple[str, int]] = []
 
     def send(x: torch.Tensor, to: int, line: SequenceGroup) -> tuple[Any, torch.Tensor]:
-        found.append(("send", to))
+        log.append(("send", to))
         return mock.Mock(), x
 
     def receive(like: torch.Tensor, source: int, line: SequenceGroup) -> torch.Tensor:
-        found.append(("receive", source))
+        log.append(("receive", source))
         return torch.zeros_like(like)
 
     state = torch.ones(order.per_rank, 2, 8, requires_grad=True)
     with mock.patch.multiple(exchange, _send=send, _receive=receive):
         before = states_before(torch.ones(order.per_rank, 2, 1), state, SequenceGroup(order, rank, None, "ring"), False)
-        split = len(found)
+        split = len(log)
         before.sum().backward()
-    return [found[:split], found[split:]]
+    return [log[:split], log[split:]]
 
 
 WALKS = [PieceOrder(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "zigzag")]
@@ -232,7 +233,7 @@ WALKS = [PieceOrder(n, layout) for n in (2, 3, 8) for layout in ("contiguous", "
 
 @pytest.mark.parametrize("order", [*WALKS, PieceOrder(3, "contiguous", 3), PieceOrder(3, "zigzag", 4)], ids=str)
 def test_the_ring_cannot_lock_up(order: PieceOrder) -> None:
-    """Ranks whose messages go one after the other, each only when the other side has come to it."""
+    """The ring has no deadlock even if every message blocks its rank until the other rank reaches it too."""
     for direction in range(2):
         queues = [messages(order, rank)[direction] for rank in range(order.size)]
         while any(queues):
@@ -244,7 +245,7 @@ def test_the_ring_cannot_lock_up(order: PieceOrder) -> None:
 
 
 def test_the_ring_is_a_pipeline() -> None:
-    """A rank sends a block on before it receives the next."""
+    """A rank sends each block on before it receives the next one."""
     up = [("receive", 0), ("send", 2)] * exchange.RING_BLOCKS
     down = [("receive", 2), ("send", 0)] * exchange.RING_BLOCKS
     assert messages(PieceOrder(4), 1) == [up, down]
@@ -274,7 +275,7 @@ def test_what_is_not_built_is_refused(path: str) -> None:
 
 
 ULYSSES = {"sequence": 4, "sequence_attention": "ulysses"}
-NEAREST = [  # parallel, attention, path, what is offered; None: it is right
+NEAREST = [  # parallel, attention, path and offer of the error message (None: the configuration is valid)
     ({"sequence": 1, "sequence_attention": "ring"}, {}, "parallel.sequence_attention", "all_gather"),
     ({"sequence": 2, "sequence_attention": "ring"}, None, "parallel.sequence_attention", "all_gather"),
     ({"sequence": 2, "sequence_exchange": "ring"}, "only", "parallel.sequence_exchange", "all_gather"),

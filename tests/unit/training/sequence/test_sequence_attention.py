@@ -1,4 +1,4 @@
-"""Which tokens the blocks of attention pair: every visible pair of a query and a key once, and no other."""
+"""The blocks of attention contain every visible pair of a query and a key once, and no other pair."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from linear_moe.training.sequence.attention import Reach
 from linear_moe.training.sequence.cut import cut, share
 
 ROWS, LENGTH = 2, 48
-DOCUMENTS = [0, 1, 11, 11, 13, 48, 55, 96]  # a row's end is a document's
+DOCUMENTS = [0, 1, 11, 11, 13, 48, 55, 96]  # offsets; a document ends at the end of each row
 
 
 def count(pairs: Tensor, block: Block) -> None:
-    """Adds a block's pairs to `[queries, keys]`."""
+    """Adds 1 to `pairs [queries, keys]` at every pair of the block. Asserts that no query is twice in the block."""
     seen = torch.zeros(len(pairs))
     for (a, b), (c, d) in zip(block.queries, block.keys, strict=True):
         assert b > a and d > c
@@ -43,9 +43,9 @@ def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: i
     mask = visible(ROWS * LENGTH, ROWS * LENGTH, device, cu_seqlens=offsets, window=window)[0].float()
     tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
     cuts = [cut(ROWS, LENGTH, order, rank, offsets if packed else None) for rank in range(size)]
-    held = [share(tokens, found).flatten() for found in cuts]
-    reaches = [Reach(found, device) for found in cuts]
-    for rank, (found, reach) in enumerate(zip(cuts, reaches, strict=True)):
+    held = [share(tokens, own_cut).flatten() for own_cut in cuts]
+    reaches = [Reach(own_cut, device) for own_cut in cuts]
+    for rank, (own_cut, reach) in enumerate(zip(cuts, reaches, strict=True)):
         for source in range(size):
             pairs, blocks = torch.zeros(len(held[rank]), len(held[source])), reach.of_rank(source, window)
             for block in blocks:
@@ -58,7 +58,7 @@ def test_every_visible_pair_once(size: int, layout: str, packed: bool, window: i
         count(pairs, block)
         whole = torch.zeros(len(held[rank]), ROWS * LENGTH).index_add_(1, keys, pairs)
         assert torch.equal(whole, mask[held[rank]])
-        assert window is None or len(keys) <= len(held[rank]) + len(found.starts) * (window - 1), "keys out of reach"
+        assert window is None or len(keys) <= len(held[rank]) + len(own_cut.starts) * (window - 1), "keys out of reach"
         wanted, given = reach.wanted(window)
         assert not wanted[rank] and not given[rank]
         assert wanted == [[span for by, span in sources if by == n != rank] for n in range(size)]

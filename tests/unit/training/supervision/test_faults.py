@@ -1,4 +1,4 @@
-"""Signals and locks among real processes; and losses that are not numbers."""
+"""Signals and locks in real processes, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """A Python process that runs `code`."""
+    """Starts a Python process that runs `code`."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -60,7 +60,7 @@ for name in sys.argv[1:]:
         (["SIGHUP", "SIGHUP"], ["SIGHUP", "SIGHUP"], 0),
         (["SIGUSR1", "SIGUSR1"], ["SIGUSR1", "SIGUSR1"], 0),
         (["SIGINT", "SIGTERM"], ["SIGINT", "SIGTERM"], 0),
-        (["SIGINT", "SIGINT"], ["SIGINT"], -signal.SIGINT),  # Ctrl-C twice: somebody does not want to wait
+        (["SIGINT", "SIGINT"], ["SIGINT"], -signal.SIGINT),  # Ctrl-C twice: the user does not want to wait
     ],
     ids=["term", "hup", "usr1", "int-term", "int-int"],
 )
@@ -86,7 +86,7 @@ def test_one_process_a_run_folder(end: str, tmp_path: Path) -> None:
     first = start(HOLD, str(run))
     try:
         assert first.stdout is not None and first.stdout.readline() == "locked\n"
-        for _ in range(2):  # being refused does not break the lock
+        for _ in range(2):  # a refused attempt must not break the lock
             with pytest.raises(ConfigError, match=rf"process {first.pid} on {os.uname().nodename} is training there"):
                 lock_run(run)
         lock_run(tmp_path / "runs" / "b").close()

@@ -1,4 +1,4 @@
-"""What is logged is what metrics.jsonl and TensorBoard, read by its own reader, hold."""
+"""Logged records are in metrics.jsonl and, read by TensorBoard's own reader, in the event files."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:
-    """Every TensorBoard scalar by step."""
+    """Values of every TensorBoard scalar, by tag and step."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def expected_scalars(steps: list[dict[str, Any]]) -> dict[str, dict[int, Any]]:
-    found: dict[str, dict[int, Any]] = {}
+    by_tag: dict[str, dict[int, Any]] = {}
     for record in steps:
         for key, value in record.items():
             if key != "step":
-                found.setdefault(f"train/{key}", {})[record["step"]] = pytest.approx(value, rel=FP32)  # kept in fp32
-    return found
+                by_tag.setdefault(f"train/{key}", {})[record["step"]] = pytest.approx(
+                    value, rel=FP32
+                )  # TensorBoard has fp32
+    return by_tag
 
 
 def test_records_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +56,7 @@ def test_records_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert start == {"event": "start", "step": 0, "world": 2, "torch": "2"}
     assert validation == {"event": "validation", "step": 3, "loss": 4.75, "tokens": 12345}
     assert scalars(tmp_path / "run") == expected_scalars(STEPS) | {"validation/loss": {3: 4.75}}
-    # No terminal: the first step, then a line every few seconds, and the last step.
+    # Without a terminal there is a line for the first step, one every few seconds, and one for the last step.
     assert capsys.readouterr().err.splitlines() == [
         f"step 1/3  {progress_line(STEPS[0])}",
         f"step 3/3  {progress_line(STEPS[2])}",

@@ -1,4 +1,4 @@
-"""Speed figures on a clock of the test's own, worked out by hand."""
+"""Speed figures on a simulated clock, compared with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_pauses_do_not_count(clock: Clock) -> None:
 
 def test_time_left_is_smoothed(clock: Clock) -> None:
     throughput = speed(clock)
-    # Steps' seconds -> estimate: the first; a tenth of the news, but never more than twice it.
+    # (seconds of a step, smoothed estimate): the first step's time is taken as it is; then each step counts a tenth,
+    # and the estimate is at most twice the last step.
     for seconds, estimate in ((100, 100), (2, 4), (1.5, 3), (3, 3), (13, 4)):
         clock.now += seconds
         assert throughput.lap(1, 7)["seconds_left"] == pytest.approx(7 * estimate, rel=FP64)
@@ -97,6 +98,6 @@ def test_seconds_alive_go_on() -> None:
 def test_memory_of_a_cpu_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = memory_gib()
-    held = torch.ones(2**26)  # a quarter of a GiB, written to
+    held = torch.ones(2**26)  # a quarter of a GiB; only memory that is written to counts
     assert memory_gib() - before == pytest.approx(0.25, abs=0.05)
     del held

@@ -1,4 +1,4 @@
-"""Whom a rank accuses, from what all of them say; the processes themselves are in tests/distributed/test_faults.py."""
+"""The rank that a watch accuses, from all ranks' statuses. tests/distributed/test_faults.py has real processes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ TRAINING = "forward and backward"
 
 @pytest.fixture
 def watching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Watch]:
-    """Rank 0 of three, which looks at nobody by itself."""
+    """The watch of rank 0 of three, whose thread does nothing by itself."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(watch, "_connect", lambda rank, timeout: dist.PrefixStore("test", store))
     monkeypatch.setattr(watch, "OBSERVED", 0.0)
     monkeypatch.setattr(Watch, "_run", lambda self: None)
-    found = Watch(0, 3, 0.001, tmp_path)
-    yield found
-    found.end()
+    own_watch = Watch(0, 3, 0.001, tmp_path)
+    yield own_watch
+    own_watch.end()
 
 
 def status(rank: int, **said: Any) -> dict[str, Any]:
-    """Of a rank that waits in step 5, on another machine."""
+    """Status of a rank that waits in step 5, on another machine, with the entries `said`."""
     usual = {
         "host": f"host{rank}",
         "machine": "another",
@@ -53,10 +53,10 @@ def suspect(watching: Watch, monkeypatch: pytest.MonkeyPatch, before: list[Any],
     looks = iter([before, after])
     monkeypatch.setattr(watching, "_everyone", lambda: next(looks))
     beats = watching.beats
-    found = watching._suspect()
-    if found is None or found[1].split()[0] not in ("failed", "died"):  # which need no second look
+    accusation = watching._suspect()
+    if accusation is None or accusation[1].split()[0] not in ("failed", "died"):  # these two are known at once
         assert watching.beats > beats, "a rank that looks at the others must not seem silent to them"
-    return found and (found[0] and found[0]["rank"], found[1].split()[0])
+    return accusation and (accusation[0] and accusation[0]["rank"], accusation[1].split()[0])
 
 
 CASES: dict[str, tuple[dict[int, dict[str, Any]], Any]] = {
@@ -96,14 +96,14 @@ def test_lost_connection_accuses_only_who_is_gone(watching: Watch, monkeypatch: 
 
 
 def test_dead_processes(watching: Watch) -> None:
-    """Only of this machine, and not another process that got the same number."""
+    """Only a process of this machine can be known to be dead; a new process with the same number does not count."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     machine = watching.identity["machine"]
     said = status(1, machine=machine, pid=child.pid, created=psutil.Process(child.pid).create_time())
     assert not watching._is_dead(said)
     assert watching._is_dead(said | {"created": said["created"] - 60})
     child.kill()
-    zombie = psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE  # or not yet
+    zombie = psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE  # False if the kill has not taken effect yet
     assert watching._is_dead(said) or not zombie
     child.wait()
     assert watching._is_dead(said)
@@ -111,7 +111,7 @@ def test_dead_processes(watching: Watch) -> None:
 
 
 def test_what_the_thread_sees(watching: Watch) -> None:
-    """The main thread's place in the package, and whether it waits."""
+    """A status has the main thread's place in the package, and whether the thread waits."""
     watching.mark("saving the checkpoint", 7)
     said = watching._status("running")
     assert (said["step"], said["phase"], said["marks"]) == (7, "saving the checkpoint", 1)
@@ -122,7 +122,7 @@ def test_what_the_thread_sees(watching: Watch) -> None:
 
 
 def test_a_frame_without_a_line(watching: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two lines a frame has no number; generated code has no file."""
+    """A frame without a line number, or of generated code without a file, counts as not waiting."""
     code = SimpleNamespace(co_filename=watch.__file__, co_name="f")
     for file, number in ((watch.__file__, None), ("<string>", 3), (watch.__file__, 10**6)):
         code.co_filename = file
@@ -151,7 +151,7 @@ def test_what_is_another_ranks_fault(error: BaseException, expected: bool) -> No
 
 
 def test_known_from_the_first_moment(watching: Watch) -> None:
-    """Before its thread has looked once: a rank that dies within a second must not be one that never arrived."""
+    """A rank writes its status before its thread's first beat, so that a rank which dies at once has arrived."""
     said = json.loads(watching.store.get("0"))
     assert (said["state"], said["pid"], said["phase"]) == ("running", os.getpid(), "starting")
 

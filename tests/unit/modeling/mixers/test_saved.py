@@ -79,7 +79,8 @@ def test_pytorch_keeps_as_much(name: str, fields: dict[str, Any]) -> None:
     kept = kept_bytes(build(name, fields, Host(torch.float32), dims(HIDDEN)), LENGTH)
     measured = mixer_saved(on_meta(name, fields, dims(HIDDEN), torch.float32)).of(LENGTH)
     alike = name in ALIKE and fields == variants(name)[0]
-    if not {name, *fields} & set(UNLIKE):
+    padded = any(size % 8 for option, size in fields.items() if option.endswith("head_dim"))  # by FlashAttention
+    if not ({name, *fields} & set(UNLIKE) or padded):
         assert (0.999 if alike else 0.7) * kept <= measured <= 1.001 * kept
 
 

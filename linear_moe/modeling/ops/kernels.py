@@ -1,4 +1,4 @@
-"""Small operations around recurrences, each one pass over memory on CUDA, defined by a PyTorch function."""
+"""Framework for small operations around recurrences: a PyTorch definition, and Triton kernels for CUDA."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from linear_moe.modeling.ops.autograd import Function
 
 @cache
 def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 class _Fused(Function):
-    """Saves its inputs only; without kernels the backward pass computes the definition again."""
+    """An operation that saves only its inputs; without kernels, its backward pass computes the definition again."""
 
     @staticmethod
     def forward(
@@ -49,17 +50,17 @@ class _Fused(Function):
         with torch.enable_grad():
             y = ctx.definition(*leaves, **ctx.options)
         wanted = [x for x in leaves if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grads))
-        return None, None, None, *(next(found) if need else None for need in needs)
+        gradients = iter(torch.autograd.grad(y, wanted, grads))
+        return None, None, None, *(next(gradients) if need else None for need in needs)
 
 
 def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
-    """`definition(*inputs, **options)`, differentiable once, saving only the inputs for the backward pass.
+    """Returns `definition(*inputs, **options)`, differentiable once; only the inputs are saved for the backward pass.
 
     Args:
-        kernels: a Triton module of this package, used if the first input is on CUDA and not fp64, with
-            `forward(*inputs, **options)` and `backward(grad, *inputs, **options)` -> a gradient (or None) for each
-            input. Where the definition returns a tuple, so does `forward`, and `grad` is one.
+        kernels: name of a Triton module of `ops/fused`, which is used if the first input is on CUDA and not fp64. The
+            module has `forward(*inputs, **options)` and `backward(grad, *inputs, **options)`, which returns a gradient
+            (or None) for each input. If the definition returns a tuple, so does `forward`, and `grad` is a tuple.
     """
     first = inputs[0]
     assert first is not None
@@ -69,12 +70,12 @@ def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, 
 
 
 def on_kernels(kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
-    """The Triton kernels of `fused`, for inputs on CUDA."""
+    """Runs the Triton kernels of `fused` on inputs that are on CUDA."""
     module = importlib.import_module(f"linear_moe.modeling.ops.fused.{kernels}")
-    with torch.cuda.device_of(inputs[0]):  # where Triton launches; autograd sees to the backward pass
+    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device; autograd sets it in backward
         return _Fused.apply(None, module, options, *inputs)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """In fp32 at least."""
+    """Casts `x` to fp32; fp64 stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -49,7 +49,7 @@ class _CrossEntropy(Function):
             from linear_moe.modeling.ops.fused import cross_entropy_triton
 
             ctx.backend = cross_entropy_triton
-        with torch.cuda.device_of(logits):  # where Triton launches; autograd sees to the backward pass
+        with torch.cuda.device_of(logits):  # Triton launches on the current device; autograd sets it in backward
             loss, normaliser = (ctx.backend.forward if ctx.backend else forward)(logits, labels)
         ctx.save_for_backward(labels, normaliser)
         ctx.logits = logits.detach()

@@ -46,7 +46,7 @@ class _LinearCrossEntropy(Function):
         labels = labels - first
         normaliser = torch.full(labels.shape, -torch.inf, device=x.device)
         target = torch.zeros_like(normaliser)
-        with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
+        with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it in backward
             for block in _blocks(len(x), len(weight)):
                 part = weight[block]
                 local = labels - block.start

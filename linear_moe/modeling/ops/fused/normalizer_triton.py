@@ -230,7 +230,7 @@ class _Totals(Function):
 def totals(q: Tensor, k: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q and k `[B, T, H, K]`, to be used in their place, `scale * q_t (k_1 + ... + k_t)` of each document, fp32
     `[B, T, H, 1]`, and the sums of k at its end, fp32 `[N, H, K, 1]`."""
-    with torch.cuda.device_of(q):  # where Triton launches; autograd sees to the backward pass
+    with torch.cuda.device_of(q):  # Triton launches on the current device; autograd sets it in backward
         return _Totals.apply(q, k, scale, cu_seqlens)
 
 

@@ -49,7 +49,7 @@ class _Rotation(Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         if x.is_cuda and has_triton():
-            with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
+            with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it in backward
                 return _kernels().rotate(x, cos, sin)
         return definition(x, cos, sin)
 

@@ -277,5 +277,5 @@ def linear_scan(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: 
         tokens = torch.arange(x.shape[1], device=x.device)
         documents = torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True) - 1
         sequences = len(cu_seqlens) - 1
-    with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
+    with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it in backward
         return _LinearScan.apply(x, g, initial_state, documents, sequences)

@@ -196,5 +196,5 @@ def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `recurrences.scan.selective_scan`."""
-    with torch.cuda.device_of(u):  # where Triton launches; autograd sees to the backward pass
+    with torch.cuda.device_of(u):  # Triton launches on the current device; autograd sets it in backward
         return _SelectiveScan.apply(u, dt, A.float(), B, C, initial_state, cu_seqlens)

@@ -213,7 +213,10 @@ def _launch(rows: int, size: int, to: Assignment, tile: dict[str, int]) -> tuple
 
 
 def up(x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
-    """Multiplies the rows of `x [n, D]` by `proj [E, 2, F, D]`: gate_up `[M, 2F]`, and its weighted activation `[M, F]`.
+    """Multiplies the rows of `x [n, D]` by `proj [E, 2, F, D]`, and activates the products.
+
+    Returns:
+        gate_up `[M, 2F]`, and its weighted activation h `[M, F]`.
     """
     x, rows, (_, _, size, hidden) = _tokens(x), weights.numel(), proj.shape
     gate_up = torch.empty(rows, 2 * size, dtype=x.dtype, device=x.device)

@@ -61,7 +61,7 @@ def _scan(
     sums, first, T, H, K, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the sum of every chunk, in place, the sums of the same document in the chunks before (REVERSE: behind)."""
+    """Adds to the sum of every chunk, in place, its document's sums in the chunks before (REVERSE: behind)."""
     row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     carried = tl.zeros((BLOCK,), tl.float32)

@@ -26,13 +26,13 @@ def _place(places, group, row, rows, length):
 
 @triton.jit
 def _scatter(
-    x, weights, other, places, y, dweights, rows, length, width, groups, SIZE: tl.constexpr, SHARED: tl.constexpr,
+    x, weights, regrouped, places, y, dweights, rows, length, width, groups, SIZE: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Writes rows, read in order of time, to their places, and zeros for tokens that are not chosen.
 
     With weights `[rows, groups]`, the rows are multiplied by them, and the gradients of the weights are stored: the
-    products of `other`, which is regrouped, and x.
+    products of x and `regrouped`, a tensor in regrouped order.
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -51,7 +51,7 @@ def _scatter(
             value = tl.load(source, mask=here, other=0.0)
         if weights is not None:
             wide = value.to(tl.float32)
-            product = wide * tl.load(other + to, mask=here, other=0.0).to(tl.float32)
+            product = wide * tl.load(regrouped + to, mask=here, other=0.0).to(tl.float32)
             partial = (tl.program_id(1).to(tl.int64) * rows + row) * groups + group
             tl.store(dweights + partial, tl.sum(product, 1), mask=row < rows)
             w = tl.load(weights + row * groups + group, mask=row < rows, other=0.0).to(tl.float32)

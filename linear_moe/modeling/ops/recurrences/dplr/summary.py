@@ -17,7 +17,7 @@ from torch import Tensor
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
 
-CHUNKS = (64, 16)  # tokens of a chunk: 64 if the bound of the gates is safe for the kernels' fast path, else 16
+CHUNKS = (64, 16)  # tokens of a chunk: 64 if the bound of the gates is safe in so long chunks, else 16
 
 Op = Callable[..., tuple[Tensor, Tensor]]
 """Function `op(q, k, v, a, b, g, scale=..., initial_state=..., cu_seqlens=...) -> (o, final_state)`."""

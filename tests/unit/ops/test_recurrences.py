@@ -1,4 +1,4 @@
-"""Tests of the recurrences on CPU, with states and gradients: chunk = reference, packed = separate, step = reference."""
+"""Tests of recurrences on CPU, with states and gradients: chunk = reference, packed = separate, step = reference."""
 
 from __future__ import annotations
 

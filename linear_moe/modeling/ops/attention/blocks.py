@@ -86,7 +86,7 @@ def put(into: Tensor, x: Tensor, spans: Sequence[Span], add: bool = False) -> No
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Merges every span that begins where the span before it ends with that span."""
+    """Merges adjoining spans, of which one ends where the next begins."""
     runs: list[Span] = []
     for a, b in spans:
         if runs and runs[-1][1] == a:

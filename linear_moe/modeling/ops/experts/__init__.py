@@ -74,7 +74,7 @@ def _products(name: str, x: Tensor, ffn: int) -> Products:
     if name not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {name!r}")
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-    by_16_bytes = x.shape[1] % 8 == 0 and ffn % 8 == 0  # the tensor memory accelerator requires it
+    by_16_bytes = x.shape[1] % 8 == 0 and ffn % 8 == 0  # for the tensor memory accelerator
     around = _kernels(x)
     if name == "quack" or (name == "auto" and hopper):
         refusal = refused_by_quack(x.dtype, x.device)

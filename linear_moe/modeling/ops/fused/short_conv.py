@@ -135,7 +135,7 @@ class _Tail(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor, d_tail: Tensor) -> tuple[Tensor, None]:
-        if not (dx.is_cuda and dx.is_contiguous()):  # else it is a kernel's output, and ours
+        if not (dx.is_cuda and dx.is_contiguous()):  # only a kernel's output is ours to overwrite
             dx = dx.clone(memory_format=torch.contiguous_format)
         dx[:, -ctx.count :].add_(d_tail)
         return dx, None

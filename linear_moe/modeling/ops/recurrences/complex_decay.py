@@ -62,7 +62,7 @@ def complex_decay(
     if (pieces := sequence.current(initial_state)) is not None:
         before = pieces.states(_summary, k, v, g, theta)
         state = torch.cat([before.real, before.imag], dim=2)
-    with sequence.pieces_of(None):  # the implementations call `decay` on segments, which are whole sequences to it
+    with sequence.pieces_of(None):  # implementations call `decay` on segments, as on whole sequences
         return implementation(q, k, v, g, theta, initial_state=state, cu_seqlens=cu_seqlens)
 
 

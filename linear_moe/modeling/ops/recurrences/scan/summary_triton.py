@@ -13,7 +13,7 @@ from torch import Tensor
 CHUNK = 16  # tokens of a tile
 CHANNELS = 32  # channels of a tile, with up to 16 states each
 PROGRAMS = 1056  # programs wanted at once: eight for each multiprocessor of an H100
-FLOOR = tl.constexpr(-100.0)  # lower bound of log-decays: its exp, 4e-44 in fp32, is practically 0
+FLOOR = tl.constexpr(-100.0)  # lower bound of log-decays; exp(-100), 4e-44 in fp32, is practically 0
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 

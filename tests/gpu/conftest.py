@@ -9,7 +9,7 @@ import pytest
 def no_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Triton kernel takes its first configuration that compiles and launches, instead of the fastest.
 
-    Autotuning one op at one shape takes minutes, and a test of correctness needs any one configuration.
+    Autotuning one op at one shape takes minutes, and a test of correctness needs just one configuration.
     """
     autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
     bench = autotuner._bench

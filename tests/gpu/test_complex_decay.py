@@ -1,4 +1,4 @@
-"""Complex decays on the GPU's kernels against the reference: outputs, states and every gradient."""
+"""Tests of the recurrence with complex decays on GPU kernels against the reference: outputs, states, all gradients."""
 
 from __future__ import annotations
 

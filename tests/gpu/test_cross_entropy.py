@@ -1,4 +1,4 @@
-"""The Triton kernels against PyTorch's cross-entropy of the same logits."""
+"""Tests of the Triton kernels of cross-entropy against PyTorch's cross-entropy of the same logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of the diagonal plus rank one family, which need a bound of the gates, against the reference in bf16."""
+"""Tests in bf16 of the kernels of the diagonal plus rank one family, which need a bound of the gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of feature maps and of their normaliser against the PyTorch definitions, with every gradient."""
+"""Tests of the kernels of feature maps and of their normaliser against the PyTorch definitions, with all gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Against an fp32 result rounded once."""
+    """Asserts that `actual` is close to `expected`, a result in fp32, rounded once to `dtype`."""
     assert actual.dtype == dtype, what
     assert_close(actual, expected.to(dtype), FP32 if dtype == torch.float32 else HALF, what)
 
@@ -61,21 +61,21 @@ def test_quadratic_map(
     grad = draw(*expected.shape, dtype=dtype, seed=2)
     gradients = torch.autograd.grad(expected, [t for t in leaves if t is not None], grad.float())
     close(quadratic_map_triton.forward(*inputs, **options), expected, dtype, "features")
-    found = [t for t in quadratic_map_triton.backward(grad, *inputs, **options) if t is not None]
-    for i, (a, e) in enumerate(zip(found, gradients, strict=True)):
+    actual = [t for t in quadratic_map_triton.backward(grad, *inputs, **options) if t is not None]
+    for i, (a, e) in enumerate(zip(actual, gradients, strict=True)):
         close(a, e, dtype, f"gradient {i}")
 
 
 @pytest.mark.parametrize("size", [7, 64, 200, 256])
 def test_every_pair_of_channels_is_found(size: int) -> None:
-    """Channels so that a wrong pair's product shows: integers, their products exact."""
+    """The channels are integers with exact products, which differ, so that the product of a wrong pair shows."""
     x = (torch.arange(size, device=DEVICE) * 37 % 4093).float()[None]
     expected = feature_maps.quadratic_definition(x, None, None, eps=None, series=False, width=size * (size + 1) // 2)
     actual = quadratic_map_triton.forward(x, None, None, eps=None, series=False, width=expected.shape[-1])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
-# rows, tokens, heads, features, lengths of packed documents. The interpreter cannot multiply matrices in bf16.
+# rows, tokens, heads, features, lengths of packed documents
 TOTALS = [
     (2, 100, 2, 24, None),
     (1, 1, 1, 64, None),
@@ -86,12 +86,16 @@ TOTALS = [
 ]
 
 
+# The interpreter cannot multiply matrices in bf16.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16])
 @pytest.mark.parametrize(("batch", "length", "heads", "size", "documents"), TOTALS)
 def test_totals(
     batch: int, length: int, heads: int, size: int, documents: list[int] | None, dtype: torch.dtype
 ) -> None:
-    """Against the op for values of 1, in fp32: with gradients that come from elsewhere, and of every result."""
+    """The totals and their gradients equal those of `decay` for values of 1, in fp32.
+
+    Losses use some or all of the results, q and k among them, which other operations may use too.
+    """
     q, k = (draw(batch, length, heads, size, dtype=dtype, seed=i).exp().requires_grad_() for i in range(2))
     offsets = None if documents is None else torch.tensor([0, *documents], device=DEVICE).cumsum(0)
     wide = [t.detach().float().requires_grad_() for t in (q, k)]
@@ -105,10 +109,10 @@ def test_totals(
     for used in ((2,), (0, 1, 2, 3), (3,)):
         outputs, truth = (*same, total, final), (*wide, expected, sums)
         losses = [sum((t[i] * weights[i].to(t[i].dtype)).sum() for i in used) for t in (outputs, truth)]
-        found = torch.autograd.grad(losses[0], (q, k), retain_graph=True, materialize_grads=True)
+        actual = torch.autograd.grad(losses[0], (q, k), retain_graph=True, materialize_grads=True)
         wanted = torch.autograd.grad(losses[1], wide, retain_graph=True, materialize_grads=True)
-        for name, a, e in zip("qk", found, wanted, strict=True):
-            # queries times gradients are rounded before they are summed
+        for name, a, e in zip("qk", actual, wanted, strict=True):
+            # the kernel rounds queries times gradients before it sums them
             assert_close(a, e, FP32 if dtype == torch.float32 else 2 * BF16_ROUNDING, f"gradient of {name}, {used}")
 
 
@@ -121,6 +125,6 @@ def test_divide(size: int, dtype: torch.dtype) -> None:
     grad = draw(*o.shape, dtype=dtype, seed=2)
     do, dtotal = torch.autograd.grad(expected, leaves, grad.float())
     close(normalizer_triton.forward(o, total, eps=0.1), expected, dtype, "quotient")
-    found = normalizer_triton.backward(grad, o, total, eps=0.1)
-    close(found[0], do, dtype, "gradient of o")
-    close(found[1], dtotal, torch.float32, "gradient of total")
+    actual_do, actual_dtotal = normalizer_triton.backward(grad, o, total, eps=0.1)
+    close(actual_do, do, dtype, "gradient of o")
+    close(actual_dtotal, dtotal, torch.float32, "gradient of total")

@@ -1,4 +1,4 @@
-"""The fused operations around recurrences: Triton kernels against their PyTorch definitions, with every gradient."""
+"""Tests of the fused operations around recurrences: Triton kernels against PyTorch definitions, with all gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pytestmark = MARKS
 def compare(
     kernels: ModuleType, definition: Callable[..., Any], inputs: list[Tensor | None], options: dict[str, Any]
 ) -> None:
-    """Outputs and gradients, those in bf16 but for a few roundings the same."""
+    """Asserts that the kernels have the outputs and gradients of the definition; in bf16, up to a few roundings."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
     expected = definition(*leaves, **options)
     several = isinstance(expected, tuple)
@@ -52,9 +52,10 @@ def compare(
     grads = tuple(torch.randn(y.shape, generator=generator, device=DEVICE).to(y.dtype) for y in outputs)
     gradients = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], grads))
     actual = kernels.forward(*inputs, **options)
-    found = [*(actual if several else (actual,)), *kernels.backward(grads if several else grads[0], *inputs, **options)]
+    actual_gradients = kernels.backward(grads if several else grads[0], *inputs, **options)
+    results = [*(actual if several else (actual,)), *actual_gradients]
     wanted = [*outputs, *(None if x is None else next(gradients) for x in leaves)]
-    for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
+    for i, (a, e) in enumerate(zip(results, wanted, strict=True)):
         assert (a is None) == (e is None), i
         if a is not None and e is not None:
             assert a.dtype == e.dtype, (i, a.dtype, e.dtype)
@@ -62,7 +63,7 @@ def compare(
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, step: int = 1) -> Tensor:
-    """With `step`, a view of every `step`-th row of a larger tensor."""
+    """Draws a tensor; with `step`, the tensor is a view of every `step`-th row of a larger one."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(shape[0] * step, *shape[1:], generator=generator, device=DEVICE).to(dtype)[::step]
 
@@ -152,8 +153,9 @@ def test_gate_and_complement(dtype: torch.dtype) -> None:
     expected = gates.definition(leaf, None, None, **options)
     grads = (draw(37, 130, seed=2), draw(37, 130, dtype=dtype, seed=3))
     wanted = [*expected, *torch.autograd.grad(expected, leaf, grads)]
-    found = [*gates_triton.forward(x, None, None, **options), gates_triton.backward(grads, x, None, None, **options)[0]]
-    for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
+    dx = gates_triton.backward(grads, x, None, None, **options)[0]
+    actual = [*gates_triton.forward(x, None, None, **options), dx]
+    for i, (a, e) in enumerate(zip(actual, wanted, strict=True)):
         assert a.dtype == e.dtype, i
         assert_close(a, e, FP32 if e.dtype == torch.float32 else HALF, f"{i}")
 
@@ -164,7 +166,7 @@ def test_gate_far_from_zero() -> None:
         compare(gates_triton, gates.definition, [x, None, None], {"function": function, "scale": 1.0, "floor": -80.0})
     compare(gates_triton, gates.definition, [x, None, None], {"function": "exp", "scale": -1.0, "floor": -80.0})
     y = gates_triton.forward(x, None, None, function="softplus", scale=1.0, floor=None)
-    assert_close(y[0, 2], torch.tensor(-30.0).exp(), FP32)  # not rounded away beside 1
+    assert_close(y[0, 2], torch.tensor(-30.0).exp(), FP32)  # the small term is not lost in a sum with 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,11 +192,12 @@ def test_bounded_gate_far_from_zero() -> None:
                 gradients = torch.autograd.grad(
                     expected, [t for t in leaves if t is not None], [t.double() for t in given], True
                 )
-                found = bounded_gate_triton.backward(given, *inputs)
-                pairs += zip([t for t in found if t is not None], gradients, strict=True)
+                actual_gradients = bounded_gate_triton.backward(given, *inputs)
+                pairs += zip([t for t in actual_gradients if t is not None], gradients, strict=True)
             for a, e in pairs:
-                for one, truth in zip(a.flatten(), e.flatten(), strict=True):  # beside a gradient of 1, a wrong
-                    assert_close(one, truth, FP32, f"{bound}")  # small one would not show
+                # element by element: an error of a small gradient would not show in the norm beside a gradient of 1
+                for one, truth in zip(a.flatten(), e.flatten(), strict=True):
+                    assert_close(one, truth, FP32, f"{bound}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,15 +205,16 @@ def test_bounded_gate_far_from_zero() -> None:
 def test_repeat_heads(groups: int, heads: int, size: int, dtype: torch.dtype) -> None:
     x = draw(19, groups, size, dtype=dtype, step=2)
 
-    def rounded_once(x: Tensor, weight: Tensor | None, heads: int) -> Tensor:  # in bf16, PyTorch rounds the sum over
-        return repeat_heads.definition(x.float(), weight, heads=heads).to(x.dtype)  # heads on the way
+    def rounded_once(x: Tensor, weight: Tensor | None, heads: int) -> Tensor:
+        """The definition in fp32: in bf16, PyTorch would round the gradient's sum over heads several times."""
+        return repeat_heads.definition(x.float(), weight, heads=heads).to(x.dtype)
 
     for weight in (draw(19, heads, seed=2), None):
         compare(repeat_heads_triton, rounded_once, [x, weight], {"heads": heads})
 
 
 def test_layouts_that_autograd_makes() -> None:
-    """Gradients of sums have no strides, inputs may be transposed."""
+    """The kernels take the gradients of sums, whose strides are 0, and transposed inputs."""
     x, weight, column = draw(6, 2, 20), draw(8, 6, seed=2).T, draw(20, 6, seed=3).T
     calls: list[tuple[ModuleType, list[Tensor | None], dict[str, Any]]] = [
         (repeat_heads_triton, [x, weight], {"heads": weight.shape[-1]}),
@@ -263,7 +267,7 @@ def test_short_conv(
     continued: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Against the PyTorch version on the CPU; `continued`: with inputs from before the sequences."""
+    """The kernels match the PyTorch version on the CPU; with `continued`, inputs precede the sequences."""
     inputs = [draw(batch, length, channels, dtype=dtype), draw(channels, taps, dtype=dtype, seed=2)]
     inputs += [draw(channels, dtype=dtype, seed=3)] if bias else []
     offsets = None if documents is None else torch.tensor([0, *documents], device=DEVICE).cumsum(0)
@@ -273,7 +277,7 @@ def test_short_conv(
     inputs += [before] if before is not None else []
     leaves = [x.detach().cpu().requires_grad_() for x in inputs]
     packed = None if offsets is None else offsets.cpu()
-    # what precedes the norm would be rounded, where the kernel does not
+    # fp32 with a norm: the kernel does not round what it normalises, PyTorch would
     wide = [x.float() if norm else x for x in leaves]
     options: dict[str, Any] = {"activation": activation, "norm_size": norm}
     start = wide.pop().mT if continued else None
@@ -286,7 +290,7 @@ def test_short_conv(
     actual += [x for x in short_conv_triton.backward(grad, *padded, **options) if x is not None]  # type: ignore[arg-type]
     for i, (a, e) in enumerate(zip(actual, [expected, *gradients], strict=True)):
         assert a.dtype == e.dtype
-        lost = 4 if norm == 1 else 1  # a group of one: gradients are what remains of differences
+        lost = 4 if norm == 1 else 1  # in a group of one channel, gradients are differences of nearly equal numbers
         assert_close(a, e, lost * FP32 if dtype == torch.float32 else HALF, f"{i}")
     assert state is not None
     if not continued:
@@ -296,10 +300,10 @@ def test_short_conv(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "heads", "dim", "size"), [(1, 8, 64, 64), (2, 3, 20, 12), (2, 1, 96, 96)])
 def test_rotate(rows: int, heads: int, dim: int, size: int, dtype: torch.dtype) -> None:
-    wide = draw(2, 37, heads, dim + 8, dtype=dtype)  # a slice, as of a projection to several tensors
+    wide = draw(2, 37, heads, dim + 8, dtype=dtype)  # x is a slice of it, as of one projection for several tensors
     x = wide[..., 8:].detach().requires_grad_()
     angles = 30 * draw(rows, 37, 1, size // 2, seed=2)
-    expected = rotary.definition(x.float(), angles.cos(), angles.sin()).to(dtype)  # rounded once, its gradient too
+    expected = rotary.definition(x.float(), angles.cos(), angles.sin()).to(dtype)  # rounded once, as its gradient is
     assert_close(
         rotary_triton.rotate(x, angles.cos(), angles.sin()), expected, FP32 if dtype == torch.float32 else HALF
     )
@@ -353,10 +357,10 @@ def test_shift_mix(
     grads = tuple(draw(batch, length, width, dtype=dtype, seed=4 + i) for i in range(count))
     wanted = [*expected, *torch.autograd.grad(expected, leaves, grads)]
     inputs = arguments(*(x.detach() for x in leaves))
-    found = [
+    actual = [
         *shift_mix_triton.forward(*inputs),
         *(x for x in shift_mix_triton.backward(grads, *inputs) if x is not None),
     ]
-    for i, (a, e) in enumerate(zip(found, wanted, strict=True)):
+    for i, (a, e) in enumerate(zip(actual, wanted, strict=True)):
         assert a.dtype == e.dtype, i
         assert_close(a, e, FP32 if dtype == torch.float32 else 4 * BF16_ROUNDING, f"{i}")  # every step is rounded

@@ -1,4 +1,4 @@
-"""Regrouping of tokens in Triton kernels against the PyTorch version, with every gradient."""
+"""Tests of the Triton kernels that regroup tokens against the PyTorch version, with all gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 def test_grouping(
     batch: int, length: int, heads: int, groups: int, size: int, documents: list[int] | None, dtype: torch.dtype
 ) -> None:
-    """Against the PyTorch version, which the CPU selects."""
+    """The kernels match the PyTorch version, which runs for tensors on the CPU."""
     offsets = None if documents is None else torch.tensor([0, *documents]).cumsum(0)
     chosen = draw(batch, length, groups).cpu() > 0.3
     on_cpu = Grouping(chosen, offsets)
@@ -56,9 +56,9 @@ def test_grouping(
     leaves = [t.double().cpu().requires_grad_() for t in (x, weights)]
     expected = on_cpu.combine(leaves[0], leaves[1])
     gradients = torch.autograd.grad(expected, leaves, dy.double().cpu())
-    found = [
+    actual_results = [
         grouping_triton.gather(x, places, weights, total=True),
         *grouping_triton.scatter_weighted(dy, x, weights, places),
     ]
-    for a, e in zip(found, (expected, *gradients), strict=True):
+    for a, e in zip(actual_results, (expected, *gradients), strict=True):
         assert_close(a.cpu(), e.to(a.dtype), FP32 if a.dtype == torch.float32 else HALF)

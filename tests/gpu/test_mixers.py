@@ -1,4 +1,4 @@
-"""Every mixer on the GPU's kernels in bf16, against the CPU in fp32 with the same weights and inputs."""
+"""Tests of every mixer on the GPU kernels in bf16, against the CPU in fp32 with the same weights and inputs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TOKENS = 200
 
 
 def pair(name: str, fields: dict[str, Any]) -> tuple[Mixer, Mixer]:
-    """The same bf16 weights on the GPU, and in fp32 on the CPU."""
-    at = replace(dims(HIDDEN), norm_eps=0.1)  # see dims: conditioned for bf16
+    """Builds a mixer twice, with the same weights: in bf16 on the GPU, and in fp32 on the CPU."""
+    at = replace(dims(HIDDEN), norm_eps=0.1)  # conditions the mixer for bf16, see `dims`
     cpu = build(name, fields, Host(dtype=torch.bfloat16), at)
     single = build(name, fields, None, at)
     single.load_state_dict({key: value.float() for key, value in cpu.state_dict().items()})
@@ -34,7 +34,7 @@ def pair(name: str, fields: dict[str, Any]) -> tuple[Mixer, Mixer]:
 
 
 def run(mixer: Mixer, x: Tensor, layout: TokenLayout, weight: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Output, gradient of the input, and the parameters' gradients by name."""
+    """Returns the output, the gradient of the input, and the parameters' gradients by name."""
     x = x.clone().requires_grad_()
     y = mixer(x, layout)
     dx, *gradients = torch.autograd.grad((y * weight.to(y)).sum(), [x, *mixer.parameters()])
@@ -62,8 +62,8 @@ def test_forward_and_backward(name: str, fields: dict[str, Any], layout: TokenLa
         }
 
     _, half_dx, half = run(gpu.cpu(), x, layout, weight)
-    found, bf16 = errors(actual), errors(half | {"input": half_dx.double()})
-    wrong = {n: (found[n], bf16[n]) for n in found if not found[n] <= max(BF16, BF16_OVER_CPU * bf16[n])}
+    on_gpu, on_cpu = errors(actual), errors(half | {"input": half_dx.double()})
+    wrong = {n: (on_gpu[n], on_cpu[n]) for n in on_gpu if not on_gpu[n] <= max(BF16, BF16_OVER_CPU * on_cpu[n])}
     assert not wrong, wrong
 
 
@@ -84,7 +84,7 @@ def test_decoding(name: str, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids())
 def test_no_host_synchronisation(name: str, fields: dict[str, Any]) -> None:
-    """After the kernels are compiled, neither pass waits for the device: the host runs ahead of it."""
+    """Once the kernels are compiled, neither pass waits for the device, so the host can run ahead."""
     gpu, _ = pair(name, fields)
     x = stream(1, TOKENS, HIDDEN).bfloat16().cuda().requires_grad_()
     weight = torch.ones_like(x)

@@ -1,4 +1,4 @@
-"""The experts' Triton kernels against their PyTorch definitions, and the whole operation on a GPU."""
+"""Tests of the experts' Triton kernels against their PyTorch definitions, and of the whole operation on a GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def choose(tokens: int, num_experts: int, top_k: int, drop: bool = False) -> Tensor:
-    """Skewed, so that some of many experts get no token; with `drop` every third slot has no expert."""
+    """Draws a skewed choice of experts, in which some of many experts get no token.
+
+    With `drop`, every third slot has no expert.
+    """
     noise = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(1))
     index = (noise / torch.arange(1, num_experts + 1).float() ** 1.5).topk(top_k).indices
     if drop:
@@ -42,7 +45,7 @@ def choose(tokens: int, num_experts: int, top_k: int, drop: bool = False) -> Ten
     return index.to(DEVICE)
 
 
-# tokens, experts, top_k, some slots without an expert
+# tokens, experts, top_k, whether some slots have no expert
 ROUTINGS = [(70, 6, 2, False), (11, 64, 8, False), (1, 8, 3, True), (9, 5, 5, False), (37, 300, 3, True)]
 
 
@@ -51,10 +54,10 @@ def test_assign(tokens: int, num_experts: int, top_k: int, drop: bool) -> None:
     index = choose(tokens, num_experts, top_k, drop)
     expected = assign(index.cpu(), num_experts)
     assert experts_triton.can_assign(num_experts)
-    found = Assignment(*experts_triton.assign(index, num_experts))
+    actual = Assignment(*experts_triton.assign(index, num_experts))
     for name in ("counts", "offsets", "slot", "row"):
-        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
-        assert getattr(found, name).dtype == torch.int32
+        assert getattr(actual, name).tolist() == getattr(expected, name).tolist(), name
+        assert getattr(actual, name).dtype == torch.int32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +70,7 @@ def test_collect_and_combine(
     x = draw(tokens, 2 * width, dtype=dtype)[:, :width]
     rows = experts_triton.collect(x, to)
     assert torch.equal(rows, reference.collect(x, to))
-    rows[int(to.ends[-1]) :] = float("nan")  # what a grouped GEMM leaves there
+    rows[int(to.ends[-1]) :] = float("nan")  # a grouped GEMM may leave NaN in rows without expert
     tolerance = FP32 if dtype == torch.float32 else HALF
     assert_close(experts_triton.combine(rows, to), reference.combine(rows, to), tolerance)
     weights = draw(tokens, top_k, seed=2)
@@ -103,7 +106,7 @@ def test_slot_sums(tokens: int, num_experts: int, top_k: int, drop: bool, by_slo
 def test_activation(
     tokens: int, num_experts: int, top_k: int, drop: bool, by_slot: bool, size: int, dtype: torch.dtype
 ) -> None:
-    """Forward, and backward against autograd."""
+    """The kernels match the definition of the activation, and autograd's gradients of it."""
     to = assign(choose(tokens, num_experts, top_k, drop), num_experts)
     weights = draw(tokens, top_k, seed=2).abs()
     if not by_slot:
@@ -118,15 +121,15 @@ def test_activation(
     tolerance = FP32 if dtype == torch.float32 else HALF
     gate_up = gate_up.detach().clone()
     assert_close(experts_triton.activate(gate_up, weights, to), expected, tolerance, "forward")
-    found = experts_triton.activate_backward(grad, gate_up, weights.detach(), to)
-    assert_close(found, dweights, FP32, "weights")
+    actual_dweights = experts_triton.activate_backward(grad, gate_up, weights.detach(), to)
+    assert_close(actual_dweights, dweights, FP32, "weights")
     assert_close(gate_up[:used], dgate_up[:used], tolerance, "gate and up")
     assert_close(grad, expected, tolerance, "the output again")
 
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small ones in the interpreter, where they make up for small inputs."""
+    """Makes tiles small in the interpreter, so that its small inputs have several tiles too."""
     if INTERPRETED:
         for name in ("UP", "DOWN_BACKWARD", "DOWN_GRADIENT", "UP_GRADIENT"):
             small = {"ROWS": 16, "COLUMNS": 32, "INNER": 16}
@@ -143,7 +146,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fused_products(
     tokens: int, num_experts: int, top_k: int, drop: bool, hidden: int, ffn: int, by_slot: bool
 ) -> None:
-    """Against the products of rows that were gathered; fp32 where the interpreter cannot multiply bf16."""
+    """The fused products match products of gathered rows; in fp32 in the interpreter, which cannot multiply bf16."""
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     tolerance = FP32 if INTERPRETED else BF16
     to = assign(choose(tokens, num_experts, top_k, drop), num_experts)
@@ -165,18 +168,18 @@ def test_fused_products(
     h_again = by_expert(drows, down, to)
     expected = gate_up.float().clone()
     dweights = reference.activate_backward(h_again, expected, weights, to)
-    h, found = gemm_triton.down_backward(grad, down, gate_up, weights, to)
+    h, actual_dweights = gemm_triton.down_backward(grad, down, gate_up, weights, to)
     assert_close(h[:used], h_again[:used], tolerance, "activation again")
-    assert_close(found, dweights, tolerance, "weights")
+    assert_close(actual_dweights, dweights, tolerance, "weights")
     assert_close(gate_up[:used], expected[:used], tolerance, "gradient of gate and up")
 
-    for rows_of, other, tokens_left in ((drows, h, True), (rows, gate_up, False)) if by_slot else ():
-        other[used:] = float("nan")
-        found = gemm_triton.outer(grad if tokens_left else x, other, to, tokens_left)
-        a, b = (rows_of, other.float()) if tokens_left else (other.float(), rows_of)
+    for gathered, factor, tokens_left in ((drows, h, True), (rows, gate_up, False)) if by_slot else ():
+        factor[used:] = float("nan")
+        product = gemm_triton.outer(grad if tokens_left else x, factor, to, tokens_left)
+        a, b = (gathered, factor.float()) if tokens_left else (factor.float(), gathered)
         ends = [0, *to.ends.tolist()]
         parts = [a[i:j].T @ b[i:j] for i, j in zip(ends, ends[1:], strict=False)]
-        assert_close(found, torch.stack(parts), tolerance, f"outer product, tokens left: {tokens_left}")
+        assert_close(product, torch.stack(parts), tolerance, f"outer product, tokens left: {tokens_left}")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="test_operation compares the same on a GPU")
@@ -189,7 +192,7 @@ def test_fused_products(
 def test_operation_of_fused_products(
     tokens: int, num_experts: int, top_k: int, drop: bool, by_slot: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs and every gradient; sizes that no tile divides, and NaN around the tokens."""
+    """Outputs and all gradients match, for sizes that no tile divides and with NaN around the tokens in memory."""
     to, hidden, ffn = assign(choose(tokens, num_experts, top_k, drop), num_experts), 40, 72
     weights = draw(tokens, top_k, seed=2).abs()
     if not by_slot:
@@ -215,7 +218,7 @@ def test_operation_of_fused_products(
 
 
 def by_expert(rows: Tensor, matrices: Tensor, to: Assignment) -> Tensor:
-    """`rows [M, K]` times their expert's matrix `[E, K, N]`, in fp32; 0 for those without."""
+    """Multiplies `rows [M, K]` by their expert's matrix `[E, K, N]`, in fp32; rows without an expert give 0."""
     ends = [0, *to.ends.tolist()]
     out = rows.new_zeros(len(rows), matrices.shape[2])
     for e, (i, j) in enumerate(zip(ends, ends[1:], strict=False)):
@@ -239,7 +242,7 @@ def layer(tokens: int, num_experts: int, top_k: int, **fields: Any) -> tuple[MoE
 def test_operation(
     tokens: int, num_experts: int, top_k: int, drop: bool, ffn: int, by_slot: bool, products: str
 ) -> None:
-    """bf16 on the GPU against fp32 on the CPU with the same inputs: outputs and every gradient."""
+    """Outputs and all gradients in bf16 on the GPU match those in fp32 on the CPU."""
     if products == "quack" and (refusal := refused_by_quack(torch.bfloat16, torch.device(DEVICE))):
         pytest.skip(refusal)
     index = choose(tokens, num_experts, top_k, drop)
@@ -259,7 +262,7 @@ def test_operation(
         to = Assignment(*(t if t is None else t.to(device) for t in indices))  # type: ignore[arg-type]
         out = experts(*leaves, to, name)
         y, x, *others = [out, *torch.autograd.grad(out, leaves, grad.to(out))]
-        results.append([y[:used], x[:used], *others])  # rows behind the last expert's are anything
+        results.append([y[:used], x[:used], *others])  # rows without expert are undefined
     for what, actual, expected in zip(("y", "x", "weights", "gate_up", "down"), *results, strict=True):
         assert_close(actual, expected, BF16, what)
     idle = (results[1][3] == 0).flatten(1).all(1)
@@ -274,10 +277,10 @@ SHARED: dict[str, Any] = {"shared_ffn_size": 512, "shared_gate": True}
     "fields", [{}, SHARED, SHARED | {"overlap_shared_expert": True}], ids=["", "shared", "overlap"]
 )
 def test_no_host_synchronisation(fields: dict[str, Any]) -> None:
-    """Router, assignment, experts, forward and backward."""
+    """Router, assignment and experts do not wait for the device, forward and backward."""
     moe, x = layer(1000, 16, 4, **fields)
     x.requires_grad_()
-    moe(x).sum().backward()  # compiles
+    moe(x).sum().backward()  # compiles the kernels, which may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -309,7 +312,13 @@ def sleep(cycles: int) -> None:
 
 
 class Stack(nn.Module):
-    """Residual layers; `recompute`: what of them is computed again."""
+    """A stack of residual MoE layers.
+
+    Args:
+        overlap: whether the shared expert runs on a stream of its own.
+        recompute: parts of a layer that the backward pass computes again.
+        gate: whether the shared expert has a gate.
+    """
 
     def __init__(self, overlap: bool, recompute: Sequence[str] = (), gate: bool = False):
         super().__init__()
@@ -326,11 +335,11 @@ class Stack(nn.Module):
         return x
 
     def computed(self, moe: nn.Module, x: Tensor) -> Tensor:
-        """As a model's layers call their channel mixers."""
+        """Calls a layer in the way in which the layers of a model call their channel mixer."""
         return self.host.activations.region("ffn", moe, self.host.activations.transient("norm", rms_norm, x))
 
     def results(self, x: Tensor) -> list[Tensor]:
-        """Output and every gradient."""
+        """Returns the output and all gradients."""
         self.zero_grad()
         x = x.detach().requires_grad_()
         y = self(x)
@@ -343,7 +352,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def in_backward(module: nn.Module, function: Callable[[], None]) -> None:
-    """Call it before the module's backward pass, on that pass's stream."""
+    """Makes autograd call `function` before the module's backward pass, on the stream of this pass."""
 
     def at_output(_: nn.Module, __: Any, y: Tensor) -> None:
         if y.requires_grad:
@@ -356,7 +365,10 @@ def in_backward(module: nn.Module, function: Callable[[], None]) -> None:
 @pytest.mark.parametrize("recompute", [(), ("layer",), ("ffn",), ("norm", "activation", "experts")], ids=" ".join)
 @pytest.mark.parametrize("late", ["shared", "routed", "neither"])
 def test_overlap_changes_no_bit(late: str, recompute: tuple[str, ...], gate: bool) -> None:
-    """Many times, with either stream far behind the other, and freed memory overwritten: outputs and every gradient."""
+    """Overlap changes no bit of outputs and gradients, even if a stream is late and freed memory is overwritten.
+
+    Repetitions give a race the chance to show.
+    """
     x = draw(TOKENS, WIDTH, dtype=torch.bfloat16)
     expected = Stack(False, (), gate).results(x)
     stack = Stack(True, recompute, gate)
@@ -380,14 +392,14 @@ def test_overlap_changes_no_bit(late: str, recompute: tuple[str, ...], gate: boo
 
 @on_gpu
 def test_overlap_saves_time() -> None:
-    """Where dispatch takes long, and the shared expert, and the backward pass of both kinds of experts."""
+    """Overlap saves time if the dispatch, the shared expert and the backward passes of all experts take long."""
 
     def wait() -> None:
         sleep(40_000_000)
 
     def milliseconds(overlap: bool) -> float:
         stack, x = Stack(overlap), draw(TOKENS, WIDTH, dtype=torch.bfloat16)
-        stack.results(x)  # compiles
+        stack.results(x)  # compiles the kernels
         for moe in stack.layers:
 
             def dispatch(*args: Any, dispatch: Any = moe.dispatcher.dispatch) -> Any:

@@ -1,6 +1,6 @@
-"""The CUDA kernels against the references: outputs, states and every gradient, in bf16.
+"""Tests of the CUDA kernels against the references, in bf16: outputs, states and all gradients.
 
-One shape per op: every further shape compiles every kernel again.
+Each op is tested at one shape, because every further shape compiles every kernel again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OFFSETS = [0, 0, 5, 70, 134, 134, LENGTH]  # empty, short, a chunk and one token
 
 
 def to_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Activations in bf16; gates, beta and the state in fp32, as the mixers give them."""
+    """Moves inputs to the GPU: activations in bf16; gates, beta and states in fp32, as mixers give them."""
     return {n: x.cuda().to(torch.bfloat16 if n in ("q", "k", "v", "x") else torch.float32) for n, x in inputs.items()}
 
 
@@ -56,7 +56,7 @@ def test_kernels_match_reference(family: str, gate: str | None, packed: bool) ->
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("values", [1, 33])
 def test_odd_value_sizes(values: int, packed: bool) -> None:
-    """One column of values is the normaliser of linear attention."""
+    """The kernels take odd numbers of values; one column of values is the normaliser of linear attention."""
     cu_seqlens = torch.tensor(OFFSETS, device="cuda") if packed else None
     shape = (1 if packed else 2, LENGTH, HEADS, DIM, values)
     inputs = to_gpu(make_inputs("decay", None, shape, sequences=len(OFFSETS) - 1 if packed else None))
@@ -102,7 +102,7 @@ def test_constant_gates_that_are_not_trained() -> None:
 
 
 @needs_fla
-@pytest.mark.parametrize("slots", [64, 24])  # one kernel, two
+@pytest.mark.parametrize("slots", [64, 24])  # 64 slots have a kernel of their own, 24 take two of the decay family
 @pytest.mark.parametrize("packed", [False, True])
 def test_gsa_kernels_match_reference(slots: int, packed: bool) -> None:
     sizes = {"q": DIM, "k": DIM, "v": DIM, "s": slots, "g": slots}

@@ -1,4 +1,4 @@
-"""Optimizer steps on a GPU: right, and never waiting for the device."""
+"""Tests that optimizer steps on a GPU equal those on a CPU, and never wait for the device."""
 
 from __future__ import annotations
 

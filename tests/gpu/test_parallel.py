@@ -1,4 +1,4 @@
-"""Two GPUs over NCCL = one GPU, through the trainer's own steps; and checkpoints that change the layout."""
+"""Tests that the trainer's steps on two GPUs over NCCL equal those on one, also when resumed in another layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.tolerances import BF16_SAME, FP32_GRADIENT_FLOOR, assert_close, asser
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 STEPS, SAVED = 4, 2
-# In fp32: softmax attention needs no kernels to be compiled, and grouped GEMMs on a GPU are for bf16.
+# The tests run in fp32. They take softmax attention, which needs no kernels to be compiled, and sequential experts,
+# because grouped GEMMs on a GPU are for bf16.
 MODEL: dict[str, Any] = {"hidden_size": 64, "num_layers": 4, "pattern": "NNNN", "tie_embeddings": True}
 OVERLAP = {"optimizer": {"overlap": True}}
 MUON = {"optimizer": {"type": "muon", "overlap": True}}
@@ -30,15 +31,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dp2-muon": ({}, MUON),
 }
 RESUMED = ("pp2", "dp2", "tp2-ep2")
-REFERENCES = {"tp2-replicated": "dense", "dp2-muon": "muon"}  # the others': "one"
+REFERENCES = {"tp2-replicated": "dense", "dp2-muon": "muon"}  # for all other layouts "one"
 
 
 def tree(parallel: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     others = {name: section for name, section in sections.items() if name != "model"}
-    found = config(MODEL | sections.get("model", {}), parallel, **others)
-    found["model"]["moe"] = found["model"]["moe"] | {"experts": "sequential"}
-    found["training"] = found["training"] | {"global_batch": 8}
-    return found
+    run_config = config(MODEL | sections.get("model", {}), parallel, **others)
+    run_config["model"]["moe"] = run_config["model"]["moe"] | {"experts": "sequential"}
+    run_config["training"] = run_config["training"] | {"global_batch": 8}
+    return run_config
 
 
 def training(name: str, **options: Any) -> tuple[str, dict[str, Any]]:
@@ -59,7 +60,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 
 def assert_same(ranks: list[Any], expected: list[dict[str, Any]]) -> None:
-    """Every step's results, and the validation's: losses, gradient norms, tokens, router losses."""
+    """Asserts that every rank has the expected results of all steps: losses, gradient norms, tokens, router losses."""
     for rank in ranks:
         assert len(rank["results"]) == len(expected)
         for key in ("loss", "gradient_norm", "tokens"):

@@ -1,4 +1,4 @@
-"""Mixers on two pieces of one long row: long enough for every kernel of a piece to work in parts. See test_sequence."""
+"""Tests of mixers on two pieces of one row that is so long that every kernel of a piece works in parts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_in_bf16(name: str, fields: dict[str, Any]) -> None:
     whole |= {"input": whole_dx.double().cpu()}
     for key, gradient in (expected | {"input": expected_dx.double()}).items():
         least = max(float(gradient.norm()), floor)
-        error, same = (float((found[key] - gradient).norm()) / least for found in (actual, whole))
+        error, same = (float((computed[key] - gradient).norm()) / least for computed in (actual, whole))
         assert error <= max(BF16, BF16_OVER_CPU * same), f"{key}: {error:.1e}, whole rows {same:.1e}"
 
 

@@ -1,4 +1,4 @@
-"""The router of a training step on a GPU, with everything on, never waits for the device."""
+"""Tests that the router of a training step, with all of its options, and the padded exchange never wait for a GPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> Non
         x = torch.randn(4096, 256, device=groups.device, dtype=torch.bfloat16, requires_grad=True)
         chosen = torch.zeros((), device=groups.device)
         for step in range(3):
-            if step:  # the first one initialises libraries
+            if step:  # the first step initialises libraries, which may wait
                 torch.cuda.set_sync_debug_mode("error")
             weights, index = router(x, TokenLayout(4, 1024))
             F.silu(weights).sum().backward()
@@ -60,7 +60,7 @@ def test_router_losses_and_statistics_do_not_wait(capacity: float | None) -> Non
 
 @pytest.mark.usefixtures("no_waiting")
 def test_padded_exchange_does_not_wait() -> None:
-    """With itself: tokens come back, times the weights of those experts that took them."""
+    """A token that one rank exchanges with itself comes back times the weights of the experts that took the token."""
     from linear_moe.training import platform
 
     platform.install()
@@ -76,7 +76,7 @@ def test_padded_exchange_does_not_wait() -> None:
         index = torch.rand(512, 16, device=groups.device).topk(2).indices
         index[::5, 0] = 16
         weights = torch.ones(512, 2, device=groups.device).masked_fill(index == 16, 0.0).requires_grad_()
-        for mode in ("default", "error"):  # the first one initialises libraries
+        for mode in ("default", "error"):  # the first call initialises libraries, which may wait
             torch.cuda.set_sync_debug_mode(mode)
             rows, row_weights, to = exchange.dispatch(x, weights, index, 512)
             y = exchange.combine((rows * row_weights.unsqueeze(-1)).to(rows.dtype), 2)

@@ -1,4 +1,4 @@
-"""The scans' CUDA kernels against the references: outputs, states and every gradient."""
+"""Tests of the scans' CUDA kernels against the references: outputs, states and all gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.usefixtures("no_autotuning"),
 ]
 OFFSETS = [0, 0, 5, 70, 134, 134, 200]  # empty, short, a block and one token, whole blocks, empty, partial
-HALF = {"x", "u", "B", "C"}  # in bf16, as the mixers give them
+HALF = {"x", "u", "B", "C"}  # inputs that mixers give in bf16
 
 
 def compare(scan: str, inputs: dict[str, Tensor], tolerance: float, **options: Any) -> None:
@@ -41,7 +41,7 @@ def test_kernels_match_reference(scan: str, packed: bool) -> None:
     options = {"cu_seqlens": torch.tensor(OFFSETS, device="cuda")} if packed else {}
     half = {name: x.bfloat16() if name in HALF else x for name, x in inputs.items()}
     compare(scan, half, BF16, **options)
-    # fp32 inputs: fp32 arithmetic, up to the fast exponential and, for batched matmuls, PyTorch's own setting
+    # with fp32 inputs arithmetic is fp32, but the exponential is a fast one, and matmuls follow PyTorch's own setting
     compare(scan, inputs, 10 * FP32, **options)
 
 
@@ -66,7 +66,7 @@ def test_linear_scan_of_odd_sizes(dim: int, initial: bool) -> None:
 
 
 def test_linear_scan_without_one_of_its_gradients() -> None:
-    """Autograd then has none for it; gradients of sums have no strides, inputs may be transposed."""
+    """Autograd gives no gradient of a result without a loss; those of sums have strides of 0; g is transposed."""
     inputs = make_inputs("linear", 2, 100, 40, 1)
     inputs["g"] = inputs["g"].mT.contiguous().mT
     for i in range(2):
@@ -82,11 +82,11 @@ def test_linear_scan_without_one_of_its_gradients() -> None:
 
 @pytest.mark.parametrize("scan", ["linear", "selective"])
 def test_many_blocks(scan: str) -> None:
-    """Blocks of tokens take the states between them from each other: a race there would show in some runs only."""
+    """Blocks of tokens hand states to each other; a race between them would show in some runs only."""
     for seed in range(3):
         inputs = make_inputs(scan, 2, 1500, 130, 4, seed=seed)
         if scan == "linear":
-            inputs["g"] *= 0.01  # so that what a block begins with matters to its end
+            inputs["g"] *= 0.01  # slow decay: the state before a block matters at its end
         compare(scan, {name: x.bfloat16() if name in HALF else x for name, x in inputs.items()}, BF16)
 
 

@@ -1,4 +1,4 @@
-"""Mixers on pieces of sequences, two of each on one GPU, in bf16, against whole sequences on the CPU in fp32."""
+"""Tests of mixers on two pieces of every sequence, on one GPU in bf16, against whole sequences on the CPU in fp32."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ CASES = [
 ]
 
 
-WAYS = [  # of softmax attention
-    pytest.param(*case.values, way, id=f"{case.id}-{way}")
+CASES_BY_EXCHANGE = [  # softmax attention with every strategy of exchange
+    pytest.param(*case.values, exchanged_by, id=f"{case.id}-{exchanged_by}")
     for case in CASES
-    for way in (attention.STRATEGIES if mixer_class(str(case.values[0])).family == "softmax" else ("all_gather",))
+    for exchanged_by in (
+        attention.STRATEGIES if mixer_class(str(case.values[0])).family == "softmax" else ("all_gather",)
+    )
 ]
 
 
 @pytest.mark.parametrize("whole", [TokenLayout(2, TOKENS // 2), packed([70, 1, 129])], ids=["rows", "packed"])
-@pytest.mark.parametrize(("name", "fields", "way"), WAYS)
-def test_pieces_are_the_whole(name: str, fields: dict[str, Any], way: str, whole: TokenLayout) -> None:
+@pytest.mark.parametrize(("name", "fields", "exchanged_by"), CASES_BY_EXCHANGE)
+def test_pieces_are_the_whole(name: str, fields: dict[str, Any], exchanged_by: str, whole: TokenLayout) -> None:
     gpu, cpu = pair(name, fields)
     device = torch.device("cuda")
-    found = cut(whole.batch, whole.length, ORDER, 0, whole.cu_seqlens)
+    own_cut = cut(whole.batch, whole.length, ORDER, 0, whole.cu_seqlens)
     positions = torch.arange(whole.length).expand(whole.batch, -1) if whole.positions is None else whole.positions
-    offsets = None if whole.cu_seqlens is None else torch.tensor(found.offsets).cuda()
+    offsets = None if whole.cu_seqlens is None else torch.tensor(own_cut.offsets).cuda()
     strategy = STRATEGIES[whole.cu_seqlens is None]
-    pieces = pieces_layout(
-        found, SequenceGroup(ORDER, 0, None, strategy, way), device, positions.contiguous().cuda(), offsets
-    )
+    group = SequenceGroup(ORDER, 0, None, strategy, exchanged_by)
+    pieces = pieces_layout(own_cut, group, device, positions.contiguous().cuda(), offsets)
     x, weight = stream(1, TOKENS, HIDDEN).bfloat16(), stream(1, TOKENS, HIDDEN, seed=1).bfloat16()
     y, dx, actual = run(gpu, x.cuda(), pieces, weight)
     expected_y, expected_dx, expected = run(cpu, x.float(), whole, weight)
@@ -64,26 +65,29 @@ def test_pieces_are_the_whole(name: str, fields: dict[str, Any], way: str, whole
     actual, on_gpu = actual | {"input": dx.double().cpu()}, on_gpu | {"input": whole_dx.double().cpu()}
     for key, gradient in expected.items():
         least = max(float(gradient.norm()), floor)
-        error, same = (float((found[key] - gradient).norm()) / least for found in (actual, on_gpu))
+        error, same = (float((computed[key] - gradient).norm()) / least for computed in (actual, on_gpu))
         assert error <= max(BF16, BF16_OVER_CPU * same), f"{key}: {error:.1e}, whole sequences {same:.1e}"
 
 
-SPANS = ((0, 200), (200, 201), (201, 300)), ((0, 260), (260, 300), (290, 400))  # keys 290 to 299 are in two
-MORE = ((0, 200),), ((400, 450),)  # fewer keys than queries, of the first sequence
+# queries and keys of two blocks. In the first, keys 290 to 299 are in two spans; the second has further keys of the
+# first sequence, fewer than its queries
+FIRST_BLOCK = ((0, 200), (200, 201), (201, 300)), ((0, 260), (260, 300), (290, 400))
+SECOND_BLOCK = ((0, 200),), ((400, 450),)
 
 
 def two_blocks(tensors: list[Tensor], left: int | None, right: int | None) -> dict[str, Tensor]:
-    """Attention to two blocks of keys, joined as the ring does, and both blocks' gradients."""
+    """Computes the attention to two blocks of keys, joined as the ring joins them, and the gradients of each block."""
     q, k, v, d_o = tensors
-    scale, blocks = q.shape[-1] ** -0.5, [Block(*SPANS, left, right, q.device), Block(*MORE, 7, None, q.device)]
-    (o, lse), other = (attend(q, k, v, block, scale) for block in blocks)
-    o, joined = o.float(), slice(*MORE[0][0])
-    o[joined], lse[joined] = join(o[joined], lse[joined], *other)
-    found = {"output": o, "log-sum-exp": lse}
+    first, second = Block(*FIRST_BLOCK, left, right, q.device), Block(*SECOND_BLOCK, 7, None, q.device)
+    scale, blocks = q.shape[-1] ** -0.5, [first, second]
+    (o, lse), part = (attend(q, k, v, block, scale) for block in blocks)
+    o, joined = o.float(), slice(*SECOND_BLOCK[0][0])
+    o[joined], lse[joined] = join(o[joined], lse[joined], *part)
+    results = {"output": o, "log-sum-exp": lse}
     for n, block in enumerate(blocks):
         gradients = attend_backward(d_o, q, k, v, o.to(q.dtype), lse, block, scale)
-        found |= {f"d{name} of block {n}": x for name, x in zip("qkv", gradients, strict=True)}
-    return found
+        results |= {f"d{name} of block {n}": x for name, x in zip("qkv", gradients, strict=True)}
+    return results
 
 
 @pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (40, 0), (40, None)])
@@ -99,7 +103,7 @@ def test_blocks_of_attention(
     right: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """FlashAttention against tiles in fp32 on the CPU."""
+    """FlashAttention gives the blocks and gradients that tiles give in fp32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     shapes = (300, heads, size), (450, groups, size), (450, groups, value), (300, heads, value)
     half = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -112,7 +116,7 @@ def test_blocks_of_attention(
 
 
 def test_a_ring_keeps_what_its_stream_reads() -> None:
-    """The caller lets go of the summaries, and their memory is asked for again, before the ring has read them."""
+    """Summaries that the caller releases before the ring has read them keep their memory until then."""
     device, line = torch.device("cuda", 0), SequenceGroup(ORDER, 0, None, "ring")
     generator = torch.Generator().manual_seed(0)
     transition, state = (torch.randn(2 * ORDER.count, 64, 128, generator=generator) for _ in range(2))
@@ -120,7 +124,7 @@ def test_a_ring_keeps_what_its_stream_reads() -> None:
     late = exchange._stream(device)
     on_gpu = [transition.to(device), state.to(device)]
     with torch.cuda.stream(late):
-        torch.cuda._sleep(200_000_000)  # clocks: about 0.1 s
+        torch.cuda._sleep(200_000_000)  # clock cycles: about 0.1 s
     wait = StateExchange(line).begin(*on_gpu)
     on_gpu.clear()
     overwritten = [torch.full(state.shape, torch.nan, device=device) for _ in range(8)]

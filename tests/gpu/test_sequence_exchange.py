@@ -1,4 +1,4 @@
-"""The exchange of states over NCCL: the tests of `tests/distributed/test_sequence_exchange.py` on two GPUs."""
+"""Tests of the exchange of states over NCCL: those of `tests/distributed/test_sequence_exchange.py` on two GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stretches of tokens do to states and to their gradients: our kernels against PyTorch."""
+"""Tests of our kernels for summaries of pieces, and for gradients of initial states, against PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ delta_summary = importlib.import_module("linear_moe.modeling.ops.recurrences.del
 dplr_summary = importlib.import_module("linear_moe.modeling.ops.recurrences.dplr.summary")
 
 pytestmark = MARKS
-TF32 = 2e-3  # products of fp32 tensors on a GPU, which drops the last 13 bits of their factors
+TF32 = 2e-3  # tolerance of products of fp32 tensors on a GPU, which drops the last 13 bits of the factors
 SHAPES = [(2, 150, 2, 24, 20), (1, 64, 1, 16, 80), (1, 7, 2, 40, 136)]  # rows, tokens, heads, keys, values
 NAMES = ("none", "constant", "head", "key", "value", "both")
 
@@ -40,7 +40,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def gates(gate: str, rows: int, length: int, heads: int, keys: int, values: int) -> tuple[Tensor | None, Tensor | None]:
-    """g and gv; one token forgets nearly everything."""
+    """Draws g and gv; at one token, g forgets nearly everything."""
     shapes = {"constant": (1, 1, heads), "head": (rows, length, heads)}
     shapes |= dict.fromkeys(("key", "both"), (rows, length, heads, keys))
     g = -draw(*shapes[gate], seed=8).abs() / 4 if gate in shapes else None
@@ -62,8 +62,8 @@ def test_decayed_sums(shape: tuple[int, ...], gate: str, programs: int, monkeypa
     q, k = (draw(rows, length, heads, keys, seed=i) for i in (1, 2))
     v, d_o = (draw(rows, length, heads, values, seed=i) for i in (3, 4))
     g, gv = gates(gate, *shape)
-    found = decay_kernels.weighted_sum(k, v, g, gv, floor=-80.0, backwards=False, exclusive=False)
-    for actual, expected in zip(found, decay_summary.summary(k, v, g, gv), strict=True):
+    left_and_sum = decay_kernels.weighted_sum(k, v, g, gv, floor=-80.0, backwards=False, exclusive=False)
+    for actual, expected in zip(left_and_sum, decay_summary.summary(k, v, g, gv), strict=True):
         assert_close(actual, expected, TF32, gate)
     for before_gate in (False, True):
         options = {"floor": -80.0, "backwards": True, "exclusive": before_gate}
@@ -72,7 +72,7 @@ def test_decayed_sums(shape: tuple[int, ...], gate: str, programs: int, monkeypa
 
 
 def wy(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, d_o: Tensor, scale: float) -> dict[str, Any]:
-    """What `scan` takes, by chunks of 64 tokens, from the definition of the WY form."""
+    """Computes the arguments of `scan`, in chunks of 64 tokens, from the definition of the WY form."""
     whole = torch.zeros_like(k) if g is None else (g if g.ndim == 4 else g[..., None].expand(k.shape))
     parts: list[dict[str, Tensor]] = []
     for q_c, k_c, v_c, b_c, g_c, d_c in zip(*(x.split(64, 1) for x in (q, k, v, beta, whole, d_o)), strict=True):
@@ -85,15 +85,15 @@ def wy(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, d_o: Ten
         made = {"w": inverse @ (k_c * sums.exp()), "u": inverse @ v_c, "dv": scores.mT @ d_c, "sums": sums}
         made |= {"k": k_c * (sums[:, :, -1:] - sums).exp(), "q": q_c * sums.exp()}
         parts.append({name: x.transpose(1, 2) for name, x in made.items()})
-    found: dict[str, Any] = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-    sums = found.pop("sums") / math.log(2)
+    form: dict[str, Any] = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    sums = form.pop("sums") / math.log(2)
     if g is None or g.ndim == 3:
-        found |= {"k": k, "q": q}
-    return found | {"g": sums[..., 0] if g is not None and g.ndim == 3 else None, "gk": sums if whole is g else None}
+        form |= {"k": k, "q": q}
+    return form | {"g": sums[..., 0] if g is not None and g.ndim == 3 else None, "gk": sums if whole is g else None}
 
 
 def by_running(inputs: tuple[Any, ...], d_o: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Transition, state and the initial state's gradient in fp32, by the op's definition in chunks."""
+    """Computes transition, state and the gradient of the initial state in fp32 by running the op in chunks."""
     op = partial(delta if inputs[1].ndim == 4 else product.delta_product, backend="chunk")
     inputs = tuple(None if x is None else x.float() for x in inputs)
     gradient = sequence.gradient_by_running(op, scale, *inputs, d_o.float())
@@ -123,7 +123,7 @@ def test_scan(shape: tuple[int, ...], gate: str, programs: int, least: int, monk
 
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_scan_of_dplr(chunk: int) -> None:
-    """Against the recurrence from chunk to chunk, as `delta/summary_triton.py` has it."""
+    """The kernels match the recurrence from chunk to chunk that `delta/summary_triton.py` describes."""
     rows, length, heads, keys, values = 2, 150, 2, 24, 20
     q, k, b, w = (draw(rows, length, heads, keys, seed=i) / 8 for i in range(4))
     v, u, d_o, dv = (draw(rows, length, heads, values, seed=i) for i in range(4, 8))
@@ -167,12 +167,12 @@ def test_dplr_from_the_kernels(min_gate: float) -> None:
     v, d_o = (draw(rows, length, heads, values, seed=i).bfloat16() for i in (3, 4))
     b, g = -a * draw(rows, length, heads, keys, seed=5).sigmoid().bfloat16() / 8, -draw(*k.shape, seed=6).abs() / 500
     inputs = (q, k, v, a, b, g)
-    found = dplr_summary._on_kernels(min_gate, *inputs)
-    found += (dplr_summary._gradient_on_kernels(min_gate, 0.3, *inputs, d_o),)
+    actual = dplr_summary._on_kernels(min_gate, *inputs)
+    actual += (dplr_summary._gradient_on_kernels(min_gate, 0.3, *inputs, d_o),)
     op, wide = partial(dplr, backend="chunk"), [x.float() for x in inputs]
     expected = dplr_summary._by_running(op, *wide)
     expected += (sequence.gradient_by_running(op, 0.3, *wide, d_o.float()),)
-    for name, x, y in zip(("transition", "state", "gradient"), found, expected, strict=True):
+    for name, x, y in zip(("transition", "state", "gradient"), actual, expected, strict=True):
         assert_close(x, y, BF16, name)
 
 
@@ -181,7 +181,7 @@ def test_dplr_from_the_kernels(min_gate: float) -> None:
 @pytest.mark.parametrize("gate", ["none", "head", "key", "product", "product head"])
 @pytest.mark.parametrize("keys", [64, 96])
 def test_delta_from_the_kernels(gate: str, keys: int) -> None:
-    """In bf16, with transitions that neither vanish nor stay the identity."""
+    """The kernels match the op in bf16; the inputs give transitions that neither vanish nor stay the identity."""
     rows, length, heads, values, writes = 2, 700, 3, 128, 2
     q = F.normalize(draw(rows, length, heads, keys, seed=1), dim=-1).bfloat16()
     several = (writes,) if "product" in gate else ()
@@ -194,16 +194,16 @@ def test_delta_from_the_kernels(gate: str, keys: int) -> None:
     expand = product._one_by_one if "product" in gate else None
     q_p, k_p, g_p = fla.prepared(q, k, v, g, True)
     given = (q_p, k_p, v, beta, g_p)
-    found = delta_summary._on_kernels(keys, expand, *given)
-    found += (delta_summary._gradient_on_kernels(keys, 0.3, expand, *given, d_o),)
-    for name, x, y in zip(("transition", "state", "gradient"), found, by_running(inputs, d_o, 0.3), strict=True):
+    actual = delta_summary._on_kernels(keys, expand, *given)
+    actual += (delta_summary._gradient_on_kernels(keys, 0.3, expand, *given, d_o),)
+    for name, x, y in zip(("transition", "state", "gradient"), actual, by_running(inputs, d_o, 0.3), strict=True):
         assert_close(x, y, BF16, f"{gate} {name}")
 
 
 @pytest.mark.parametrize("programs", [1056, 2])
 @pytest.mark.parametrize("shape", [(2, 37, 40, 16), (1, 70, 130, 5), (2, 5, 3, None)])
 def test_sums_of_channels(shape: tuple[Any, ...], programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, tokens, channels, states (None: one, of HGRN); against the scans run from zero."""
+    """The kernels match the scans; shapes are rows, tokens, channels, states (None: HGRN, which has one state)."""
     monkeypatch.setattr(scan_kernels, "PROGRAMS", programs)
     rows, length, channels, states = shape
     u, d_y = (draw(rows, length, channels, seed=i) for i in (1, 2))
@@ -211,15 +211,15 @@ def test_sums_of_channels(shape: tuple[Any, ...], programs: int, monkeypatch: py
         g = -draw(rows, length, channels, seed=3).abs()
         g[0, length // 2] = float("-inf")
         run = partial(scan.linear_scan, u, g, backend="chunk")
-        found, back = scan_kernels.weighted_sum(u, None, g, None), (d_y, None, g, None)
-        found = tuple(x.squeeze(-1) for x in found)
+        summary, back = scan_kernels.weighted_sum(u, None, g, None), (d_y, None, g, None)
+        summary = tuple(x.squeeze(-1) for x in summary)
     else:
         dt, A = draw(rows, length, channels, seed=3).abs(), -draw(channels, states, seed=4).abs()
         B, C = (draw(rows, length, states, seed=i) for i in (5, 6))
         run = partial(scan.selective_scan, u, dt, A, B, C, backend="chunk")
-        found, back = scan_kernels.weighted_sum(u, B, dt, A, factor=True), (d_y, C, dt, A)
-    start = draw(*found[0].shape, seed=7)
-    assert_close(found[0] * start + found[1], run(initial_state=start)[1], 10 * FP32, "state")
+        summary, back = scan_kernels.weighted_sum(u, B, dt, A, factor=True), (d_y, C, dt, A)
+    start = draw(*summary[0].shape, seed=7)
+    assert_close(summary[0] * start + summary[1], run(initial_state=start)[1], 10 * FP32, "state")
     _, gradient = scan_kernels.weighted_sum(*back, backwards=True)
     expected = sequence.start_gradient(lambda state: run(initial_state=state), torch.zeros_like(start), d_y)
     assert_close(gradient.view_as(expected), expected, 10 * FP32, "gradient")
@@ -227,5 +227,5 @@ def test_sums_of_channels(shape: tuple[Any, ...], programs: int, monkeypatch: py
 
 def test_start_gradient() -> None:
     start, weight = torch.zeros(2, 3), torch.randn(3, 4)
-    found = sequence.start_gradient(lambda state: (state @ weight, state), start, torch.ones(2, 4))
-    assert_close(found, weight.sum(1).expand(2, 3), FP32)
+    d_start = sequence.start_gradient(lambda state: (state @ weight, state), start, torch.ones(2, 4))
+    assert_close(d_start, weight.sum(1).expand(2, 3), FP32)

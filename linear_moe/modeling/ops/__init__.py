@@ -1,9 +1,10 @@
-"""Mathematics of the model's parts: pure functions, no parameters, no collectives; imports nothing else of ours.
+"""Mathematics of the model's parts: pure functions without parameters or collectives.
 
-`recurrences/` has one folder per family. Each holds `reference` (token by token, fp32: the definition), `chunk`
-(PyTorch, any device), `fla` or `triton` (kernels of flash-linear-attention, or ours), `decode` (one token, in place)
-and `summary` (what a piece of a sequence does to the state). `attention/` is softmax attention, `fused/` what stands
-around recurrences, `experts/` the routed experts.
+The package imports nothing else of `linear_moe`. `recurrences/` has one folder per family, which holds `reference`
+(the definition, token by token in fp32), `chunk` (PyTorch on any device), `fla` or `triton` (kernels of
+flash-linear-attention, or our own), `decode` (one token, in place) and `summary` (the transition and the state that a
+piece of a sequence contributes). `attention/` has softmax attention, `fused/` the operations around recurrences,
+`experts/` the routed experts.
 """
 
 FAMILIES = {
@@ -15,4 +16,4 @@ FAMILIES = {
     "scan": "recurrences.scan",
     "softmax": "attention.softmax",
 }
-"""The module, below this package, of the operation that a family of mixers runs."""
+"""Families of mixers, each with the module (relative to this package) of the operation that its mixers run."""

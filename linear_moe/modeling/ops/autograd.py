@@ -8,10 +8,10 @@ import torch
 
 
 class Function(torch.autograd.Function):
-    """`torch.autograd.Function` whose subclasses may name and type the arguments of `forward` and `backward`.
+    """A `torch.autograd.Function` whose subclasses may name and type the arguments of `forward` and `backward`.
 
-    PyTorch declares both for a context and any number of arguments, which type checkers hold against a subclass that
-    says which ones it takes.
+    PyTorch declares both methods with a context and any number of arguments, so type checkers refuse a subclass that
+    names its own arguments.
     """
 
     @staticmethod

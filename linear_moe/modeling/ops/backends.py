@@ -26,7 +26,13 @@ _auto: ContextVar[str] = ContextVar("backend", default="auto")
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within it, ops called with backend "auto" (as mixers call them) use this one: to compare implementations."""
+    """Makes ops that are called with backend "auto", as mixers call them, use `backend` within the context.
+
+    The purpose is to compare implementations.
+
+    Raises:
+        ValueError: `backend` is not one of BACKENDS.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     token = _auto.set(backend)
@@ -37,7 +43,7 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def requested(backend: str) -> str:
-    """`backend`, or what `use_backend` says for "auto". Every op begins with it."""
+    """Returns `backend`, or for "auto" the backend that `use_backend` has set. Every op begins with this call."""
     return _auto.get() if backend == "auto" else backend
 
 
@@ -52,7 +58,7 @@ def check_inputs(
     """Raises ValueError for shapes and dtypes that no implementation takes.
 
     Args:
-        gates: name -> (tensor, the shapes it may have).
+        gates: for each gate's name, its tensor (or None) and the shapes that the tensor may have.
     """
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(f"q and k must both be [B, T, H, K], got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -79,7 +85,10 @@ def check_inputs(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """Raises ValueError unless these are offsets of packed documents. Values are read on CPU only: no device sync."""
+    """Raises ValueError unless `cu_seqlens` holds offsets of packed documents.
+
+    The values are read only if the tensor is on the CPU: reading them from a GPU would wait for the device.
+    """
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int64:
         raise ValueError(f"cu_seqlens must be int64 [documents + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if batch != 1:
@@ -102,14 +111,19 @@ def choose(
     v: Tensor,
     unsupported: str | None,
 ) -> Callable[..., Result]:
-    """The implementation that `backend` names.
+    """Returns the implementation that `backend` names.
 
-    "auto" is the kernels for 16-bit tensors on CUDA when they are installed and take the shapes, else "chunk": the
-    kernels multiply in bf16 or tf32, so tensors kept in fp32 get fp32 arithmetic. Within `torch.autocast` too:
-    dtypes are those of the inputs and of the implementation's own choice.
+    "auto" names the GPU kernels for 16-bit tensors on CUDA, if the kernels are installed and take the inputs; otherwise
+    "chunk". The kernels multiply in bf16 or tf32, so tensors that were kept in fp32 go to "chunk", which multiplies in
+    fp32. The implementation runs outside of `torch.autocast`, which would change the dtypes of its products.
 
     Args:
-        unsupported: why the kernels cannot take these inputs; None if they can.
+        implementations: functions by backend.
+        v: an input whose dtype and device decide.
+        unsupported: why the kernels cannot take these inputs; None: they can.
+
+    Raises:
+        ValueError: an unknown backend, or "gpu" for inputs that the kernels do not take.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -123,11 +137,13 @@ def choose(
         if unsupported is not None:
             raise ValueError(f"backend 'gpu': {unsupported}")
     chosen, device = implementations[backend], v.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
     return _without_autocast(chosen, device) if autocast else chosen
 
 
 def _without_autocast(function: Callable[..., Result], device: str) -> Callable[..., Result]:
+    """Returns a function that calls `function` with `torch.autocast` disabled."""
+
     def run(*args: Any, **options: Any) -> Result:
         with torch.autocast(device, enabled=False):
             return function(*args, **options)
@@ -137,12 +153,16 @@ def _without_autocast(function: Callable[..., Result], device: str) -> Callable[
 
 @cache
 def has_fla() -> bool:
-    """Whether flash-linear-attention and triton are installed; a broken installation raises when it is used."""
+    """Whether flash-linear-attention and Triton are installed; a broken installation raises only when it is used."""
     return find_spec("fla") is not None and find_spec("triton") is not None
 
 
 def import_fla(module: str) -> ModuleType:
-    """Imports `fla.<module>`, late: it needs triton."""
+    """Imports `fla.<module>`, which needs Triton and is therefore not imported with this package.
+
+    Raises:
+        ImportError: flash-linear-attention or Triton is not installed.
+    """
     if not has_fla():
         raise ImportError("the GPU kernels need fla-core and triton: pip install 'linear-moe[gpu]'")
     tuned.install()
@@ -174,17 +194,16 @@ def run_fla(
 
 
 def tiled(key_dim: int) -> int:
-    """`key_dim` rounded up to the size that the kernels are given.
+    """Returns `key_dim` rounded up to a multiple of 64, the size that the kernels are given.
 
-    flash-linear-attention 0.6.0's `chunk_bwd_dqkwg`, under Triton 3.7.1 on an H100, has configurations that its tuner
-    may choose for K below 64, and that then give wrong gradients (K = 32) or fault (K = 24). Zero channels change
-    nothing.
+    For K below 64, the tuner of flash-linear-attention 0.6.0's `chunk_bwd_dqkwg` may choose configurations that, under
+    Triton 3.7.1 on an H100, give wrong gradients (K = 32) or fault (K = 24). Channels of zeros change no result.
     """
     return -(-key_dim // 64) * 64
 
 
 def pad_keys(x: Tensor, dim: int, size: int) -> Tensor:
-    """Zeros behind `x` along `dim`, up to `size`."""
+    """Appends zeros to `x` along `dim`, up to `size`."""
     missing = size - x.shape[dim]
     if missing == 0:
         return x

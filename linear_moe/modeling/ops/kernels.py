@@ -1,6 +1,6 @@
-"""Kernels of small operations, each one pass over memory on CUDA, and stand-ins for kernels of any operation.
+"""Framework for small operations around recurrences, and stand-ins for the kernels of any operation.
 
-A small operation, as there are around recurrences, is defined by a PyTorch function (`fused`).
+A small operation is a PyTorch definition and, for CUDA, Triton kernels (`fused`).
 
 Within `stand_ins`, ops on any device choose and prepare as on a GPU, but in a kernel's place an autograd function keeps
 the tensors that the function `kept...` beside the kernel's call names. On the meta device that costs neither memory nor
@@ -27,11 +27,12 @@ from linear_moe.modeling.ops.autograd import Function
 
 @cache
 def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 class _Fused(Function):
-    """Saves its inputs only; without kernels the backward pass computes the definition again."""
+    """An operation that saves only its inputs; without kernels, its backward pass computes the definition again."""
 
     @staticmethod
     def forward(
@@ -58,17 +59,17 @@ class _Fused(Function):
         with torch.enable_grad():
             y = ctx.definition(*leaves, **ctx.options)
         wanted = [x for x in leaves if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grads))
-        return None, None, None, *(next(found) if need else None for need in needs)
+        gradients = iter(torch.autograd.grad(y, wanted, grads))
+        return None, None, None, *(next(gradients) if need else None for need in needs)
 
 
 def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
-    """`definition(*inputs, **options)`, differentiable once, saving only the inputs for the backward pass.
+    """Returns `definition(*inputs, **options)`, differentiable once; only the inputs are saved for the backward pass.
 
     Args:
-        kernels: a Triton module of this package, used if the first input is on CUDA and not fp64, with
-            `forward(*inputs, **options)` and `backward(grad, *inputs, **options)` -> a gradient (or None) for each
-            input. Where the definition returns a tuple, so does `forward`, and `grad` is one.
+        kernels: name of a Triton module of `ops/fused`, which is used if the first input is on CUDA and not fp64. The
+            module has `forward(*inputs, **options)` and `backward(grad, *inputs, **options)`, which returns a gradient
+            (or None) for each input. If the definition returns a tuple, so does `forward`, and `grad` is a tuple.
     """
     first = inputs[0]
     assert first is not None
@@ -78,14 +79,14 @@ def fused(definition: Callable[..., Any], kernels: str, *inputs: Tensor | None, 
 
 
 def on_kernels(kernels: str, *inputs: Tensor | None, **options: Any) -> Any:
-    """The Triton kernels of `fused`, for inputs on CUDA."""
+    """Runs the Triton kernels of `fused` on inputs that are on CUDA."""
     module = importlib.import_module(f"linear_moe.modeling.ops.fused.{kernels}")
-    with torch.cuda.device_of(inputs[0]):  # where Triton launches; autograd sees to the backward pass
+    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device; autograd sets it in backward
         return _Fused.apply(None, module, options, *inputs)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """In fp32 at least."""
+    """Casts `x` to fp32; fp64 stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -94,7 +95,7 @@ _active: ContextVar[bool] = ContextVar("stand_ins", default=False)
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Within it, kernels are stood in for."""
+    """Replaces kernels by stand-ins in the scope of this context."""
     token = _active.set(True)
     try:
         yield
@@ -103,14 +104,14 @@ def stand_ins() -> Iterator[None]:
 
 
 def stood_in() -> bool:
-    """Whether kernels are stood in for."""
+    """Whether stand-ins replace kernels here."""
     return _active.get()
 
 
 def stand_in(outputs: Sequence[Tensor], kept: Iterable[Tensor | None], inputs: Iterable[Tensor | None]) -> Any:
-    """`outputs`, as an operation of `inputs` gives them that keeps `kept` for its backward pass; one, or a tuple."""
-    found: tuple[Tensor, ...] = _StandIn.apply(list(outputs), list(kept), *inputs)
-    return found if len(found) > 1 else found[0]
+    """Returns `outputs`, a tensor or a tuple, as an operation of `inputs` that keeps `kept` for its backward pass."""
+    results: tuple[Tensor, ...] = _StandIn.apply(list(outputs), list(kept), *inputs)
+    return results if len(results) > 1 else results[0]
 
 
 class _StandIn(Function):

@@ -1,4 +1,4 @@
-"""How sequences are cut: into documents for the references, into chunks for the chunkwise implementations."""
+"""Cuts of sequences: into documents for the references, into chunks for the chunkwise implementations."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from linear_moe.modeling.ops.walk import Carried
 
 State = TypeVar("State", Tensor, tuple[Tensor, ...])
 
-MAX_CHUNK = 32  # the fastest on CPU at K = V = 32 to 64
+MAX_CHUNK = 32  # the fastest size of a chunk on CPU for K = V = 32 to 64
 MIN_CHUNK = 16
 
 
 def documents(cu_seqlens: Tensor, length: int) -> Tensor:
-    """The number of every token's document, `[T]` int64."""
+    """Returns the number of every token's document, `[T]` int64."""
     return torch.searchsorted(cu_seqlens, torch.arange(length, device=cu_seqlens.device), right=True) - 1
 
 
 def first_tokens(cu_seqlens: Tensor, length: int) -> Tensor:
-    """The first token of every token's document, `[T]` int32."""
+    """Returns the index of the first token of every token's document, `[T]` int32."""
     return cu_seqlens[documents(cu_seqlens, length)].int()
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """A small tensor from the CPU, without waiting for the device."""
+    """Copies a small tensor from the CPU to `device`, without waiting for the device."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def by_token(*inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The inputs `[B, T, ...]` of each token `[B, ...]`; None stays None.
+    """Yields the inputs `[B, T, ...]` token by token, as `[B, ...]`; an input that is None stays None.
 
-    Unbound at once: the gradient of T separate selections would be T tensors of the whole size.
+    The inputs are unbound at once, because the gradients of T separate selections would be T tensors of the whole size.
     """
     length = next(x.shape[1] for x in inputs if x is not None)
     return zip(*([None] * length if x is None else x.unbind(1) for x in inputs), strict=True)
@@ -51,7 +51,12 @@ def separately(
     """Runs `function(state, *inputs) -> (output, final state)` on each packed document `[1, length, ...]` alone.
 
     Args:
-        initial_state: `[documents, ...]`, or a tuple of such.
+        inputs: `[1, T, ...]`, or None.
+        initial_state: `[documents, ...]`, or a tuple of such tensors.
+        cu_seqlens: `[documents + 1]` offsets, documents may be empty: the final state of these is the initial one.
+
+    Returns:
+        The outputs of all documents `[1, T, ...]`, and the final states as `initial_state`.
     """
     outputs, finals = [], []
     for document, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
@@ -66,19 +71,27 @@ def separately(
 
 
 class Chunks:
-    """Cuts `[B, T, H, ...]` into `[N, B*H, C, ...]`: N chunks of C tokens, padded with zeros.
+    """A cut of tensors `[B, T, H, ...]` into N chunks of C tokens, `[N, B*H, C, ...]`.
 
-    Packed documents each begin a chunk of their own, so no chunk holds tokens of two. Zeros must be neutral in the
-    recurrence that uses this: no decay, no update.
+    Every packed document begins a new chunk, so no chunk holds tokens of two documents. Slots of a chunk without a
+    token hold zeros, which must be neutral in the recurrence: no decay, no update.
 
     Args:
-        size: tokens of a chunk, where the recurrence itself says so; None: what is fast.
-        skip: slots left empty before the first token of every row, without `cu_seqlens`.
+        x: `[B, T, H, ...]`, for its sizes and device.
+        cu_seqlens: `[documents + 1]` offsets of packed documents, B = 1; None: every row is one sequence.
+        size: C, if the recurrence itself prescribes the number of tokens in a chunk; None: a size that is fast.
+        skip: slots left empty before the first token of every row; only without `cu_seqlens`.
+
+    Attributes:
+        size, count: C and N.
+        slots: `[T]`, the place of each token in the sequence of all slots; None without `cu_seqlens`.
+        spans: first chunk and end of every document, or of all rows together.
+        complete: whether the last chunk of each span has no empty slots.
     """
 
     def __init__(self, x: Tensor, cu_seqlens: Tensor | None, size: int | None = None, skip: int = 0):
         self.batch, self.length, self.heads = x.shape[:3]
-        self.slots: Tensor | None = None  # [T] place of each token in the padded sequence, when packed
+        self.slots: Tensor | None = None
         self.skip = skip
         if cu_seqlens is None:
             self.size = size or chunk_size(self.length)
@@ -90,7 +103,7 @@ class Chunks:
         offsets = cu_seqlens.cpu()
         lengths = offsets.diff()
         self.size = size or chunk_size(-(-self.length // max(int((lengths > 0).sum()), 1)))
-        self.complete = (lengths % self.size == 0).tolist()  # whether the last chunk of each span has no empty slots
+        self.complete = (lengths % self.size == 0).tolist()
         ends = lengths.add(self.size - 1).floor_divide(self.size).cumsum(0)
         firsts = F.pad(ends[:-1], (1, 0))
         self.count = int(ends[-1])
@@ -99,7 +112,7 @@ class Chunks:
         self.slots = on_device(torch.arange(self.length) + shift, x.device)
 
     def split(self, x: Tensor) -> Tensor:
-        """`[B, T, H, ...]` -> `[N, B*H, C, ...]`."""
+        """Cuts `x [B, T, H, ...]` into chunks `[N, B*H, C, ...]`."""
         if self.slots is not None:
             x = x.new_zeros(1, self.count * self.size, *x.shape[2:]).index_copy(1, self.slots, x)
         elif self.count * self.size != self.length:
@@ -109,7 +122,7 @@ class Chunks:
         return x.reshape(self.count, self.batch * self.heads, self.size, *x.shape[4:]).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
-        """`[N, B*H, C, D]` -> `[B, T, H, D]`."""
+        """Joins the chunks `x [N, B*H, C, D]` to `[B, T, H, D]`."""
         x = x.unflatten(1, (self.batch, self.heads)).movedim((0, 2), (1, 3)).flatten(1, 2)
         if self.slots is not None:
             return x.index_select(1, self.slots)
@@ -134,11 +147,15 @@ class Chunks:
         return torch.stack(before), torch.stack(final).reshape(initial_state.shape)
 
     def carry(self, updates: Tensor, decays: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-        """`scan` where the state after chunk n is `updates[n] + decays[n] * state`, real or complex.
+        """Runs the recurrence over chunks in which the state after chunk n is `updates[n] + decays[n] * state`.
 
         Args:
-            updates: `[N, B*H, K, V]`.
-            decays: `[N, B*H, K or 1, V or 1]`, or None: 1.
+            updates: `[N, B*H, K, V]`, real or complex.
+            decays: `[N, B*H, K or 1, V or 1]`; None: all are 1.
+            initial_state: see `scan`.
+
+        Returns:
+            See `scan`.
         """
         starts = initial_state.reshape(len(self.spans), -1, *initial_state.shape[2:])
         before, final = Carried.apply(updates, decays, starts, self.spans)
@@ -146,12 +163,12 @@ class Chunks:
 
 
 def chunk_size(length: int) -> int:
-    """A power of two, near the length of short sequences."""
+    """Returns a number of tokens for chunks: `length` rounded up to a power of two, within MIN_CHUNK and MAX_CHUNK."""
     return min(MAX_CHUNK, max(MIN_CHUNK, 1 << (length - 1).bit_length()))
 
 
 def start_state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """`initial_state`, or zeros `[sequences, H, K, V]` in fp32."""
+    """Returns `initial_state`, or zeros `[sequences, H, K, V]` in fp32 if it is None."""
     if initial_state is not None:
         return initial_state
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -159,10 +176,10 @@ def start_state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: 
 
 
 def segment_sums(g: Tensor) -> Tensor:
-    """`g [..., C]` -> `[..., C, C]`: g[j+1] + ... + g[i] at (i, j), minus infinity where j > i.
+    """Returns the sums of `g [..., C]` over segments, `[..., C, C]`: g[j+1] + ... + g[i] at (i, j), -infinity if j > i.
 
-    Summed, never subtracted: differences of cumulative sums lose the small gates that follow large ones (and make NaN
-    of infinite ones), here and in the gradient.
+    Every segment is summed by itself. Differences of cumulative sums would lose the small gates that follow large ones
+    and give NaN for infinite ones, in the gradient too.
     """
     size = g.shape[-1]
     ones = torch.ones(size, size, dtype=torch.bool, device=g.device)

@@ -1,8 +1,8 @@
 """Recurrences from chunk to chunk, differentiated in closed form.
 
-A step is a few small products, one after the other: on a GPU the time is that of launching them. So autograd does not
-follow the steps: states go straight into one buffer, and what the backward pass needs besides later gradients is made
-for all chunks at once.
+A step is a few small products, which depend on the step before: on a GPU the time goes into launching them. So autograd
+does not follow the steps. The states are written straight into one buffer, and the terms of the backward pass that do
+not depend on later gradients are computed for all chunks at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,21 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.autograd import Function
 
-Spans = list[tuple[int, int]]  # of every document, or of all rows: its first chunk and the one after its last
+Spans = list[tuple[int, int]]
+"""First chunk and end (the chunk after the last) of every document, or of all rows together."""
 
 
 def forwards(starts: Tensor, spans: Spans, count: int) -> tuple[Tensor, Tensor, Iterator[tuple[int, Tensor, Tensor]]]:
-    """Buffers of states before every chunk and after every span; n, the state before n, where the next goes."""
+    """Allocates the states of a recurrence over chunks, and iterates over its steps.
+
+    Args:
+        starts: `[spans, ...]`, the state before the first chunk of every span.
+        count: number of chunks.
+
+    Returns:
+        Buffers of the states before every chunk `[count, ...]` and after every span `[spans, ...]`, and the steps: the
+        number n of a chunk, the state before it, and the buffer for the state after it, which the caller has to write.
+    """
     before, final = starts.new_empty(count, *starts.shape[1:]), starts.clone()
 
     def steps() -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -35,7 +45,17 @@ def forwards(starts: Tensor, spans: Spans, count: int) -> tuple[Tensor, Tensor, 
 
 
 def backwards(d_final: Tensor, spans: Spans, count: int) -> tuple[Tensor, Tensor, Iterator[tuple[int, Tensor, Tensor]]]:
-    """Those of gradients: after every chunk and of the starts; n, the gradient after n, where that before goes."""
+    """Allocates the gradients of a recurrence over chunks, and iterates over its steps from the last to the first.
+
+    Args:
+        d_final: `[spans, ...]`, the gradient of the state after every span.
+        count: number of chunks.
+
+    Returns:
+        Buffers of the gradients of the states after every chunk `[count, ...]` and of the starts `[spans, ...]`, and
+        the steps: the number n of a chunk, the gradient of the state after it, and the buffer for the gradient of the
+        state before it, which the caller has to write.
+    """
     d_after, d_starts = d_final.new_empty(count, *d_final.shape[1:]), d_final.clone()
 
     def steps() -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -51,15 +71,18 @@ def backwards(d_final: Tensor, spans: Spans, count: int) -> tuple[Tensor, Tensor
 
 
 class Carried(Function):
-    """`carried(updates, decays, starts, spans) -> (before, final)`: the state after a chunk is update + decay * state.
+    """The recurrence over chunks in which the state after a chunk is update + decay * state before it.
+
+    `Carried.apply(updates, decays, starts, spans) -> (before, final)`
 
     Args:
         updates: `[N, ...]`, real or complex.
-        decays: `[N, ...]`, broadcast against the states, or None: 1.
-        starts: `[spans, ...]`.
+        decays: `[N, ...]`, broadcast against the states; None: all are 1.
+        starts: `[spans, ...]`, the state before the first chunk of every span.
+        spans: first chunk and end of every span.
 
     Returns:
-        The states before every chunk, as `updates`, and after every span, as `starts`.
+        The states before every chunk, shaped as `updates`, and after every span, shaped as `starts`.
     """
 
     @staticmethod

@@ -1,8 +1,9 @@
-"""Softmax attention of some queries to some of their keys, and its gradients: what others join to the whole.
+"""Softmax attention of some queries to some of their keys, with gradients, for callers that join such parts.
 
-Parts of one query's keys are joined by the log-sum-exp of their scores, and each part's gradient needs only that of all
-(arXiv 2205.14135, arXiv 2310.01889). On a GPU in half precision FlashAttention computes a block, elsewhere loops over
-tiles of scores in fp32 do. `ops.softmax` is the op for whole sequences; this one knows no autograd.
+The attention of a query to parts of its keys is joined by the log-sum-exp of each part's scores. The gradients of a
+part need only the output and the log-sum-exp over all keys (arXiv 2205.14135, arXiv 2310.01889). FlashAttention
+computes a block on a GPU in half precision; loops over tiles of scores in fp32 compute the block elsewhere.
+`ops.attention.softmax` has the op for whole sequences. The functions of this module are not differentiable by autograd.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from linear_moe.modeling.ops.backends import requested
 from linear_moe.modeling.ops.packing import on_device
 
 Span = tuple[int, int]
-"""From where, and up to where, in tokens laid end to end."""
+"""A half-open range `(first, end)` of tokens, in sequences laid end to end."""
 
-TILE = 512  # queries, and keys, whose scores are made at once where FlashAttention does not do it
+TILE = 512  # queries, and keys, of one tile of scores, where FlashAttention does not compute the block
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Block:
     """Sequences of queries, each with keys: query i of n sees key j of m if -left <= j - (m - n) - i <= right.
 
     Attributes:
-        queries, keys: of each sequence, none empty. No query is in two of them, keys may be; every query sees a key.
-        left, right: None: without limit; (None, 0): causal, the queries are the last tokens of the keys.
+        queries, keys: spans of each sequence's queries, and of its keys. No span is empty. Spans of queries do not
+            overlap, spans of keys may; every query sees at least one key.
+        left, right: None: no limit on this side. (None, 0) is causal attention whose queries are the last tokens of
+            the keys.
+        device: where the queries and keys are.
     """
 
     queries: tuple[Span, ...]
@@ -43,35 +47,36 @@ class Block:
 
     @property
     def sums(self) -> tuple[list[int], list[int]]:
-        """Where sequences begin, queries and keys laid end to end, and the end."""
+        """Offsets of the sequences in the queries, and in the keys, of the block: `sequences + 1` numbers each."""
         queries, keys = ([0, *accumulate(b - a for a, b in spans)] for spans in (self.queries, self.keys))
         return queries, keys
 
     @cached_property
     def offsets(self) -> tuple[Tensor, Tensor]:
-        """`sums` as FlashAttention takes them, int32 `[sequences + 1]`."""
+        """Tensors of the two `sums`, int32 `[sequences + 1]` on the device, as FlashAttention takes them."""
         queries, keys = (on_device(torch.tensor(n, dtype=torch.int32), self.device) for n in self.sums)
         return queries, keys
 
     @cached_property
     def longest(self) -> tuple[int, int]:
-        """What FlashAttention is told of the most queries, and keys, of a sequence.
+        """Upper bounds of the queries, and of the keys, of a sequence, as FlashAttention is told them.
 
-        At least two: it lays out the log-sum-exp of single queries with grouped heads in another way. Of keys, where
-        only `left` is a limit, at least as many as of queries: it takes this number for the missing one.
+        Each bound is at least two: with grouped heads, FlashAttention lays out the log-sum-exp differently if no
+        sequence has more than one query. Without a limit on the right, the bound of the keys is at least that of the
+        queries, because FlashAttention puts this bound in place of the missing limit.
         """
         queries, keys = (max(b - a for a, b in spans) for spans in (self.queries, self.keys))
         return max(queries, 2), max(keys, 2, queries if self.right is None else 0)
 
 
 def take(x: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The tokens `[n, ...]` of `x [T, ...]` in these spans, one after the other."""
+    """Returns the tokens `[n, ...]` of `x [T, ...]` that lie in the spans, one span after the other."""
     parts = [x[a:b] for a, b in _joined(spans)]
     return parts[0] if len(parts) == 1 else torch.cat([x[:0], *parts])
 
 
 def put(into: Tensor, x: Tensor, spans: Sequence[Span], add: bool = False) -> None:
-    """`take` the other way: writes (or adds) `x [n, ...]` to the tokens of `into [T, ...]`."""
+    """Writes (or adds) `x [n, ...]` to the tokens of `into [T, ...]` that lie in the spans: the inverse of `take`."""
     runs = _joined(spans)
     for (a, b), part in zip(runs, x.split([b - a for a, b in runs]), strict=True):
         if add:
@@ -81,7 +86,7 @@ def put(into: Tensor, x: Tensor, spans: Sequence[Span], add: bool = False) -> No
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Neighbours as one."""
+    """Merges adjoining spans, of which one ends where the next begins."""
     runs: list[Span] = []
     for a, b in spans:
         if runs and runs[-1][1] == a:
@@ -92,18 +97,29 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def join(o: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two parts of attention `[n, H, V]` with log-sum-exps `[n, H]`, minus infinity where a part has no keys."""
-    together = torch.logaddexp(lse, other_lse)
-    known = together.masked_fill(together == float("-inf"), 0.0)
-    mine, theirs = ((x - known).exp().unsqueeze(-1) for x in (lse, other_lse))
-    return o * mine + other * theirs, together
+    """Joins the attention of the same queries to two parts of their keys.
+
+    Args:
+        o, other: `[n, H, V]`.
+        lse, other_lse: `[n, H]`, the log-sum-exps of their scores, minus infinity where a part has no keys.
+
+    Returns:
+        The attention to the keys of both parts, and its log-sum-exp.
+    """
+    joined = torch.logaddexp(lse, other_lse)
+    finite = joined.masked_fill(joined == float("-inf"), 0.0)
+    weight, other_weight = ((x - finite).exp().unsqueeze(-1) for x in (lse, other_lse))
+    return o * weight + other * other_weight, joined
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-    """A block of attention, its queries one after the other: `o [n, H, V]` and log-sum-exp `[n, H]` in fp32.
+    """Computes the attention of a block.
 
     Args:
-        q, k, v: `[T, H, D]`, `[S, G, D]`, `[S, G, V]`; G divides H.
+        q, k, v: `[T, H, D]`, `[S, G, D]`, `[S, G, V]`; G divides H. The block's spans count the T queries and S keys.
+
+    Returns:
+        `o [n, H, V]` and the log-sum-exp `[n, H]` in fp32 of the block's n queries, one span after the other.
     """
     q, k, v = take(q, block.queries), take(k, block.keys), take(v, block.keys)
     if not _flash(q, v):
@@ -118,11 +134,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple
 def attend_backward(
     d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the block's q `[n, H, D]`, k `[m, G, D]` and v `[m, G, V]`, each one after the other.
+    """Computes the part of the gradients of q, k and v that comes from the pairs of a block.
 
     Args:
-        d_o, o: `[T, H, V]`, the gradient and the value of the attention to all keys, of all queries.
-        lse: `[T, H]` fp32, of all keys.
+        d_o, o: `[T, H, V]`, the gradient and the value of the attention of all queries to all of their keys.
+        q, k, v: see `attend`.
+        lse: `[T, H]` fp32, the log-sum-exp over all keys.
+
+    Returns:
+        Gradients of the block's n queries `[n, H, D]`, and of its m keys `[m, G, D]` and values `[m, G, V]`, one span
+        after the other; a key in two spans appears twice.
     """
     d_o, q, o, lse = (take(x, block.queries) for x in (d_o, q, o, lse))
     k, v = take(k, block.keys), take(v, block.keys)
@@ -132,7 +153,7 @@ def attend_backward(
     wide = [aligned(x) for x in one_size(q, k, v, scale, 8)[:3]]
     outer = [aligned(one_size(q, k, x, scale, 8)[2]) for x in (d_o, o)]
     nothing = torch.empty(0, device=q.device)
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, of which there is none
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of dropout, which is off
     gradients = torch.ops.aten._flash_attention_backward(
         outer[0],
         *wide,
@@ -165,8 +186,11 @@ def _limits(block: Block) -> dict[str, Any]:
 
 
 def _tiles(block: Block) -> Iterator[tuple[Span, Span, int]]:
-    """Queries, keys that some of them see (of those laid end to end), and how far the first key is ahead of the first
-    query."""
+    """Yields every tile of scores that has visible pairs.
+
+    A tile is a span of queries, a span of keys (counted in the block's tokens laid end to end), and the number of
+    positions by which its first key is ahead of its first query.
+    """
     for (a, b), (c, d) in zip(*(pairwise(sums) for sums in block.sums), strict=True):
         shift = (d - c) - (b - a)
         for i in range(a, b, TILE):
@@ -181,7 +205,7 @@ def _tiles(block: Block) -> Iterator[tuple[Span, Span, int]]:
 
 
 def _scores(q: Tensor, k: Tensor, ahead: int, block: Block, scale: float) -> Tensor:
-    """`[n, G, R, D], [m, G, D] -> [G, R, n, m]`, minus infinity where invisible."""
+    """Returns the scores `[G, R, n, m]` of `q [n, G, R, D]` and `k [m, G, D]`, minus infinity for invisible pairs."""
     scores = torch.einsum("ngrd,mgd->grnm", q, k) * scale
     queries, keys = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
     distance = keys + ahead - queries.unsqueeze(-1)
@@ -193,7 +217,7 @@ def _scores(q: Tensor, k: Tensor, ahead: int, block: Block, scale: float) -> Ten
 
 
 def _exact(x: Tensor, heads: int | None = None) -> Tensor:
-    """In fp32 or more; with `heads`, `[T, H, D] -> [T, G, R, D]`."""
+    """Casts `x` to fp32 (fp64 stays); with `heads`, the number G of groups, also `[T, H, D] -> [T, G, R, D]`."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x if heads is None else x.unflatten(1, (heads, -1))
 

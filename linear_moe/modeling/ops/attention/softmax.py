@@ -25,7 +25,11 @@ def visible(
     positions: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Which keys each query sees, `[1 or B, T, S]` bool: those of its document, not later than it, within `window`."""
+    """Returns the mask `[1 or B, T, S]` (bool) of the keys that each query sees.
+
+    A query sees the keys of its document that are not later than itself and within `window` (arguments as for
+    `softmax_attention`).
+    """
     slots = torch.arange(keys, device=device)
     at = slots[:length].unsqueeze(0) if positions is None else positions
     mask = slots <= at.unsqueeze(-1)
@@ -47,7 +51,10 @@ def softmax_attention_reference(
     positions: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The definition, in fp32: `o_t = sum_s softmax_s(q_t . k_s scale) v_s` over visible s. Arguments as below."""
+    """Definition of softmax attention in fp32: `o_t = sum_s softmax_s(q_t . k_s scale) v_s` over the visible keys s.
+
+    The arguments are those of `softmax_attention`.
+    """
     mask = visible(q.shape[1], k.shape[1], q.device, cu_seqlens=cu_seqlens, positions=positions, window=window)
     k, v = (t.float().repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -57,7 +64,10 @@ def softmax_attention_reference(
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
-    """PyTorch's packed FlashAttention (torch >= 2.10) and its parameters, which grew from release to release."""
+    """Returns PyTorch's variable-length FlashAttention (torch >= 2.10; None: it is missing) and its parameters' names.
+
+    Later releases have more parameters.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -72,6 +82,7 @@ def takes_groups() -> bool:
 
 
 def suits_flash(q: Tensor) -> bool:
+    """Whether FlashAttention takes queries like `q`: 16-bit floats on CUDA with heads of up to 256 channels."""
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
 
 
@@ -84,15 +95,15 @@ def _packed(
     longest: tuple[int, int],
     window: int | None,
 ) -> Tensor | None:
-    """FlashAttention over packed documents, or over rows; None where this PyTorch cannot.
+    """Runs variable-length FlashAttention over packed documents, or over rows; None: this PyTorch cannot.
 
     Args:
-        offsets, longest: int32 `[documents + 1]` and the most tokens of one, of queries and of keys. A document's
-            queries are its last tokens.
+        offsets: int32 `[documents + 1]`, of the queries and of the keys. The queries of a document are its last tokens.
+        longest: tokens of the longest document, in queries and in keys.
     """
-    if (found := _varlen()) is None:
+    if (function_and_parameters := _varlen()) is None:
         return None
-    varlen_attn, parameters = found
+    varlen_attn, parameters = function_and_parameters
     extra: dict[str, Any] = {}
     if "window_size" in parameters:
         extra["window_size"] = (-1 if window is None else window - 1, 0)
@@ -117,7 +128,11 @@ def _packed(
 def one_size(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, multiple: int
 ) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """Heads padded to one size, a multiple of `multiple`, as FlashAttention takes them; and the scale of the scores."""
+    """Pads the heads of q, k and v to one size, a multiple of `multiple`, as FlashAttention takes them.
+
+    Returns:
+        q, k, v and `scale`, which becomes that of the unpadded heads where it was None and q is padded.
+    """
     size, width = q.shape[-1], max(q.shape[-1], v.shape[-1])
     width = -(-width // multiple) * multiple
     if size < width and scale is None:
@@ -127,7 +142,10 @@ def one_size(
 
 
 def aligned(x: Tensor) -> Tensor:
-    """FlashAttention reads 16 bytes at a time wherever a head begins, and does not look whether it may."""
+    """Returns `x`, copied if one of its heads does not begin at a multiple of 16 bytes.
+
+    FlashAttention loads 16 bytes at a time from where a head begins, without a check of the alignment.
+    """
     starts = [x.storage_offset(), *(s for s, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)]
     return (
         x
@@ -152,23 +170,28 @@ def softmax_attention(
     positions: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """`q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] -> o [B, T, H, V]`; G divides H, head h reads group h // (H / G).
+    """Causal softmax attention, `q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] -> o [B, T, H, V]`.
 
-    On PyTorch's fused kernels. Packed documents and windows take its variable-length FlashAttention on a GPU in half
-    precision; elsewhere, and with a cache, a dense `[T, S]` mask. Within `use_backend("reference")`, the definition.
+    G divides H, and head h reads group h // (H / G). PyTorch's fused kernels compute the attention: for packed
+    documents and windows its variable-length FlashAttention on a GPU in half precision; elsewhere, and with a cache,
+    its scaled dot product attention with a dense `[T, S]` mask. Within `use_backend("reference")` the definition does.
 
     Args:
-        scale: of the scores; None: 1 / sqrt(D).
+        scale: factor of the scores; None: 1 / sqrt(D).
         cu_seqlens: `[documents + 1]` offsets of packed documents, B = 1.
-        max_document: longest document, a host integer; None: T.
-        positions: `[B, T]` positions of the queries when k, v are a cache whose slot s holds position s; None: S = T.
-        window: a query sees itself and the `window - 1` tokens before it; None: all before it.
+        max_document: tokens of the longest document, an integer on the host; None: T.
+        positions: `[B, T]` positions of the queries when k, v are a cache whose slot s holds position s; None: k and v
+            belong to the queries' tokens, S = T.
+        window: a query sees itself and the `window - 1` tokens before it; None: all tokens before it.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or (positions is None and q.shape[1] != k.shape[1]):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together")
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together: they must be "
+            "[B, T, H, D], [B, S, G, D] and [B, S, G, V] where G divides H and, without a cache, S = T"
+        )
     if cu_seqlens is not None and (q.shape[0] != 1 or positions is not None):
         raise ValueError("packed documents need a batch of 1 and no cache")
     if positions is None and (pieces := sequence.current()) is not None:
@@ -216,11 +239,12 @@ def latent_attention(
     cu_seqlens: Tensor | None = None,
     max_document: int | None = None,
 ) -> Tensor:
-    """`softmax_attention` whose keys and values are made of something smaller, `latent [B, S, ...]`, token by token.
+    """Softmax attention whose keys and values are computed from a smaller tensor, `latent [B, S, ...]` (MLA).
 
     Args:
-        expand: `latent -> k [B, S, G, D], v [B, S, G, V]`.
-        parameters: those that it uses, all of them.
+        expand: function `latent -> k [B, S, G, D], v [B, S, G, V]` that treats each token by itself.
+        parameters: all parameters that `expand` uses.
+        q, cu_seqlens, max_document: as for `softmax_attention`.
     """
     if (pieces := sequence.current()) is not None:
         return pieces.attention(q, (latent,), expand, parameters, None, None)

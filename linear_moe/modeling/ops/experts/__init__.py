@@ -1,8 +1,9 @@
-"""Routed SwiGLU experts as one differentiable operation, which keeps what a dense SwiGLU of the same width keeps.
+"""Routed SwiGLU experts as one differentiable operation, which keeps as much memory as a dense SwiGLU of equal width.
 
 A *slot* is one of the k experts that one of n tokens is sent to: `token * k + choice`. Slots sorted by expert are the
-*rows* that grouped GEMMs work on. All sizes follow from shapes and all counts stay on the device, so nothing here waits
-for it. Triton kernels on CUDA, PyTorch elsewhere; between them, GEMMs of one of several `Products`.
+*rows* that grouped GEMMs work on. All sizes follow from shapes and all counts stay on the device, so no function here
+waits for the device. Several `Products` implement the GEMMs; the operations around them are Triton kernels on CUDA and
+PyTorch functions elsewhere.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from linear_moe.modeling.ops.experts.reference import Reference
 from linear_moe.modeling.ops.kernels import has_triton
 
 PRODUCTS = ("auto", "grouped", "grouped_mm", "triton", "quack")
-"""Who multiplies: PyTorch's grouped_mm, our Triton kernels, quack-kernels. grouped: on Hopper triton where it can, else
-grouped_mm; auto: on Hopper quack where it can, else grouped."""
+"""Implementations of the GEMMs: `grouped_mm` (PyTorch), `triton` (our kernels) and `quack` (quack-kernels). `grouped`
+means triton on Hopper where it takes the inputs, else grouped_mm. `auto` means quack on Hopper where it takes the
+inputs, else grouped."""
 
 
 def assign(index: Tensor, num_experts: int) -> Assignment:
-    """Sort the slots of `index [n, k]` (integers in [0, E); E: no expert) by expert, and by token within an expert."""
+    """Sorts the slots of `index [n, k]` (integers in [0, E); E: no expert) by expert, and by token within an expert."""
     kernels = _kernels(index)
     if kernels is not None and kernels.can_assign(num_experts):
         return Assignment(*kernels.assign(index, num_experts))
@@ -40,14 +42,11 @@ def assign(index: Tensor, num_experts: int) -> Assignment:
     return Assignment(counts, offsets_of(counts), slot.to(torch.int32), row)
 
 
-# -- definitions: differentiable PyTorch -------------------------------------------------------------------------------
-
-
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
 def refused_by_quack(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why quack's GEMMs cannot compute there; None: they can."""
+    """Returns the reason why quack's GEMMs cannot compute in `dtype` on `device`; None: they can."""
     if dtype != torch.bfloat16:
         return f"multiplies bf16, not {str(dtype).removeprefix('torch.')}"
     if not _has_quack():
@@ -64,18 +63,18 @@ def _has_quack() -> bool:
 
 
 def _kernels(x: Tensor) -> Any:
-    """The Triton kernels of this module if `x` is theirs, else None."""
+    """Returns the module of Triton kernels if they take `x`, else None."""
     if x.is_cuda and x.dtype != torch.float64 and has_triton():
         return importlib.import_module("linear_moe.modeling.ops.experts.triton")
     return None
 
 
 def _products(name: str, x: Tensor, ffn: int) -> Products:
-    """See `experts`."""
+    """Returns the implementation of the GEMMs that `name` stands for (see `experts`), for tokens `x` and F = `ffn`."""
     if name not in PRODUCTS:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {name!r}")
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-    by_16_bytes = x.shape[1] % 8 == 0 and ffn % 8 == 0  # the tensor memory accelerator's terms
+    by_16_bytes = x.shape[1] % 8 == 0 and ffn % 8 == 0  # for the tensor memory accelerator
     around = _kernels(x)
     if name == "quack" or (name == "auto" and hopper):
         refusal = refused_by_quack(x.dtype, x.device)
@@ -104,27 +103,30 @@ def experts(
     products: str = "auto",
     keep: bool = True,
 ) -> Tensor:
-    """`y[t] = sum_j weights[t, j] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, e the expert of slot (t, j).
+    """Applies the experts of every token, and sums their weighted outputs.
 
-    Differentiable once in `x`, `weights` and both projections. For the backward pass it keeps its inputs and, with
-    `keep`, the rows' gate and up projections, which that pass overwrites: neither x nor the experts' outputs are kept
-    by rows, and the gradient of a weight is the product of the activation and the gradient of the weighted activation.
+    `y[t] = sum_j weights[t, j] * down_e(silu(gate_e(x[t])) * up_e(x[t]))`, where e is the expert of slot (t, j).
+
+    The operation is differentiable once in `x`, `weights` and both projections. For the backward pass it keeps its
+    inputs and, with `keep`, the gate and up projections of the rows, which the backward pass overwrites. Neither x nor
+    the experts' outputs are kept by rows: the gradient of a weight is the product of the activation and the gradient of
+    the weighted activation.
 
     Args:
         x: `[n, D]`.
         weights: `[n, k]`, or `[n]` where `to` has no slots; fp32.
         gate_up_proj: `[E, 2, F, D]` in x's dtype, gates first.
         down_proj: `[E, D, F]`.
-        to: from `assign`, or `Assignment.of_rows`.
-        products: one of PRODUCTS. "triton" is grouped_mm where there are no such kernels: on a CPU, and for dtypes
-            and sizes that they do not take.
-        keep: else the backward pass computes the gate and up projections again.
+        to: the assignment of tokens to experts, from `assign` or `Assignment.of_rows`.
+        products: one of PRODUCTS. "triton" falls back to grouped_mm on a CPU, and for dtypes and sizes that the kernels
+            do not take.
+        keep: whether to keep the gate and up projections; otherwise the backward pass computes them again.
 
     Returns:
         `[n, D]` in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit; `products` "quack" where it cannot compute.
+        ValueError: shapes that do not fit; `products` "quack" where quack's GEMMs cannot compute.
     """
     num, two, ffn, hidden = gate_up_proj.shape
     if two != 2 or down_proj.shape != (num, hidden, ffn) or x.shape[1:] != (hidden,) or len(to.counts) != num:
@@ -139,6 +141,8 @@ def experts(
 
 
 class _Experts(Function):
+    """The autograd function of `experts`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -152,7 +156,7 @@ class _Experts(Function):
     ) -> Tensor:
         to = Assignment(*indices)  # type: ignore[arg-type]
         ctx.products = products
-        with torch.cuda.device_of(x):  # where kernels are launched; autograd sees to the backward pass
+        with torch.cuda.device_of(x):  # kernels launch on the current device; autograd sets it in backward
             gate_up, h = products.up(x, gate_up_proj, weights, to)
             y = products.down(h, down_proj, to)
             del h
@@ -169,7 +173,7 @@ class _Experts(Function):
         if gate_up is None:
             gate_up = products.up(x, gate_up_proj, weights, to)[0]
         h, dweights = products.down_backward(dy, down_proj, gate_up, weights, to)
-        torch.autograd.graph.increment_version(gate_up)  # autograd refuses to use it a second time
+        torch.autograd.graph.increment_version(gate_up)  # overwritten: autograd refuses a second pass
         if need_down:
             ddown = products.down_gradient(dy, h, to)
         del dy, h

@@ -11,12 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which rows are whose. Without `slot` and `row` the tokens are themselves the rows: k = 1, sorted by expert, those
-    without one last; what is computed for these is undefined.
+    """The rows of every expert, and how they correspond to slots of tokens.
+
+    Without `slot` and `row`, the tokens are themselves the rows (k = 1), sorted by expert; tokens without an expert
+    come last, and results for them are undefined.
 
     Attributes:
-        counts: `[E]` int32, rows of each expert; they may sum to fewer than there are slots, the rest having none.
-        offsets: `[E + 1]` int32, where each expert's rows begin, and where the last one's end.
+        counts: `[E]` int32, number of rows of each expert; their sum is below M if some slots have no expert.
+        offsets: `[E + 1]` int32, the first row of each expert, and the end of the last expert's rows.
         slot: `[M]` int32, the slot of each row, M = n * k; slots without an expert come last.
         row: `[n, k]` int32, the row of each slot.
     """
@@ -28,19 +30,21 @@ class Assignment:
 
     @classmethod
     def of_rows(cls, counts: Tensor) -> Assignment:
-        """For tokens already sorted by expert, `counts [E]` of each."""
+        """Returns the assignment of tokens that are already sorted by expert, `counts [E]` for each expert."""
         counts = counts.to(torch.int32)
         return cls(counts, offsets_of(counts))
 
     @property
     def ends(self) -> Tensor:
-        """`[E]`, where each expert's rows end."""
+        """The end of each expert's rows, `[E]`."""
         return self.offsets[1:]
 
     @property
     def top_k(self) -> int:
+        """Number k of slots of a token."""
         return 1 if self.row is None else self.row.shape[1]
 
 
 def offsets_of(counts: Tensor) -> Tensor:
+    """Returns the first row of each expert, and the end of the last expert's rows, `[E + 1]`, from `counts [E]`."""
     return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

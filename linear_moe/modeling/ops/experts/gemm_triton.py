@@ -1,8 +1,8 @@
-"""The experts' products with what surrounds them, in Triton: rows are gathered as they are read, and the activation is
-taken, forward and backward, of products that are still in registers.
+"""The experts' GEMMs in Triton, fused with the operations around them.
 
-Tiles of rows do not cross experts. Their number depends on the counts, which stay on the device: as many programs are
-launched as there could be tiles, and those without one end at once.
+Rows are gathered as they are read, and the activation, forward and backward, is computed from products that are still
+in registers. A tile has rows of one expert only. The number of tiles depends on the counts, which stay on the device:
+as many programs are launched as there could be tiles, and a program without a tile ends at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from linear_moe.modeling.ops.experts.assignment import Assignment
 from linear_moe.modeling.ops.experts.products import Products
 
-# Tiles for Hopper: two (up) or one (others) accumulators of fp32 in the registers of 8 warps, STAGES in shared memory.
+# Tiles for Hopper: the registers of 8 warps hold the fp32 accumulators, two in UP and one in the others, and shared
+# memory holds `num_stages` stages of the inputs.
 UP = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 4}
 DOWN_BACKWARD = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
 DOWN_GRADIENT = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 6}
@@ -27,7 +28,7 @@ UP_GRADIENT = {"ROWS": 256, "COLUMNS": 128, "INNER": 32, "num_warps": 8, "num_st
 
 @triton.jit
 def _rows(ends, experts, tile, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Expert, first row and end of a tile; first >= end if there is no such tile."""
+    """Returns a tile's expert, its first row and the end of the expert's rows; first >= end: there is no such tile."""
     e = tl.arange(0, EXPERTS)
     end = tl.load(ends + e, mask=e < experts, other=0)
     start = tl.where(e < experts, tl.load(ends + e - 1, mask=(e > 0) & (e <= experts), other=0), 0)
@@ -40,7 +41,7 @@ def _rows(ends, experts, tile, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _slots(slot_of, row, end, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Slots of rows, and the rows of `x` that they read."""
+    """Returns the slots of rows, and the tokens (rows of `x`) that they read."""
     if GATHER:
         slot = tl.load(slot_of + row, mask=row < end, other=0)
         return slot, (slot // TOP_K).to(tl.int64)
@@ -80,7 +81,7 @@ def _up(
         gate, up = gate.to(gate_up.dtype.element_ty), up.to(gate_up.dtype.element_ty)
         tl.store(to, gate, mask=inside)
         tl.store(to + SIZE, up, mask=inside)
-        gate, up = gate.to(tl.float32), up.to(tl.float32)  # as the backward pass will see them
+        gate, up = gate.to(tl.float32), up.to(tl.float32)  # rounded as the backward pass will read them
         weight = tl.load(weights + slot).to(tl.float32)
         value = gate * tl.sigmoid(gate) * up * weight[:, None]
         tl.store(h + row.to(tl.int64)[:, None] * SIZE + column[None, :], value.to(h.dtype.element_ty), mask=inside)
@@ -88,13 +89,17 @@ def _up(
 
 @triton.jit
 def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right."""
+    """Returns the left and the right half of the columns of `x [ROWS, COLUMNS]`."""
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _activate_backward(d, weight, gate_up, h, row, end, start, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """For some columns: gate_up becomes its gradient, h is stored; the part of the gradient of the weights."""
+    """Computes the activation's backward pass for some columns.
+
+    `gate_up` is overwritten with its gradient, and `h` is stored. Returns these columns' part of the gradient of the
+    weights.
+    """
     column = start + tl.arange(0, COLUMNS)
     inside = (row < end)[:, None] & (column < SIZE)[None, :]
     at = gate_up + row.to(tl.int64)[:, None] * (2 * SIZE) + column[None, :]
@@ -178,7 +183,7 @@ def _outer(
         a = rows.load([start, at])
         b = tl.load(tokens + token[:, None] * stride + column[None, :], mask=(column < size)[None, :], other=0.0)
         total = _add_outer(a, b, total, TOKENS_LEFT)
-    if whole < end:  # what follows the last row may be anything, NaN too
+    if whole < end:  # rows from `end` on are not this expert's, and may even be NaN
         row = whole + tl.arange(0, INNER)
         _, token = _slots(slot_of, row, end, TOP_K, True)
         inside = (row < end)[:, None]
@@ -200,7 +205,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _launch(rows: int, size: int, to: Assignment, tile: dict[str, int]) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid of `_up` and `_down_backward`, and constants."""
+    """Returns the grid of `_up` and `_down_backward`, and their constants."""
     experts = len(to.ends)
     tiles = triton.cdiv(rows, tile["ROWS"]) + min(experts, rows)
     constants = {"TOP_K": to.top_k, "GATHER": to.slot is not None, "EXPERTS": triton.next_power_of_2(experts)}
@@ -208,7 +213,11 @@ def _launch(rows: int, size: int, to: Assignment, tile: dict[str, int]) -> tuple
 
 
 def up(x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
-    """`collect`, product with `proj [E, 2, F, D]`, `activate` -> gate_up `[M, 2F]`, h `[M, F]`."""
+    """Multiplies the rows of `x [n, D]` by `proj [E, 2, F, D]`, and activates the products.
+
+    Returns:
+        gate_up `[M, 2F]`, and its weighted activation h `[M, F]`.
+    """
     x, rows, (_, _, size, hidden) = _tokens(x), weights.numel(), proj.shape
     gate_up = torch.empty(rows, 2 * size, dtype=x.dtype, device=x.device)
     h = torch.empty(rows, size, dtype=x.dtype, device=x.device)
@@ -223,13 +232,16 @@ def up(x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor
 
 
 def down_backward(dy: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
-    """`collect`, product with `proj [E, D, F]`, `activate_backward` -> h `[M, F]` and the gradient of `weights`.
+    """Multiplies the rows of `dy [n, D]` by `proj [E, D, F]`, and computes the activation's backward pass.
 
-    `gate_up` becomes its own gradient.
+    `gate_up` is overwritten with its gradient.
+
+    Returns:
+        The weighted activation h `[M, F]` and the gradient of `weights`.
     """
     dy, (rows, _), (_, hidden, size) = _tokens(dy), gate_up.shape, proj.shape
     h = torch.empty(rows, size, dtype=dy.dtype, device=dy.device)
-    # Slots without an expert are in no tile. Parts are added in a fixed order.
+    # Zeros, because slots without an expert are in no tile. The parts of all tiles are added in a fixed order.
     parts = torch.zeros(triton.cdiv(size, DOWN_BACKWARD["COLUMNS"]), rows, dtype=torch.float32, device=dy.device)
     if rows:
         grid, constants = _launch(rows, size, to, DOWN_BACKWARD)
@@ -242,12 +254,13 @@ def down_backward(dy: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to
 
 
 def outer(tokens: Tensor, rows: Tensor, to: Assignment, tokens_left: bool) -> Tensor:
-    """Each expert's sum over its rows of `left [row, :, None] * right [row, None, :]` -> `[E, L, R]`.
+    """Returns each expert's sum over its rows of `left [row, :, None] * right [row, None, :]`, `[E, L, R]`.
 
     Args:
-        tokens: `[n, L or R]`, one of both, gathered.
-        rows: `[M, R or L]`, the other, contiguous.
-        to: with slots; without, grouped_mm has nothing to gather either.
+        tokens: `[n, L or R]`, one of the two factors, which is gathered by row.
+        rows: `[M, R or L]`, the other factor, contiguous.
+        to: an assignment with slots. Without slots nothing has to be gathered, and grouped_mm serves.
+        tokens_left: whether `tokens` is the left factor.
     """
     tile, tokens = DOWN_GRADIENT if tokens_left else UP_GRADIENT, _tokens(tokens)
     left, right = (tokens.shape[1], rows.shape[1])[:: 1 if tokens_left else -1]
@@ -262,7 +275,7 @@ def outer(tokens: Tensor, rows: Tensor, to: Assignment, tokens_left: bool) -> Te
 
 
 class Fused(Products):
-    """See `experts.Products`. Where no rows are gathered and nothing is activated, grouped_mm."""
+    """`Products` by the Triton GEMMs of this module; grouped_mm where no rows are gathered and nothing is activated."""
 
     up, down_backward = staticmethod(up), staticmethod(down_backward)
 

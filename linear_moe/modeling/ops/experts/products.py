@@ -1,4 +1,4 @@
-"""The interface of the experts' matrix products, and PyTorch's grouped ones."""
+"""The interface of the experts' GEMMs, and its implementation by PyTorch's grouped_mm."""
 
 from __future__ import annotations
 
@@ -14,52 +14,53 @@ grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since
 
 
 class Products:
-    """The GEMMs and what surrounds them: by grouped_mm, of rows that were gathered.
+    """The experts' GEMMs and the operations around them, by grouped_mm on gathered rows.
 
-    Others have the same methods. `gate_up [M, 2F]` is passed between these only, so its columns' order is their own.
+    Subclasses implement the same methods otherwise. Only methods of one class pass `gate_up [M, 2F]` to each other, so
+    each class may order its columns as it likes.
 
     Args:
-        around: the functions above, or the kernels for them.
+        around: the operations around the GEMMs: `experts.reference.Reference` or the module `experts.triton`.
     """
 
     def __init__(self, around: Any):
         self.around = around
 
     def up(self, x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
-        """Tokens `[n, D]` and `proj [E, 2, F, D]` -> gate_up, and the activation h `[M, F]`."""
+        """Multiplies the rows of `x [n, D]` by `proj [E, 2, F, D]`: gate_up, and its activation h `[M, F]`."""
         rows = self.around.collect(x, to)
         gate_up = grouped_mm(rows, proj.flatten(1, 2).transpose(1, 2), offs=to.ends)
         del rows
         return gate_up, self.around.activate(gate_up, weights, to)
 
     def down(self, h: Tensor, proj: Tensor, to: Assignment) -> Tensor:
-        """h and `proj [E, D, F]` -> rows `[M, D]`."""
+        """Multiplies `h [M, F]` by `proj [E, D, F]`: the experts' outputs by rows, `[M, D]`."""
         return grouped_mm(h, proj.transpose(1, 2), offs=to.ends)
 
     def combine(self, y: Tensor, weights: Tensor, to: Assignment) -> Tensor:
-        """Rows from `down` -> tokens `[n, D]`; weighted here unless h was."""
+        """Sums the rows `y [M, D]` from `down` to tokens `[n, D]`, with `weights` if h was not weighted."""
         return self.around.combine(y, to)
 
     def gather(self, tokens: Tensor, to: Assignment) -> Tensor:
-        """Gradients of tokens, as `down_backward` and `down_gradient` take them."""
+        """Returns gradients of tokens `[n, D]` in the form that `down_backward` and `down_gradient` take."""
         return self.around.collect(tokens, to)
 
     def down_backward(
         self, dy: Tensor, proj: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment
     ) -> tuple[Tensor, Tensor]:
-        """-> weighted h `[M, F]` and the gradient of `weights`. `gate_up` becomes its own gradient."""
+        """Returns the weighted h `[M, F]` and the gradient of `weights`; `gate_up` is overwritten with its gradient."""
         h = grouped_mm(dy, proj, offs=to.ends)
         return h, self.around.activate_backward(h, gate_up, weights, to)
 
     def down_gradient(self, dy: Tensor, h: Tensor, to: Assignment) -> Tensor:
-        """-> the gradient of the projection, `[E, D, F]`."""
+        """Returns the gradient of the down projection, `[E, D, F]`."""
         return grouped_mm(dy.t(), h, offs=to.ends)
 
     def up_backward(self, gate_up: Tensor, proj: Tensor, to: Assignment) -> Tensor:
-        """The gradient of gate_up and `proj [E, 2, F, D]` -> that of the rows `[M, D]`."""
+        """Returns the gradient of the rows `[M, D]`, from that of gate_up (in `gate_up`) and `proj [E, 2, F, D]`."""
         return grouped_mm(gate_up, proj.flatten(1, 2), offs=to.ends)
 
     def up_gradient(self, gate_up: Tensor, x: Tensor, to: Assignment) -> Tensor:
-        """The gradient of gate_up and tokens `[n, D]` -> the gradient of the projection, `[E, 2, F, D]`."""
+        """Returns the gradient of the up projection `[E, 2, F, D]`, from that of gate_up (in `gate_up`) and `x`."""
         dproj = grouped_mm(gate_up.t(), self.around.collect(x, to), offs=to.ends)
         return dproj.view(len(dproj), 2, -1, x.shape[1])

@@ -1,12 +1,13 @@
-"""The experts' products by the CuTe-DSL GEMMs of quack-kernels (https://github.com/Dao-AILab/quack): rows are gathered
-as they are read, and the activation is taken, forward and backward, of products that are still in registers.
+"""The experts' GEMMs by the CuTe-DSL kernels of quack-kernels (https://github.com/Dao-AILab/quack).
 
-Here `gate_up` has gates and ups in turns; weights and their gradients have gates first as everywhere (concat_layout).
-The weights of rows are applied in `combine`: the forward epilogue has no place for them. A kernel is compiled, and kept
-on disk, once for each product, dtype and configuration, whatever the sizes; nothing is tuned.
+Rows are gathered as they are read, and the activation, forward and backward, is computed from products that are still
+in registers. The columns of `gate_up` are gates and ups in turns; projections and their gradients have the gates first,
+as in the other implementations (`concat_layout`). The weights of rows are applied in `combine`, because the epilogue of
+the forward GEMM cannot apply them. A kernel is compiled, and kept on disk, once for each product, dtype and
+configuration, whatever the sizes; nothing is tuned.
 
-quack's own names: A is `[M, K]`, B `[E, N, K]`, D `[M, N]`; with `cu_seqlens_k`, A is `[M, K]` and B `[N, K]`, K being
-all rows, and D is `[E, M, N]`; `A_idx` gathers along A's rows, or along K.
+In quack's names, A is `[M, K]`, B `[E, N, K]` and D `[M, N]`. With `cu_seqlens_k`, A is `[M, K]`, B `[N, K]` and D
+`[E, M, N]`, where K are all rows. `A_idx` gathers along A's rows, or along K.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from linear_moe.modeling.ops.experts.products import Products
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for. `pingpong`: two groups of warps take turns with tiles, else they share one."""
+    """The configuration that a kernel is compiled for."""
 
     rows: int
     columns: int
-    cluster: tuple[int, int]  # thread blocks that share what they read, along rows and columns
-    pingpong: bool = False
-    dynamic: bool = False  # tiles are handed out by the hardware: Blackwell only
+    cluster: tuple[int, int]  # thread blocks, along rows and along columns, that share the inputs they read
+    pingpong: bool = False  # two groups of warps take turns with tiles, instead of sharing one
+    dynamic: bool = False  # the hardware hands out tiles: Blackwell only
 
     def options(self) -> dict[str, Any]:
-        """As quack's GEMMs take them."""
+        """Returns the configuration as keyword arguments of quack's GEMMs."""
         return {
             "tile_count_semaphore": None,
             "tile_M": self.rows,
@@ -46,9 +47,9 @@ class Tile(NamedTuple):
         }
 
 
-# The fastest that were measured on an H100. `columns` are of D: of gates and ups for `up`, of pairs of them for
-# `down_backward`. A multiple of 32 for `up`; at most 208 with pingpong. Where rows are gathered, in all but `down`
-# and `up_backward`, clusters are along rows.
+# The fastest configurations that were measured on an H100. `columns` counts columns of D: gates and ups for `up`, pairs
+# of a gate and an up for `down_backward`. It must be a multiple of 32 for `up`, and at most 208 with pingpong. In the
+# products that gather rows, all but `down` and `up_backward`, clusters must be along rows.
 HOPPER = {
     "up": Tile(128, 256, (2, 1)),
     "down": Tile(128, 256, (1, 2)),
@@ -61,7 +62,7 @@ HOPPER = {
 
 @cache
 def tile(product: str, device: torch.device) -> Tile:
-    """The configuration on `device`: ours on Hopper, quack's default elsewhere."""
+    """Returns the configuration of a product on `device`: ours on Hopper, quack's default elsewhere."""
     if torch.cuda.get_device_capability(device)[0] == 9:
         return HOPPER[product]
     from quack.gemm_interface import default_config
@@ -72,23 +73,24 @@ def tile(product: str, device: torch.device) -> Tile:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x`, which the kernels read 16 bytes at a time, copied if its rows do not begin at such; outside of autograd."""
+    """Returns `x`, detached, and copied if a row does not begin at a multiple of 16 bytes, as the kernels require."""
     x, step = x.detach(), 16 // x.element_size()
     rows_begin = x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in x.stride()[:-1])
     return x if rows_begin and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def tokens_of_rows(to: Assignment) -> Tensor | None:
-    """`A_idx`: the token of each row, `[M]` int32; None if they are the same."""
+    """Returns `A_idx`, the token of each row, `[M]` int32; None: the tokens are the rows."""
     return None if to.slot is None else to.slot // to.top_k
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocates a tensor on the device of `like`, in `dtype` or in that of `like`."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 class Fused(Products):
-    """See `experts.Products`."""
+    """`Products` by quack's GEMMs."""
 
     def up(self, x: Tensor, proj: Tensor, weights: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
         rows, ffn = weights.numel(), proj.shape[2]
@@ -117,9 +119,9 @@ class Fused(Products):
         (rows, _), ffn = gate_up.shape, proj.shape[2]
         flat = weights.detach().flatten()
         h = empty(dy, rows, ffn)
-        parts = empty(dy, rows, -(-ffn // options["tile_N"]), dtype=torch.float32)  # of each tile of columns
-        # In place: a tile of gate_up is read by the block that then writes it, and rows of other experts that are read
-        # with it are not used.
+        parts = empty(dy, rows, -(-ffn // options["tile_N"]), dtype=torch.float32)  # a tile of columns each
+        # gate_up can be overwritten in place: the block that reads a tile of it then writes this tile, and does not use
+        # the rows of other experts that it reads with the tile.
         gemm_dact(
             dy, aligned(proj).mT, gate_up, gate_up, h, activation="swiglu",
             colvec_scale=aligned(flat if to.slot is None else flat.index_select(0, to.slot)), colvec_reduce=parts,

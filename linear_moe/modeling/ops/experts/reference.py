@@ -1,4 +1,4 @@
-"""The experts' operation in PyTorch: the definition that kernels are compared with."""
+"""The operations around the experts' GEMMs in PyTorch: the definitions that the kernels are compared with."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from linear_moe.modeling.ops.kernels import upcast
 
 
 def collect(x: Tensor, to: Assignment) -> Tensor:
-    """Tokens `[n, D]` -> rows `[M, D]`."""
+    """Returns the rows `[M, D]` of tokens `x [n, D]`."""
     return x if to.slot is None else x.index_select(0, to.slot // to.top_k)
 
 
 def row_weights(weights: Tensor, to: Assignment) -> Tensor:
-    """Weights of the slots, `[n, k]` or flat -> of the rows, `[M]`."""
+    """Returns the weights of the rows, `[M]`, from those of the slots, `[n, k]` or flat."""
     return weights.flatten() if to.slot is None else weights.flatten().index_select(0, to.slot)
 
 
 def slot_sums(parts: Tensor, weights: Tensor, to: Assignment) -> Tensor:
-    """`parts [M, P]` of the gradients of the rows' weights -> those of `weights`; 0 for slots without an expert."""
+    """Returns the gradient of `weights`, the sum of its `parts [M, P]` by row; 0 for slots without an expert."""
     rows = torch.arange(len(parts), device=parts.device)
     total = parts.sum(-1).where(rows < to.ends[-1], 0.0).to(weights.dtype)
     return (total if to.row is None else total.index_select(0, to.row.flatten())).view(weights.shape)
 
 
 def combine(y: Tensor, to: Assignment, weights: Tensor | None = None) -> Tensor:
-    """Rows `[M, D]` -> tokens `[n, D]`, the sum of each one's k rows in fp32, rounded once; no-expert slots add 0.
+    """Sums the k rows of each token in fp32, rounded once: `y [M, D]` -> `[n, D]`. Slots without an expert add 0.
 
-    With `weights`, `[n, k]` or flat, rows are multiplied by them.
+    Args:
+        y: the rows.
+        to: the assignment of tokens to experts.
+        weights: factors of the rows by slot, `[n, k]` or flat; None: all are 1.
     """
     if to.row is None and weights is None:
         return y
@@ -42,15 +45,15 @@ def combine(y: Tensor, to: Assignment, weights: Tensor | None = None) -> Tensor:
 
 
 def activate(gate_up: Tensor, weights: Tensor, to: Assignment) -> Tensor:
-    """`silu(gate) * up * weight` of `gate_up [M, 2F]`, computed in fp32: `[M, F]`."""
+    """Returns the weighted activation `silu(gate) * up * weight` of `gate_up [M, 2F]`, computed in fp32: `[M, F]`."""
     gate, up = upcast(gate_up).chunk(2, -1)
     return (F.silu(gate) * up * row_weights(weights, to).unsqueeze(-1)).to(gate_up.dtype)
 
 
 def activate_backward(grad: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment) -> Tensor:
-    """What the backward pass needs of `activate`, in place.
+    """Computes the backward pass of `activate`, and its output once more, in place.
 
-    `grad [M, F]` of its output becomes that output again, `gate_up` becomes its own gradient.
+    `grad [M, F]`, the gradient of the output, is overwritten with the output, and `gate_up` with its own gradient.
 
     Returns:
         The gradient of `weights`, in their shape; 0 for slots without an expert.
@@ -68,7 +71,7 @@ def activate_backward(grad: Tensor, gate_up: Tensor, weights: Tensor, to: Assign
 
 
 class Reference:
-    """The functions above, behind the interface of the kernels."""
+    """The functions of this module, behind the interface of the module `experts.triton`."""
 
     collect, combine, activate = staticmethod(collect), staticmethod(combine), staticmethod(activate)
     activate_backward, slot_sums = staticmethod(activate_backward), staticmethod(slot_sums)

@@ -1,4 +1,4 @@
-"""What `experts` does around its grouped GEMMs, in Triton: every input is read once and every output written once."""
+"""The operations around the experts' GEMMs in Triton: every input is read once and every output written once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from linear_moe.modeling.ops.experts.assignment import Assignment
 
-WIDTH = 2048  # features of one row at a time, 16 for each thread of 4 warps
-ROWS, COLUMNS = 16, 128  # a tile of the activation: 16 elements for each thread of 4 warps
-ASSIGN = 8192  # slots times experts of a block that is sorted at once
+WIDTH = 2048  # features of a row that a program takes, 16 for each thread of 4 warps
+ROWS, COLUMNS = 16, 128  # sizes of a tile of the activation: 16 elements for each thread of 4 warps
+ASSIGN = 8192  # slots times experts that a program of the sort takes
 
 
 # -- sorting slots by expert -------------------------------------------------------------------------------------------
 @triton.jit
 def _block(index, slots, EXPERTS: tl.constexpr, SLOTS: tl.constexpr):
-    """This program's slots, and which expert each has, one-hot."""
+    """Returns this program's slots, and the expert of each slot, one-hot."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     expert = tl.load(index + slot, mask=slot < slots, other=-1).to(tl.int32)
     return slot, (expert[:, None] == tl.arange(0, EXPERTS)[None, :]).to(tl.int32)
@@ -50,11 +50,15 @@ def _place(
 
 
 def can_assign(num_experts: int) -> bool:
+    """Whether `assign` takes this many experts."""
     return num_experts < ASSIGN // 16
 
 
 def assign(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`index [n, k]` -> counts, offsets, slot, row. A counting sort: counts by block, their running sum, places."""
+    """Sorts the slots of `index [n, k]` by expert: the fields counts, offsets, slot and row of an `Assignment`.
+
+    The algorithm is a counting sort: counts by block of slots, their running sum, places.
+    """
     index, slots = index.contiguous(), index.numel()
     width = triton.next_power_of_2(num_experts + 1)
     size = ASSIGN // width
@@ -121,12 +125,13 @@ def _slot_sums(
 
 
 def _token_grid(tokens: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Returns the grid of the kernels that go through tokens of `size` features, and their constants."""
     width = min(WIDTH, triton.next_power_of_2(size))
     return (tokens, triton.cdiv(size, width)), {"SIZE": size, "WIDTH": width, "num_warps": max(1, width // 512)}
 
 
 def collect(x: Tensor, to: Assignment) -> Tensor:
-    """See `experts.collect`: every token is read once and written k times."""
+    """See `reference.collect`. Every token is read once and written k times."""
     if to.row is None:
         return x
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -138,7 +143,7 @@ def collect(x: Tensor, to: Assignment) -> Tensor:
 
 
 def combine(y: Tensor, to: Assignment, weights: Tensor | None = None) -> Tensor:
-    """See `experts.combine`: in the order of the choices, without atomics."""
+    """See `reference.combine`. Rows are summed in the order of the choices, without atomics."""
     if to.row is None and weights is None:
         return y
     out = torch.empty(len(y) if to.row is None else len(to.row), y.shape[1], dtype=y.dtype, device=y.device)
@@ -152,7 +157,7 @@ def combine(y: Tensor, to: Assignment, weights: Tensor | None = None) -> Tensor:
 
 
 def slot_sums(parts: Tensor, weights: Tensor, to: Assignment) -> Tensor:
-    """See `experts.slot_sums`."""
+    """See `reference.slot_sums`."""
     out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
     if len(parts):
         _slot_sums[(triton.cdiv(len(parts), COLUMNS),)](
@@ -216,7 +221,7 @@ def _activate_backward(
 
 
 def activate(gate_up: Tensor, weights: Tensor, to: Assignment) -> Tensor:
-    """See `experts.activate`."""
+    """See `reference.activate`."""
     rows, size = len(gate_up), gate_up.shape[1] // 2
     h = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
@@ -228,8 +233,8 @@ def activate(gate_up: Tensor, weights: Tensor, to: Assignment) -> Tensor:
 
 
 def activate_backward(grad: Tensor, gate_up: Tensor, weights: Tensor, to: Assignment) -> Tensor:
-    """See `experts.activate_backward`."""
-    assert grad.is_contiguous() and gate_up.is_contiguous(), "overwritten where they are"
+    """See `reference.activate_backward`."""
+    assert grad.is_contiguous() and gate_up.is_contiguous(), "grad and gate_up are overwritten: they must be contiguous"
     rows, size = grad.shape
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
     if rows:

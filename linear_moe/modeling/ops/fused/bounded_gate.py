@@ -15,10 +15,10 @@ MIN_FORGET = math.exp(MIN_GATE)
 
 
 def bounded_gate(x: Tensor, y: Tensor | None = None, logit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`log f` in fp32, and `(1 - f) silu(y)` in x's dtype, `1 - f` without y.
+    """Returns `log f` in fp32, and `(1 - f) silu(y)`, or `1 - f` without y, in x's dtype.
 
-    `log f` is at least -80, as the recurrences' kernels need it, and has no gradient there. Triton kernels on
-    CUDA; only the inputs are saved for backward.
+    `log f` is clamped to at least -80, as the recurrences' kernels need it; clamped values have no gradient. Triton
+    kernels compute both on CUDA; only the inputs are saved for backward.
 
     Args:
         x, y: `[..., C]`.

@@ -1,4 +1,4 @@
-"""`bounded_gate` in two Triton kernels: the inputs are read once forward, they and the gradients once backward."""
+"""`bounded_gate` in two Triton kernels: forward reads the inputs once, backward reads inputs and gradients once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _forward(
     if logit is not None:
         b = tl.load(logit + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
         gate, rest = tl.sigmoid(b) + tl.sigmoid(-b) * gate, tl.sigmoid(-b) * rest
-    # near 1 the gate has no digits left: the rest has them
+    # the logarithm of a gate near 1 comes from 1 - gate, because the gate itself is rounded to 1
     log = tl.where(rest < 0.5, _log1p(-tl.minimum(rest, 0.5)), tl.log(tl.maximum(gate, min_forget)))
     if y is not None:
         i = tl.load(y + row[:, None] * stride_y + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -73,13 +73,13 @@ def forward(x: Tensor, y: Tensor | None, logit: Tensor | None) -> tuple[Tensor, 
     """See `bounded_gate.definition`."""
     log_gate = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     value = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, other = _rows(x), None if y is None else _rows(y)
+    flat, flat_y = _rows(x), None if y is None else _rows(y)
     rows, width = flat.shape
     columns = min(COLUMNS, triton.next_power_of_2(width))
     if rows:
         _forward[(triton.cdiv(rows, TILE // columns), triton.cdiv(width, columns))](
-            flat, other, logit, log_gate, value, rows, width, flat.stride(0), 0 if other is None else other.stride(0),
-            MIN_FORGET, TILE // columns, columns, num_warps=4,
+            flat, flat_y, logit, log_gate, value, rows, width, flat.stride(0),
+            0 if flat_y is None else flat_y.stride(0), MIN_FORGET, TILE // columns, columns, num_warps=4,
         )  # fmt: skip
     return log_gate, value
 
@@ -87,10 +87,10 @@ def forward(x: Tensor, y: Tensor | None, logit: Tensor | None) -> tuple[Tensor, 
 def backward(
     grads: tuple[Tensor, Tensor], x: Tensor, y: Tensor | None, logit: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, y and logit. Sums over tokens are in a fixed order."""
+    """Returns the gradients of x, y and logit. Sums over tokens are in a fixed order."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dy = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    flat, other = _rows(x), None if y is None else _rows(y)
+    flat, flat_y = _rows(x), None if y is None else _rows(y)
     dlog, dvalue = (_rows(grad) for grad in grads)
     rows, width = flat.shape
     columns = min(COLUMNS, triton.next_power_of_2(width))
@@ -99,7 +99,7 @@ def backward(
     programs = max(1, min(triton.cdiv(rows, TILE // columns), triton.cdiv(PROGRAMS * processors, blocks)))
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     _backward[(programs, blocks)](
-        dlog, dvalue, flat, other, logit, dx, dy, partial, rows, width, dlog.stride(0), dvalue.stride(0),
-        flat.stride(0), 0 if other is None else other.stride(0), MIN_FORGET, TILE // columns, columns, num_warps=4,
+        dlog, dvalue, flat, flat_y, logit, dx, dy, partial, rows, width, dlog.stride(0), dvalue.stride(0),
+        flat.stride(0), 0 if flat_y is None else flat_y.stride(0), MIN_FORGET, TILE // columns, columns, num_warps=4,
     )  # fmt: skip
     return dx, dy, None if logit is None else partial.sum(0).to(logit.dtype)

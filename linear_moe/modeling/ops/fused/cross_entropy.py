@@ -10,7 +10,7 @@ from torch import Tensor
 from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.kernels import has_triton
 
-CHUNK_ELEMENTS = 2**26  # fp32 working space of the PyTorch version: 256 MiB
+CHUNK_ELEMENTS = 2**26  # logits that the PyTorch version holds in fp32: 256 MiB
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -19,7 +19,7 @@ def _chunks(logits: Tensor) -> list[slice]:
 
 
 def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits [N, V]`, `labels [N]` -> loss `[N]` and log-normaliser `[N]`, fp32."""
+    """Returns the loss and the log-normaliser, `[N]` fp32, of `logits [N, V]` and `labels [N]`."""
     loss, normaliser = (torch.empty(len(labels), dtype=torch.float32, device=logits.device) for _ in range(2))
     for rows in _chunks(logits):
         part = logits[rows].float()
@@ -29,7 +29,7 @@ def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(logits: Tensor, labels: Tensor, normaliser: Tensor, grad: Tensor) -> None:
-    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`; labels outside have no column."""
+    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`; a label outside of [0, V) has no column."""
     columns = logits.shape[1]
     inside = (labels >= 0) & (labels < columns)
     labels = labels.clamp(0, columns - 1)
@@ -40,7 +40,7 @@ def backward(logits: Tensor, labels: Tensor, normaliser: Tensor, grad: Tensor) -
 
 
 class _CrossEntropy(Function):
-    """The gradient takes the place of the logits, so that they are in memory once, in their own dtype."""
+    """Cross-entropy whose gradient overwrites the logits, so that no second tensor of their size is in memory."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class _CrossEntropy(Function):
             from linear_moe.modeling.ops.fused import cross_entropy_triton
 
             ctx.backend = cross_entropy_triton
-        with torch.cuda.device_of(logits):  # where Triton launches; autograd sees to the backward pass
+        with torch.cuda.device_of(logits):  # Triton launches on the current device; autograd sets it in backward
             loss, normaliser = (ctx.backend.forward if ctx.backend else forward)(logits, labels)
         ctx.save_for_backward(labels, normaliser)
         ctx.logits = logits.detach()
@@ -59,15 +59,15 @@ class _CrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         labels, normaliser = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
-        assert logits is not None, "the logits are gone after one backward pass"
+        assert logits is not None, "the gradient has overwritten the logits: there is only one backward pass"
         (ctx.backend.backward if ctx.backend else backward)(logits, labels, normaliser, grad)
         return logits, None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """`logits [N, V]`, `labels [N]` int64 -> `log sum_j exp(logits_j) - logits_label`, `[N]` fp32.
+    """Returns `log sum_j exp(logits_j) - logits_label`, `[N]` fp32, of `logits [N, V]` and `labels [N]` int64.
 
-    Where a gradient is asked for, the backward pass overwrites `logits`: nothing else may use them after it, and there
-    is only one backward pass. Triton kernels on CUDA, PyTorch elsewhere.
+    The backward pass, if there is one, overwrites `logits` with their gradient: nothing else may use `logits` after it,
+    and there is only one backward pass. Triton kernels compute both passes on CUDA, PyTorch elsewhere.
     """
     return _CrossEntropy.apply(logits, labels)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # columns at a time: 32 bf16 elements per thread of 4 warps
+BLOCK = 4096  # columns that a program takes at once: 32 elements for each thread of 4 warps
 WARPS = 4
 
 
@@ -41,7 +41,7 @@ def _backward(logits, labels, normaliser, grad, columns, stride, BLOCK: tl.const
 
 
 def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits [N, V]` (rows contiguous), `labels [N]` -> loss `[N]` and log-normaliser `[N]`, fp32."""
+    """Returns the loss and the log-normaliser, `[N]` fp32, of `logits [N, V]`, rows contiguous, and `labels [N]`."""
     loss, normaliser = (torch.empty(len(labels), dtype=torch.float32, device=logits.device) for _ in range(2))
     if len(labels):
         columns, stride = logits.shape[1], logits.stride(0)
@@ -50,7 +50,7 @@ def forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(logits: Tensor, labels: Tensor, normaliser: Tensor, grad: Tensor) -> None:
-    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`; labels outside have no column."""
+    """Overwrites `logits` with the gradient `(softmax - onehot) * grad`; a label outside of [0, V) has no column."""
     if len(labels):
         columns, stride = logits.shape[1], logits.stride(0)
         grid = (len(labels), triton.cdiv(columns, BLOCK))

@@ -14,11 +14,11 @@ from linear_moe.modeling.ops.autograd import Function
 from linear_moe.modeling.ops.backends import pad_keys, tiled
 from linear_moe.modeling.ops.kernels import fused, has_triton, stood_in, upcast
 
-NORM_EPS = 1e-4  # flash-linear-attention's, so that weights trained there mean the same here
+NORM_EPS = 1e-4  # the same as flash-linear-attention's, so that weights trained with it give the same outputs
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """`elu(x) + 1` (arXiv 2006.16236), in fp32, rounded once. Triton kernels on CUDA."""
+    """Returns `elu(x) + 1` (arXiv 2006.16236), computed in fp32 and rounded once. Triton kernels on CUDA."""
     return fused(elu_definition, "feature_maps_triton", x)
 
 
@@ -28,40 +28,45 @@ def elu_definition(x: Tensor) -> Tensor:
 
 
 def dpfp(x: Tensor, nu: int) -> Tensor:
-    """`[..., D]` -> `[..., 2 nu D]`: `relu([x, -x])` times itself shifted by each of 1 to nu (arXiv 2102.11174)."""
+    """Maps `[..., D]` to `[..., 2 nu D]`: `relu([x, -x])` times its shifts by 1 to nu channels (arXiv 2102.11174)."""
     r = torch.cat([x, -x], -1).relu()
     return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], -1)
 
 
 def hedgehog(x: Tensor) -> Tensor:
-    """`[..., D]` -> `[..., 2 D]`: softmax of `[2 x, -2 x]` (arXiv 2402.04347)."""
+    """Maps `[..., D]` to `[..., 2 D]`: softmax of `[2 x, -2 x]` (arXiv 2402.04347)."""
     x = 2 * x
     return torch.cat([x, -x], -1).softmax(-1)
 
 
 def sum_to_one(x: Tensor) -> Tensor:
-    """Features divided by their sum."""
+    """Divides features by their sum over the last dimension."""
     return x / (x.sum(-1, keepdim=True) + NORM_EPS)
 
 
 def squares(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, *, eps: float | None = None, pad: bool = False
 ) -> Tensor:
-    """`[..., D]` -> `[..., D (D + 1) / 2]` such that `squares(x) . squares(y) = (x . y)^2` (arXiv 2402.10644).
+    """Maps `[..., D]` to `[..., D (D + 1) / 2]` such that `squares(x) . squares(y) = (x . y)^2` (arXiv 2402.10644).
 
-    The products of pairs of channels, once each. Triton kernels on CUDA; the backward pass keeps `x` only.
+    The features are the products of all pairs of channels, each pair once. Triton kernels compute the map on CUDA; for
+    the backward pass, only `x` is kept.
 
     Args:
         gamma, beta: `[D]`; the squares are of `gamma * x + beta`.
-        eps: of a layer norm of x before that; None: no norm.
-        pad: zeros behind the features of 16-bit tensors on CUDA, up to the size that the recurrences' kernels take.
+        eps: epsilon of a layer norm of x, which precedes gamma and beta; None: no norm.
+        pad: whether to append zeros to the features of 16-bit tensors on CUDA, up to the size that the recurrences'
+            kernels take.
     """
     return _quadratic(x, gamma, beta, eps, series=False, pad=pad)
 
 
 def taylor(x: Tensor, *, pad: bool = False) -> Tensor:
-    """`[..., D]` -> `[..., 1 + D + D (D + 1) / 2]` such that `taylor(x) . taylor(y) = 1 + s + s^2 / 2` with
-    `s = x . y / sqrt(D)` (Based, arXiv 2402.18668). As `squares` otherwise."""
+    """Maps `[..., D]` to `[..., 1 + D + D (D + 1) / 2]` so that `taylor(x) . taylor(y)` is a Taylor series of exp.
+
+    `taylor(x) . taylor(y) = 1 + s + s^2 / 2` with `s = x . y / sqrt(D)` (Based, arXiv 2402.18668). See `squares` for
+    the kernels and for `pad`.
+    """
     return _quadratic(x, None, None, None, series=True, pad=pad)
 
 
@@ -80,7 +85,7 @@ def _quadratic(
 def quadratic_definition(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, *, eps: float | None, series: bool, width: int
 ) -> Tensor:
-    """`taylor` (`series`) or `squares`, `[..., width]` with zeros behind the features."""
+    """Computes `taylor` (if `series`) or `squares`, padded with zeros to `[..., width]`."""
     if eps is not None:
         x = F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
     else:
@@ -96,7 +101,7 @@ def quadratic_definition(
 
 @cache
 def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the channel pairs i <= j: i and j; and the pair that (i, j) is in either order, `[size, size]`."""
+    """Returns i and j of all channel pairs i <= j, and the number of the pair of any two channels, `[size, size]`."""
     i, j = torch.triu_indices(size, size, device=device)
     pair = torch.zeros(size, size, dtype=torch.int64, device=device)
     pair[i, j] = pair[j, i] = torch.arange(len(i), device=device)
@@ -104,14 +109,14 @@ def _pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Squares(Function):
-    """Products in fp32 (or fp64), rounded once."""
+    """The products of all pairs of channels, computed in fp32 (or fp64) and rounded once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         i, j, _ = _pairs(x.shape[-1], x.device)
         wide = upcast(x)
-        factors = torch.full(i.shape, 2**0.5, dtype=wide.dtype, device=x.device)  # x_i x_j and x_j x_i in one
+        factors = torch.full(i.shape, 2**0.5, dtype=wide.dtype, device=x.device)  # for x_i x_j and x_j x_i
         factors = factors.masked_fill(i == j, 1.0)
         return (wide.index_select(-1, i) * wide.index_select(-1, j) * factors).to(x.dtype)
 
@@ -120,7 +125,7 @@ class _Squares(Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         size, wide = x.shape[-1], upcast(x)
-        # A small symmetric matrix per token, gathered: index_add would be atomic additions on a GPU.
+        # The gradient is gathered to a symmetric matrix per token: index_add would need atomic additions on a GPU.
         matrix = gradient.index_select(-1, _pairs(size, x.device)[2].flatten()).unflatten(-1, (size, size))
         factors = torch.full((size, size), 2**0.5, dtype=wide.dtype, device=x.device).fill_diagonal_(2.0)
         return ((matrix * factors) @ wide.unsqueeze(-1)).squeeze(-1).to(x.dtype)

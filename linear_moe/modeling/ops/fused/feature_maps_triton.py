@@ -1,4 +1,4 @@
-"""`elu_plus_one` in two Triton kernels: the features are read once each way."""
+"""`elu_plus_one` in two Triton kernels, forward and backward, which read the features once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def forward(x: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor) -> tuple[Tensor]:
-    """The gradient of x."""
+    """Returns the gradient of x."""
     x = x.contiguous()
     dx = torch.empty_like(x)
     if x.numel():

@@ -13,7 +13,7 @@ from linear_moe.modeling.ops.kernels import fused, upcast
 
 Function = Literal["logsigmoid", "softplus", "sigmoid", "exp"]
 
-# exp(88) is finite in fp32: above it exp and, through a floor, its gradient would be infinity times zero
+# exp(88) is finite in fp32. Above, exp would be infinite, and its gradient through a floor infinity times zero.
 MAX_EXPONENT = 88.0
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "logsigmoid": F.logsigmoid,
@@ -32,7 +32,7 @@ def gate(
     log_rate: Tensor | None = None,
     floor: float | None = None,
 ) -> Tensor:
-    """`max(scale * exp(log_rate) * function(x + bias), floor)`, in fp32 from x of any dtype; exp is that of at most 88.
+    """Returns `max(scale * exp(log_rate) * function(x + bias), floor)`, computed in fp32 from x of any dtype.
 
     GLA's log-decay is `gate(x, "logsigmoid", scale=1 / 16)`, Mamba-2's and Gated DeltaNet's `gate(x, "softplus",
     scale=-1, bias=dt_bias, log_rate=A_log)`, a write strength `gate(x, "sigmoid")`.
@@ -40,9 +40,10 @@ def gate(
 
     Args:
         x: `[..., C]`.
+        function: "logsigmoid", "softplus", "sigmoid", or "exp", whose argument is capped at 88.
         bias: `[C]`.
         log_rate: `[heads]`, one per head of `C / heads` neighbouring features.
-        floor: where the gate is below, it is the floor, without gradient.
+        floor: lower bound of the gate; values below become the floor, and have no gradient.
 
     Returns:
         `[..., C]` in fp32 (x's dtype if that is larger).
@@ -63,7 +64,7 @@ def gate(
 def gate_and_complement(
     x: Tensor, function: Function, *, scale: float = 1.0, floor: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """g = `gate(x, function, scale=scale, floor=floor)` and, in x's dtype, `1 - exp(g)`, in the same pass."""
+    """Returns g = `gate(x, function, scale=scale, floor=floor)` and `1 - exp(g)` in x's dtype, from a single pass."""
     assert function in _FUNCTIONS, function
     options = {"function": function, "scale": scale, "floor": floor, "complement": True}
     return fused(definition, "gates_triton", x, None, None, **options)

@@ -1,4 +1,4 @@
-"""`gate` in two Triton kernels: the projection is read once forward, it and the gradient once backward."""
+"""`gate` in two Triton kernels: forward reads the projection once, backward reads projection and gradient once."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from linear_moe.modeling.ops.fused import gates
 
 MAX_EXPONENT = tl.constexpr(gates.MAX_EXPONENT)
 TILE = 2048  # elements of a tile, 16 for each thread of 4 warps
-COLUMNS = 128  # of a tile at most
-PROGRAMS = 4  # per multiprocessor, each with its own partial sums of the bias's and rate's gradients
+COLUMNS = 128  # columns of a tile at most
+PROGRAMS = 4  # programs per multiprocessor, each with its own partial sums of the gradients of bias and rate
 
 
 @triton.jit
 def _log1p(x):
-    """Exact for small x too, where 1 + x rounds: the error of the sum is in the quotient."""
+    """Returns log(1 + x), exact for small x too: the quotient corrects the rounding of w = 1 + x."""
     w = 1 + x
     return tl.where(w == 1, x, tl.log(w) * (x / (w - 1)))
 
 
 @triton.jit
 def _complement(x):
-    """1 - exp(x), exact for small x too."""
+    """Returns 1 - exp(x), exact for small x too."""
     w = tl.exp(x)
-    small = (1 - w) * (x / tl.log(tl.where(w == 1, 0.5, w)))  # the error of 1 - w is in the quotient
+    small = (1 - w) * (x / tl.log(tl.where(w == 1, 0.5, w)))  # the quotient corrects w's rounding
     return tl.where(x < -1, 1 - w, tl.where(w == 1, -x, small))
 
 
 @triton.jit
 def _evaluate(x, FUNCTION: tl.constexpr):
-    """The function and its derivative."""
+    """Returns the function and its derivative at x."""
     if FUNCTION == "logsigmoid":
         return tl.minimum(x, 0.0) - _log1p(tl.exp(-tl.abs(x))), tl.sigmoid(-x)
     elif FUNCTION == "softplus":
@@ -112,7 +112,7 @@ def _backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[..., C]` -> `[N, C]` with neighbouring features, without a copy where strides allow."""
+    """Flattens `x [..., C]` to `[N, C]` with contiguous features, without a copy where strides allow."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -129,17 +129,17 @@ def forward(
 ) -> Any:
     """See `gates.definition`."""
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    other = torch.empty(x.shape, dtype=x.dtype, device=x.device) if complement else None
+    one_minus = torch.empty(x.shape, dtype=x.dtype, device=x.device) if complement else None
     flat = _rows(x)
     rows, width = flat.shape
     columns = min(COLUMNS, triton.next_power_of_2(width))
     head_dim = 1 if log_rate is None else width // len(log_rate)
     if rows:
         _forward[(triton.cdiv(rows, TILE // columns), triton.cdiv(width, columns))](
-            flat, bias, log_rate, y, other, rows, width, head_dim, flat.stride(0), scale, floor, TILE // columns,
+            flat, bias, log_rate, y, one_minus, rows, width, head_dim, flat.stride(0), scale, floor, TILE // columns,
             columns, function, num_warps=4,
         )  # fmt: skip
-    return y if other is None else (y, other)
+    return y if one_minus is None else (y, one_minus)
 
 
 def backward(
@@ -153,10 +153,10 @@ def backward(
     floor: float | None,
     complement: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, bias and log_rate. Sums over tokens are in a fixed order."""
+    """Returns the gradients of x, bias and log_rate. Sums over tokens are in a fixed order."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, dy = _rows(x), _rows(grad[0] if complement else grad)
-    other = _rows(grad[1]) if complement else None
+    dcomplement = _rows(grad[1]) if complement else None
     rows, width = flat.shape
     columns = min(COLUMNS, triton.next_power_of_2(width))
     blocks = triton.cdiv(width, columns)
@@ -168,9 +168,9 @@ def backward(
     rest = iter(partial)
     partial_b, partial_r = (None if t is None else next(rest) for t in (bias, log_rate))
     _backward[(programs, blocks)](
-        dy, other, flat, bias, log_rate, dx, partial_b, partial_r, rows, width, head_dim, dy.stride(0),
-        0 if other is None else other.stride(0), flat.stride(0), scale, floor, TILE // columns, columns, function,
-        num_warps=4,
+        dy, dcomplement, flat, bias, log_rate, dx, partial_b, partial_r, rows, width, head_dim, dy.stride(0),
+        0 if dcomplement is None else dcomplement.stride(0), flat.stride(0), scale, floor, TILE // columns, columns,
+        function, num_warps=4,
     )  # fmt: skip
     sums = iter(partial.sum(1) if summed else ())
     dbias = None if bias is None else next(sums).to(bias.dtype)

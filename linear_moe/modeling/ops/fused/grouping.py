@@ -1,4 +1,4 @@
-"""Tokens regrouped so that the chosen ones of a document stand together at its front, for several choices at once."""
+"""Regrouping of tokens: for each of several groups, the group's tokens move to the front of their document."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from linear_moe.modeling.ops.kernels import has_triton, stand_in, stood_in, upca
 
 
 class Grouping:
-    """A permutation of the tokens within each document and for each of M groups: those in the group first.
+    """A permutation of every document's tokens, for each of M groups, that puts the group's chosen tokens first.
 
-    Order is kept among the chosen, so whatever is causal stays so, and zeros take the places of the others behind them.
-    Sizes depend on shapes alone: no host synchronisation. Triton kernels on CUDA, which neither read nor sum what is
-    not chosen.
+    Chosen tokens keep their order, so a causal operation on them stays causal; zeros follow them, in the places of the
+    tokens that are not chosen. Sizes depend on shapes alone: no host synchronisation. Triton kernels regroup on CUDA;
+    they neither read nor sum tokens that are not chosen.
 
     Args:
         chosen: `[B, T, M]` bool, the tokens of each group.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; None: every row is one document.
 
     Attributes:
-        counts: `[B, M]` int64, chosen tokens of each row (of all its documents).
-        places: `[M, B, T]` int32, where each token goes in its row; -1 - p for a token that is not chosen.
+        counts: `[B, M]` int64, number of chosen tokens of each row, over all of its documents.
+        places: `[M, B, T]` int32, the place p in its row to which each token goes, or -1 - p if it is not chosen.
     """
 
     def __init__(self, chosen: Tensor, cu_seqlens: Tensor | None):
         length = chosen.shape[1]
         time = torch.arange(length, device=chosen.device, dtype=torch.int32)
         flags = chosen.permute(2, 0, 1).to(torch.int32, memory_format=torch.contiguous_format)
-        sums = flags.flatten().cumsum(0, dtype=torch.int32).view_as(flags)  # over all: the fast scan is that of vectors
+        sums = flags.flatten().cumsum(0, dtype=torch.int32).view_as(flags)  # flat: scans of vectors are fast
         seen = sums - (sums - flags)[..., :1]
         self.counts = seen[..., -1].T.long()
         start: Tensor | int = 0
-        inside, total = seen, seen[..., -1:]  # chosen tokens of the document: up to and with each token, and in all
+        inside, total = seen, seen[..., -1:]  # chosen tokens of the document: up to each token, itself included; in all
         if cu_seqlens is not None:
             document = torch.bucketize(time, cu_seqlens[1:], right=True)
             first, last = cu_seqlens.index_select(0, document), cu_seqlens.index_select(0, document + 1) - 1
@@ -49,7 +49,7 @@ class Grouping:
 
     @cached_property
     def _order(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The token at each place, the place of each token, and whether a token is chosen: `[B, T, M]`."""
+        """The token at each place, the place of each token, and whether each token is chosen; all `[B, T, M]`."""
         signed = self.places.permute(1, 2, 0).long()
         chosen = signed >= 0
         place = torch.where(chosen, signed, -1 - signed)
@@ -63,7 +63,7 @@ class Grouping:
         return chosen.gather(1, token)
 
     def collect(self, x: Tensor) -> Tensor:
-        """`x [B, T, H, M or 1, D]` in order of time -> `[B, T, H, M, D]`, regrouped, zeros behind the chosen."""
+        """Regroups `x [B, T, H, M or 1, D]`, in order of time, to `[B, T, H, M, D]` with zeros behind chosen tokens."""
         if stood_in():
             y = x.new_zeros(*x.shape[:3], len(self.places), x.shape[4])
             return stand_in([y], kept_collect(self.places), [x])
@@ -74,7 +74,7 @@ class Grouping:
         return x * self.filled[:, :, None, :, None]
 
     def combine(self, x: Tensor, weights: Tensor) -> Tensor:
-        """`sum_m weights_m x_m` of every token over the groups that it is chosen for, summed in fp32.
+        """Returns `sum_m weights_m x_m` of every token over the groups that chose the token, summed in fp32.
 
         Args:
             x: `[B, T, H, M, D]`, regrouped.
@@ -92,14 +92,15 @@ class Grouping:
         return (upcast(_Permute.apply(x, place, token)) * weights).sum(3).to(x.dtype)
 
     def before(self, x: Tensor, count: int) -> Tensor | None:
-        """What comes before the sequences where they are pieces of longer ones: each group's last `count` tokens.
+        """Returns, for pieces of sequences, each group's last `count` tokens before every local sequence.
 
         Args:
             x: `[B, T, H, M, D]`, regrouped.
+            count: number of tokens.
 
         Returns:
-            `[N, H * M * D, count]` in x's dtype, oldest first, zeros before a sequence's beginning, as `short_conv`
-            takes it; None: these are whole sequences.
+            `[N, H * M * D, count]` in x's dtype, oldest first, with zeros before the beginning of the whole sequence:
+            the `state` of `short_conv`. None: the tokens are not pieces but whole sequences.
         """
         if (pieces := sequence.current()) is None:
             return None
@@ -108,11 +109,14 @@ class Grouping:
 
 
 def last_of_groups(x: Tensor, filled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The summary (see `ops.sequence`) of windows `[N, M, count, H * D]`, which shift by as many tokens as a group has.
+    """Computes the summary (`ops.sequence.Summary`) of windows `[N, M, count, H * D]` over each group's last tokens.
+
+    A window shifts by as many tokens as its group has.
 
     Args:
         x: `[N, T, H, M, D]`, regrouped.
         filled: `[N, T, M]`, see `Grouping`.
+        count: tokens of a window.
     """
     tokens = filled.sum(1)[..., None]  # [N, M, 1]
     places = torch.arange(count, device=x.device)
@@ -127,7 +131,7 @@ def _on_kernels(x: Tensor) -> bool:
 
 
 class _Permute(Function):
-    """`x [B, T, H, M, D]` gathered along T by `index [B, T, M]`; the gradient by its inverse, with no atomic sums."""
+    """A gather of `x [B, T, H, M, D]` along T by `index [B, T, M]`; backward gathers too, without atomic sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -155,7 +159,7 @@ def kept_combine(x: Tensor, weights: Tensor, places: Tensor) -> list[Tensor]:
 
 
 class _Collect(Function):
-    """`Grouping.collect` in one kernel each way, which keep nothing but the places."""
+    """`Grouping.collect` in one kernel for each direction; only the places are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
@@ -172,7 +176,7 @@ class _Collect(Function):
 
 
 class _Combine(Function):
-    """`Grouping.combine` in one kernel each way."""
+    """`Grouping.combine` in one kernel for each direction."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, places: Tensor) -> Tensor:

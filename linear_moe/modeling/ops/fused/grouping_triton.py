@@ -1,6 +1,6 @@
 """`Grouping.collect` and `combine` in two Triton kernels: every row of chosen tokens is read and written once.
 
-Both walk through the tokens in order of time, so that what a token has but once is read but once.
+Both kernels go through the tokens in order of time, so that a token's row that all groups share is read only once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048  # elements of a tile, 16 for each thread of 4 warps
-COLUMNS = 1024  # of a tile at most
+COLUMNS = 1024  # columns of a tile at most
 
 
 @triton.jit
 def _place(places, group, row, rows, length):
-    """Rows of the regrouped tensor, and whether the tokens are chosen."""
+    """Returns the tokens' rows in the regrouped tensor, and whether the tokens are chosen."""
     signed = tl.load(places + group * rows + row, mask=row < rows, other=-1)
     chosen = signed >= 0
     return row - row % length + tl.where(chosen, signed, -1 - signed), chosen
@@ -26,12 +26,13 @@ def _place(places, group, row, rows, length):
 
 @triton.jit
 def _scatter(
-    x, weights, other, places, y, dweights, rows, length, width, groups, SIZE: tl.constexpr, SHARED: tl.constexpr,
+    x, weights, regrouped, places, y, dweights, rows, length, width, groups, SIZE: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows in order of time go to their places, zeros for tokens that are not chosen.
+    """Writes rows, read in order of time, to their places, and zeros for tokens that are not chosen.
 
-    With weights `[rows, groups]`, multiplied by them, and their gradients: the products of `other`, regrouped, and x.
+    With weights `[rows, groups]`, the rows are multiplied by them, and the gradients of the weights are stored: the
+    products of x and `regrouped`, a tensor in regrouped order.
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -50,7 +51,7 @@ def _scatter(
             value = tl.load(source, mask=here, other=0.0)
         if weights is not None:
             wide = value.to(tl.float32)
-            product = wide * tl.load(other + to, mask=here, other=0.0).to(tl.float32)
+            product = wide * tl.load(regrouped + to, mask=here, other=0.0).to(tl.float32)
             partial = (tl.program_id(1).to(tl.int64) * rows + row) * groups + group
             tl.store(dweights + partial, tl.sum(product, 1), mask=row < rows)
             w = tl.load(weights + row * groups + group, mask=row < rows, other=0.0).to(tl.float32)
@@ -64,7 +65,7 @@ def _gather(
     x, weights, places, y, rows, length, width, groups, SIZE: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows from their places back in order of time; with TOTAL, their sum over the groups, weighted if weights."""
+    """Writes rows, read from their places, in order of time; with TOTAL, their (weighted) sum over the groups."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < width)[None, :]
@@ -89,14 +90,14 @@ def _gather(
 
 
 def _tile(rows: int, width: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid and constants of the kernels."""
+    """Returns the grid and the constants of the kernels."""
     columns = min(COLUMNS, triton.next_power_of_2(width))
     tile = {"ROWS": max(1, TILE // columns), "COLUMNS": columns, "num_warps": 4}
     return (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, columns)), tile
 
 
 def scatter(x: Tensor, places: Tensor) -> Tensor:
-    """`x [B, T, H, M or 1, D]` in order of time -> `[B, T, H, M, D]`; see `Grouping.collect`."""
+    """Regroups `x [B, T, H, M or 1, D]`, in order of time, to `[B, T, H, M, D]`; see `Grouping.collect`."""
     batch, length, heads, own, size = x.shape
     groups, rows, width = len(places), batch * length, heads * size
     y = torch.empty(batch, length, heads, groups, size, dtype=x.dtype, device=x.device)
@@ -108,7 +109,7 @@ def scatter(x: Tensor, places: Tensor) -> Tensor:
 
 
 def scatter_weighted(dy: Tensor, x: Tensor, weights: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weights in `Grouping.combine`; `dy [B, T, H, D]`. Sums are in a fixed order."""
+    """Returns the gradients of x and weights in `Grouping.combine`; `dy [B, T, H, D]`. Sums are in a fixed order."""
     batch, length, heads, groups, size = x.shape
     rows, width = batch * length, heads * size
     grid, tile = _tile(rows, width)
@@ -122,7 +123,14 @@ def scatter_weighted(dy: Tensor, x: Tensor, weights: Tensor, places: Tensor) -> 
 
 
 def gather(x: Tensor, places: Tensor, weights: Tensor | None = None, *, total: bool) -> Tensor:
-    """`x [B, T, H, M, D]` regrouped -> in order of time, zeros where not chosen; `[B, T, H, D]` with `total`."""
+    """Puts `x [B, T, H, M, D]` back in order of time, zeros where tokens are not chosen; with `total`, `[B, T, H, D]`.
+
+    Args:
+        x: regrouped.
+        places: see `Grouping`.
+        weights: `[B, T, M]` factors; None: all are 1.
+        total: whether to sum over the groups.
+    """
     batch, length, heads, groups, size = x.shape
     rows, width = batch * length, heads * size
     shape = (batch, length, heads, size) if total else x.shape

@@ -1,4 +1,4 @@
-"""Projection and cross-entropy at once, in blocks of the vocabulary: the logits are never whole in memory."""
+"""Projection and cross-entropy in one operation, by blocks of the vocabulary: not all logits are in memory at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from linear_moe.modeling.ops.fused import cross_entropy as definition
 from linear_moe.modeling.ops.kernels import has_triton, upcast
 
 BLOCK_ELEMENTS = 2**26  # logits of all tokens and one block: 128 MiB in bf16
-BLOCK_ROWS = 2048  # but at least as many rows of the weight: each block reads and writes the gradient of x
+BLOCK_ROWS = 2048  # rows of the weight in a block at least, because every block reads and writes the gradient of x
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -29,7 +29,7 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 def block_rows(tokens: int) -> int:
-    """Rows of the weight in a block: a multiple of 128."""
+    """Returns the number of rows of the weight in a block, a multiple of 128."""
     return max(BLOCK_ROWS, BLOCK_ELEMENTS // max(tokens, 1) // 128 * 128)
 
 
@@ -39,14 +39,17 @@ def _blocks(tokens: int, vocabulary: int) -> list[slice]:
 
 
 class _LinearCrossEntropy(Function):
-    """Blocks of the vocabulary rather than of tokens: a block's part of the weight's gradient is whole."""
+    """The autograd function of `linear_cross_entropy`.
+
+    Blocks are of the vocabulary, not of tokens: so a block's rows of the weight's gradient are written once, complete.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, first: int, merge: Merge | None) -> Tensor:
         labels = labels - first
         normaliser = torch.full(labels.shape, -torch.inf, device=x.device)
         target = torch.zeros_like(normaliser)
-        with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
+        with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it in backward
             for block in _blocks(len(x), len(weight)):
                 part = weight[block]
                 local = labels - block.start
@@ -76,17 +79,18 @@ class _LinearCrossEntropy(Function):
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, *, first: int = 0, merge: Merge | None = None
 ) -> Tensor:
-    """`cross_entropy(x @ weight.T, labels)`, differentiable in x and weight, without the logits in memory.
+    """Returns `cross_entropy(x @ weight.T, labels)`, differentiable in x and weight, without all logits in memory.
 
-    The backward pass computes them again, in the same blocks, and sums the gradient of x over blocks in fp32.
+    The backward pass computes the logits again, in the same blocks, and sums the gradient of x over blocks in fp32.
 
     Args:
         x: `[N, D]`.
-        weight: `[V, D]`, of which this process may have a share.
-        labels: `[N]` int64, counted in the whole vocabulary.
-        first: number of the share's first row in it.
-        merge: the share's log-normalisers and, 0 where a label is elsewhere, labels' logits `[N]` fp32 -> the same of
-            the whole vocabulary. Then the gradient of x is that of this share's part.
+        weight: `[V, D]`, the rows of the whole vocabulary, or the share of its rows that this process has.
+        labels: `[N]` int64, numbered in the whole vocabulary.
+        first: number of the weight's first row in the whole vocabulary.
+        merge: function that takes the log-normalisers of this share and the labels' logits (0 where a label is in
+            another share), `[N]` fp32, and returns those of the whole vocabulary. The gradient of x is then the part
+            that comes from this share.
 
     Returns:
         `[N]` fp32.

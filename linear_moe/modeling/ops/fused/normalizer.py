@@ -27,19 +27,21 @@ def normalized(
     cu_seqlens: Tensor | None,
     features: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`o_t = q_t S_t / (q_t z_t + eps)`, with S the state of `op` and z the one it has for values of 1.
+    """Returns normalised outputs `o_t = q_t S_t / (q_t z_t + eps)`, and the final states.
 
-    The denominators are a second call of the op, with one column of ones for v: packing, initial states and decoding
-    are the op's. A column appended to v would copy v and o, leave their rows unaligned and round V = 64 or 128 up to
-    twice as many columns of the GPU kernels' tiles; a running sum of k would be K fp32 numbers a head and token to
-    write and to read, several times the bytes that the recurrence itself moves. On CUDA, 16-bit tensors without
-    initial states have Triton kernels instead, which keep the running sum by chunks of tokens.
+    S is the state of `op`, and z the state that `op` has if all values are 1. The denominators come from a second call
+    of the op, in which v is one column of ones: so the op takes care of packing, initial states and decoding. A column
+    appended to v would copy v and o, leave their rows unaligned and round V = 64 or 128 up to twice as many columns of
+    the GPU kernels' tiles. A running sum of k would be K fp32 numbers a head and token to write and to read, several
+    times the bytes that the recurrence itself moves. For 16-bit tensors on CUDA without initial states, Triton kernels
+    compute the denominators instead, with one running sum for each chunk of tokens.
 
     Args:
-        op: `decay`, or one with its signature.
-        q, k, v, scale, cu_seqlens: as the op's. The features should not be negative.
-        states: "state" `[N, H, K, V]` and "normalizer" `[N, H, K, 1]`, or none: zeros.
-        features: K of the states, where q and k have zeros behind that.
+        op: `decay`, or an op with its signature.
+        q, k, v, scale, cu_seqlens: the arguments of the op. The features q and k should not be negative.
+        eps: added to the denominators.
+        states: initial states, "state" `[N, H, K, V]` and "normalizer" `[N, H, K, 1]`; empty: zeros.
+        features: K of the states, if q and k are padded with zeros behind K features.
 
     Returns:
         `o [B, T, H, V]` and the final states by name.
@@ -73,12 +75,12 @@ def kept(q: Tensor, k: Tensor) -> list[Tensor]:
 
 
 def divide(o: Tensor, total: Tensor, *, eps: float) -> Tensor:
-    """`o [B, T, H, V]` by `total + eps`, `[B, T, H, 1]`; the quotient has o's dtype."""
+    """Divides `o [B, T, H, V]` by `total + eps`, `[B, T, H, 1]`; the quotient has o's dtype."""
     return (o / (total + eps)).to(o.dtype)
 
 
 def _has_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Where the op's kernels would serve too: they multiply in 16 bits."""
+    """Whether the denominators have kernels, which is where the op's GPU kernels, for 16-bit tensors, run too."""
     there = stood_in() or (v.is_cuda and has_triton())
     of_one_kind = v.element_size() == 2 and q.dtype == k.dtype == v.dtype
     return there and of_one_kind and requested("auto") in ("auto", "gpu")

@@ -1,9 +1,9 @@
 """Denominators of linear attention, and the division by them, in Triton kernels.
 
-`totals` reads q and k in chunks of tokens. Within a chunk it multiplies matrices; what came before a chunk is the sum
-of its document's keys until there, from one sum per chunk and a scan over the chunks. A running sum for every token is
-never written. The backward pass is the same from the other end, with queries times the denominators' gradients for
-keys.
+`totals` reads q and k in chunks of tokens. Within a chunk it multiplies matrices. Earlier chunks contribute the sum of
+the document's keys in them, from one sum per chunk and a scan over the chunks; a running sum for every token is never
+written. The backward pass does the same from the end, with the queries, times the gradients of the denominators, in
+place of the keys.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def _combine(keep_1, sum_1, keep_2, sum_2):
 def _sum_chunks(
     x, weight, first, sums, T, H, K, CHUNK: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Sums over those tokens of a chunk that count for the chunks behind it (REVERSE: before it)."""
+    """Sums over the tokens of a chunk that belong to the document of its last token.
+
+    With REVERSE, over the tokens whose document began before the chunk. These sums are what the chunks behind (REVERSE:
+    before) may need of this chunk.
+    """
     chunk, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t, channel = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     keep = t < T
@@ -57,7 +61,7 @@ def _scan(
     sums, first, T, H, K, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """In place: the sum of every chunk and of those before it (REVERSE: behind it) of the same document."""
+    """Adds to the sum of every chunk, in place, its document's sums in the chunks before (REVERSE: behind)."""
     row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     carried = tl.zeros((BLOCK,), tl.float32)
@@ -65,7 +69,7 @@ def _scan(
         i = start + tl.arange(0, CHUNKS)
         chunk = chunks - 1 - i if REVERSE else i
         keep = tl.zeros((CHUNKS, BLOCK), tl.float32) + 1
-        if first is not None:  # of the document that the next chunk may need, whether it has tokens in the last one
+        if first is not None:  # the sums so far count only if one document covers the whole chunk
             token = (chunk + 1) * CHUNK if REVERSE else tl.minimum((chunk + 1) * CHUNK, T) - 1
             there = (i < chunks) & (token < T)
             begins = tl.load(first + token, mask=there, other=0)
@@ -81,7 +85,7 @@ def _scan(
 
 @triton.jit
 def _before(sums, row, head, chunk, chunks, H, K, channel):
-    """The scanned sum of a neighbouring chunk; zeros if there is none."""
+    """Loads the scanned sum of a neighbouring chunk; zeros if there is no such chunk."""
     inside = channel < tl.where((chunk >= 0) & (chunk < chunks), K, 0)
     at = ((row * chunks + chunk) * H + head) * K + channel
     return tl.load(sums + at, mask=inside, other=0.0)
@@ -116,7 +120,7 @@ def _backward(
     dtotal, q, k, dq, dk, before_sums, behind_sums, first, dq_out, dk_out, T, H, K, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk, gradients from elsewhere, plus those of the denominators; dtotal times the scale."""
+    """Adds the denominators' gradients to dq and dk, the gradients from other uses; dtotal includes the scale."""
     chunk, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t, chunks = chunk * CHUNK + tl.arange(0, CHUNK), tl.num_programs(0)
     token = (row * T + t) * H + head
@@ -128,7 +132,7 @@ def _backward(
         begins = tl.load(first + t, mask=t < T, other=0)
         own = own & (t[None, :] >= begins[:, None])
         since = (begins < chunk * CHUNK).to(tl.float32)  # the document began before this chunk
-        on = (t >= tl.load(first + end, mask=end < T, other=0)).to(tl.float32)  # it goes on behind
+        on = (t >= tl.load(first + end, mask=end < T, other=0)).to(tl.float32)  # the document goes on behind it
     mask = own.to(q.dtype.element_ty)
     for start in range(0, K, BLOCK):
         channel = start + tl.arange(0, BLOCK)
@@ -148,7 +152,7 @@ def _backward(
 
 @triton.jit
 def _final(k, sums, cu_seqlens, final, chunks, H, K, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of a document's keys: those of its last chunk and what came before."""
+    """Stores the sum of a document's keys: those in its last chunk, and the scanned sum of the chunks before."""
     document, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
@@ -162,7 +166,7 @@ def _final(k, sums, cu_seqlens, final, chunks, H, K, CHUNK: tl.constexpr, BLOCK:
 
 
 def _sums(x: Tensor, weight: Tensor | None, first: Tensor | None, reverse: bool) -> Tensor:
-    """Running sums over chunks, `[B, chunks, H, K]` fp32."""
+    """Returns running sums of `x`, times `weight`, over chunks: `[B, chunks, H, K]` fp32."""
     batch, length, heads, size = x.shape
     chunks = triton.cdiv(length, CHUNK)
     sums = torch.empty(batch, chunks, heads, size, dtype=torch.float32, device=x.device)
@@ -177,7 +181,11 @@ def _sums(x: Tensor, weight: Tensor | None, first: Tensor | None, reverse: bool)
 
 
 class _Totals(Function):
-    """Returns q and k too: what else uses those leaves its gradients here, where the kernel adds them."""
+    """The autograd function of `totals`.
+
+    It returns q and k too: other operations that use the returned tensors leave their gradients in the backward pass of
+    this function, whose kernel adds its own.
+    """
 
     @staticmethod
     def forward(
@@ -219,7 +227,7 @@ class _Totals(Function):
             )  # fmt: skip
             dq, dk = dq_out, dk_out
         if dfinal is not None:
-            each = dfinal.squeeze(-1).unsqueeze(1)  # of every token of a sequence
+            each = dfinal.squeeze(-1).unsqueeze(1)  # the same for every token of a sequence
             if cu_seqlens is not None:
                 tokens = torch.arange(length, device=q.device)
                 each = each[torch.searchsorted(cu_seqlens, tokens, right=True) - 1].transpose(0, 1)
@@ -228,9 +236,13 @@ class _Totals(Function):
 
 
 def totals(q: Tensor, k: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q and k `[B, T, H, K]`, to be used in their place, `scale * q_t (k_1 + ... + k_t)` of each document, fp32
-    `[B, T, H, 1]`, and the sums of k at its end, fp32 `[N, H, K, 1]`."""
-    with torch.cuda.device_of(q):  # where Triton launches; autograd sees to the backward pass
+    """Returns the denominators `scale * q_t (k_1 + ... + k_t)` within each document, and the sums of its keys.
+
+    Returns:
+        q and k `[B, T, H, K]`, which callers must use in place of the arguments, the denominators `[B, T, H, 1]` and
+        the sums of k at the documents' ends `[N, H, K, 1]`, both in fp32.
+    """
+    with torch.cuda.device_of(q):  # Triton launches on the current device; autograd sets it in backward
         return _Totals.apply(q, k, scale, cu_seqlens)
 
 
@@ -259,6 +271,7 @@ def _divide_backward(
 
 
 def _rows(size: int) -> dict[str, int]:
+    """Returns the constants of the kernels of the division."""
     block = triton.next_power_of_2(size)
     return {"SIZE": size, "BLOCK": block, "ROWS": max(1, TILE // block), "num_warps": 4}
 
@@ -272,7 +285,7 @@ def forward(o: Tensor, total: Tensor, *, eps: float) -> Tensor:
 
 
 def backward(grad: Tensor, o: Tensor, total: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of o and total."""
+    """Returns the gradients of o and total."""
     grad, o, total = grad.contiguous(), o.contiguous(), total.contiguous()
     do, dtotal, tile = torch.empty_like(o), torch.empty_like(total), _rows(o.shape[-1])
     _divide_backward[(triton.cdiv(total.numel(), tile["ROWS"]),)](

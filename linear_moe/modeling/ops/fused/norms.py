@@ -15,9 +15,10 @@ Kind = Literal["rms", "layer", "none"]
 Activation = Literal["silu", "sigmoid", "identity"]
 
 L2_EPS = 1e-6
-# PyTorch's norms on CUDA are slow in small groups and in their weights' gradients, but quicker to launch
+# PyTorch's norms on CUDA are slow for small groups and in their weights' gradients, but quicker to launch: plain norms
+# of fewer elements are left to PyTorch.
 KERNEL_ELEMENTS = 2**20
-KERNEL_SIZE = 8192  # of a group: a wider one does not fit into registers
+KERNEL_SIZE = 8192  # features of a group that the kernels take: a wider group does not fit into registers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -41,20 +42,20 @@ def norm(
     gate_first: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """`(scale * n(u) * weight + bias) * activation(gate)` with `u = x + skip_weight * skip`.
+    """Returns `(scale * n(u) * weight + bias) * activation(gate)` with `u = x + skip_weight * skip`.
 
-    With `gate_first`, `scale * n(u * activation(gate)) * weight + bias`, and n(activation(u)) where there is no gate.
-    Here n acts on each group of `size` neighbouring features: "rms" is `u / sqrt(mean(u^2) + eps)`, "layer"
-    `(u - mean(u)) / sqrt(variance(u) + eps)`, "none" leaves u as it is.
-    Arithmetic in fp32, rounded once. Triton kernels on CUDA; only the inputs are saved for backward. What is a norm of
-    PyTorch's, of all features and with nothing around it, is left to it on CPU and for few tokens.
+    With `gate_first`, the result is `scale * n(u * activation(gate)) * weight + bias`, where n(activation(u)) takes the
+    place of the norm if there is no gate. The norm n acts on each group of `size` neighbouring features: "rms" is
+    `u / sqrt(mean(u^2) + eps)`, "layer" `(u - mean(u)) / sqrt(variance(u) + eps)`, "none" leaves u as it is.
+    Arithmetic is in fp32, rounded once. Triton kernels compute the norm on CUDA; only the inputs are saved for
+    backward. A plain norm over all features is left to PyTorch on a CPU and for few tokens.
 
     Args:
         x: `[..., C]`.
         weight, bias: `[C]`, or `[size]` for every group alike.
         gate, skip: `[..., C]`.
         skip_weight: `[heads]`, one per head of `C / heads` neighbouring features.
-        size: C unless given; divides C.
+        size: features of a group, a divisor of C; None: C.
 
     Returns:
         `[..., C]` in x's dtype.
@@ -125,6 +126,6 @@ def definition(
 
 
 def l2_norm(x: Tensor, eps: float = L2_EPS, *, size: int | None = None) -> Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last dimension, or over each group of `size` neighbouring features."""
+    """Returns `x / sqrt(sum(x^2) + eps)` over the last dimension, or over groups of `size` neighbouring features."""
     size = size or x.shape[-1]
     return norm(x, eps=eps / size, size=size, scale=size**-0.5)

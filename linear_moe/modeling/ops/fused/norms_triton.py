@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048  # elements of a tile, 16 for each thread of 4 warps
-PROGRAMS = 4  # per multiprocessor, each with its own partial sums of the weights' gradients
+PROGRAMS = 4  # programs per multiprocessor, each with its own partial sums of the weights' gradients
 
 
 @triton.jit
 def _activate(gate, ACTIVATION: tl.constexpr):
-    """The activation and its derivative."""
+    """Returns the activation and its derivative."""
     s = tl.sigmoid(gate)
     if ACTIVATION == "silu":
         return gate * s, s * (1 + gate * (1 - s))
@@ -27,7 +27,7 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _places(row, groups, BY_GROUP: tl.constexpr):
-    """Token and group of each row: see `_tiles`."""
+    """Returns the token and the group of each row: see `_tiles`."""
     if BY_GROUP:
         return row.to(tl.int64), row * 0 + tl.program_id(1)
     else:
@@ -154,7 +154,7 @@ def _backward(
 
 
 def _tokens(x: Tensor | None) -> Tensor | None:
-    """`[..., C]` -> `[tokens, C]` with neighbouring features, without a copy where strides allow."""
+    """Flattens `x [..., C]` to `[tokens, C]` with contiguous features, without a copy where strides allow."""
     if x is None:
         return None
     x = x.reshape(-1, x.shape[-1])
@@ -168,10 +168,10 @@ def _stride(x: Tensor | None) -> int:
 def _tiles(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, skip: Tensor | None, size: int
 ) -> tuple[Tensor | None, Tensor | None, int, int, dict[str, Any]]:
-    """Weight and bias as the kernels index them, rows, the grid's second axis, and constants of the kernels.
+    """Returns weight and bias as the kernels index them, the rows, the grid's second axis, and the kernels' constants.
 
-    Where weights differ between the groups of a token, the second axis is the group and a row one token's part of it;
-    else a row is any group of any token.
+    If weights differ between the groups of a token, the grid's second axis is the group, and a row is one token's part
+    of this group. Otherwise a row is any group of any token.
     """
     groups = x.shape[1] // size
     by_group = groups > 1 and (skip is not None or (weight is not None and len(weight) > size))
@@ -180,7 +180,7 @@ def _tiles(
     block = triton.next_power_of_2(size)
     rows = max(1, TILE // block)
     options = {"SIZE": size, "BLOCK": block, "ROWS": rows, "BY_GROUP": by_group}
-    options["num_warps"] = min(16, max(4 if skip is None else 8, block // 512))  # a skip takes registers
+    options["num_warps"] = min(16, max(4 if skip is None else 8, block // 512))  # a skip needs registers
     return weight, bias, *((len(x), groups) if by_group else (len(x) * groups, 1)), options
 
 
@@ -230,7 +230,7 @@ def backward(
     gate_first: bool,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias, gate, skip and skip_weight. Sums over tokens are in a fixed order."""
+    """Returns the gradients of x, weight, bias, gate, skip and skip_weight. Sums over tokens are in a fixed order."""
     dx, dgate, dskip = (
         None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate, skip)
     )
@@ -258,5 +258,5 @@ def backward(
 
 
 def _over_groups(sums: Tensor, features: int) -> Tensor:
-    """`[C]` -> `[features]`: the gradient of a weight of one group is that of all."""
+    """Sums a gradient `[C]` over the groups to `[features]` if all groups share a weight of so many features."""
     return sums if len(sums) == features else sums.view(-1, features).sum(0)

@@ -1,7 +1,7 @@
-"""`squares` and `taylor` of `feature_maps` in two Triton kernels, which save the channels only.
+"""`squares` and `taylor` of `feature_maps` in two Triton kernels; only the channels are saved for the backward pass.
 
-The pairs of channels i <= j are the features (0, 0), (0, 1), ..., (1, 1), ...; those of i begin at
-i (2 SIZE + 1 - i) / 2.
+The features are the pairs of channels i <= j in the order (0, 0), (0, 1), ..., (1, 1), ...; the first pair of i is
+feature i (2 SIZE + 1 - i) / 2.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 2048  # features of a program
-COLUMNS = 64
-BACKWARD_TILE = 512  # channels of a program, each of which reads SIZE features
-PROGRAMS = 16  # per multiprocessor, each with its own partial sums of the gradients of gamma and beta
+COLUMNS = 64  # columns of a tile
+BACKWARD_TILE = 512  # channels of a program in the backward pass; the gradient of a channel reads SIZE features
+PROGRAMS = 16  # programs per multiprocessor, each with its own partial sums of the gradients of gamma and beta
 
 ROOT_2 = tl.constexpr(2**0.5)
 ROOT_HALF = tl.constexpr(0.5**0.5)
@@ -22,7 +22,7 @@ ROOT_HALF = tl.constexpr(0.5**0.5)
 
 @triton.jit
 def _normalise(x, row, rows, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and 1 / standard deviation of every row."""
+    """Returns the mean and 1 / standard deviation of every row."""
     d = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (d < SIZE)[None, :]
     u = tl.load(x + row[:, None] * SIZE + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -33,7 +33,7 @@ def _normalise(x, row, rows, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _channel(x, gamma, beta, row, channel, mask, mean, r):
-    """Channels as they are multiplied; row, mean and r broadcast against them."""
+    """Loads channels, normed and with gamma and beta applied; row, mean and r broadcast against `channel`."""
     z = (tl.load(x + row + channel, mask=mask, other=0.0).to(tl.float32) - mean) * r
     if gamma is not None:
         z *= tl.load(gamma + channel).to(tl.float32)
@@ -48,7 +48,7 @@ def _forward(
     COLUMNS: tl.constexpr, NORMED: tl.constexpr, SERIES: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = SIZE * (SIZE + 1) // 2
-    BEFORE: tl.constexpr = 1 + SIZE if SERIES else 0  # features that are no pairs
+    BEFORE: tl.constexpr = 1 + SIZE if SERIES else 0  # features before the pairs
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if NORMED:
@@ -56,7 +56,8 @@ def _forward(
     else:
         mean, r = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32) + scale
     pair = tl.minimum(tl.maximum(column - BEFORE, 0), PAIRS - 1)
-    # The 4 keeps the root away from where i changes, however it is rounded: there are 8 between two pairs.
+    # The radicands of neighbouring pairs differ by 8. The 4 keeps the root away from the points where i changes, so
+    # that its rounding cannot change i.
     root = tl.sqrt(((2 * SIZE + 1) * (2 * SIZE + 1) - 4 - 8 * pair).to(tl.float32))
     i = ((2 * SIZE + 1 - root) / 2).to(tl.int32)
     j = pair - i * (2 * SIZE - 1 - i) // 2
@@ -149,7 +150,7 @@ def backward(
     series: bool,
     width: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, gamma and beta. Sums over tokens are in a fixed order."""
+    """Returns the gradients of x, gamma and beta. Sums over tokens are in a fixed order."""
     size, x, grad = x.shape[-1], x.contiguous(), grad.contiguous()
     rows, block = x.numel() // size, triton.next_power_of_2(size)
     dx, at_once = torch.empty_like(x), max(1, BACKWARD_TILE // block)

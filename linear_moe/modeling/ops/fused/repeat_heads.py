@@ -1,4 +1,4 @@
-"""Keys or queries that groups of heads share, repeated for every head and scaled by it if need be, in one pass."""
+"""Repetition, in one pass, of keys or queries that a group of heads shares, with an optional factor for every head."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from linear_moe.modeling.ops.kernels import fused, has_triton, upcast
 
 
 def repeat_heads(x: Tensor, weight: Tensor | None = None, *, heads: int | None = None) -> Tensor:
-    """`y[.., h, :] = weight[.., h] * x[.., h // (H / G), :]`, rounded once. Triton kernels on CUDA.
+    """Returns `y[.., h, :] = weight[.., h] * x[.., h // (H / G), :]`, rounded once. Triton kernels on CUDA.
 
     Args:
         x: `[..., G, K]`.
-        weight: `[..., H]`, H a multiple of G; without it, 1.
-        heads: H, where there is no weight.
+        weight: `[..., H]`, H a multiple of G; None: all factors are 1.
+        heads: H, if and only if there is no weight.
 
     Returns:
         `[..., H, K]` in x's dtype.
@@ -36,7 +36,7 @@ def repeat_heads(x: Tensor, weight: Tensor | None = None, *, heads: int | None =
     elif heads is not None or weight.shape[:-1] != x.shape[:-2] or weight.shape[-1] % x.shape[-2]:
         raise ValueError(
             f"weight must be {[*x.shape[:-2], 'a multiple of ' + str(x.shape[-2])]}, got {[*weight.shape]}, and "
-            f"heads is for no weight, got {heads}"
+            f"heads is given only without a weight, got {heads}"
         )
     else:
         heads = weight.shape[-1]
@@ -50,7 +50,7 @@ def definition(x: Tensor, weight: Tensor | None, *, heads: int) -> Tensor:
 
 
 class _Repeat(Function):
-    """The kernels without a weight, for which nothing need be kept."""
+    """The kernels without a weight, whose backward pass needs no tensor of the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int) -> Tensor:

@@ -55,7 +55,7 @@ def _backward(
 
 
 def _tile(x: Tensor, weight: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None, int, int, dict[str, int]]:
-    """`x [N, G * K]`, `weight [N, H]`, G, H / G, and constants of the kernels."""
+    """Returns `x [N, G * K]`, `weight [N, H]`, G, H / G, and the constants of the kernels."""
     groups, size = x.shape[-2:]
     block = triton.next_power_of_2(size)
     at_once = min(triton.next_power_of_2(heads // groups), max(1, TILE // block))
@@ -76,7 +76,7 @@ def forward(x: Tensor, weight: Tensor | None, *, heads: int) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor | None, *, heads: int) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and weight."""
+    """Returns the gradients of x and weight."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight = None if weight is None else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     rows, w, groups, repeats, tile = _tile(x, weight, heads)

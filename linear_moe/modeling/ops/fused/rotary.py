@@ -15,10 +15,10 @@ from linear_moe.modeling.ops.kernels import has_triton
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first features of every head, as many as there are angles, twice.
+    """Rotates the first `2 half` features of every head.
 
-    Feature i is paired with i + half, as in Hugging Face's models. Products in fp32, rounded once; one Triton kernel
-    on CUDA. The backward pass keeps cos and sin only, which get no gradient.
+    Feature i is paired with feature i + half, as in Hugging Face's models. Products are in fp32, rounded once; one
+    Triton kernel computes them on CUDA. Only cos and sin, which get no gradient, are kept for the backward pass.
 
     Args:
         x: `[B, T, H, D]`.
@@ -45,11 +45,13 @@ def definition(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(Function):
+    """The autograd function of `rotate`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         if x.is_cuda and has_triton():
-            with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
+            with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it in backward
                 return _kernels().rotate(x, cos, sin)
         return definition(x, cos, sin)
 

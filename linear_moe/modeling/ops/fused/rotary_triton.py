@@ -1,4 +1,4 @@
-"""`rotate` in one Triton kernel: every feature read and written once."""
+"""`rotate` in one Triton kernel, which reads and writes every feature once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _kernel(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """See `rotary.rotate`; x in any layout. `back`: by minus the angles, as gradients are."""
+    """Rotates as `rotary.rotate`, for x in any layout; with `back`, by minus the angles, as gradients need it."""
     batch, length, heads, dim = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

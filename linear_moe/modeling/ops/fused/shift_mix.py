@@ -10,7 +10,7 @@ from linear_moe.modeling.ops.fused.short_conv import tokens_before
 from linear_moe.modeling.ops.kernels import fused
 from linear_moe.modeling.ops.packing import documents
 
-MOST = 6  # interpolations that the kernels make at once
+MOST = 6  # interpolations that one call of the kernels computes at most
 
 
 def shift_mix(
@@ -21,15 +21,16 @@ def shift_mix(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`y_i[t] = x[t] + (x[t - 1] - x[t]) * (share_i + more_i[t])`, with zeros or the state before a document.
+    """Returns `y_i[t] = x[t] + (x[t - 1] - x[t]) * (share_i + more_i[t])` for i = 1..n.
 
-    Every step is rounded to x's dtype, as in the published layers: the first outputs of an RWKV-6 head can be near 0,
-    and its norm then makes much of any other rounding. Triton kernels on CUDA; only the inputs are saved for backward.
+    The token before the first one of a row or document is its state, or zeros. Every step is rounded to x's dtype, as
+    in the published layers: the first outputs of an RWKV-6 head can be near 0, and the head's norm then amplifies any
+    difference in rounding. Triton kernels on CUDA; only the inputs are saved for backward.
 
     Args:
         x: `[B, T, C]`.
-        share: `[n, C]`, n up to 6.
-        more: `[n, B, T, C]`.
+        share: `[n, C]`, n up to 6, the share of the token before, for all tokens alike.
+        more: `[n, B, T, C]`, an addition to the share for every token; None: zeros.
         state: `[N, C]`, the token before each row, or before each packed document.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
 
@@ -64,7 +65,12 @@ def definition(
     first: Tensor | None,
     document: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """See `shift_mix`; `first [T]`: the first token of each token's document, which is `document [T]` (or no state)."""
+    """See `shift_mix`.
+
+    Args:
+        first: `[T]`, the first token of each token's document; None: every row is one document.
+        document: `[T]`, the number of each token's document; None: rows, or no state.
+    """
     if first is not None:
         begins = (first == torch.arange(len(first), device=x.device))[:, None]
         states = x.new_zeros(()) if state is None else state.to(x.dtype).index_select(0, document)  # type: ignore[arg-type]

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 32, 64  # tokens and channels of a tile, 16 elements for each thread of 4 warps
+ROWS, COLUMNS = 32, 64  # tokens and channels of a tile: 16 elements for each thread of 4 warps
 
 
 @triton.jit
 def _has_before(first, token, tokens, length):
-    """Whether there is a token before in the row or document, `[ROWS]`."""
+    """Whether each token has a token before it in its row or document, `[ROWS]`."""
     if first is None:
         return (token < tokens) & (token % length > 0)
     else:
@@ -21,13 +21,13 @@ def _has_before(first, token, tokens, length):
 
 @triton.jit
 def _round(value, like):
-    """To the dtype that a pointer points to, and back."""
+    """Rounds a value to the dtype that the pointer `like` points to, and casts it back to fp32."""
     return value.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _state(state, document, token, tokens, length, channels, channel, follows):
-    """Where what is before a row or document lies, and for which of these tokens that is the token before."""
+    """Returns pointers to the states of the tokens' rows or documents, and which tokens have that state before them."""
     if document is None:
         sequence = token // length
     else:
@@ -52,7 +52,7 @@ def _forward(
         before += _round(tl.load(place, mask=begins, other=0.0).to(tl.float32), x)
     change = _round(before - now, x)
     if more is not None:
-        source = more + row * stride_more + channel  # advanced step by step: i * stride_i may not fit 32 bits
+        source = more + row * stride_more + channel  # advances step by step: i * stride_i may overflow
     for i in tl.static_range(COUNT):
         w = tl.load(share + i * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
         if more is not None:
@@ -118,7 +118,7 @@ def _backward(
 
 
 def _strides(more: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """`more [n, B, T, C]` with neighbouring channels and evenly spaced tokens; strides of n and of tokens."""
+    """Returns `more [n, B, T, C]` as `[n, B T, C]` with contiguous channels, and its strides along n and tokens."""
     if more is None:
         return None, 0, 0
     flat = more.flatten(1, 2)
@@ -154,7 +154,7 @@ def backward(
     first: Tensor | None,
     document: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, share, more and state. Sums over tokens are in a fixed order."""
+    """Returns the gradients of x, share, more and state. Sums over tokens are in a fixed order."""
     batch, length, channels = x.shape
     flat, tokens, (source, stride_i, stride_more) = x.reshape(-1, channels).contiguous(), batch * length, _strides(more)
     grid = (triton.cdiv(tokens, ROWS), triton.cdiv(channels, COLUMNS))
@@ -162,7 +162,7 @@ def backward(
     dmore = None if more is None else torch.empty(more.shape, dtype=more.dtype, device=x.device)
     dshare = torch.empty(grid[0], len(share), channels, dtype=torch.float32, device=x.device)
     state = None if state is None else state.contiguous()
-    dstate = None if state is None else torch.zeros_like(state)  # an empty document has no token to write it
+    dstate = None if state is None else torch.zeros_like(state)  # no token writes an empty document's
     pointers = [grad.contiguous() for grad in grads] + [grads[0]] * (6 - len(grads))
     _backward[grid](
         *pointers, flat, share.contiguous(), source, state, first, document, dx, dshare, dmore, dstate, tokens, length,

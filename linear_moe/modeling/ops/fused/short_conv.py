@@ -19,8 +19,8 @@ from linear_moe.modeling.ops.kernels import has_triton, on_kernels, stand_in, st
 from linear_moe.modeling.ops.packing import documents, on_device
 
 ACTIVATIONS = ("silu", None)
-KERNEL_TAPS = 4  # our kernels take at most as many
-KERNEL_NORM = 128  # and normalise groups of at most as many channels: one warp's
+KERNEL_TAPS = 4  # taps (W) that our kernels take at most
+KERNEL_NORM = 128  # channels of a group that our kernels normalise at most: those of one warp
 
 
 def short_conv(
@@ -35,12 +35,11 @@ def short_conv(
     output_state: bool = True,
     norm_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y[t] = activation(bias + sum_w weight[:, w] x[t - (W - 1) + w]); before a document: its state, or zeros.
+    """Short causal convolution, y[t] = activation(bias + sum_w weight[:, w] x[t - (W - 1) + w]).
 
-    With `norm_size`, `l2_norm` of that in each group of as many neighbouring channels.
-
-    On CUDA in Triton kernels without a state (training), with one in those of flash-linear-attention, where installed.
-    Sums in fp32.
+    The inputs before a row or document are its state, or zeros. With `norm_size`, `l2_norm` is applied to y in each
+    group of so many neighbouring channels. On CUDA, our Triton kernels compute calls without a state (training), and
+    those of flash-linear-attention, where installed, calls with a state. Sums are in fp32.
 
     Args:
         x: `[B, T, C]`.
@@ -49,10 +48,11 @@ def short_conv(
         activation: "silu" or None.
         state: `[N, C, W - 1]`, the inputs before each sequence, oldest first; N is B, or the number of documents.
             With T = 1, no `cu_seqlens` and gradients disabled it is UPDATED IN PLACE and returned.
-        before: `[N, W - 1, C]` fp32, where these are pieces and that is known: the tokens before. None: asks for them.
+        before: `[N, W - 1, C]` fp32, the tokens before each local sequence of pieces, if the caller has them already
+            (see `tokens_before`). None: pieces, if there are any, are asked for them.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
-        output_state: False: the final state is not asked for.
-        norm_size: a divisor of C.
+        output_state: whether the caller needs the final state; if not, None may be returned for it.
+        norm_size: channels of a group that is normalised, a divisor of C; None: no norm.
 
     Returns:
         `y [B, T, C]` in x's dtype and the final state `[N, C, W - 1]` in the dtype of `state` (x's if None), or None;
@@ -86,8 +86,8 @@ def short_conv(
         document = None if cu_seqlens is None else documents(cu_seqlens, x.shape[1])
         first = None if cu_seqlens is None else cu_seqlens[document].int()
         document = None if before is None or document is None else document.int()
-        known: Any = (x, weight, bias, before, first, document)
-        y = on_kernels("short_conv_triton", *known, activation=activation, norm_size=norm_size)
+        arguments: Any = (x, weight, bias, before, first, document)
+        y = on_kernels("short_conv_triton", *arguments, activation=activation, norm_size=norm_size)
         return y, _last(x, width - 1, cu_seqlens) if output_state else None
     if x.is_cuda and width > 1 and has_fla():
         return _kernel(x, weight, bias, activation, state, cu_seqlens)
@@ -105,14 +105,19 @@ def short_conv(
 
 
 def tokens_before(xs: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Of pieces, the `count` tokens before every local sequence of each `x [B, T, C]`, in one message.
+    """Returns, for pieces of sequences, the `count` tokens of each x before every local sequence, by one exchange.
+
+    Args:
+        xs: tensors `[B, T, C]` of the local tokens.
+        count: number of tokens.
 
     Returns:
-        of each: x, for who asked and nothing else to use, and those tokens, oldest first: `[N, count, C]` fp32.
+        For each x, a view of x, which only the caller may use, in place of x, and the tokens before, oldest first:
+        `[N, count, C]` fp32.
     """
     pieces = sequence.current()
     assert pieces is not None
-    inside = pieces.length < count  # only then does what was before a piece last until behind it
+    inside = pieces.length < count  # only through such short pieces do earlier tokens reach the piece behind
     pairs = [(x, x) if pieces.packed else _Tail.apply(x, count) for x in xs]
     summary = partial(last_tokens, count=count, matrix=inside)
     before = pieces.states(summary, *(tail for _, tail in pairs), matrix=inside)
@@ -120,7 +125,10 @@ def tokens_before(xs: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor
 
 
 class _Tail(Function):
-    """x, and its last `count` tokens, whose gradient is added to x's in place: not as zeros of the size of x."""
+    """A view of x and a copy of its last `count` tokens, whose gradient is added in place to the gradient of x.
+
+    Autograd's own slice would pad this gradient with zeros to the size of x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -130,18 +138,20 @@ class _Tail(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor, d_tail: Tensor) -> tuple[Tensor, None]:
-        if not (dx.is_cuda and dx.is_contiguous()):  # a kernel's own output
+        if not (dx.is_cuda and dx.is_contiguous()):  # only a kernel's output is ours to overwrite
             dx = dx.clone(memory_format=torch.contiguous_format)
         dx[:, -ctx.count :].add_(d_tail)
         return dx, None
 
 
 def last_tokens(*xs: Tensor, count: int, matrix: bool = True) -> tuple[Tensor | None, Tensor]:
-    """The summary of a window, a state `[N, count, C]` of the last tokens of `x [N, T, C]`, which shifts by T.
+    """Computes the summary of a window `[N, count, C]`, whose state are the last tokens of `x [N, T, C]`.
 
     Args:
-        xs: parts of the channels.
-        matrix: False: what was before is never asked for behind x, because T >= count or a sequence begins with x.
+        xs: x, in parts of its channels.
+        count: tokens of a window.
+        matrix: whether to return the transition, which shifts a window by T tokens. Without it nothing of an earlier
+            window is left behind x, because T >= count or a sequence begins with x.
     """
     missing = max(count - xs[0].shape[1], 0)
     state = F.pad(torch.cat([x[:, -count:] for x in xs], 2), (0, 0, missing, 0)).float()
@@ -152,7 +162,7 @@ def last_tokens(*xs: Tensor, count: int, matrix: bool = True) -> tuple[Tensor | 
 
 
 def _last(x: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:
-    """The last inputs of every sequence, zeros before its first: `[N, C, history]`."""
+    """Returns the last `history` inputs of every sequence, with zeros before its first: `[N, C, history]`."""
     if cu_seqlens is None:
         return F.pad(x, (0, 0, history, 0))[:, x.shape[1] :].mT if x.shape[1] < history else x[:, -history:].mT
     places = cu_seqlens[1:, None] + torch.arange(-history, 0, device=x.device)
@@ -161,7 +171,7 @@ def _last(x: Tensor, history: int, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _packed(x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """One convolution over all documents, each preceded by its state: `before [documents, W - 1, C]`."""
+    """Computes one convolution over all documents, each preceded by its state `before [documents, W - 1, C]`."""
     documents, history, channels = before.shape
     offsets = cu_seqlens.cpu()
     places = torch.arange(history) + (offsets[:-1] + history * torch.arange(documents))[:, None]
@@ -175,7 +185,7 @@ def _packed(x: Tensor, weight: Tensor, before: Tensor, cu_seqlens: Tensor) -> tu
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """`x [B, W - 1 + T, C]` -> `[B, T, C]`. Shifted products: on CPU twice as fast as `conv1d` with groups."""
+    """Convolves `x [B, W - 1 + T, C]` to `[B, T, C]` by shifted products, on CPU twice as fast as grouped `conv1d`."""
     length = x.shape[1] - weight.shape[1] + 1
     y = x[:, :length] * weight[:, 0]
     for w in range(1, weight.shape[1]):
@@ -205,7 +215,7 @@ def _kernel(
         x=x,
         weight=weight,
         bias=bias,
-        initial_state=None if state is None else F.pad(state, (1, 0)),  # its state has W inputs, the oldest unused
+        initial_state=None if state is None else F.pad(state, (1, 0)),  # fla's state has W inputs, the oldest unused
         output_final_state=True,
         activation=activation,
         cu_seqlens=cu_seqlens,

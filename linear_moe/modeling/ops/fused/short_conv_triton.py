@@ -1,7 +1,7 @@
 """`short_conv` of up to 4 taps, in two Triton kernels.
 
 Each row of a tile walks along a run of tokens with the last inputs in registers, so that every input is read about
-once; the backward pass computes the convolution again instead of keeping it.
+once. The backward pass computes the convolution again instead of keeping its result.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from linear_moe.modeling.ops.fused.norms import L2_EPS
 
 EPS = tl.constexpr(L2_EPS)
 RUN = 28  # tokens of a run: the walk begins 3 tokens before and ends 3 after
-UNROLL = tl.constexpr(4)  # steps whose loads are under way together; divides RUN and RUN + 4
+UNROLL = tl.constexpr(4)  # steps whose loads are in flight together; divides RUN and RUN + 4
 TILE = 512  # elements of a tile, 4 for each thread of 4 warps
 COLUMNS = 128  # channels of a tile at most
-PROGRAMS = 16  # per multiprocessor, each with its own partial sums of the weight's gradient
+PROGRAMS = 16  # programs per multiprocessor, each with its own partial sums of the weight's gradient
 
 
 @triton.jit
 def _channels(channels, COLUMNS: tl.constexpr, NORM: tl.constexpr):
-    """A tile's, and which of them there are: of one group that is normalised, or `COLUMNS`."""
+    """Returns a tile's channels, one normalised group (NORM > 0) or COLUMNS of them, and which of them exist."""
     column = tl.arange(0, COLUMNS)
     if NORM > 0:
         return tl.program_id(1) * NORM + column, column < NORM
@@ -36,7 +36,7 @@ def _channels(channels, COLUMNS: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def _tap(weight, channel, inside, lag: tl.constexpr, WIDTH: tl.constexpr):
-    """The weight of the input `lag` tokens ago, `[1, COLUMNS]`; 0 beyond the filter."""
+    """Returns the weight of the input `lag` tokens ago, `[1, COLUMNS]`; 0 beyond the filter."""
     if lag < WIDTH:
         return tl.load(weight + channel * WIDTH + (WIDTH - 1 - lag), mask=inside, other=0.0).to(tl.float32)[None, :]
     else:
@@ -51,7 +51,7 @@ def _load(x, token, tokens, stride, channel, inside):
 
 @triton.jit
 def _position(first, token, tokens, length):
-    """Of a token in its row or document, `[ROWS, 1]`."""
+    """Returns the position of each token in its row or document, `[ROWS, 1]`."""
     if first is None:
         return (token % length)[:, None]
     else:
@@ -60,7 +60,7 @@ def _position(first, token, tokens, length):
 
 @triton.jit
 def _sequence(document, token, tokens, length):
-    """Of a token, its row or document, `[ROWS, 1]`."""
+    """Returns the number of each token's row or document, `[ROWS, 1]`."""
     if document is None:
         return (token // length)[:, None]
     else:
@@ -69,7 +69,7 @@ def _sequence(document, token, tokens, length):
 
 @triton.jit
 def _earlier(value, lag: tl.constexpr, p, before, here, sequence, channels, channel, inside, WIDTH: tl.constexpr):
-    """The input `lag` tokens ago: `value`, or of `before` where that is not in the sequence; 0 without."""
+    """Returns the input `lag` tokens ago: `value`, or, if that precedes the sequence, the one in `before`, else 0."""
     value = tl.where(p >= lag, value, 0.0)
     if before is not None and lag < WIDTH:
         at = (sequence.to(tl.int64) * (WIDTH - 1) + WIDTH - 1 + p - lag) * channels + channel[None, :]
@@ -134,8 +134,8 @@ def _backward(
         x1 = _load(x, start - 1, tokens, stride, channel, inside)
         x2 = _load(x, start - 2, tokens, stride, channel, inside)
         x3 = _load(x, start - 3, tokens, stride, channel, inside)
-        d1, d2, d3 = none, none, none  # what is known of the gradients of the last three inputs
-        e1, e2, e3 = none, none, none  # and of the last three before the sequence
+        d1, d2, d3 = none, none, none  # the gradients, so far, of the last three inputs
+        e1, e2, e3 = none, none, none  # the gradients, so far, of the last three inputs before the sequence
         for step in range(0, RUN + UNROLL, UNROLL):
             for i in tl.static_range(UNROLL):
                 token = start + step + i
@@ -159,13 +159,13 @@ def _backward(
                         d = r * (d - n * tl.sum(d * n, 1)[:, None])
                     if SILU:
                         d *= s * (1 + z * (1 - s))
-                own = tl.where(step < RUN, d, 0.0)  # the weight's gradient from tokens after the run is not ours
+                own = tl.where(step < RUN, d, 0.0)  # the next run sums over the tokens behind this one
                 s0 += own * x0
                 s1 += own * y1
                 s2 += own * y2
                 s3 += own * y3
                 sum_bias += own
-                if before is not None:  # stored as far as known; the run that holds the sequence's first token does
+                if before is not None:  # the run with the sequence's first token stores, the last store is complete
                     e1 = tl.where(p == 0, w1 * d, e1 + tl.where(p == 1, w2 * d, tl.where(p == 2, w3 * d, 0.0)))
                     e2 = tl.where(p == 0, w2 * d, e2 + tl.where(p == 1, w3 * d, 0.0))
                     e3 = tl.where(p == 0, w3 * d, e3)
@@ -205,13 +205,13 @@ def _backward(
 
 
 def _flat(x: Tensor) -> Tensor:
-    """`[B, T, C]` -> `[B T, C]` with neighbouring channels, without a copy where strides allow."""
+    """Flattens `x [B, T, C]` to `[B T, C]` with contiguous channels, without a copy where strides allow."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _tile(channels: int, weight: Tensor, activation: str | None, norm_size: int | None) -> tuple[int, dict[str, Any]]:
-    """Tiles beside each other, and constants of the kernels."""
+    """Returns the number of tiles across the channels, and the constants of the kernels."""
     columns = min(COLUMNS, triton.next_power_of_2(norm_size or channels))
     tile = {"WIDTH": weight.shape[1], "RUN": RUN, "ROWS": TILE // columns, "COLUMNS": columns}
     return triton.cdiv(channels, norm_size or columns), tile | {"SILU": activation == "silu", "NORM": norm_size or 0}
@@ -228,12 +228,12 @@ def forward(
     activation: str | None,
     norm_size: int | None = None,
 ) -> Tensor:
-    """`x [B, T, C]` -> `y [B, T, C]`; see `short_conv`.
+    """Computes `y [B, T, C]` of `x [B, T, C]`; see `short_conv`.
 
     Args:
         before: `[N, W - 1, C]` fp32, the inputs before each row or document, oldest first; None: zeros.
         first: `[B T]` int32, the first token of each token's document; None: rows are documents.
-        document: `[B T]` int32, which one that is; needed with `before` and `first` only.
+        document: `[B T]` int32, the number of each token's document; needed only with both `before` and `first`.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, (blocks, tile) = _flat(x), _tile(x.shape[2], weight, activation, norm_size)
@@ -257,7 +257,7 @@ def backward(
     activation: str | None,
     norm_size: int | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and what is before. Sums over tokens are in a fixed order."""
+    """Returns the gradients of x, weight, bias and before. Sums over tokens are in a fixed order."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, dy, (blocks, tile) = _flat(x), _flat(grad), _tile(x.shape[2], weight, activation, norm_size)
     tokens, channels = flat.shape
@@ -266,11 +266,11 @@ def backward(
     taps = weight.numel()
     partial = torch.empty(programs, taps + (0 if bias is None else channels), dtype=torch.float32, device=x.device)
     before = None if before is None else before.contiguous()
-    dbefore = None if before is None else torch.zeros_like(before)  # an empty document has no token to write it
+    dbefore = None if before is None else torch.zeros_like(before)  # no token writes an empty document's
     _backward[(programs, blocks)](
         dy, flat, weight.contiguous(), bias, before, first, document, dx, partial,
         None if bias is None else partial[:, taps:], dbefore, tokens, x.shape[1], channels, dy.stride(0),
         flat.stride(0), partial.stride(0), **tile, num_warps=4,
     )  # fmt: skip
-    sums = partial.sum(0).to(weight.dtype)  # of both at once: launches count
+    sums = partial.sum(0).to(weight.dtype)  # of weight and bias together: one launch
     return dx, sums[:taps].view_as(weight), None if bias is None else sums[taps:], dbefore, None, None

@@ -16,8 +16,8 @@ from linear_moe.modeling.ops.packing import Chunks, by_token, separately
 from linear_moe.modeling.ops.recurrences.decay import decay
 from linear_moe.modeling.ops.recurrences.pairwise import pairwise
 
-SEGMENT = 64  # tokens, for the kernels
-MAX_ROWS = 2**15  # segments at once: the kernels' grids have at most 65,535
+SEGMENT = 64  # tokens of a segment, with the kernels
+MAX_ROWS = 2**15  # segments in one call of the kernels, whose grids have at most 65,535 programs along an axis
 
 
 def complex_decay(
@@ -31,7 +31,9 @@ def complex_decay(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """S_t = diag(exp(g_t + i theta_t)) S_{t-1} + k_t v_t^T,  o_t = Re(q_t S_t)  (GateLoop, arXiv 2311.01927).
+    """Runs the recurrence with complex decays (GateLoop, arXiv 2311.01927).
+
+    S_t = diag(exp(g_t + i theta_t)) S_{t-1} + k_t v_t^T,  o_t = Re(q_t S_t).
 
     Args:
         q, k: `[B, T, H, K]`.
@@ -39,7 +41,7 @@ def complex_decay(
         g: `[B, T, H, K]` log-decay, at most 0.
         theta: `[B, T, H, K]` angles.
         initial_state: `[N, H, 2K, V]` fp32, real parts before imaginary ones; zeros unless given.
-        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too.
+        cu_seqlens, backend: as for `recurrences.decay.decay`; decoding updates `initial_state` in place too.
 
     Returns:
         `o [B, T, H, V]` in v's dtype and the final state `[N, H, 2K, V]` in fp32; both differentiable in every input.
@@ -60,17 +62,17 @@ def complex_decay(
     if (pieces := sequence.current(initial_state)) is not None:
         before = pieces.states(_summary, k, v, g, theta)
         state = torch.cat([before.real, before.imag], dim=2)
-    with sequence.pieces_of(None):  # segments of its own are whole
+    with sequence.pieces_of(None):  # implementations call `decay` on segments, as on whole sequences
         return implementation(q, k, v, g, theta, initial_state=state, cu_seqlens=cu_seqlens)
 
 
 def _summary(k: Tensor, v: Tensor, g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Transition `[N, H, K, 1]` and state `[N, H, K, V]`, complex: see `ops.sequence.Summary`."""
+    """Computes the summary (see `ops.sequence.Summary`): complex transition `[N, H, K, 1]` and state `[N, H, K, V]`."""
     left, kept = sequence.remaining(g)
-    sums = theta.double().flip(1).cumsum(1).flip(1).remainder(2 * math.pi).float()  # angles are not bounded
+    sums = theta.double().flip(1).cumsum(1).flip(1).remainder(2 * math.pi).float()  # unbounded angles
     after = torch.cat([sums[:, 1:], torch.zeros_like(sums[:, :1])], 1)
     k = k.float() * left
-    turned = torch.complex(k * after.cos(), k * after.sin())  # not `polar`, whose gradient takes k >= 0 for granted
+    turned = torch.complex(k * after.cos(), k * after.sin())  # the gradient of `polar` assumes k >= 0
     state = torch.einsum("nthk,nthv->nhkv", turned, v.to(turned.dtype))
     return torch.polar(kept, sums[:, 0])[..., None], state
 
@@ -90,7 +92,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor, *, state: Te
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Token by token."""
+    """The definition, token by token in fp32."""
 
     def tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
@@ -123,13 +125,17 @@ def _segments(
     backend: str,
     size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Real decays within short segments, complex ones between them.
+    """Computes the recurrence with real decays within short segments and complex decays between segments.
 
-    Within a segment the angles are moved into q and k: Re(exp(i (phi_i - phi_j))) is the product of their cosines and
-    that of their sines at the angles' running sums phi. Over a whole sequence this would be one call, but the gradient
-    of an angle would be a sum over all tokens after it of terms that cancel, with all of their rounding errors.
+    Within a segment the angles are moved into q and k: with the angles' running sums phi, Re(exp(i (phi_i - phi_j))) is
+    cos phi_i cos phi_j + sin phi_i sin phi_j. The whole sequence could be one segment, but then the gradient of an
+    angle would be a sum over all later tokens of terms that cancel, with all of their rounding errors.
 
-    With kernels it saves its inputs only and computes the rest again in the backward pass: it is many times as large.
+    With the kernels only the inputs are saved for the backward pass, which computes the intermediate tensors again:
+    they are many times as large as the inputs.
+
+    Args:
+        size: tokens of a segment; None: a size that is fast in PyTorch.
     """
     inputs = (q, k, v, g, theta, initial_state, cu_seqlens, backend, size)
     if torch.is_grad_enabled() and backend == "gpu":
@@ -148,9 +154,10 @@ def _forward(
     backend: str,
     size: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `_segments`."""
     chunks, dtype = Chunks(q, cu_seqlens, size), v.dtype
     q, k, v, g, theta = (chunks.split(x) for x in (q, k, v, g.float(), theta.float()))  # [N, B*H, C, D]
-    # fp64: angles are not bounded, and only what is left of whole turns counts
+    # fp64, because angles are not bounded and only the remainder of whole turns matters
     phi = theta.double().cumsum(-2).remainder(2 * math.pi).float()
     cos, sin = phi.cos(), phi.sin()
     rotated_q, rotated_k = (torch.cat([x * cos, x * sin], dim=-1) for x in (q, k))
@@ -160,15 +167,15 @@ def _forward(
         [[scores]], [reads], [ends], kept = pairwise([rotated_q], [rotated_k], gates)
         o, local, kept = scores @ v, ends.mT @ v, kept.chunk(2, dim=2)[0]
     else:
-        # fp32: rotating all queries and keys of a segment alike changes nothing, so the angles' gradients cancel in
-        # sums, and what is left of bf16's would be mostly rounding errors
+        # v in fp32, and so all products: a rotation of all queries and keys of a segment by one angle changes nothing,
+        # so sums of the angles' gradients cancel, and in bf16 mostly rounding errors would be left
         inputs = (rotated_q, rotated_k, v.float(), gates)
         parts = zip(*(x.flatten(0, 1).unsqueeze(2).split(MAX_ROWS) for x in inputs), strict=True)
         results = zip(*(decay(*part, scale=1.0, backend=backend) for part in parts), strict=True)
         o, local = (x[0] if len(x) == 1 else torch.cat(x) for x in results)
         kept = g.cumsum(-2).exp()
         reads, kept = torch.cat([q * kept * cos, q * kept * sin], dim=-1), kept[..., -1, :, None]
-    # a segment's own state: sums of k v at angles -phi, turned to its end
+    # the state that a segment adds: sums of k v^T at angles -phi, rotated to the segment's end
     cosines, sines = local.view(*v.shape[:2], 2, -1, v.shape[-1]).unbind(2)
     end = torch.complex(cos[..., -1, :], sin[..., -1, :])[..., None]
     start = torch.complex(*initial_state.chunk(2, dim=2))

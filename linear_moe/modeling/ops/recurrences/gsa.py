@@ -31,7 +31,9 @@ def gsa(
     bounded: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Attention over M slots of keys and values, which forget and are written slot by slot (arXiv 2409.07146):
+    """Gated slot attention (arXiv 2409.07146): softmax attention over M slots of keys and values.
+
+    Every slot has a decay and a write strength of its own:
 
     K_t = K_{t-1} diag(exp(g_t)) + k_t s_t^T,  V_t = diag(exp(g_t)) V_{t-1} + s_t v_t^T,
     o_t = V_t^T softmax(scale * K_t^T q_t).
@@ -39,11 +41,11 @@ def gsa(
     Args:
         q, k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
-        s: `[B, T, H, M]`, how much of the token each slot takes; published: 1 - exp(g).
+        s: `[B, T, H, M]`, the strength with which the token is written to each slot; published: 1 - exp(g).
         g: `[B, T, H, M]` log-decay of slots, at most 0.
         scale: K**-0.5 unless given.
         initial_states: of keys `[N, H, K, M]` and of values `[N, H, M, V]`, fp32, zeros unless given.
-        cu_seqlens, bounded, backend: as for `decay`; decoding too updates the states in place.
+        cu_seqlens, bounded, backend: as for `decay`; decoding updates both states in place.
 
     Returns:
         `o [B, T, H, V]` in v's dtype and both final states, differentiable in every input.
@@ -61,11 +63,11 @@ def gsa(
     implementations: dict[str, Any] = {
         name: partial(_two_passes, backend=name) for name in ("reference", "chunk", "gpu")
     }
-    # slots cannot be padded in one kernel: its softmax would see the padding; it refuses odd values
+    # The fused kernel takes no padded slots, which its softmax would see, and no odd number of value channels.
     if s.shape[-1] == tiled(s.shape[-1]) and v.shape[-1] % 2 == 0:
         implementations["gpu"] = _kernel
     implementation = choose(backend, implementations, v, None)
-    if pieces is not None:  # neither pass writes what the other one reads: both states are known before
+    if pieces is not None:  # neither pass writes a state from the other's outputs: both are known in advance
         initial_states = pieces.states(differentiable, k, s, None, g), pieces.states(differentiable, s, v, g, None)
     with sequence.pieces_of(None):
         return implementation(q, k, v, s, g, scale, initial_states, cu_seqlens, bounded)
@@ -83,6 +85,7 @@ def _two_passes(
     bounded: bool,
     backend: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Computes gated slot attention by two calls of `decay`: over the keys, and over the values."""
     keys, values = states or (None, None)
     options: Any = {"cu_seqlens": cu_seqlens, "bounded": bounded, "backend": backend}
     scores, keys = decay(q, k, s, gv=g, scale=scale, initial_state=keys, **options)
@@ -101,6 +104,7 @@ def _kernel(
     cu_seqlens: Tensor | None,
     bounded: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Computes gated slot attention by flash-linear-attention's kernels for it."""
     key_dim, size = q.shape[-1], tiled(q.shape[-1])
     inputs = {
         "q": pad_keys(q.to(v.dtype), -1, size),

@@ -1,8 +1,9 @@
-"""Products of tokens with the decay per channel between them, within chunks: what one matmul cannot do.
+"""Products of pairs of tokens within chunks, with the decay per channel between them, which one matmul cannot compute.
 
-The decay from token j to token i is a product of gates in [0, 1]. It splits into a factor of i and a factor of j, both
-of them such products, only at a point between the two. So blocks are merged in pairs, from single tokens to the whole
-chunk, and the second half meets the first one at the middle. No gate is divided by: any log-decay <= 0 is safe.
+The decay from token j to token i is a product of gates in [0, 1]. At a point between the two tokens it splits into a
+factor of i and a factor of j, which are products of gates too. So blocks of tokens are merged in pairs, from single
+tokens to the whole chunk: tokens of the second block and tokens of the first are decayed from and to the boundary
+between the blocks. No gate is divided by, so any log-decay <= 0 is safe.
 
 Gradients are written by hand: they compute the decays again, which autograd would save at every level.
 """
@@ -21,17 +22,18 @@ from linear_moe.modeling.ops.autograd import Function
 def pairwise(
     lefts: Sequence[Tensor], rights: Sequence[Tensor], g: Tensor, before_gate: bool = False
 ) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor], Tensor]:
-    """`sum_k left[i, k] right[j, k] exp(g[j+1, k] + ... + g[i, k])` at (i, j), 0 where j > i.
+    """Computes `sum_k left[i, k] right[j, k] exp(g[j+1, k] + ... + g[i, k])` at (i, j), 0 where j > i.
 
     Args:
-        lefts, rights: each `[N, X, C, K]`, C a power of two, contiguous.
+        lefts, rights: tensors `[N, X, C, K]`, C a power of two, contiguous.
         g: `[N, X, C, K]` log-decay.
-        before_gate: lefts come before the gate of their own token: without g[i], and 0 where j = i.
+        before_gate: whether lefts come before the gate of their own token: g[i] is then left out of the sum, and
+            products are 0 where j = i.
 
     Returns:
-        For every left, for every right, the products `[N, X, C, C]`; the lefts decayed from the chunk's start to each
-        token, its own decay included unless `before_gate`; the rights decayed from after each token to the chunk's
-        end; the decay of the whole chunk `[N, X, K, 1]`.
+        For every left, the products `[N, X, C, C]` with every right; the lefts decayed from the chunk's start to each
+        token, the token's own gate included unless `before_gate`; the rights decayed from after each token to the
+        chunk's end; the decay of the whole chunk `[N, X, K, 1]`.
     """
     rows, columns = len(lefts), len(rights)
     *results, whole = _Pairwise.apply(g, before_gate, rows, *lefts, *rights)
@@ -41,38 +43,43 @@ def pairwise(
 
 
 def pairwise_sum(scores: Tensor, v: Tensor, g: Tensor, before_gate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sum_j scores[i, j] v[j, k] exp(g[j+1, k] + ... + g[i, k])` at (i, k), over j <= i.
+    """Computes `sum_j scores[i, j] v[j, k] exp(g[j+1, k] + ... + g[i, k])` at (i, k), over j <= i.
 
     Args:
         scores: `[N, X, C, C]`, C a power of two.
         v, g: `[N, X, C, K]` values and their log-decay, contiguous.
-        before_gate: without g[i]; scores are 0 where j = i.
+        before_gate: whether g[i] is left out of the sum; the scores must then be 0 where j = i.
 
     Returns:
-        The sums; the decay from the chunk's start to each token, its own included unless `before_gate`; v decayed from
-        after each token to the chunk's end (all `[N, X, C, K]`); the decay of the whole chunk `[N, X, 1, K]`.
+        The sums; the decay from the chunk's start to each token, the token's own gate included unless `before_gate`; v
+        decayed from after each token to the chunk's end (all `[N, X, C, K]`); the decay of the whole chunk
+        `[N, X, 1, K]`.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _PairwiseSum.apply(scores, v, g, before_gate)
     return result
 
 
 def _halves(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The first and the second ones of all pairs of blocks of tokens: views `[pairs, block, K]` of `x [..., C, K]`."""
+    """Returns the first and the second blocks of all pairs of blocks: views `[pairs, block, K]` of `x [..., C, K]`."""
     first, second = x.view(-1, 2, block, x.shape[-1]).unbind(1)
     return first, second
 
 
 def _across(products: Tensor, block: int) -> Tensor:
-    """`products [N, X, C, C]` of second halves (rows) with first ones: a view `[N, X, pairs, block, block]`."""
+    """Returns a view of the products of each pair's second block (rows) with its first (columns).
+
+    The view is `[N, X, pairs, block, block]` of `products [N, X, C, C]`.
+    """
     pairs = (products.shape[-1] // (2 * block), 2, block)
     blocks = products.unflatten(-1, pairs).unflatten(-4, pairs)[..., 1, :, :, 0, :]
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _levels(a: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Iterator[int]:
-    """Block sizes from one token on; at each, lefts are decayed from blocks' starts and rights to their ends, in place.
+    """Yields the sizes of blocks, from one token up; lefts and rights are decayed in place from size to size.
 
-    When it ends, the blocks are whole chunks.
+    At each size, lefts are decayed from the start of their block, and rights to the end of theirs. After the last size,
+    blocks are whole chunks.
     """
     whole, block = a, 1
     while block < a.shape[-2]:
@@ -86,7 +93,7 @@ def _levels(a: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Ite
 
 
 def _products(a: Tensor, before_gate: bool, lefts: list[Tensor], rights: list[Tensor]) -> list[Tensor]:
-    """Products of every left with every right; decays the lefts and rights in place, to what `pairwise` returns."""
+    """Computes the products of every left with every right; decays both in place to those that `pairwise` returns."""
     if before_gate:
         products = [left.new_zeros(*left.shape[:-1], left.shape[-2]) for left in lefts for _ in rights]
     else:
@@ -112,11 +119,14 @@ def _gradients(
     dwhole: Tensor,
     dsince: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradients of the log-decay, the lefts and the rights from those of `_products`.
+    """Computes the gradients of the log-decay, the lefts and the rights from those of the results of `pairwise`.
 
     Args:
-        dwhole: of the decay of the whole chunk `[N, X, 1, K]`.
-        dsince: of the decay from the chunk's start to each token, in place of the decayed lefts'.
+        a: the decays, exp(g).
+        before_gate, lefts, rights: as for `pairwise`.
+        dproducts, ddecayed_lefts, ddecayed_rights: gradients of the products and of the decayed lefts and rights.
+        dwhole: gradient of the decay of the whole chunk `[N, X, 1, K]`.
+        dsince: gradient of the decay from the chunk's start to each token, in place of those of the decayed lefts.
     """
     since, until = torch.ones_like(a) if before_gate else a.clone(), torch.ones_like(a)
     moved_lefts, moved_rights = [left * since for left in lefts], [right.clone() for right in rights]
@@ -148,7 +158,7 @@ def _gradients(
     before, total = _dot(moved_rights, ddecayed_rights), dwhole * a.prod(-2, keepdim=True)
     for d, x in zip(drights, ddecayed_rights, strict=True):
         d.addcmul_(x, until)
-    # a gate counts in what is since its token's start or later, and in what is until before its token
+    # a gate is a factor of `since` at its own and later tokens, and of `until` at earlier tokens
     total = total.view(-1, 1, a.shape[-1])
     for block, in_second, in_first in reversed(sums):
         after_2, before_1 = _halves(after, block)[1], _halves(before, block)[0]
@@ -160,7 +170,7 @@ def _gradients(
 
 
 def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """The sum of products."""
+    """Returns the sum of the elementwise products of `xs` and `ys`."""
     result = xs[0] * ys[0]
     for x, y in zip(xs[1:], ys[1:], strict=True):
         result.addcmul_(x, y)
@@ -168,7 +178,10 @@ def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 
 def _matmuls(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """The sum of matrix products; batches of next to nothing are slow in the library."""
+    """Returns the sum of the matrix products of `xs` and `ys`.
+
+    Products over at most two elements are computed elementwise: batches of such small products are slow in `bmm`.
+    """
     inner = xs[0].shape[-1]
     if inner <= 2:
         columns = [x[..., i, None] for x in xs for i in range(inner)]
@@ -180,6 +193,8 @@ def _matmuls(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 
 class _Pairwise(Function):
+    """The autograd function of `pairwise`."""
+
     @staticmethod
     def forward(ctx: Any, g: Tensor, before_gate: bool, rows: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         a = g.exp()
@@ -202,6 +217,8 @@ class _Pairwise(Function):
 
 
 class _PairwiseSum(Function):
+    """The autograd function of `pairwise_sum`."""
+
     @staticmethod
     def forward(ctx: Any, scores: Tensor, v: Tensor, g: Tensor, before_gate: bool) -> tuple[Tensor, ...]:
         a, until = g.exp(), v.clone()

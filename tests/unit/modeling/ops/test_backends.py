@@ -1,4 +1,4 @@
-"""What all ops have in common: the choice of an implementation."""
+"""Tests of the choice of an implementation, which all ops have in common."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
 
 
 def run(name: str, autocast: bool) -> list[Tensor]:
-    """The output, the final states and all gradients. The backward pass is outside `torch.autocast`, as is usual."""
+    """Returns the output, the final states and all gradients; the backward pass is outside of `autocast`, as usual."""
     op, inputs = CALLS[name]
     leaves = {key: x.detach().clone().requires_grad_() for key, x in inputs.items()}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -39,6 +39,6 @@ def run(name: str, autocast: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_arithmetic_is_the_same_within_autocast(name: str) -> None:
-    """Recurrences need their fp32; `torch.autocast`, as trainers use it, would take it from their matmuls."""
+    """The matmuls of recurrences must stay in fp32 within `torch.autocast`, which trainers use."""
     for actual, expected in zip(run(name, True), run(name, False), strict=True):
         assert actual.dtype == expected.dtype and torch.equal(actual, expected)

@@ -1,4 +1,4 @@
-"""Shipped kernel configurations: which is taken, and what happens when none fits."""
+"""Tests of the shipped kernel configurations: which one a kernel gets, and what happens if none fits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_nearest_entry() -> None:
     assert tuned.nearest_tuned(entries, [128, False, "torch.float32"], heads) is None
     assert tuned.nearest_tuned(entries, [128, True, BF16, BF16], heads) is None
     assert tuned.nearest_tuned([], [128], heads) is None
-    sizes = ["K", "USE_G"]  # of a head: only the same
+    sizes = ["K", "USE_G"]  # sizes within a head must be equal
     assert tuned.nearest_tuned(entries, [64, True, BF16], sizes) == {"n": 64}
     assert tuned.nearest_tuned(entries, [32, True, BF16], sizes) is None
 
@@ -41,7 +41,7 @@ def test_states_that_a_kernel_is_given_or_not() -> None:
     ]
     for dtypes, expected in (
         ([BF16, fp32, BF16], 1),
-        ([BF16, fp32, BF16, fp32], 1),  # as far from both: the first one
+        ([BF16, fp32, BF16, fp32], 1),  # both entries are equally far: the first is taken
         ([BF16, fp32, BF16, fp32, fp32, fp32], 2),
         ([fp32, BF16, fp32, BF16], 1),
     ):
@@ -89,7 +89,7 @@ class OutOfResources(Exception):
 
 
 class Autotuner:
-    """Triton's, as far as `install` knows it: takes the last configuration when it has to search."""
+    """A stand-in for the parts of Triton's autotuner that `install` uses; its search takes the last configuration."""
 
     def __init__(self, broken: int | None = None):
         self.arg_names, self.keys, self.broken = ["x", "H"], ["H"], broken

@@ -31,7 +31,9 @@ def decay(
     bounded: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T,  o_t = scale * q_t S_t  (GLA, arXiv 2312.06635).
+    """Runs a recurrence with a diagonal transition (GLA, arXiv 2312.06635).
+
+    S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T,  o_t = scale * q_t S_t.
 
     With a bonus, o_t = scale * q_t (S_{t-1} + diag(bonus) k_t v_t^T)  (RWKV6, arXiv 2404.05892).
 
@@ -45,7 +47,7 @@ def decay(
         scale: K**-0.5 unless given.
         initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
-        bounded: g and gv are known to be at least -80, as the kernels need them: saves a pass over them.
+        bounded: whether g and gv are known to be at least -80, as the kernels need them, which saves a pass over both.
         backend: "reference", "chunk", "gpu" (flash-linear-attention) or "auto": the kernels for 16-bit tensors on
             CUDA where installed, else "chunk". With T = 1, an `initial_state`, no `cu_seqlens` and gradients
             disabled, "auto" is one step of decoding: it UPDATES `initial_state` IN PLACE and returns it.

@@ -45,11 +45,11 @@ def decay(
 def _key_gates(
     q: Tensor, k: Tensor, g: Tensor | None, before_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Log-decay `g [N, X, C, K]` of keys, or `[N, X, C, 1]`.
+    """Applies the log-decay of keys, `g [N, X, C, K or 1]`, within chunks.
 
     Returns:
-        Decayed scores `[N, X, C, C]`, q decayed from the chunk's start, k decayed to its end, the chunk's decay
-        `[N, X, K, 1]`.
+        Decayed scores `[N, X, C, C]`, q decayed from the chunk's start, k decayed to the chunk's end, and the decay of
+        the whole chunk `[N, X, K or 1, 1]`.
     """
     if g is None:
         return (q @ k.mT).tril(-before_gate), q, k, None

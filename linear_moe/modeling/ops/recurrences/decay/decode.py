@@ -1,4 +1,4 @@
-"""One token of the decay family, for decoding."""
+"""A step of decoding, by one token, for the decay family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def step(
     state: Tensor,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs as `decay` with T = 1, no gradients.
+    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs are those of `decay` with T = 1, no gradients.
 
     Returns:
         `o [B, 1, H, V]` in v's dtype, and `state` itself.

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.backends import pad_keys, run_fla, tiled
 
-# The kernels subtract cumulative sums of gates, which ruins small gates after huge ones; exp(-80) is nothing already.
+# The kernels subtract cumulative sums of gates, which ruins small gates after huge ones. exp(-80) is practically 0, so
+# gates are clamped there.
 MIN_GATE = -80.0
 CHUNK = 64  # tokens, the kernels' own
 
 
 def unsupported(gv: Tensor | None, bonus: Tensor | None) -> str | None:
-    """Why the kernels cannot take these inputs; None: they can."""
+    """Returns the reason why the kernels cannot take these inputs; None: they can."""
     return "there is no kernel for gv and bonus together" if gv is not None and bonus is not None else None
 
 
@@ -32,13 +33,13 @@ def decay(
     cu_seqlens: Tensor | None,
     bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `recurrences.decay.decay`. Products in v's dtype (fp32: in tf32); gates below -80 are -80.
+    """See `recurrences.decay.decay`. Products are in v's dtype (tf32 for fp32), and gates below -80 count as -80.
 
-    With gv the kernel goes token by token, in fp32: there is none in chunks that has an initial state and gradients.
+    With gv, the kernel goes token by token, in fp32: no chunkwise kernel for gv has initial states and gradients.
     """
     keys, size = q.shape[-1], tiled(q.shape[-1])
     values = v.shape[-1]
-    width = values if values % 2 == 0 else -(-values // 16) * 16  # the backward kernels refuse odd ones
+    width = values if values % 2 == 0 else -(-values // 16) * 16  # backward kernels refuse odd V
     g, gv = (x if x is None or bounded else x.float().clamp(min=MIN_GATE) for x in (g, gv))
     inputs: dict[str, Any] = {
         "k": pad_keys(k.to(v.dtype), -1, size),
@@ -90,16 +91,16 @@ def kept_by_token(q: Tensor, *, k: Tensor, v: Tensor, gk: Tensor | None, gv: Ten
 
 
 def _constant(g: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the kernels' own form of constants can serve.
+    """Whether the kernels' special form for constant gates `g [H]` can be used.
 
-    It has no gradient of them, and past the end of a chunk that is not full it makes NaN of g below -88 / 63: zeros
-    times exp(63 g) overflown.
+    This form gives g no gradient. Behind the end of a chunk that is not full it multiplies zeros by exp(-63 g), which
+    overflows, and gives NaN, for g below -88 / 63. So it is used only where all chunks of 64 tokens are full.
     """
     return not g.requires_grad and cu_seqlens is None and q.shape[1] % 64 == 0
 
 
 def _by_channel(g: Tensor | None, k: Tensor) -> Tensor:
-    """Any form of g as `[B, T, H, K]`."""
+    """Expands g, of any form, to `[B, T, H, K]`."""
     if g is None:
         return torch.zeros_like(k, dtype=torch.float32)
     return g if g.ndim == 4 else g[..., None].expand(k.shape)

@@ -1,7 +1,7 @@
-"""What a stretch of tokens does to the state of the decay family, and to a gradient of it, in closed form.
+"""Summaries of pieces for the decay family, and gradients of their initial states, in closed form.
 
-Both are one sum over tokens of outer products: of keys and values, decayed until the end; of queries and the outputs'
-gradients, decayed from the beginning. On CUDA one pass over these in a Triton kernel.
+Each of the two is a sum over tokens of outer products: of keys and values, decayed until the end of the piece, and of
+queries and the outputs' gradients, decayed from its beginning. On CUDA, Triton kernels sum in one pass over the inputs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from linear_moe.modeling.ops.sequence import remaining
 
 
 def summary(k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Inputs as of `decay` -> transition `[N, H, K or 1, V or 1]` and state `[N, H, K, V]`, fp32."""
+    """Computes the `Summary` of inputs of `decay`: transition `[N, H, K or 1, V or 1]`, state `[N, H, K, V]`, fp32."""
     if on_kernel(v):
         return _kernel(k, v, g, gv, backwards=False, before_gate=False)
     return _closed_form(k, v, g, gv)
 
 
 def differentiable(k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`summary` with gradients, for `Pieces.states`. It keeps the inputs only: decayed in fp32 they are much larger."""
+    """Computes `summary` with gradients, for `Pieces.states`.
+
+    Only the inputs are kept for the backward pass: the decayed fp32 tensors are much larger.
+    """
     if not torch.is_grad_enabled():
         return summary(k, v, g, gv)
-    found: tuple[Tensor, Tensor] = checkpoint(_closed_form, k, v, g, gv, use_reentrant=False, preserve_rng_state=False)
-    return found
+    result: tuple[Tensor, Tensor] = checkpoint(_closed_form, k, v, g, gv, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def _closed_form(k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,10 +56,10 @@ def gradient(
     gv: Tensor | None,
     d_o: Tensor,
 ) -> Tensor:
-    """That of the initial state `[N, H, K, V]` from the outputs' `d_o [N, T, H, V]`, fp32.
+    """Computes the `Gradient` of the initial state, `[N, H, K, V]` fp32, from that of the outputs, `d_o [N, T, H, V]`.
 
     Args:
-        before_gate: outputs read the state before their own token's gates.
+        before_gate: whether outputs read the state before their own token's gates, as with a bonus.
     """
     if on_kernel(d_o):
         return _kernel(q, d_o, g, gv, backwards=True, before_gate=before_gate)[1] * scale
@@ -67,7 +70,7 @@ def gradient(
 
 
 def on_kernel(v: Tensor) -> bool:
-    """As `choose` does for "auto": 16-bit tensors on CUDA."""
+    """Whether the Triton kernels sum, by the rule of `choose` for "auto": for 16-bit tensors on CUDA."""
     return v.is_cuda and v.element_size() == 2 and has_triton()
 
 
@@ -82,12 +85,12 @@ def _kernel(
 
 
 def _by_channel(g: Tensor, k: Tensor) -> Tensor:
-    """Any form of g as `[B, T, H, K]` or `[B, T, H, 1]`."""
+    """Expands g, of any form, to `[B, T, H, K]` or `[B, T, H, 1]`."""
     return g if g.ndim == 4 else g.expand(k.shape[:3])[..., None]
 
 
 def _from_start(g: Tensor, before_gate: bool) -> Tensor:
-    """What the log-decays `g [N, T, ...]` leave at every token of a state from before all."""
+    """Returns the factors `[N, T, ...]` by which the log-decays g shrink a state from before the rows to each token."""
     sums = g.float().cumsum(1)
     if before_gate:
         sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)

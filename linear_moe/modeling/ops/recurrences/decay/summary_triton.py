@@ -1,4 +1,4 @@
-"""Sums over tokens of outer products that decay, in two Triton kernels: in parts of the tokens at once, then joined."""
+"""Sums over tokens of decaying outer products, in two Triton kernels: parts of the tokens side by side, then joined."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 CHUNK = 64  # tokens of one product
 BLOCK = 128  # keys and values of a tile at most
-PROGRAMS = 264  # wanted at once: two for each multiprocessor of an H100
+PROGRAMS = 264  # programs wanted at once: two for each multiprocessor of an H100
 JOINED = 32  # keys of a tile of the second kernel
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
 def _decays(g, token, stride, channel, there, FLOOR: tl.constexpr, BACKWARDS: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """Of a chunk's tokens: in log2, what is left of each at the end (BACKWARDS: beginning), and of all before."""
+    """Returns log2-decays of a chunk: from each token to the end (BACKWARDS: from the beginning), and of the whole."""
     value = tl.load(g + token[:, None] * stride + channel[None, :], mask=there, other=0.0).to(tl.float32)
     value = tl.maximum(value, FLOOR) * LOG2_E
     value = tl.where(there, value, 0.0)
@@ -36,7 +36,10 @@ def _parts(
     gv_h, FLOOR: tl.constexpr, PER_KEY: tl.constexpr, BACKWARDS: tl.constexpr, EXCLUSIVE: tl.constexpr,
     CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """`part [N, S, H, K, V]`, of every S-th part of the tokens, and the sums of their log2-decays `[N, S, H, K]`."""
+    """Stores the sums over S parts of the tokens, `part [N, S, H, K, V]`, and the log2-decays of the parts.
+
+    The latter are `total [N, S, H, K]` of keys and `total_v [N, S, H, V]` of values.
+    """
     piece, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     tiles = tl.cdiv(V, BV)
     key = (tl.program_id(2) // tiles) * BK + tl.arange(0, BK)
@@ -86,11 +89,11 @@ def _join(
     part, total, total_v, state, transition, H, K, V, parts, LEFT_K: tl.constexpr, LEFT_V: tl.constexpr,
     BACKWARDS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The recurrence from part to part, `state [N, H, K, V]`; what is left of all before, `[N, H, K or 1, V or 1]`."""
+    """Runs the recurrence from part to part: `state [N, H, K, V]` and `transition [N, H, K or 1, V or 1]`."""
     row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     key, value = tl.program_id(1) * BK + tl.arange(0, BK), tl.arange(0, BV)
     inside = (key < K)[:, None] & (value < V)[None, :]
-    found = tl.zeros((BK, BV), tl.float32)
+    joined = tl.zeros((BK, BV), tl.float32)
     sums = tl.zeros((BK, BV), tl.float32)
     for i in range(parts):
         place = (row * parts + (parts - 1 - i if BACKWARDS else i)) * H + head
@@ -100,11 +103,11 @@ def _join(
             left += tl.load(total + place * K + key, mask=key < K, other=0.0)[:, None]
         if total_v is not None:
             left += tl.load(total_v + place * V + value, mask=value < V, other=0.0)[None, :]
-        found = found * tl.exp2(left) + own
+        joined = joined * tl.exp2(left) + own
         sums += left
     at = row * H + head
-    tl.store(state + at * K * V + key[:, None] * V + value[None, :], found, mask=inside)
-    # one number for all keys, or all values, is stored once
+    tl.store(state + at * K * V + key[:, None] * V + value[None, :], joined, mask=inside)
+    # a decay that all keys, or all values, share is stored once
     if LEFT_K == 1:
         inside = inside & (key == 0)[:, None]
     if LEFT_V == 1:
@@ -116,18 +119,19 @@ def _join(
 def weighted_sum(
     k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, *, floor: float, backwards: bool, exclusive: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sum over t of `k_t v_t^T`, each decayed by the gates of the tokens behind it (backwards: up to its own).
+    """Computes the sum over t of `k_t v_t^T`, decayed by the gates of the tokens behind t (backwards: up to t).
 
     Args:
         k: `[N, T, H, K]`.
-        v: `[N, T, H, V]`, in whose dtype products are.
-        g: `[N, T, H]` or `[N, T, H, K]` log-decay.
-        gv: `[N, T, H, V]` log-decay.
-        floor: gates below count as it.
-        exclusive: backwards, a token's own gate does not count for it.
+        v: `[N, T, H, V]`; its dtype is that of the products.
+        g: `[N, T, H]` or `[N, T, H, K]` log-decay; None: no decay.
+        gv: `[N, T, H, V]` log-decay; None: no decay.
+        floor: gates below the floor count as the floor.
+        backwards: whether decays run from the beginning to t, its own gate included, instead of from t to the end.
+        exclusive: backwards, whether the gate of t itself is left out.
 
     Returns:
-        What the gates leave of a state from before all `[N, H, K or 1, V or 1]`, and the sum `[N, H, K, V]`; fp32.
+        The decay over all tokens `[N, H, K or 1, V or 1]`, and the sum `[N, H, K, V]`; fp32.
     """
     rows, length, heads, keys = k.shape
     values, per_key = v.shape[3], g is not None and g.ndim == 4

@@ -31,10 +31,12 @@ def delta(
     bounded: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """S' = diag(exp(g_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - k_t^T S')^T,  o_t = scale * q_t S_t.
+    """Runs a recurrence with the delta rule.
 
-    DeltaNet (arXiv 2406.06484) without g, Gated DeltaNet (arXiv 2412.06464) with one per head, Kimi Delta Attention
-    (arXiv 2510.26692) with one per key channel. q and k are used as given: the recurrence is stable for
+    S' = diag(exp(g_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - k_t^T S')^T,  o_t = scale * q_t S_t.
+
+    Without g this is DeltaNet (arXiv 2406.06484), with a decay per head Gated DeltaNet (arXiv 2412.06464), with a decay
+    per key channel Kimi Delta Attention (arXiv 2510.26692). q and k are used as given: the recurrence is stable for
     beta |k|^2 <= 2, so callers normalise k.
 
     Args:
@@ -46,7 +48,7 @@ def delta(
         scale: K**-0.5 unless given.
         initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
-        bounded: g is known to be at least -80, as the kernels need it: saves a pass over it.
+        bounded: whether g is known to be at least -80, as the kernels need it, which saves a pass over g.
         backend: "reference", "chunk", "gpu" (flash-linear-attention) or "auto": the kernels for 16-bit tensors on
             CUDA where installed, else "chunk". With T = 1, an `initial_state`, no `cu_seqlens` and gradients
             disabled, "auto" is one step of decoding: it UPDATES `initial_state` IN PLACE and returns it.

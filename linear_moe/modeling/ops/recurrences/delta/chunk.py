@@ -22,9 +22,9 @@ def delta(
 ) -> tuple[Tensor, Tensor]:
     """See `recurrences.delta.delta`. No gate is divided by: any g <= 0 is safe.
 
-    In a chunk that starts from state S, token i writes u_i = beta_i (v_i - what k_i reads), and it reads S and the
-    writes before it, each decayed since: (I + L) U = diag(beta) (V - K' S), L strictly lower triangular. Inverted for
-    every chunk at once, U = X - W S; then only U and S are computed chunk by chunk.
+    In a chunk that starts from state S, token i writes u_i = beta_i (v_i - r_i), where its key reads r_i from S and
+    from the writes before token i, each decayed since: (I + L) U = diag(beta) (V - K' S), L strictly lower triangular.
+    With I + L inverted for all chunks at once, U = X - W S; then only U and S are computed chunk by chunk.
     """
     dtype, state = v.dtype, start_state(q, v, initial_state, cu_seqlens)
     chunks = Chunks(q, cu_seqlens)
@@ -56,6 +56,6 @@ def delta(
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
-    """The inverse of I + the part of `lower [..., C, C]` below its diagonal."""
+    """Returns the inverse of the identity plus the part of `lower [..., C, C]` below its diagonal."""
     identity = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
     return torch.linalg.solve_triangular(lower.tril(-1), identity, upper=False, unitriangular=True)

@@ -14,7 +14,7 @@ MAX_KEY_DIM = 256
 
 
 def unsupported(q: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs; None: they can."""
+    """Returns the reason why the kernels cannot take these inputs; None: they can."""
     if v.dtype not in (torch.bfloat16, torch.float16):
         return f"the delta kernels take bfloat16 or float16, got {v.dtype}"
     if q.shape[-1] > MAX_KEY_DIM:
@@ -23,7 +23,7 @@ def unsupported(q: Tensor, v: Tensor) -> str | None:
 
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, bounded: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q, k and g as the kernels take them: in v's dtype, with as many keys as they have tiles for, at least -80."""
+    """Returns q, k and g for the kernels: q and k in v's dtype, key channels padded to their tiles, g at least -80."""
     size = tiled(q.shape[-1])
     q, k = (pad_keys(x.to(v.dtype), -1, size) for x in (q, k))
     if g is not None:
@@ -44,7 +44,7 @@ def delta(
     cu_seqlens: Tensor | None,
     bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `recurrences.delta.delta`. Products in v's dtype; gates below -80 count as -80."""
+    """See `recurrences.delta.delta`. Products are in v's dtype, and gates below -80 count as -80."""
     keys = q.shape[-1]
     q, k, g = prepared(q, k, v, g, bounded)
     inputs: dict[str, Any] = {

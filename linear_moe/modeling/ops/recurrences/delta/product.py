@@ -30,15 +30,17 @@ def delta_product(
     bounded: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """S_t0 = exp(g_t) S_{t-1},  S_ti = S_t(i-1) + beta_ti k_ti (v_ti - k_ti^T S_t(i-1))^T for i = 1..n,
+    """Runs the delta rule with n writes per token (DeltaProduct, arXiv 2502.10297).
+
+    S_t0 = exp(g_t) S_{t-1},  S_ti = S_t(i-1) + beta_ti k_ti (v_ti - k_ti^T S_t(i-1))^T for i = 1..n,
     S_t = S_tn,  o_t = scale * q_t S_t.
 
     Args:
         q: `[B, T, H, K]`.
         k: `[B, T, n, H, K]`, v: `[B, T, n, H, V]`, beta: `[B, T, n, H]`: the writes of a token in their order.
         g: `[B, T, H]` log-decay, at most 0; None: no decay.
-        scale, initial_state, cu_seqlens, bounded, backend: as for `recurrences.delta.delta`; offsets count
-            tokens.
+        scale, initial_state, cu_seqlens, bounded, backend: as for `recurrences.delta.delta`; offsets count tokens, not
+            writes.
 
     Returns:
         `o [B, T, H, V]` in v's dtype and the final state `[N, H, K, V]` in fp32; both differentiable in every input.
@@ -97,7 +99,7 @@ def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Ten
 def _chunk(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *, cu_seqlens: Tensor | None, **options: object
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule on a sequence of all writes, decaying before the first of each token and read after the last."""
+    """Runs the delta rule on the sequence of all writes: see `_one_by_one`."""
     n = k.shape[2]
     offsets = None if cu_seqlens is None else cu_seqlens * n
     o, state = chunk.delta(*_one_by_one(q, k, v, beta, g), cu_seqlens=offsets, **options)  # type: ignore[arg-type]
@@ -107,7 +109,7 @@ def _chunk(
 def _one_by_one(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """A sequence of all writes: decaying before the first of each token, read after the last."""
+    """Returns inputs of `delta` in which every write is a token: g at a token's first write, q at its last, else 0."""
     n = k.shape[2]
     q = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
     g = None if g is None else F.pad(g[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
@@ -126,7 +128,7 @@ def _gpu(
     cu_seqlens: Tensor | None,
     bounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels of flash-linear-attention. Products in v's dtype; gates below -80 count as -80."""
+    """Runs flash-linear-attention's kernels. Products are in v's dtype, and gates below -80 count as -80."""
     n, keys = k.shape[2], q.shape[-1]
     q, k, g = fla.prepared(q, k, v, g, bounded)
     o, state = run_fla(
@@ -150,7 +152,7 @@ def _gpu(
 def step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *, state: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs as `delta_product` with T = 1, no gradients.
+    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs as for `delta_product`, T = 1, no gradients.
 
     Returns:
         `o [B, 1, H, V]` in v's dtype, and `state` itself.

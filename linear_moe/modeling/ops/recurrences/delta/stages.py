@@ -1,8 +1,9 @@
-"""The delta rule without decay or with one per head, on CUDA, stopped between the WY form and the states.
+"""The delta rule on CUDA, without decay or with a decay per head, in two stages: the WY form, then states and outputs.
 
-What comes before pieces of sequences is known only once the WY form of all has been summarised, and what comes behind
-them, in the backward pass, once the gradients of their writes have. In stages both are made once for the summary and
-the op. The kernels are flash-linear-attention's, in the order of its `chunk_delta_rule` and `chunk_gated_delta_rule`.
+The initial states of pieces are known only after the WY forms of all pieces have been summarised. In the backward pass,
+the gradients of their final states are known only after the gradients of all pieces' writes have been summarised. With
+two stages, the summary and the op share the WY form, and likewise the gradients of the writes. The kernels are
+flash-linear-attention's, in the order of its `chunk_delta_rule` and `chunk_gated_delta_rule`.
 """
 
 from __future__ import annotations
@@ -23,25 +24,32 @@ from linear_moe.modeling.ops.sequence import Pieces
 
 
 class WY(NamedTuple):
-    """Chunks of 64 tokens: what they read of a state, what they write to none, how these came about, log2-decays."""
+    """The WY form of chunks of 64 tokens: from the state S before its chunk, a token writes u - w S."""
 
     w: Tensor  # [B, T, H, K]
     u: Tensor  # [B, T, H, V]
-    inverse: Tensor  # [B, T, H, 64]
-    sums: Tensor | None  # [B, T, H] fp32, since the beginning of the chunk
+    inverse: Tensor  # [B, T, H, 64], the inverted matrix that gave w and u
+    sums: Tensor | None  # [B, T, H] fp32, log2-decays since the beginning of the chunk
 
 
 class Backward:
-    """What a backward pass begins with: the WY form once more, and the writes' gradients from outputs of their chunk.
+    """The first stage of a backward pass: w and u again, and the gradients of writes from outputs of their own chunk.
 
-    Made for the gradient of the initial state, which is sent while the op's own backward pass waits, and `take`n by it.
+    The stage is computed for the gradient of the initial state, which is sent to other ranks while the op's own
+    backward pass waits; this pass then takes the result.
     """
 
     def __init__(self) -> None:
         self.made: tuple[Tensor, Tensor, Tensor] | None = None
 
     def make(self, wy: dict[str, Any], q: Tensor, d_o: Tensor, scale: float, packing: dict[str, Any]) -> None:
-        """`wy`: k, v, beta, A, the inverse, and g, the sums or None."""
+        """Computes the stage.
+
+        Args:
+            wy: k, v, beta, the inverse as "A", and the sums of log2-decays (or None) as "g".
+            q, d_o, scale: queries, gradient of the outputs, and factor of the scores.
+            packing: offsets of packed documents, as keyword arguments of the kernels.
+        """
         k, gate = wy["k"], wy["g"]
         if gate is None:
             given = {name: x for name, x in wy.items() if name != "g"}
@@ -52,6 +60,7 @@ class Backward:
         self.made = w, u, local(q=q, k=k, do=d_o, g=gate, scale=scale, chunk_size=CHUNK, **packing)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns w, u and the gradients of the writes from `make`, and releases them."""
         assert self.made is not None
         made, self.made = self.made, None
         return made
@@ -69,7 +78,13 @@ def through(
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `delta.summary.through`; q, k, g are `delta.gpu.prepared`, of K keys before that."""
+    """Runs the op on pieces of sequences, in stages: see `delta.summary.through`.
+
+    Args:
+        q, k, g: as `delta.fla.prepared` returns them.
+        v, beta, scale, cu_seqlens: as for `delta`.
+        keys: number K of key channels before `prepared` padded them.
+    """
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     with torch.cuda.device_of(v), torch.no_grad():
         packing = {"cu_seqlens": cu_seqlens, "chunk_indices": None}
@@ -88,7 +103,7 @@ def through(
         return o, final[:, :, :keys]
 
     backward = Backward()
-    # Of packed documents only each piece's first is asked for, cut off from the others.
+    # With packed documents the gradient is asked for only of each piece's first one, so the op cannot share the stage.
     gradient = partial(_start_gradient, keys, scale, None if pieces.packed else backward)
     return pieces.through(
         run, (summary, k, made.w, made.u, made.sums), (gradient, q, k, v, beta, made.inverse, made.sums), matrix=True
@@ -130,7 +145,7 @@ def _start_gradient(
 
 
 class _Rest(Function):
-    """From the WY form on: states and outputs. Its backward pass is the whole op's."""
+    """The second stage, from the WY form to states and outputs; its backward pass is that of the whole op."""
 
     @staticmethod
     def forward(
@@ -180,12 +195,12 @@ class _Rest(Function):
             wy |= {"dw": dw, "du": du, **ctx.packing}
             if g is None:
                 del wy["g"]
-                more, dv, dbeta = import_fla("ops.delta_rule.wy_fast").prepare_wy_repr_bwd(**wy)
+                dk_wy, dv, dbeta = import_fla("ops.delta_rule.wy_fast").prepare_wy_repr_bwd(**wy)
                 dg = None
             else:
-                more, dv, dbeta, dg_more = import_fla("ops.gated_delta_rule.wy_fast").prepare_wy_repr_bwd(**wy)
+                dk_wy, dv, dbeta, dg_wy = import_fla("ops.gated_delta_rule.wy_fast").prepare_wy_repr_bwd(**wy)
                 sums_of = import_fla("ops.utils").chunk_local_cumsum
-                dg = sums_of(dg.add_(dg_more), chunk_size=CHUNK, reverse=True, **ctx.packing).to(g.dtype)
-            dk.add_(more)
+                dg = sums_of(dg.add_(dg_wy), chunk_size=CHUNK, reverse=True, **ctx.packing).to(g.dtype)
+            dk.add_(dk_wy)
         gradients = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg
         return *gradients, None, None, None, None, None

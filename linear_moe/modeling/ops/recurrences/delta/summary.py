@@ -1,7 +1,7 @@
-"""What a stretch of tokens does to the state of the delta family, and to a gradient of it.
+"""Summaries of pieces for the delta family, and gradients of their initial states.
 
-On CUDA from the WY form of its chunks, which flash-linear-attention's kernels make, by kernels of our own; elsewhere by
-running the op.
+On CUDA, kernels of our own compute both from the WY form of the chunks, which flash-linear-attention's kernels make.
+Elsewhere both come from running the op.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from linear_moe.modeling.ops.backends import import_fla
 from linear_moe.modeling.ops.recurrences.delta.fla import CHUNK, prepared
 
 Op = Callable[..., tuple[Tensor, Tensor]]
-"""`op(q, k, v, beta, g, scale=..., initial_state=..., cu_seqlens=...) -> (o, final_state)`."""
+"""Function `op(q, k, v, beta, g, scale=..., initial_state=..., cu_seqlens=...) -> (o, final_state)`."""
 
 
 def through(
@@ -33,12 +33,14 @@ def through(
     kernels: bool,
     expand: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`op` of pieces of sequences.
+    """Runs `op` on pieces of sequences.
 
     Args:
         inputs: q, k, v, beta, g.
-        kernels: `op` is that of the GPU kernels.
-        expand: `expand(q, k, v, beta, g)` with one write a token, for the kernels; None: there is one.
+        scale, cu_seqlens, bounded: as for `delta`.
+        kernels: whether `op` is the one of the GPU kernels.
+        expand: function of q, k, v, beta, g that returns them with one write per token, for the kernels; None: each
+            token has one write already.
     """
     q, k, v, beta, g = inputs
     assert q is not None and k is not None and v is not None and beta is not None
@@ -61,6 +63,8 @@ def through(
 
 
 def _by_running(op: Op, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Computes the `Summary` by running `op`."""
+
     def run(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor) -> tuple[Tensor, Tensor]:
         return op(torch.zeros_like(q), k, v, beta, g, scale=1.0, initial_state=initial_state, cu_seqlens=None)
 
@@ -68,49 +72,55 @@ def _by_running(op: Op, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor
 
 
 def _on_kernels(keys: int, expand: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Computes the `Summary` by kernels; `inputs` are prepared, and had `keys` key channels before."""
     q, k, v, beta, g = inputs if expand is None else expand(*inputs)
     with torch.cuda.device_of(v):
-        found = _wy(q, k, v, beta, g)
-        transition, state = _kernels().scan(found["k"], found["w"], found["u"], found["g"], found["gk"])
+        form = _wy(q, k, v, beta, g)
+        transition, state = _kernels().scan(form["k"], form["w"], form["u"], form["g"], form["gk"])
     return transition[:, :, :keys, :keys], state[:, :, :keys]
 
 
 def _gradient_on_kernels(keys: int, scale: float, expand: Any, *inputs: Any) -> Tensor:
+    """Computes the `Gradient` by kernels; `inputs` are prepared, had `keys` key channels before, and end with d_o."""
     *inputs, d_o = inputs  # type: ignore[assignment]
     q, k, v, beta, g = inputs if expand is None else expand(*inputs)
     if expand is not None:  # outputs come after a token's last write
-        every = k.shape[1] // d_o.shape[1]
-        d_o = F.pad(d_o.unsqueeze(2), (0, 0, 0, 0, every - 1, 0)).flatten(1, 2)
+        writes = k.shape[1] // d_o.shape[1]
+        d_o = F.pad(d_o.unsqueeze(2), (0, 0, 0, 0, writes - 1, 0)).flatten(1, 2)
     with torch.cuda.device_of(v):
-        found = _wy(q, k, v, beta, g, scale)
-        given: dict[str, Any] = {"q": found["q"], "do": d_o.contiguous(), "scale": scale}
-        if found["scores"] is None:
-            dv = import_fla("ops.common.chunk_o").chunk_bwd_dv_local(k=k, g=found["g"], chunk_size=CHUNK, **given)
+        form = _wy(q, k, v, beta, g, scale)
+        given: dict[str, Any] = {"q": form["q"], "do": d_o.contiguous(), "scale": scale}
+        if form["scores"] is None:
+            dv = import_fla("ops.common.chunk_o").chunk_bwd_dv_local(k=k, g=form["g"], chunk_size=CHUNK, **given)
         else:
-            dv = _kernels().local(found["scores"], d_o)
-        _, start = _kernels().scan(found["k"], found["w"], dv, found["g"], found["gk"], backwards=True, **given)
+            dv = _kernels().local(form["scores"], d_o)
+        _, start = _kernels().scan(form["k"], form["w"], dv, form["g"], form["gk"], backwards=True, **given)
     return start[:, :, :keys]
 
 
 def _wy(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float = 1.0) -> dict[str, Any]:
-    """The WY form, and log2-decays since the beginning of the chunk, as `summary_triton.scan` takes them."""
+    """Returns the WY form and log2-decays since the beginning of the chunk, as `summary_triton.scan` takes them.
+
+    The dictionary has w, u, k, q, the decays per head "g" or per key channel "gk" (the other is None), and, with "gk",
+    the scores of the chunks, as `summary_triton.local` takes them.
+    """
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    found: dict[str, Any] = {"q": q, "k": k, "g": None, "gk": None, "scores": None}
+    form: dict[str, Any] = {"q": q, "k": k, "g": None, "gk": None, "scores": None}
     options: dict[str, Any] = {"v": v, "beta": beta, "cu_seqlens": None, "chunk_size": CHUNK}
     if g is None:
-        found["w"], found["u"], _ = import_fla("ops.delta_rule.wy_fast").prepare_wy_repr_fwd(k=k, **options)
-        return found
+        form["w"], form["u"], _ = import_fla("ops.delta_rule.wy_fast").prepare_wy_repr_fwd(k=k, **options)
+        return form
     log2 = import_fla("ops.utils.constant").RCP_LN2
     g = import_fla("ops.utils").chunk_local_cumsum(g.contiguous(), chunk_size=CHUNK, scale=log2)
     if g.ndim == 3:
-        found["w"], found["u"], _ = import_fla("ops.gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra(
+        form["w"], form["u"], _ = import_fla("ops.gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra(
             k=k, g=g, **options
         )
-        return found | {"g": g}
+        return form | {"g": g}
     made = import_fla("ops.kda.chunk_intra").chunk_kda_fwd_intra(
         q=q, k=k, gk=g, scale=scale, disable_recompute=True, **options
     )
-    return found | dict(zip(("w", "u", "q", "k", "scores"), made, strict=False)) | {"gk": g}
+    return form | dict(zip(("w", "u", "q", "k", "scores"), made, strict=False)) | {"gk": g}
 
 
 def _kernels() -> Any:

@@ -1,12 +1,12 @@
-"""States and transitions of the delta rule and DPLR from chunk to chunk, in Triton kernels, given chunks' WY forms.
+"""States and transitions of the delta rule and DPLR from chunk to chunk, in Triton kernels, given the chunks' WY forms.
 
 In a chunk that starts from state S, tokens write u - w S (see `delta/chunk.py`), so S becomes D S + k^T (u - w S), with
-k decayed to the chunk's end and D the chunk's decay. The gradient of S, G after the chunk, becomes
-D G + q^T do - w^T (dv + k G), q decayed from the chunk's start, dv what the chunk's outputs say of its writes. DPLR has
-+ for -, its b for k, and adds its own k^T v.
+k decayed to the chunk's end and D the chunk's decay. The gradient G of the state after the chunk becomes that of S,
+D G + q^T do - w^T (dv + k G), with q decayed from the chunk's start and dv the gradients of the chunk's writes from its
+own outputs. DPLR has + in place of -, its b in place of k, and the term k^T v of its own k in addition.
 
-Either is run on columns of zeros, for what the tokens add, and on those of the identity, for the transition: in parts
-of the tokens at once, which a second kernel joins.
+Both recurrences are run on columns of zeros, which end as the state that the tokens add, and on the columns of the
+identity, which end as the transition. Parts of the tokens are run side by side, and a second kernel joins them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 64  # of a tile
-PROGRAMS = 264  # wanted at once: two for each multiprocessor of an H100
-LEAST = 8  # chunks of a part: joining costs as much as a few of them
+COLUMNS = 64  # columns of a tile
+PROGRAMS = 264  # programs wanted at once: two for each multiprocessor of an H100
+LEAST = 8  # chunks of a part at least: joining a part costs as much as a few chunks
 JOINED = 32  # columns of a tile of the second kernel
-MAX_JOINED = 128  # keys of a transition that fits its registers
+MAX_JOINED = 128  # keys of the largest transition that fits into the registers of the second kernel
 
 
 @triton.jit
 def _rows(x, token, stride, column, here, inside):
+    """Loads columns of the tokens' rows in `x`, zeros outside."""
     return tl.load(x + token[:, None] * stride + column[None, :], mask=here[:, None] & inside[None, :], other=0.0)
 
 
@@ -33,16 +34,19 @@ def _parts(
     q, k, w, u, do, g, gk, part, scale, T, H, K, V, tokens, SIGN: tl.constexpr, BACKWARDS: tl.constexpr,
     CHUNK: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`part [N, S, H, K, V + K]` of S parts of the tokens; u is dv if BACKWARDS. All inputs `[N, T, H, ...]`."""
+    """Stores `part [N, S, H, K, V + K]`: the added states and the transitions of S parts of the tokens.
+
+    All inputs are `[N, T, H, ...]`; u is dv if BACKWARDS.
+    """
     tile, piece, head = tl.program_id(0), tl.program_id(1), tl.program_id(2) % H
     row = (tl.program_id(2) // H).to(tl.int64)
     tiles = tl.cdiv(V, COLUMNS)
-    adds = tile < tiles  # else columns of the transition
+    adds = tile < tiles  # columns of the added state, else of the transition
     key = tl.arange(0, BK)
     column = tl.where(adds, tile, tile - tiles) * COLUMNS + tl.arange(0, COLUMNS)
     in_key, in_value = key < K, column < tl.where(adds, V, 0)
     state = tl.where(key[:, None] == tl.where(adds, -1, column)[None, :], 1.0, 0.0)
-    first = row * T * H + head  # of this row and head: tokens are H apart
+    first = row * T * H + head  # the first token of this row and head; tokens are H apart
     begin, end = piece * tokens, tl.minimum(piece * tokens + tokens, T)
     for i in range(0, tl.cdiv(end - begin, CHUNK)):
         chunk = tl.cdiv(end - begin, CHUNK) - 1 - i if BACKWARDS else i
@@ -69,7 +73,7 @@ def _parts(
         else:
             writes = (own + writes) * left[:, None]
             state = tl.dot(tl.trans(keys), writes.to(keys.dtype), state)
-        if q is not None:  # noqa: SIM102  one is known when compiled, the other is not
+        if q is not None:  # noqa: SIM102  only this condition is known at compile time
             if adds:
                 queries = _rows(q, token, K, key, here, in_key) * scale
                 if g is not None:
@@ -87,7 +91,7 @@ def _parts(
 def _join(
     part, joined, H, K, V, parts, BACKWARDS: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The recurrence from part to part, `joined [N, H, K, V + K]`."""
+    """Runs the recurrence from part to part: `joined [N, H, K, V + K]`."""
     row, head, width = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H, V + K
     key, column = tl.arange(0, BK), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_key = key < K
@@ -113,12 +117,17 @@ def _local(scores, do, dv, T, H, V, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
     weights = tl.load(scores + token[:, None] * CHUNK + at[None, :], mask=seen, other=0.0)
     d = _rows(do, token, V, column, here, column < V)
     inside = here[:, None] & (column < V)[None, :]
-    found = tl.dot(tl.trans(weights.to(d.dtype)), d)
-    tl.store(dv + token[:, None] * V + column[None, :], found.to(dv.dtype.element_ty), mask=inside)
+    gradient = tl.dot(tl.trans(weights.to(d.dtype)), d)
+    tl.store(dv + token[:, None] * V + column[None, :], gradient.to(dv.dtype.element_ty), mask=inside)
 
 
 def local(scores: Tensor, do: Tensor) -> Tensor:
-    """What outputs `do [N, T, H, V]` say of the writes of their own chunk, which they saw by `scores [N, T, H, C]`."""
+    """Computes the gradients of writes `[N, T, H, V]` from the outputs of their own chunk.
+
+    Args:
+        scores: `[N, T, H, C]`, the weights with which an output reads the C writes of its chunk.
+        do: `[N, T, H, V]`, the gradients of the outputs.
+    """
     (rows, length, heads, values), chunk = do.shape, scores.shape[3]
     scores, do = scores.contiguous(), do.contiguous()
     dv = torch.empty_like(do)
@@ -142,19 +151,24 @@ def scan(
     chunk: int = 64,
     backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What rows of tokens do to a state; backwards, to a gradient from behind them.
+    """Computes the affine map that rows of tokens apply to a state, or, backwards, to the gradient of a state.
 
     Args:
-        k, w: `[N, T, H, K]`, of the WY form; with `gk`, k is decayed to the end of its chunk.
-        u: `[N, T, H, V]`, of the WY form; backwards, the writes' gradients from the outputs of their own chunk.
-        g: `[N, T, H]` fp32, log2-decay since the beginning of the chunk; gk: `[N, T, H, K]`, or that by key.
-        q: `[N, T, H, K]`, backwards, with `gk` decayed from the start of its chunk; DPLR's own k, decayed to the end.
-        do: `[N, T, H, V]`, what q writes: the outputs' gradients; DPLR's v.
-        sign: -1: the delta rule; 1: DPLR.
+        k, w: `[N, T, H, K]` of the WY form; with `gk`, k is already decayed to the end of its chunk.
+        u: `[N, T, H, V]` of the WY form; backwards, the gradients of the writes from the outputs of their own chunk.
+        g: `[N, T, H]` fp32, log2-decays per head since the beginning of the chunk.
+        gk: `[N, T, H, K]` fp32, log2-decays per key channel since the beginning of the chunk.
+        q: `[N, T, H, K]`. Backwards, the queries, with `gk` already decayed from the start of their chunk. Forwards,
+            for DPLR only, its k, decayed to the end of the chunk.
+        do: `[N, T, H, V]`, the factors of q in the sum that is added: backwards, the gradients of the outputs;
+            forwards, DPLR's v.
+        scale: factor of q.
+        sign: -1 for the delta rule, 1 for DPLR.
         chunk: tokens of a chunk.
+        backwards: whether the map is that of gradients, from the end of the rows to their beginning.
 
     Returns:
-        Transition `[N, H, K, K]` and what the tokens add `[N, H, K, V]`, fp32.
+        The transition `[N, H, K, K]`, and the state or gradient that the tokens add `[N, H, K, V]`, fp32.
     """
     rows, length, heads, keys = k.shape
     values = u.shape[3]

@@ -32,10 +32,12 @@ def dplr(
     min_gate: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """S_t = diag(exp(g_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale * q_t S_t  (arXiv 2503.14456).
+    """Runs a recurrence whose transition is a diagonal plus a matrix of rank one (RWKV-7, arXiv 2503.14456).
 
-    a reads the state before its decay, b writes what was read. Both are used as given: callers keep the transition
-    diag(exp(g)) + b a^T from growing (RWKV-7: a = -k', b = rate * k' with |k'| = 1 and rates in (0, 1)).
+    S_t = diag(exp(g_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale * q_t S_t.
+
+    The vector a reads the state before its decay, and b writes the result. Both are used as given: callers keep the
+    transition diag(exp(g)) + b a^T from growing (RWKV-7: a = -k', b = rate * k' with |k'| = 1 and rates in (0, 1)).
 
     Args:
         q, k, a, b: `[B, T, H, K]`.
@@ -44,7 +46,7 @@ def dplr(
         scale: K**-0.5 unless given.
         initial_state: `[N, H, K, V]` fp32, zeros unless given; N is B, or the number of documents.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1; documents may be empty.
-        min_gate: a value that no g is below, if the caller knows one: the kernel needs it, at least -5.
+        min_gate: a lower bound of g, if the caller knows one: the kernels need a bound of at least -5.
         backend: "reference", "chunk", "gpu" (flash-linear-attention) or "auto": the kernels for 16-bit tensors on
             CUDA where installed, else "chunk". With T = 1, an `initial_state`, no `cu_seqlens` and gradients
             disabled, "auto" is one step of decoding: it UPDATES `initial_state` IN PLACE and returns it.

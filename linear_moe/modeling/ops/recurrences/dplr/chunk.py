@@ -25,14 +25,15 @@ def dplr(
 ) -> tuple[Tensor, Tensor]:
     """See `recurrences.dplr.dplr`. No gate is divided by: any g <= 0 is safe.
 
-    In a chunk that starts from state S, token i reads y_i: from S, from the values written before it, and from the
-    reads written before it, each decayed until the token before i: (I - L) Y = A' S + M V, with L and M strictly lower
-    triangular. Inverted for every chunk at once, Y = X + W S; then only Y and S are computed chunk by chunk.
+    In a chunk that starts from state S, a_i reads y_i from S, from the values that earlier tokens have written, and
+    from the reads that they have written, each decayed until the token before i: (I - L) Y = A' S + M V, with L and M
+    strictly lower triangular. With I - L inverted for all chunks at once, Y = X + W S; then only Y and S are computed
+    chunk by chunk.
     """
     dtype, state = v.dtype, start_state(q, v, initial_state, cu_seqlens)
     chunks = Chunks(q, cu_seqlens)
     q, k, v, a, b, g = (chunks.split(x.float()) for x in (q, k, v, a, b, g))
-    # a reads with the decay of the token before it: moved there, it is decayed as q is; then moved back
+    # a_i reads the state after token i - 1: shifted to that token it is decayed as q is; the results are shifted back
     early = F.pad(a[..., 1:, :], (0, 0, 0, 1))
     [[qk, qb], [ak, ab]], [q, early], [k_end, b_end], kept = pairwise([q * scale, early], [k, b], g)
     ak, ab = (F.pad(x[..., :-1, :], (0, 0, 1, 0)) for x in (ak, ab))

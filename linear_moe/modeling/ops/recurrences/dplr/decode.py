@@ -1,4 +1,4 @@
-"""One token of the diagonal plus rank one family, for decoding."""
+"""A step of decoding, by one token, for the diagonal plus rank one family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def step(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, *, state: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs as `dplr` with T = 1, no gradients.
+    """Advances `state [B, H, K, V]` (fp32) IN PLACE by one token; inputs are those of `dplr` with T = 1, no gradients.
 
     Returns:
         `o [B, 1, H, V]` in v's dtype, and `state` itself.

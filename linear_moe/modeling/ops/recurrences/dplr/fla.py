@@ -10,13 +10,13 @@ from torch import Tensor
 from linear_moe.modeling.ops.backends import pad_keys, run_fla, tiled
 from linear_moe.modeling.ops.recurrences.delta.fla import MAX_KEY_DIM
 
-# In a chunk of at least 16 tokens the kernel multiplies exp of sums of -g by zero where it wants none of it: in fp32
-# they must stay finite.
+# The kernel masks by multiplication with zero, also exp of sums of -g over chunks of 16 tokens or more: these must stay
+# finite in fp32.
 MIN_GATE = -5.0
 
 
 def unsupported(q: Tensor, v: Tensor, min_gate: float | None) -> str | None:
-    """Why the kernels cannot take these inputs; None: they can."""
+    """Returns the reason why the kernels cannot take these inputs; None: they can."""
     if min_gate is None or min_gate < MIN_GATE:
         return f"there is no kernel for gates that may be below {MIN_GATE:g}: min_gate is {min_gate}"
     if v.dtype not in (torch.bfloat16, torch.float16):
@@ -39,7 +39,7 @@ def dplr(
     cu_seqlens: Tensor | None,
     min_gate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `recurrences.dplr.dplr`. Products in v's dtype."""
+    """See `recurrences.dplr.dplr`. Products are in v's dtype."""
     keys, size = q.shape[-1], tiled(q.shape[-1])
     q, k, a, b = (pad_keys(x.to(v.dtype), -1, size) for x in (q, k, a, b))
     o, state = run_fla(

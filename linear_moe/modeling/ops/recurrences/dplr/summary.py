@@ -1,6 +1,7 @@
-"""What a stretch of tokens does to the state of DPLR, and to a gradient of it.
+"""Summaries of pieces for DPLR, and gradients of their initial states.
 
-On CUDA from the WY form of its chunks, as for the delta rule (`delta/summary.py`); elsewhere by running the op.
+On CUDA, both come from the WY form of the chunks, by the kernels of the delta rule (`delta/summary_triton.py`).
+Elsewhere both come from running the op.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.backends import import_fla, pad_keys, tiled
 
-CHUNKS = (64, 16)  # tokens: if gates are bounded well enough for the kernels, or not
+CHUNKS = (64, 16)  # tokens of a chunk: 64 if the bound of the gates is safe in so long chunks, else 16
 
 Op = Callable[..., tuple[Tensor, Tensor]]
-"""`op(q, k, v, a, b, g, scale=..., initial_state=..., cu_seqlens=...) -> (o, final_state)`."""
+"""Function `op(q, k, v, a, b, g, scale=..., initial_state=..., cu_seqlens=...) -> (o, final_state)`."""
 
 
 def through(
@@ -31,12 +32,13 @@ def through(
     min_gate: float | None,
     kernels: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`op` of pieces of sequences.
+    """Runs `op` on pieces of sequences.
 
     Args:
         inputs: q, k, v, a, b, g.
-        min_gate: a value that no g is below.
-        kernels: `op` is that of the GPU kernels.
+        scale, cu_seqlens: as for `dplr`.
+        min_gate: a lower bound of g; the kernels need one.
+        kernels: whether `op` is the one of the GPU kernels.
     """
     summary: Callable[..., Any] = partial(_by_running, op)
     gradient: Callable[..., Any] = partial(sequence.gradient_by_running, op, scale)
@@ -51,10 +53,12 @@ def through(
 
 
 def _by_running(op: Op, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the `Summary` by running `op`."""
     return sequence.affine(partial(op, torch.zeros_like(q), scale=1.0, cu_seqlens=None), *inputs)
 
 
 def _on_kernels(min_gate: float, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Computes the `Summary` by kernels."""
     keys = q.shape[-1]
     with torch.cuda.device_of(v):
         made = _wy(min_gate, q, k, v, *inputs)
@@ -66,6 +70,7 @@ def _on_kernels(min_gate: float, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) 
 
 
 def _gradient_on_kernels(min_gate: float, scale: float, *inputs: Any) -> Tensor:
+    """Computes the `Gradient` by kernels; `inputs` end with d_o."""
     *given, d_o = inputs
     keys = given[0].shape[-1]
     with torch.cuda.device_of(d_o):
@@ -79,7 +84,11 @@ def _gradient_on_kernels(min_gate: float, scale: float, *inputs: Any) -> Tensor:
 def _wy(
     min_gate: float, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, *, scale: float = 1.0
 ) -> dict[str, Any]:
-    """The WY form, as `delta.summary_triton.scan` takes it, q with the scale; and what outputs see of writes."""
+    """Returns the WY form of the chunks, as `delta.summary_triton.scan` takes it.
+
+    The dictionary has b, w and u, q (times `scale`) and k, both decayed within their chunk, the log2-decays "gk", the
+    scores with which outputs read the writes of their chunk (for `delta.summary_triton.local`), and the chunk size.
+    """
     module = "ops.generalized_delta_rule.dplr"
     size, safe = tiled(q.shape[-1]), import_fla(f"{module}.chunk").gate_bound_is_safe
     q, k, a, b = (pad_keys(x.to(v.dtype), -1, size).contiguous() for x in (q, k, a, b))

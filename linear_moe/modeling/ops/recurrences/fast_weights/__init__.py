@@ -1,7 +1,8 @@
 """Memories whose weights are trained by gradient descent on the tokens: TTT-Linear and Titans.
 
-Both take gradients at the weights that a mini-batch (or chunk) of tokens starts from, and count mini-batches from each
-document's start. A pass may end inside a mini-batch: the states say what the next token needs to go on there.
+Both ops take gradients at the weights from which a mini-batch (or chunk) of tokens starts, and count mini-batches from
+each document's start. A pass may end inside a mini-batch: the final states hold all that the next token needs to
+continue the mini-batch.
 """
 
 from __future__ import annotations
@@ -49,30 +50,30 @@ def ttt(
 ) -> tuple[Tensor, States]:
     """TTT-Linear (arXiv 2407.04620): the memory f(x) = x + LN(x W + b) is trained to map k to v.
 
-    In a mini-batch of C tokens that starts from weights W (whose last row is b, as that of a feature that is always 1),
-    token i at place i writes and reads
+    In a mini-batch of C tokens that starts from weights W and A = 0, token i writes A and reads the output o:
 
         A_i = A_{i-1} + rate_i d/dW |f_W(k_i) - v_i|^2 / 2,    o_i = f(q_i) with the weights W - scale_i A_i
 
-    from A = 0; after its last token W becomes W - scale_{C-1} A.
+    After the mini-batch's last token, W becomes W - scale_{C-1} A. The last row of W is b, the weights of a feature
+    that is always 1.
 
     Args:
         q, k, v: `[B, T, H, D]`.
         rate: `[B, T, H]` inner learning rate of each written token.
-        scale: `[C]` factor of the step by place in the mini-batch (published: 1 / (i + 1), and a learned change of it);
-            its length is the mini-batch size.
-        weight, bias: `[H, D]` of the inner LayerNorm.
+        scale: `[C]`, factor of the step by place in the mini-batch (published: 1 / (i + 1) plus a learned change); its
+            length is the size of mini-batches.
+        weight, bias: `[H, D]`, of the inner LayerNorm.
         initial_state: W, `[N, H, D + 1, D]` fp32; N is B, or the number of documents.
-        gradient, place: to go on inside a mini-batch: A, `[B, H, D + 1, D]` fp32, and the place of the first token in
-            its mini-batch, `[B]` int64. Both or neither, which is a mini-batch's start.
-        eps: of the inner LayerNorm.
+        gradient, place: A, `[B, H, D + 1, D]` fp32, and the place of the first token in its mini-batch, `[B]` int64, to
+            continue inside a mini-batch. Both are given, or neither: then the first token starts a mini-batch.
+        eps: epsilon of the inner LayerNorm.
         cu_seqlens: `[documents + 1]` int64 offsets of packed documents, B = 1, without `place`; documents may be empty.
-        backend: "reference", "chunk" (on any device) or "auto", which is "chunk" except that with T = 1, `place` and
-            gradients disabled it is one step of decoding: it UPDATES the states IN PLACE and returns them.
+        backend: "reference", "chunk" (on any device) or "auto". With T = 1, `place` and gradients disabled, "auto" is
+            one step of decoding, which UPDATES the states IN PLACE and returns them; otherwise it is "chunk".
 
     Returns:
-        `o [B, T, H, D]` in v's dtype and (W, A) after the last token, in fp32; all differentiable in every input. No
-        states of pieces of longer sequences (`ops.sequence`).
+        `o [B, T, H, D]` in v's dtype, and (W, A) after the last token, in fp32; all differentiable in every input. For
+        pieces of sequences (`ops.sequence`), the tuple of states is empty.
 
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit.
@@ -124,21 +125,22 @@ def titans(
         S_t = exp(momentum_t) S_{t-1} - rate_t d/dM |M^T k_t - v_t|^2 at M_c,    M_t = exp(keep_t) M_{t-1} + S_t,
         o_t = M_t^T q_t
 
-    where M_c is the memory before the first token of t's chunk (section 3.2): with chunk_size 1, M_{t-1}.
+    where M_c is the memory before the first token of the chunk of t (section 3.2). For chunk_size 1, M_c is M_{t-1}.
 
     Args:
         q, k: `[B, T, H, K]`; v: `[B, T, H, V]`.
         rate: `[B, T, H]`, theta of the paper.
         keep, momentum: `[B, T, H]` logarithms, at most 0 (minus infinity too), of the paper's 1 - alpha and eta.
-        chunk_size: tokens that share the memory at which gradients are taken.
+        chunk_size: number of tokens that share the memory at which gradients are taken.
         initial_state: M, `[N, H, K, V]` fp32; N is B, or the number of documents.
-        surprise, start, place: to go on: S and M_c of the first token's chunk, `[B, H, K, V]` fp32, and the first
-            token's place in its chunk, `[B]` int64. All or none, which is S = 0 and a chunk's start.
+        surprise, start, place: S and the first token's M_c, `[B, H, K, V]` fp32, and the first token's place in its
+            chunk, `[B]` int64, to continue inside a chunk. All are given, or none: then S = 0, and the first token
+            starts a chunk.
         cu_seqlens, backend: as for `ttt`.
 
     Returns:
-        `o [B, T, H, V]` in v's dtype and (M, S, M_c of the next token) in fp32; all differentiable in every input. No
-        states of pieces of longer sequences (`ops.sequence`).
+        `o [B, T, H, V]` in v's dtype, and (M, S, M_c of the next token) in fp32; all differentiable in every input. For
+        pieces of sequences (`ops.sequence`), the tuple of states is empty.
 
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit.
@@ -159,7 +161,7 @@ def titans(
             return o, torch.cat(finals, 2)
 
         def summary(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, skip: int) -> tuple[Tensor, Tensor]:
-            """M, S and M_c stacked: all errors are of M_c, so what comes out is affine in them."""
+            """Computes the `Summary` of M, S and M_c, stacked; all errors are taken at M_c, so the map is affine."""
 
             def columns(k: Tensor, v: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
                 return run((k, k, v, *gates), initial_state, initial_state, skip, None)
@@ -187,6 +189,7 @@ def _check(
     place: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    """Raises ValueError for inputs of `ttt` or `titans` whose shapes, dtypes or combination do not fit."""
     check_inputs(q, k, v, {name: (gate, (tuple(q.shape[:3]),)) for name, gate in gates.items()}, None, cu_seqlens)
     batch, _, heads, key_dim = q.shape
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -207,7 +210,7 @@ def _by_place(
     states: tuple[Tensor | None, ...],
     place: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """All rows at once where they begin at the same place in their mini-batches, else one by one."""
+    """Runs `function` on all rows at once if they begin at the same place in their mini-batches, else one by one."""
     places = [0] if place is None else place.tolist()
     if len(set(places)) == 1:
         return function(*inputs, *states, skip=places[0])

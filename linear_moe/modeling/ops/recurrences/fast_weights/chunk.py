@@ -30,8 +30,9 @@ def ttt(
 ) -> tuple[Tensor, States]:
     """See `recurrences.fast_weights.ttt`; `skip` is the first token's place in its mini-batch.
 
-    The dual form (section 2.5): a mini-batch's gradients need only the weights it starts from, so weights advance by
-    one product per mini-batch, and every token reads its start weights and, through q k^T, the gradients before it.
+    This is the dual form (section 2.5). The gradients of a mini-batch need only the weights from which it starts, so
+    the weights advance by one product per mini-batch. Every token reads the mini-batch's start weights and, through
+    q k^T, the gradients of the tokens up to itself.
     """
     dtype, size = v.dtype, len(scale)
     chunks = Chunks(q, cu_seqlens, size, skip)
@@ -73,16 +74,19 @@ def titans(
 ) -> tuple[Tensor, States]:
     """See `recurrences.fast_weights.titans`; `skip` is the first token's place in its chunk.
 
-    Within a chunk all errors are of one memory M_c, so M and S are linear in M_c, S_c and the errors, with coefficients
-    that are sums of products of gates (section 3.2): one scan carries M and S, stacked to `[2K, V]`, between chunks.
+    Within a chunk all errors are those of one memory M_c, so M and S are linear in M_c, S_c and the errors, with
+    coefficients that are sums of products of gates (section 3.2). One scan carries M and S, stacked to `[2K, V]`, from
+    chunk to chunk.
     """
     dtype, keys = v.dtype, q.shape[-1]
     chunks = Chunks(q, cu_seqlens, chunk_size, skip)
     q, k, v, rate = (chunks.split(x.float()) for x in (q, k, v, rate[..., None]))  # [N, X, C, ...]
-    tokens = chunks.split(torch.ones_like(keep, dtype=torch.float32))[..., None, :]  # 0 in empty slots: they add no S
+    # 0 in empty slots, in which S must not be added to M
+    tokens = chunks.split(torch.ones_like(keep, dtype=torch.float32))[..., None, :]
     keep, momentum = chunks.split(keep.float()), chunks.split(momentum.float())  # [N, X, C]
-    kept, carried = segment_sums(keep).exp() * tokens, segment_sums(momentum).exp()  # of M, S of token j, in i >= j
-    written = kept @ carried  # of what token j adds to S, in M of token i
+    # at (i, j) with i >= j: the share at token i of an addition to M, and of an addition to S, at token j
+    kept, carried = segment_sums(keep).exp() * tokens, segment_sums(momentum).exp()
+    written = kept @ carried  # the share in M at token i of an addition to S at token j
     kept_start, carried_start = (x.cumsum(-1).exp()[..., None] for x in (keep, momentum))
     added_start = kept @ carried_start
     zero = torch.zeros_like(kept_start[..., -1, :])
@@ -105,6 +109,9 @@ def titans(
 
 
 def _last_chunks(chunks: Chunks, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of every document (or of all rows): its last chunk's index `[S]`, and whether that is full `[S, 1, 1, 1]`."""
+    """Returns the index `[S]` of each span's last chunk, and whether the chunk is full, `[S, 1, 1, 1]`.
+
+    A span is a document, or all rows together.
+    """
     complete = on_device(torch.tensor(chunks.complete).view(-1, 1, 1, 1), device)
     return on_device(torch.tensor([max(end - 1, 0) for _, end in chunks.spans]), device), complete

@@ -1,4 +1,4 @@
-"""One token of a trained memory, for decoding."""
+"""Steps of decoding, by one token, for trained memories."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def ttt(
     place: Tensor,
     eps: float,
 ) -> tuple[Tensor, States]:
-    """Advances W = `state` and A = `gradient` (`[B, H, D + 1, D]` fp32) IN PLACE by one token, rows at any `place [B]`.
+    """Advances W = `state` and A = `gradient` (`[B, H, D + 1, D]` fp32) IN PLACE by one token.
 
-    Other inputs as `recurrences.fast_weights.ttt` with T = 1, no gradients.
+    The rows may be at different places in their mini-batches, `place [B]`. The other inputs are those of
+    `recurrences.fast_weights.ttt` with T = 1. There are no gradients.
 
     Returns:
         `o [B, 1, H, D]` in v's dtype, and the states themselves.
@@ -60,9 +61,10 @@ def titans(
     start: Tensor,
     place: Tensor,
 ) -> tuple[Tensor, States]:
-    """Advances M, S and M_c (`[B, H, K, V]` fp32) IN PLACE by one token, rows at any `place [B]` in their chunks.
+    """Advances M = `state`, S = `surprise` and M_c = `start` (`[B, H, K, V]` fp32) IN PLACE by one token.
 
-    Other inputs as `recurrences.fast_weights.titans` with T = 1, no gradients.
+    The rows may be at different places in their chunks, `place [B]`. The other inputs are those of
+    `recurrences.fast_weights.titans` with T = 1. There are no gradients.
 
     Returns:
         `o [B, 1, H, V]` in v's dtype, and the states themselves.

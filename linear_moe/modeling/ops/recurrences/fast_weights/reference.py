@@ -47,17 +47,17 @@ def ttt(
 
 
 def with_one(x: Tensor) -> Tensor:
-    """`x [..., D]` -> `[..., D + 1]`, a last feature that is 1: the factor of the memory's bias."""
+    """Appends a feature that is 1, the factor of the memory's bias, to `x [..., D]`."""
     return F.pad(x, (0, 1), value=1.0)
 
 
 def apply(x: Tensor, state: Tensor) -> Tensor:
-    """`x [B, H, D]` through the memories' weights and biases `[B, H, D + 1, D]`."""
+    """Applies the memories' weights and biases, `state [B, H, D + 1, D]`, to `x [B, H, D]`."""
     return (with_one(x)[..., None, :] @ state).squeeze(-2)
 
 
 def inner_gradient(z: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Of |k + LN(z) - v|^2 / 2 with respect to z, over the last dimension."""
+    """Returns the gradient of |k + LN(z) - v|^2 / 2 with respect to z, over the last dimension."""
     centred = z - z.mean(-1, keepdim=True)
     inverse_std = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     normed = centred * inverse_std
@@ -108,5 +108,6 @@ def _tokens(token: Callable[..., tuple[Tensor, States]], states: States, *inputs
 def _run(
     token: Callable[..., tuple[Tensor, States]], states: States, inputs: States, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, States]:
+    """Runs `_tokens` on all rows, or on every packed document alone, in fp32."""
     tokens, inputs = partial(_tokens, token), tuple(x.float() for x in inputs)
     return tokens(states, *inputs) if cu_seqlens is None else separately(tokens, inputs, states, cu_seqlens)

@@ -13,19 +13,23 @@ from linear_moe.modeling.ops.walk import Spans, backwards, forwards
 
 
 class TTT(Function):
-    """`ttt(keys, errors, steps, square, starts, earlier, spans, eps) -> (before, inner, final)`.
+    """The recurrence of TTT's weights over mini-batches.
 
-    With W the weights `[X, D + 1, D]` before a mini-batch and n(z) LayerNorm without weights, the gradient of its loss
-    with respect to z = keys W is inner = n'(z)(errors + square n(z)), and W + steps inner (+ earlier, in the first) are
-    the weights after it.
+    `TTT.apply(keys, errors, steps, square, starts, earlier, spans, eps) -> (before, inner, final)`
+
+    W are the weights `[X, D + 1, D]` before a mini-batch, and n(z) is LayerNorm without weights. The gradient of the
+    mini-batch's loss with respect to z = keys W is inner = n'(z)(errors + square n(z)). The weights after the
+    mini-batch are W + steps inner, plus `earlier` after the first one.
 
     Args:
         keys: `[N, X, C, D + 1]`; errors: `[N, X, C, D]`; steps: `[N, X, D + 1, C]`; square: `[X, 1, D]`.
-        starts: `[spans, X, D + 1, D]`.
-        earlier: `[X, D + 1, D]` or None.
+        starts: `[spans, X, D + 1, D]`, the weights before every span.
+        earlier: `[X, D + 1, D]`, the change by tokens of the first mini-batch in an earlier pass, or None.
+        spans: first mini-batch and end of every document, or of all rows together.
+        eps: epsilon of n.
 
     Returns:
-        W before every mini-batch `[N, X, D + 1, D]`, inner `[N, X, C, D]`, and W after every span, as `starts`.
+        W before every mini-batch `[N, X, D + 1, D]`, inner `[N, X, C, D]`, and W after every span, shaped as `starts`.
     """
 
     @staticmethod
@@ -66,13 +70,13 @@ class TTT(Function):
         onto = torch.stack([normed, inner], -1) / normed.shape[-1]
         rated_slope, rated_normed = inverse_std * slope, inverse_std * normed
         parts = [x.unbind() for x in (keys.mT, steps.mT, d_before, d_inner, z, mean, inverse_std)]
-        more = [x.unbind() for x in (along, onto, rated_slope, rated_normed)]
+        norm_terms = [x.unbind() for x in (along, onto, rated_slope, rated_normed)]
         d_slopes: list[Tensor] = []
         d_zs: list[Tensor] = []
         d_after, d_starts, walk = backwards(d_final, ctx.spans, len(keys))
         for n, after, to in walk:
             key, step, d_state, d, *norm = (x[n] for x in parts)
-            m, projection, s, x = (y[n] for y in more)
+            m, projection, s, x = (y[n] for y in norm_terms)
             d = torch.baddbmm(d, step, after)
             d_slopes.append(_norm_gradient(d, *norm))
             a, c = (d.unsqueeze(-2) @ projection).squeeze(-2).split(1, -1)
@@ -86,25 +90,29 @@ class TTT(Function):
 
 
 def _norm_gradient(d_normed: Tensor, z: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
-    """Of LayerNorm's input z: inverse_std (d - mean(d) - n(z) mean(d n(z)))."""
+    """Returns the gradient of LayerNorm's input z: inverse_std (d - mean(d) - n(z) mean(d n(z))), d = `d_normed`."""
     return torch.ops.aten.native_layer_norm_backward(
         d_normed, z, z.shape[-1:], mean, inverse_std, None, None, [True, False, False]
     )[0]
 
 
 class TitansState(Function):
-    """`titans(keys, values, gates, steps, starts, at, spans) -> (before, errors, final)`.
+    """The recurrence of Titans' memory and momentum over chunks.
 
-    With S the stacked states `[X, 2K, V]` before a chunk and M their first K rows (of the first chunk `at`, if given),
-    errors = keys M - values, and gates S + steps errors are the states after it.
+    `TitansState.apply(keys, values, gates, steps, starts, at, spans) -> (before, errors, final)`
+
+    S are the stacked states `[X, 2K, V]` before a chunk, and M are their first K rows, except that M is `at` in the
+    first chunk if `at` is given. Then errors = keys M - values, and the states after the chunk are gates S + steps
+    errors.
 
     Args:
         keys: `[N, X, C, K]`; values: `[N, X, C, V]`; gates: `[N, X, 2, 2]`; steps: `[N, X, 2K, C]`.
-        starts: `[spans, X, 2K, V]`.
+        starts: `[spans, X, 2K, V]`, the states before every span.
         at: `[X, K, V]` or None.
+        spans: first chunk and end of every document, or of all rows together.
 
     Returns:
-        S before every chunk `[N, X, 2K, V]`, errors `[N, X, C, V]`, and S after every span, as `starts`.
+        S before every chunk `[N, X, 2K, V]`, errors `[N, X, C, V]`, and S after every span, shaped as `starts`.
     """
 
     @staticmethod
@@ -137,16 +145,16 @@ class TitansState(Function):
         d_after, d_starts, walk = backwards(d_final, ctx.spans, len(keys))
         width, halves = keys.shape[-1], (len(d_final[0]), 2, -1)
         parts = [x.unbind() for x in (keys.mT, gates.mT, steps.mT, d_before, d_errors)]
-        found: list[Tensor] = []
+        error_gradients: list[Tensor] = []
         for n, after, to in walk:
             key, gate, step, d_state, d = (x[n] for x in parts)
             d = torch.baddbmm(d, step, after)
-            found.append(d)
+            error_gradients.append(d)
             torch.bmm(gate, after.view(halves), out=to.view(halves))
             to.add_(d_state)
             if n or at is None:
                 to[:, :width].baddbmm_(key, d)
-        d_values, memory = torch.stack(found[::-1]), before[:, :, :width]
+        d_values, memory = torch.stack(error_gradients[::-1]), before[:, :, :width]
         d_keys = d_values @ memory.mT
         d_at = None
         if at is not None:

@@ -1,7 +1,7 @@
 """Recurrences of single channels, without keys or values: HGRN's, Mamba's and the diagonal S4's.
 
-States are `[N, D]`, `[N, D, S]` and, complex as real and imaginary part, `[N, D, S, 2]`; N is B, or the number of
-packed documents (`cu_seqlens`: int64 offsets, B = 1; documents may be empty).
+Their states are `[N, D]`, `[N, D, S]` and, complex as real and imaginary parts, `[N, D, S, 2]`. N is B, or the number
+of packed documents (`cu_seqlens`: int64 offsets, B = 1; documents may be empty).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def linear_scan(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(g_t) h_{t-1} + x_t, element by element (HGRN, arXiv 2311.04823).
+    """Runs the recurrence h_t = exp(g_t) h_{t-1} + x_t, element by element (HGRN, arXiv 2311.04823).
 
     Args:
         x: `[B, T, D]`.
         g: `[B, T, D]` log-decay, at most 0 (minus infinity forgets everything).
         initial_state: `[N, D]` fp32, zeros unless given.
-        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too; "gpu" is Triton
-            kernels of our own.
+        cu_seqlens, backend: as for `recurrences.decay.decay`, except that "gpu" is Triton kernels of our own; decoding
+            updates `initial_state` in place too.
 
     Returns:
         `h [B, T, D]` in x's dtype and the final state `[N, D]` in fp32; both differentiable in every input.
@@ -74,16 +74,18 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t h_t for each channel (Mamba, arXiv 2312.00752).
+    """Runs the selective state space model of Mamba (arXiv 2312.00752).
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t h_t for each channel.
 
     Args:
         u: `[batch, T, D]`.
         dt: `[batch, T, D]` step sizes, at least 0.
         A: `[D, S]` fp32, at most 0.
-        B, C: `[batch, T, S]`, of all channels.
+        B, C: `[batch, T, S]`, the same for all channels.
         initial_state: `[N, D, S]` fp32, zeros unless given.
-        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too; "gpu" is a Triton
-            kernel of our own.
+        cu_seqlens, backend: as for `recurrences.decay.decay`, except that "gpu" is Triton kernels of our own; decoding
+            updates `initial_state` in place too.
 
     Returns:
         `y [batch, T, D]` in u's dtype and the final state `[N, D, S]` in fp32; both differentiable in every input.
@@ -113,14 +115,16 @@ def diagonal_scan(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(log_a) h_{t-1} + u_t,  y_t = Re(c h_t) with S complex states a channel (S4D, arXiv 2206.11893).
+    """Runs a diagonal state space model with S complex states for each channel (S4D, arXiv 2206.11893).
+
+    h_t = exp(log_a) h_{t-1} + u_t,  y_t = Re(c h_t).
 
     Args:
         u: `[B, T, D]`.
         log_a: `[D, S, 2]` fp32: log-decay, at most 0, and angle.
         c: `[D, S, 2]` fp32: real and imaginary part.
         initial_state: `[N, D, S, 2]` fp32, zeros unless given.
-        cu_seqlens, backend: as for `recurrences.decay.decay`, decoding in place too.
+        cu_seqlens, backend: as for `recurrences.decay.decay`; decoding updates `initial_state` in place too.
 
     Returns:
         `y [B, T, D]` in u's dtype and the final state `[N, D, S, 2]` in fp32; both differentiable in every input.
@@ -140,7 +144,7 @@ def diagonal_scan(
         def summarised(u: Tensor) -> tuple[Tensor, Tensor]:
             start = log_a.new_zeros(len(u), *log_a.shape)
             _, final = implementation(u, log_a, c, initial_state=start, cu_seqlens=None)
-            g, theta = (log_a.double() * u.shape[1]).unbind(-1)  # fp64: the angle of many tokens
+            g, theta = (log_a.double() * u.shape[1]).unbind(-1)  # fp64, for the angles of many tokens
             kept = torch.polar(g.exp(), theta).to(torch.complex64).expand(len(u), -1, -1)
             return kept, torch.view_as_complex(final.contiguous())
 
@@ -155,7 +159,13 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Raises ValueError for inputs (the first one `[B, T, D]`) that do not fit; the initial state, zeros if None."""
+    """Raises ValueError for inputs that do not fit; returns the initial state, or zeros if it is None.
+
+    Args:
+        inputs: tensors by name, the first of them `[B, T, D]`.
+        shapes: shapes that the other inputs must have, by name.
+        state_size: dimensions of a state behind `[N, D]`.
+    """
     name, first = next(iter(inputs.items()))
     if first.ndim != 3 or first.shape[1] == 0:
         raise ValueError(f"{name} must be [B, T, D] with T at least 1, got {tuple(first.shape)}")

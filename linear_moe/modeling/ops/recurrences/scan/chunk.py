@@ -1,4 +1,4 @@
-"""The scans in PyTorch on any device: many chunks of tokens at a time, then what crosses from chunk to chunk."""
+"""The scans in PyTorch on any device: many chunks of tokens at once, then the states from chunk to chunk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from linear_moe.modeling.ops.packing import Chunks, on_device
 
 
 def restart(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`x, g` such that a scan of the whole row from zero gives every document's own from its initial state.
+    """Returns `x, g` for which one scan of the whole row from zero equals a scan of every document by itself.
 
-    A document's first token forgets everything, and brings the initial state with it. No device synchronisation.
+    A document's first token gets a gate that forgets everything before, and its input includes the (decayed) initial
+    state of the document. The function does not wait for the device.
     """
     if cu_seqlens is None:
         if initial_state is None:
@@ -36,7 +37,7 @@ def restart(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tens
 
 
 def last(h: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """`h [B, T, D]` at each document's last token, the initial state of empty ones: `[N, D]`."""
+    """Returns `h [B, T, D]` at each document's last token, and the initial state of empty documents: `[N, D]`."""
     if cu_seqlens is None:
         return h[:, -1]
     ends = h[0].index_select(0, (cu_seqlens[1:] - 1).clamp(min=0))
@@ -44,7 +45,7 @@ def last(h: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> 
 
 
 class _Scan(Function):
-    """h_t = a_t h_{t-1} + x_t from zero; `a, x [B, T, D]` fp32, 0 <= a <= 1."""
+    """The scan h_t = a_t h_{t-1} + x_t from zero; `a, x [B, T, D]` fp32, 0 <= a <= 1."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class _Scan(Function):
 
 
 def _scan(a: Tensor, x: Tensor, backwards: bool = False) -> Tensor:
-    """About sqrt(T) chunks of sqrt(T) tokens: all chunks' tokens one after the other, then the chunks."""
+    """Scans about sqrt(T) chunks of sqrt(T) tokens: token by token in all chunks at once, then chunk by chunk."""
     batch, length, dim = x.shape
     size = 1 << math.isqrt(length - 1).bit_length()
     count = -(-length // size)
@@ -91,7 +92,7 @@ BLOCK = 32  # tokens whose states selective_scan holds at a time; the states bet
 
 
 def _spans(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
-    """(document, first token, end) of every block, in order."""
+    """Returns (document, first token, end) of every block, in order."""
     offsets = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     return [
         (n, t, min(t + BLOCK, end))
@@ -101,7 +102,13 @@ def _spans(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]
 
 
 def _block(dt: Tensor, A: Tensor, du: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One block's decays and states `[t, b, S, D]` from `dt, du [t, b, D]`, `B [t, b, S]` and the state before it."""
+    """Returns the decays and the states of one block, `[t, b, S, D]` each.
+
+    Args:
+        dt, du: `[t, b, D]`; du is dt times u.
+        A: `[S, D]`; B: `[t, b, S]`.
+        state: `[b, S, D]`, the state before the block.
+    """
     decays = (dt[..., None, :] * A).exp_()
     states = B[..., None] * du[..., None, :]
     for now, decay in zip(states.unbind(), decays.unbind(), strict=True):
@@ -110,9 +117,11 @@ def _block(dt: Tensor, A: Tensor, du: Tensor, B: Tensor, state: Tensor) -> tuple
 
 
 class _SelectiveScan(Function):
-    """All in fp32, time first, channels last: `u, dt [T, b, D]`, `A [S, D]`, `B, C [T, b, S]`, states `[N, S, D]`.
+    """The autograd function of `selective_scan`, in fp32, with time first and channels last.
 
-    The batch `b` is N, or 1 with packed documents. Saves the states between blocks and computes those within again.
+    The inputs are `u, dt [T, b, D]`, `A [S, D]`, `B, C [T, b, S]` and states `[N, S, D]`; the batch b is N, or 1 with
+    packed documents. Only the states between blocks are saved; the backward pass computes the states within blocks
+    again.
     """
 
     @staticmethod
@@ -164,7 +173,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `recurrences.scan.selective_scan`."""
     by_time = [x.float().transpose(0, 1).contiguous() for x in (u, dt, B, C)]
-    # channels last: what they share is then a factor of whole rows
+    # channels last, so that factors which all channels share multiply whole rows
     start = initial_state.mT.contiguous()
     y, state = _SelectiveScan.apply(*by_time[:2], A.mT.contiguous(), *by_time[2:], start, cu_seqlens)
     return y.transpose(0, 1).to(u.dtype), state.mT.contiguous()
@@ -173,23 +182,23 @@ def selective_scan(
 def diagonal_scan(
     u: Tensor, log_a: Tensor, c: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `recurrences.scan.diagonal_scan`. A convolution within chunks, states between them."""
-    # a GPU has few steps between chunks rather than little work within them
+    """See `recurrences.scan.diagonal_scan`. A convolution computes the outputs of a chunk, from the state before it."""
+    # a GPU is faster with few steps from chunk to chunk than with little work within chunks
     tokens_at_once = 128 if (u.is_cuda or stood_in()) and cu_seqlens is None else None
     chunks, (batch, _, dim) = Chunks(u.unsqueeze(-1), cu_seqlens, tokens_at_once), u.shape
     size, count = chunks.size, chunks.count
-    # fp64: an angle times a number of tokens is large, and only what is left of whole turns counts
+    # fp64, because an angle times a number of tokens is large and only the remainder of whole turns matters
     exponents = torch.view_as_complex(log_a.double())[..., None] * torch.arange(size + 1, device=u.device)
     powers = exponents.exp().to(torch.complex64)  # [D, S, C + 1]
     weights = torch.view_as_complex(c.contiguous())[..., None]
-    kernel = (weights * powers[..., :size]).real.sum(1)  # [D, C]: of an input on the outputs after it
+    kernel = (weights * powers[..., :size]).real.sum(1)  # [D, C]: effect of an input on outputs from its token on
     toeplitz = F.pad(kernel, (size - 1, 0)).unfold(-1, size, 1).flip(-1)  # [D, C, C]: at (i, j) kernel[i - j]
     to_end = torch.view_as_real(powers[..., :size].flip(-1)).transpose(1, 2).flatten(2)  # [D, C, S*2]
     read = torch.view_as_real((weights * powers[..., 1:]).conj().resolve_conj()).permute(0, 1, 3, 2)  # re(w p s)
 
     x = chunks.split(u.float().unsqueeze(-1)).view(count, batch, dim, size)
     lengths = _lengths(chunks, u.shape[1], cu_seqlens)
-    # a chunk's last input must be the end's last: those behind a document's end are rolled to its last chunk's front
+    # `to_end` expects a chunk's last token in the last slot: the last chunk of a document is rolled to the right
     places = on_device(torch.arange(size).sub((size - lengths)[:, None]).remainder(size), u.device)
     ended = x.gather(-1, places[:, None, None].expand_as(x))
     sums = (ended.movedim(2, 0).flatten(1, 2) @ to_end).view(dim, count, batch, -1, 2).movedim(0, 2)
@@ -203,7 +212,7 @@ def diagonal_scan(
 
 
 def _lengths(chunks: Chunks, length: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Tokens in each chunk `[N]`, on the CPU."""
+    """Returns the number of tokens in each chunk, `[N]`, on the CPU."""
     documents = [length] if cu_seqlens is None else cu_seqlens.diff().tolist()
     lengths = torch.full((chunks.count,), chunks.size)
     for tokens, (first, end) in zip(documents, chunks.spans, strict=True):

@@ -1,4 +1,7 @@
-"""One token of each scan, for decoding: inputs as the ops with T = 1; the state advances IN PLACE, no gradients."""
+"""Steps of decoding, by one token, for the scans.
+
+The inputs are those of the ops with T = 1. The state advances IN PLACE. There are no gradients.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def linear_step(x: Tensor, g: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`state [B, D]` -> `h [B, 1, D]` in x's dtype, and `state` itself."""
+    """Advances `state [B, D]` IN PLACE; returns `h [B, 1, D]` in x's dtype, and `state` itself."""
     state.mul_(g[:, 0].float().exp()).add_(x[:, 0])
     return state.unsqueeze(1).to(x.dtype, copy=True), state
 
 
 @torch.no_grad()
 def selective_step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`state [B, D, S]` -> `y [B, 1, D]` in u's dtype, and `state` itself."""
+    """Advances `state [B, D, S]` IN PLACE; returns `y [B, 1, D]` in u's dtype, and `state` itself."""
     dt = dt[:, 0].float()
     state.mul_((dt[..., None] * A).exp()).addcmul_((dt * u[:, 0])[..., None], B[:, 0, None].float())
     return (state @ C[:, 0, :, None].float()).mT.to(u.dtype), state
@@ -23,7 +26,7 @@ def selective_step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, st
 
 @torch.no_grad()
 def diagonal_step(u: Tensor, log_a: Tensor, c: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`state [B, D, S, 2]` -> `y [B, 1, D]` in u's dtype, and `state` itself."""
+    """Advances `state [B, D, S, 2]` IN PLACE; returns `y [B, 1, D]` in u's dtype, and `state` itself."""
     g, theta = log_a.unbind(-1)
     complex_state = torch.view_as_complex(state)
     complex_state.mul_(torch.polar(g.exp(), theta))

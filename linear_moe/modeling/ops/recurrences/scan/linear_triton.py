@@ -1,9 +1,10 @@
 """`linear_scan` in Triton, parallel over time, in fp32.
 
-Each row of a tile walks along a run of tokens with the state of each channel in registers, twice: from zero, for the
-state that the run adds and the share it keeps of the one before it (`_carry` turns these into the states between
-runs), then from the state before it. The backward pass does the same from the end. All rows are one sequence that
-forgets everything where a document begins, which the kernels see from the documents' numbers.
+Each row of a tile walks along a run of tokens with the state of each channel in registers, twice. The first walk starts
+from zero and gives the state that the run adds and the share of an earlier state that the run keeps; `_carry` turns
+these into the states between runs. The second walk starts from the state before the run. The backward pass does the
+same from the end. All rows are one sequence that forgets everything where a document begins, which the kernels see from
+the documents' numbers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from linear_moe.modeling.ops.autograd import Function
 
-RUN = 64  # tokens
-UNROLL = tl.constexpr(4)  # steps whose loads are under way together; divides RUN
+RUN = 64  # tokens of a run
+UNROLL = tl.constexpr(4)  # steps whose loads are in flight together; divides RUN
 TILE = 512  # elements of a tile, 4 for each thread of 4 warps
 COLUMNS = 128  # channels of a tile at most
 CARRIED = 64  # runs that `_carry` takes at once, in 16 channels
@@ -31,7 +32,7 @@ def _combine(kept_1, state_1, kept_2, state_2):
 
 @triton.jit
 def _document(documents, token, tokens, length):
-    """The number of the document of each token, or of its row; -1 before the first and after the last one."""
+    """Returns the number of each token's document (or row); -1 before the first token and behind the last one."""
     inside = (token >= 0) & (token < tokens)
     if documents is None:
         return tl.where(inside, token // length, -1)
@@ -41,19 +42,20 @@ def _document(documents, token, tokens, length):
 
 @triton.jit
 def _at(document, channel, dim):
-    """Where the state of these documents is, `[ROWS, COLUMNS]`."""
+    """Returns the offsets of the states of documents, or of runs, `[ROWS, COLUMNS]`."""
     return document.to(tl.int64)[:, None] * dim + channel[None, :]
 
 
 @triton.jit
 def _load(x, token, tokens, stride, channel, dim):
+    """Loads the rows of tokens, zeros outside."""
     here = ((token >= 0) & (token < tokens))[:, None] & (channel < dim)[None, :]
     return tl.load(x + token.to(tl.int64)[:, None] * stride + channel[None, :], mask=here, other=0.0)
 
 
 @triton.jit
 def _load_4(x, token, step: tl.constexpr, tokens, stride, channel, dim):
-    """Those of four tokens, before any store, which no load may pass."""
+    """Loads the rows of four tokens before anything is stored: no load is moved ahead of a store."""
     return (
         _load(x, token, tokens, stride, channel, dim),
         _load(x, token + step, tokens, stride, channel, dim),
@@ -64,6 +66,7 @@ def _load_4(x, token, step: tl.constexpr, tokens, stride, channel, dim):
 
 @triton.jit
 def _document_4(documents, token, step: tl.constexpr, tokens, length):
+    """Returns `_document` of four tokens, loaded like `_load_4`."""
     return (
         _document(documents, token, tokens, length),
         _document(documents, token + step, tokens, length),
@@ -74,7 +77,7 @@ def _document_4(documents, token, step: tl.constexpr, tokens, length):
 
 @triton.jit
 def _carry(states, kept, count, dim, BACKWARDS: tl.constexpr, RUNS: tl.constexpr, COLUMNS: tl.constexpr):
-    """In place: what every run adds `[count, dim]` -> the state after it (before it, backwards)."""
+    """Replaces the state that every run adds, `states [count, dim]`, by the state after it (BACKWARDS: before it)."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     i = tl.arange(0, RUNS)
     state = tl.zeros((COLUMNS,), tl.float32)
@@ -146,7 +149,7 @@ def _backward(
     inside = (channel < dim)[None, :]
     start = run * RUN
     between = _at(run, channel, dim)
-    if FINISH:  # the gradient of the state before the token, from the tokens behind
+    if FINISH:  # the gradient of the state at the run's end, from the tokens behind the run
         state = tl.load(states + between + dim, mask=(start + RUN < tokens)[:, None] & inside, other=0.0)
     else:
         state = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -189,13 +192,18 @@ def _backward(
 
 
 def _flat(x: Tensor) -> Tensor:
-    """`[B, T, D]` -> `[B T, D]` with neighbouring channels, without a copy where strides allow."""
+    """Flattens `x [B, T, D]` to `[B T, D]` with contiguous channels, without a copy where strides allow."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _run(kernel: Any, like: Tensor, *inputs: Any, backwards: bool) -> None:
-    """`kernel` on the runs from zero, between them, on the runs again; `inputs`: those before and after the states."""
+    """Runs `kernel` on all runs from zero, `_carry` from run to run, and `kernel` again from the states between runs.
+
+    Args:
+        like: `[B T, D]`, for sizes and device.
+        inputs: the kernel's arguments before, and those after, the states between runs.
+    """
     tokens, dim = like.shape
     runs, columns = triton.cdiv(tokens, RUN), min(COLUMNS, triton.next_power_of_2(dim))
     states, kept = torch.empty(2, runs, dim, dtype=torch.float32, device=like.device)
@@ -214,7 +222,7 @@ def _run(kernel: Any, like: Tensor, *inputs: Any, backwards: bool) -> None:
 def forward(
     x: Tensor, g: Tensor, initial_state: Tensor | None, documents: Tensor | None, sequences: int
 ) -> tuple[Tensor, Tensor]:
-    """`x, g [B, T, D]` -> `h [B, T, D]` in x's dtype and the final state `[sequences, D]` in fp32.
+    """Scans `x, g [B, T, D]`: `h [B, T, D]` in x's dtype and the final state `[sequences, D]` in fp32.
 
     Args:
         documents: `[B T]` int32, the number of each token's document; None: rows are documents.
@@ -222,7 +230,7 @@ def forward(
     batch, length, dim = x.shape
     inputs, gates = _flat(x), _flat(g)
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if initial_state is None:  # what empty documents end with
+    if initial_state is None:  # `final` starts as the state that empty documents end with
         final = x.new_zeros(sequences, dim, dtype=torch.float32)
     else:
         initial_state = initial_state.contiguous()
@@ -235,13 +243,13 @@ def forward(
 def backward(
     dh: Tensor, dfinal: Tensor | None, h: Tensor, g: Tensor, initial_state: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, g and the initial state."""
+    """Returns the gradients of x, g and the initial state."""
     batch, length, dim = h.shape
     grads, gates = _flat(dh), _flat(g)
     dx, dg = torch.empty_like(h), torch.empty(g.shape, dtype=g.dtype, device=g.device)
     dfinal = None if dfinal is None else dfinal.contiguous()
     dinitial = None
-    if initial_state is not None:  # empty documents' is that of their final state
+    if initial_state is not None:  # an empty document's gradient is that of its final state
         initial_state = initial_state.contiguous()
         dinitial = torch.zeros_like(initial_state) if dfinal is None else dfinal.clone()
     sizes = (batch * length, length, dim, grads.stride(0), gates.stride(0))
@@ -251,7 +259,11 @@ def backward(
 
 
 class _LinearScan(Function):
-    """Saves the gate and the output, which stands for the states: in bf16, the gate's gradient has its rounding."""
+    """The autograd function of `linear_scan`.
+
+    It saves the gate and the output, which takes the place of the states in the backward pass: in bf16, the rounding of
+    the output enters the gradient of the gate.
+    """
 
     @staticmethod
     def forward(
@@ -277,5 +289,5 @@ def linear_scan(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: 
         tokens = torch.arange(x.shape[1], device=x.device)
         documents = torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True) - 1
         sequences = len(cu_seqlens) - 1
-    with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the backward pass
+    with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it in backward
         return _LinearScan.apply(x, g, initial_state, documents, sequences)

@@ -1,8 +1,8 @@
 """Mamba's selective scan in two Triton kernels, in fp32.
 
 A program takes one document and a few channels through time, BLOCK tokens at once: an associative scan within a block,
-the state in registers between blocks. The forward kernel stores the states before every block, the backward one
-computes those within again. Gradients of B and C are sums over channels: each program writes its part.
+the state in registers between blocks. The forward kernel stores the states before every block, and the backward kernel
+computes the states within blocks again. The gradients of B and C are sums over channels: each program writes its part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _combine(decay_1, value_1, decay_2, value_2):
 
 @triton.jit
 def _document(cu_seqlens, blocks, T, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """This program's first token, its end, and the number of blocks in the documents before."""
+    """Returns first token and end of this program's document, and the number of blocks in the documents before it."""
     n = tl.program_id(1).to(tl.int64)
     if PACKED:
         return tl.load(cu_seqlens + n), tl.load(cu_seqlens + n + 1), tl.load(blocks + n)
@@ -38,13 +38,13 @@ def _document(cu_seqlens, blocks, T, BLOCK: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _decays(dt, A):
-    """`dt [t, d]`, `A [d, s]` -> `[t, d, s]`."""
+    """Returns the decays `[t, d, s]` of `dt [t, d]` and `A [d, s]`."""
     return tl.exp(dt[:, :, None] * A[None, :, :])
 
 
 @triton.jit
 def _updates(dt, u, B):
-    """`dt, u [t, d]`, `B [t, s]` -> `[t, d, s]`."""
+    """Returns the updates of the state, `[t, d, s]`, by `dt, u [t, d]` and `B [t, s]`."""
     return (dt * u)[:, :, None] * B[:, None, :]
 
 
@@ -57,7 +57,7 @@ def _forward(
     t = tl.arange(0, BLOCK)
     d, s = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BS)
     inside = (d < D)[:, None] & (s < S)[None, :]
-    place = d[:, None] * S + s[None, :]  # in one [D, S]
+    place = d[:, None] * S + s[None, :]  # offsets within [D, S]
     document = tl.program_id(1).to(tl.int64) * D * S
     rates = tl.load(A + place, mask=inside, other=0.0)
     h = tl.load(initial_state + document + place, mask=inside, other=0.0)
@@ -111,8 +111,8 @@ def _backward(
         reads = tl.load(C + by_state, mask=states_, other=0.0).to(tl.float32)
         grad = tl.load(dy + by_channel, mask=channels, other=0.0).to(tl.float32)
         before = tl.load(saved + (block + j) * D * S + place, mask=inside, other=0.0)
-        # a_t h_{t-1} by itself, from the updates one token before: beside a large update, what is left of it in h_t
-        # has no digits
+        # a_t h_{t-1} is scanned by itself, from the updates of the tokens before: computed as h_t minus a large update,
+        # it would have no digits left
         within = (t > 0)[:, None]
         last_steps = tl.load(dt + by_channel - D, mask=channels & within, other=0.0).to(tl.float32)
         last_inputs = tl.load(u + by_channel - D, mask=channels & within, other=0.0).to(tl.float32)
@@ -123,7 +123,7 @@ def _backward(
         decayed += kept * before[None, :, :]
         dread = tl.sum((decayed + _updates(steps, inputs, writes)) * grad[:, :, None], axis=1)
         tl.store(dC + part + by_state, dread.to(dC.dtype.element_ty), mask=states_)
-        # dh_t = C_t dy_t + a_{t+1} dh_{t+1}; what comes from behind the block is added at its last token
+        # dh_t = C_t dy_t + a_{t+1} dh_{t+1}, where the gradient from behind the block enters at the block's last token
         behind = ((t + 1 < BLOCK) & (tokens + 1 < end))[:, None] & (d < D)[None, :]
         next_steps = tl.load(dt + by_channel + D, mask=behind, other=0.0).to(tl.float32)
         direct = grad[:, :, None] * reads[:, None, :]
@@ -132,8 +132,8 @@ def _backward(
         carried = tl.sum(tl.where((t == 0)[:, None, None], decays * dh, 0.0), axis=0)
         dwrite = tl.sum(dh * (steps * inputs)[:, :, None], axis=1)
         tl.store(dB + part + by_state, dwrite.to(dB.dtype.element_ty), mask=states_)
-        dproduct = tl.sum(dh * writes[:, None, :], axis=2)  # of dt u
-        dexponent = dh * decayed  # of dt A
+        dproduct = tl.sum(dh * writes[:, None, :], axis=2)  # gradient of dt u
+        dexponent = dh * decayed  # gradient of dt A
         drates += tl.sum(dexponent * steps[:, :, None], axis=0)
         dsteps = dproduct * inputs + tl.sum(dexponent * rates[None, :, :], axis=2)
         tl.store(du + by_channel, dproduct * steps, mask=channels)
@@ -143,6 +143,8 @@ def _backward(
 
 
 class _SelectiveScan(Function):
+    """The autograd function of `selective_scan`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -158,7 +160,7 @@ class _SelectiveScan(Function):
         (batch, length, dim), size = u.shape, A.shape[1]
         blocks, count = None, batch * triton.cdiv(length, BLOCK)
         if cu_seqlens is not None:
-            count = length // BLOCK + len(initial_state)  # at most, known without asking the device
+            count = length // BLOCK + len(initial_state)  # an upper bound, known without the device
             blocks = cu_seqlens.diff().add(BLOCK - 1).floor_divide(BLOCK).cumsum(0).roll(1)
             blocks[0] = 0
         y, final = torch.empty_like(u), torch.empty_like(initial_state)
@@ -178,7 +180,7 @@ class _SelectiveScan(Function):
         du, ddt, dinitial = torch.empty_like(u), torch.empty_like(dt), torch.empty_like(dfinal)
         grid, tile = _tiles(dim, size, len(dfinal))
         dA = A.new_empty(len(dfinal), dim, size)
-        # at 16 states each as large as u: not in fp32, which the rounding of their sum would undo
+        # with 16 states each is as large as u: they are not fp32, whose digits the rounding of their sum would lose
         dB, dC = (x.new_empty(grid[0], *x.shape) for x in (B, C))
         _backward[grid](u, dt, A, B, C, saved, dy, dfinal, du, ddt, dA, dB, dC, dinitial, cu_seqlens, blocks,
                         batch * length, length, dim, size, PACKED=cu_seqlens is not None, **tile)  # fmt: skip
@@ -186,7 +188,7 @@ class _SelectiveScan(Function):
 
 
 def _tiles(dim: int, size: int, sequences: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid, and the sizes of a program's tile."""
+    """Returns the grid, and the sizes of a program's tile."""
     states = triton.next_power_of_2(size)
     channels = max(1, min(triton.next_power_of_2(dim), TILE // BLOCK // states))
     return (triton.cdiv(dim, channels), sequences), {"BLOCK": BLOCK, "BD": channels, "BS": states, "num_warps": WARPS}
@@ -196,5 +198,5 @@ def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `recurrences.scan.selective_scan`."""
-    with torch.cuda.device_of(u):  # where Triton launches; autograd sees to the backward pass
+    with torch.cuda.device_of(u):  # Triton launches on the current device; autograd sets it in backward
         return _SelectiveScan.apply(u, dt, A.float(), B, C, initial_state, cu_seqlens)

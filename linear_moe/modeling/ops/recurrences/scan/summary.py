@@ -1,6 +1,6 @@
-"""What a stretch of tokens does to the states of single channels, and to gradients of them.
+"""Summaries of pieces for the scans of single channels, and gradients of their initial states.
 
-On CUDA in closed form, in Triton kernels; elsewhere by running the op.
+On CUDA, a Triton kernel computes both in closed form; elsewhere both come from running the op.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from linear_moe.modeling.ops import sequence
 from linear_moe.modeling.ops.kernels import has_triton
 
 Op = Callable[..., tuple[Tensor, Tensor]]
+"""An implementation of `linear_scan` or `selective_scan`."""
 
 
 def linear(pieces: sequence.Pieces, op: Op, x: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`linear_scan` by `op` of pieces of sequences."""
+    """Runs `linear_scan` on pieces of sequences, by the implementation `op`."""
 
     def summary(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         if on_kernel(x):
@@ -50,7 +51,7 @@ def selective(
     C: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` by `op` of pieces of sequences."""
+    """Runs `selective_scan` on pieces of sequences, by the implementation `op`."""
     fixed = A.detach()
 
     def summary(u: Tensor, dt: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,12 +76,13 @@ def selective(
 
 
 def on_kernel(x: Tensor) -> bool:
-    """As `choose` does for "auto": 16-bit tensors on CUDA."""
+    """Whether the Triton kernel sums, by the rule of `choose` for "auto": for 16-bit tensors on CUDA."""
     return x.is_cuda and x.element_size() == 2 and has_triton()
 
 
 def _weighted_sum(x: Tensor, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Calls `summary_triton.weighted_sum` on the device of `x`."""
     kernels = importlib.import_module("linear_moe.modeling.ops.recurrences.scan.summary_triton")
     with torch.cuda.device_of(x):
-        found: tuple[Tensor, Tensor] = kernels.weighted_sum(x, *inputs, **options)
-    return found
+        left_and_sum: tuple[Tensor, Tensor] = kernels.weighted_sum(x, *inputs, **options)
+    return left_and_sum

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16  # tokens of a tile
-CHANNELS = 32  # of a tile, with up to 16 states each
-PROGRAMS = 1056  # wanted at once: eight for each multiprocessor of an H100
-FLOOR = tl.constexpr(-100.0)  # log-decays: exp of it is 0 in fp32, but for 4e-44
+CHANNELS = 32  # channels of a tile, with up to 16 states each
+PROGRAMS = 1056  # programs wanted at once: eight for each multiprocessor of an H100
+FLOOR = tl.constexpr(-100.0)  # lower bound of log-decays; exp(-100), 4e-44 in fp32, is practically 0
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -22,7 +22,7 @@ def _parts(
     x, y, step, rate, part, total, T, D, S, tokens, FACTOR: tl.constexpr, BACKWARDS: tl.constexpr, CHUNK: tl.constexpr,
     BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """`part [N, P, D, S]` of P parts of the tokens, and the sums of their steps `[N, P, D]`."""
+    """Stores the sums over P parts of the tokens, `part [N, P, D, S]`, and the sums of steps, `total [N, P, D]`."""
     piece, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, states = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BS)
     inside = (channel < D)[:, None] & (states < S)[None, :]
@@ -40,7 +40,7 @@ def _parts(
         if FACTOR:
             value *= own
         if rate is None:
-            own = tl.maximum(own, FLOOR)  # so that differences of sums are numbers
+            own = tl.maximum(own, FLOOR)  # differences of infinite sums would be NaN
         sums, all_steps = tl.cumsum(own, 0), tl.sum(own, 0)
         left = sums if BACKWARDS else all_steps[None, :] - sums
         added = tl.exp2(rates[None, :, :] * left[:, :, None]) * value[:, :, None]
@@ -57,17 +57,18 @@ def _parts(
 def weighted_sum(
     x: Tensor, y: Tensor | None, step: Tensor, rate: Tensor | None, *, factor: bool = False, backwards: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Sum over t of `x_t y_t`, each times exp(rate * the steps of the tokens behind it; backwards: up to its own).
+    """Computes the sum over t of `x_t y_t exp(rate * s_t)`, s_t the sum of the steps behind t (backwards: up to t).
 
     Args:
         x: `[N, T, D]`.
         y: `[N, T, S]`; None: S = 1 and y = 1.
         step: `[N, T, D]`.
         rate: `[D, S]` fp32; None: S = 1 and rate = 1.
-        factor: x is multiplied by the steps.
+        factor: whether x is multiplied by the steps.
+        backwards: whether s_t sums the steps up to t, its own included.
 
     Returns:
-        What is left of states from before all, and the sum: `[N, D, S]` fp32.
+        The decay over all tokens, and the sum: `[N, D, S]` fp32 each.
     """
     (rows, length, channels), states = x.shape, 1 if rate is None else rate.shape[1]
     x, step = x.contiguous(), step.contiguous()
@@ -85,6 +86,6 @@ def weighted_sum(
     )  # fmt: skip
     one = total.new_ones(()) if rate is None else rate
     total = total if backwards else total.flip(1)
-    sums = F.pad(total.cumsum(1), (0, 0, 1, 0))  # of the parts before each (or behind it), and of all
+    sums = F.pad(total.cumsum(1), (0, 0, 1, 0))  # of the parts before (or behind) each, and of all
     kept = (sums[:, :-1, :, None] * one).exp()
     return (sums[:, -1, :, None] * one).exp(), (part * (kept if backwards else kept.flip(1))).sum(1)

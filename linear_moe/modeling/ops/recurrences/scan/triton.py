@@ -1,4 +1,4 @@
-"""The scans on CUDA."""
+"""Implementations of the scans on CUDA."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from linear_moe.modeling.ops.recurrences.scan import chunk
 def linear_scan(
     x: Tensor, g: Tensor, *, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `recurrences.scan.linear_scan`; our own Triton kernels, arithmetic in fp32.
+    """See `recurrences.scan.linear_scan`. Our own Triton kernels compute the scan in fp32.
 
-    Not flash-linear-attention's: 0.6.0's `chunk_hgrn` reads in every block what other threads wrote in the one before
-    without a barrier between, and on Hopper its outputs are wrong, by 9 % over 1500 tokens.
+    flash-linear-attention 0.6.0's `chunk_hgrn` cannot serve. In every block it reads what other threads wrote in the
+    block before, without a barrier between, and on Hopper its outputs are wrong, by 9 % over 1500 tokens.
     """
     if stood_in():
         sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
@@ -29,7 +29,7 @@ def linear_scan(
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `recurrences.scan.selective_scan`; our own Triton kernels, arithmetic in fp32."""
+    """See `recurrences.scan.selective_scan`. Our own Triton kernels compute the scan in fp32."""
     if stood_in():
         inputs = [x.contiguous() for x in (u, dt, A.float(), B, C)]
         outputs = torch.zeros_like(u, memory_format=torch.contiguous_format), torch.zeros_like(initial_state)
@@ -49,5 +49,5 @@ def kept_selective(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> li
     return [u, dt, A, B, C, A.new_empty(len(u) * -(-u.shape[1] // chunk.BLOCK), *A.shape)]
 
 
-# A few batched matmuls, which is what a GPU does best.
+# The PyTorch version is a few batched matmuls, which need no kernel of our own on a GPU.
 diagonal_scan = chunk.diagonal_scan

@@ -1,4 +1,4 @@
-"""Blocks of softmax attention, in tiles and joined, and their gradients, against autograd through the definition."""
+"""Tests of blocks of softmax attention, in tiles and joined, with gradients, against autograd of the definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tolerances import BF16, BF16_GRADIENT_FLOOR, FP32, FP32_GRADIENT_FLOO
 
 CPU = torch.device("cpu")
 SCALE = 0.3
-QUERIES, KEYS = ((2, 13), (13, 15)), ((0, 14), (12, 17))  # keys 12 and 13 are in both
+QUERIES, KEYS = ((2, 13), (13, 15)), ((0, 14), (12, 17))  # keys 12 and 13 are in both spans
 
 
 def tensors(queries: int, keys: int, heads: int = 4, groups: int = 2) -> list[Tensor]:
@@ -35,7 +35,7 @@ def tensors(queries: int, keys: int, heads: int = 4, groups: int = 2) -> list[Te
 
 
 def seen(block: Block, queries: int, keys: int) -> Tensor:
-    """`[T, S]`, pair by pair as Block says it."""
+    """Returns the mask of visible pairs, `[T, S]`, pair by pair from the definition in `Block`."""
     mask = torch.zeros(queries, keys, dtype=torch.bool)
     for (a, b), (c, d) in zip(block.queries, block.keys, strict=True):
         for i in range(b - a):
@@ -103,7 +103,7 @@ def test_tokens_of_spans() -> None:
 
 
 class Flash:
-    """In place of FlashAttention's ops: checks what they may be given and computes it with tiles."""
+    """A stand-in for FlashAttention's ops, which checks their arguments and computes with tiles."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -119,7 +119,7 @@ class Flash:
         assert len(q) == queries[-1] and len(k) == len(v) == keys[-1]
         assert causal == ((window_size_left, window_size_right) == (-1, 0))
         if window_size_left >= 0 and window_size_right < 0:
-            window_size_right = longest_key  # so does the kernel
+            window_size_right = longest_key  # FlashAttention's kernel does so
         limits = [None if n < 0 else n for n in (window_size_left, window_size_right)]
         return Block(tuple(pairwise(queries.tolist())), tuple(pairwise(keys.tolist())), *limits, CPU)
 
@@ -149,11 +149,11 @@ class Flash:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Flash:
-    found = Flash()
+    stand_in = Flash()
     monkeypatch.setattr(blocks, "suits_flash", lambda q: True)
     for name in ("forward", "backward"):
-        monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{name}", getattr(found, name))
-    return found
+        monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{name}", getattr(stand_in, name))
+    return stand_in
 
 
 def passes(q: Tensor, k: Tensor, v: Tensor, run: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -180,11 +180,11 @@ def test_pieces_on_one_process(
     floor: float,
     flash: Flash,
 ) -> None:
-    """Zigzag pieces of one rank, with FlashAttention and with the reference, are the whole sequences."""
+    """Two zigzag pieces on one rank give what whole sequences give, with FlashAttention and with the reference."""
     rows, order = 1 if documents else 2, PieceOrder(1, "zigzag")
     offsets = None if documents is None else torch.tensor(documents)
-    found = cut(rows, 32, order, 0, offsets)
-    local = None if documents is None else torch.tensor(found.offsets)
+    own_cut = cut(rows, 32, order, 0, offsets)
+    local = None if documents is None else torch.tensor(own_cut.offsets)
     shape = (1, 32) if documents else (4, 16)
     q, k, v = (x.view(rows, 32, *x.shape[1:]).to(dtype) for x in tensors(32 * rows, 32 * rows))
     expected = passes(
@@ -192,7 +192,7 @@ def test_pieces_on_one_process(
     )
 
     def of_pieces(*x: Tensor) -> Tensor:
-        with pieces_of(RankPieces(found, SequenceGroup(order, 0, attention=strategy), CPU)):
+        with pieces_of(RankPieces(own_cut, SequenceGroup(order, 0, attention=strategy), CPU)):
             o = softmax_attention(*(t.reshape(*shape, *t.shape[2:]) for t in x), cu_seqlens=local, window=window)
         return o.view(rows, 32, *o.shape[2:])
 

@@ -1,4 +1,4 @@
-"""Softmax attention: the fused path against the reference, the reference against a loop over tokens."""
+"""Tests of softmax attention: the fused path against the reference, the reference against a loop over tokens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def test_fused_equals_reference(length: int, keys: int, options: dict[str, Any],
 def test_what_variable_length_attention_is_given(
     length: int, keys: int, options: dict[str, Any], groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Documents, or rows where there is a window: no `[T, S]` mask. With the reference in the kernel's place."""
+    """Packed documents, and rows with a window, go to variable-length FlashAttention without a `[T, S]` mask.
+
+    The reference takes the place of its kernel.
+    """
     calls = []
 
     def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *args: Any, window_size: tuple[int, int], **given: Any) -> Tensor:

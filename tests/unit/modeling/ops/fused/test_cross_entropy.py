@@ -1,4 +1,4 @@
-"""Against PyTorch's own cross-entropy, with chunks of several sizes."""
+"""Tests of cross-entropy against PyTorch's own, with chunks and blocks of several sizes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_equals_pytorch(dtype: torch.dtype, tolerance: float, elements: int, mon
         assert_close(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize("elements", [1, 17 * 256, 10**6])  # three blocks of the vocabulary, two, one
+@pytest.mark.parametrize("elements", [1, 17 * 256, 10**6])  # makes three blocks of the vocabulary, two, one
 @pytest.mark.parametrize("shares", [1, 2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.bfloat16, BF16)])
 def test_in_blocks(
     dtype: torch.dtype, tolerance: float, shares: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of a vocabulary in two shares, each of which hears the other's log-normalisers and labels' logits."""
+    """Blocks give PyTorch's losses and gradients, also for two shares that merge log-normalisers and labels' logits."""
     monkeypatch.setattr(linear, "BLOCK_ROWS", 128)
     monkeypatch.setattr(linear, "BLOCK_ELEMENTS", elements)
     x, weight = torch.randn(17, 8).to(dtype), (3 * torch.randn(600, 8)).to(dtype)

@@ -1,6 +1,6 @@
-"""The PyTorch definitions of the fused operations around recurrences: values, gradients, what is kept, what is refused.
+"""Tests of the PyTorch definitions of fused operations: values, gradients, saved tensors and refused inputs.
 
-tests/gpu/test_fused.py compares the CUDA kernels with them.
+tests/gpu/test_fused.py compares the CUDA kernels with these definitions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def normalised(u: Tensor, eps: float) -> Tensor:
-    """Each head on its own, by the formula."""
+    """Computes the RMS norm of each head by its formula."""
     heads = [u[:, i : i + SIZE] for i in range(0, WIDTH, SIZE)]
     return torch.cat([h / (h.pow(2).mean(1, keepdim=True) + eps).sqrt() for h in heads], 1)
 
@@ -136,7 +136,7 @@ def test_gradients_and_what_is_saved(function: Callable[..., Tensor], shapes: li
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         function(*inputs)
     assert [id(t) for t in saved] == [id(t) for t in inputs]
-    inputs[0] = inputs[0].detach()  # as where only the weights are trained
+    inputs[0] = inputs[0].detach()  # x may need no gradient, only the weights
     (gradient,) = torch.autograd.grad(function(*inputs).sum(), inputs[1])
     assert gradient.shape == inputs[1].shape
     half = [t.detach().bfloat16() for t in inputs]
@@ -153,7 +153,7 @@ def test_kernels_are_launched_where_their_inputs_are(monkeypatch: pytest.MonkeyP
         yield
         seen.append(x)
 
-    kernels = types.SimpleNamespace(forward=lambda x: x + len(seen))  # 1 where the device is that of the input
+    kernels = types.SimpleNamespace(forward=lambda x: x + len(seen))  # adds 1 within `device_of`
     monkeypatch.setitem(sys.modules, "linear_moe.modeling.ops.fused.stub_triton", kernels)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     x = torch.zeros(2)

@@ -1,4 +1,4 @@
-"""Regrouping of tokens against a stable sort of each document."""
+"""Tests of the regrouping of tokens against a stable sort of each document."""
 
 from __future__ import annotations
 

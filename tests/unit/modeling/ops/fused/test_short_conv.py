@@ -1,4 +1,4 @@
-"""Short convolution on CPU against one sum per token, and across documents and steps."""
+"""Tests of the short convolution on CPU against one sum per token, across documents and steps of decoding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_matches_one_sum_per_token(width: int, bias: bool, activation: str | Non
     for batch, length in ((1, 1), (3, 2), (2, 33)):
         inputs = make_inputs(batch, length, width, bias=bias)
         if width == 1:
-            del inputs["state"]  # nothing to differentiate
+            del inputs["state"]  # an empty state has no gradient
             inputs["state"] = torch.zeros(batch, 6, 0)
         options = {"activation": activation}
         compare(run(partial(short_conv, **options), inputs), run(partial(naive, **options), inputs), (batch, length))

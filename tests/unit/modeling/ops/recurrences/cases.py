@@ -1,4 +1,4 @@
-"""Inputs and gradients of the recurrences, for the CPU and the GPU tests."""
+"""Inputs and gradients of the recurrences, for the tests on the CPU and on the GPU."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ VARIANTS = [
     ("delta_product", "scalar"),
     ("dplr", "vector"),
 ]
-"""Every family with the forms of its gates."""
+"""Every family with every form of its gates."""
 
 NO_KERNEL = [("decay", "vector+value+bonus"), ("dplr", "vector")]
-"""Those that the GPU computes as the CPU does."""
+"""Variants without GPU kernels: "auto" computes these on a GPU by the PyTorch implementation too."""
 
 
 def make_inputs(
@@ -54,7 +54,7 @@ def make_inputs(
     with_state: bool = True,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """fp32 inputs by argument name; `shape` is (B, T, H, K, V)."""
+    """Draws fp32 inputs, by argument name; `shape` is (B, T, H, K, V)."""
     batch, length, heads, key_dim, value_dim = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,7 +91,7 @@ def make_inputs(
 
 
 def set_extreme_gates(inputs: dict[str, Tensor]) -> None:
-    """Gates of many magnitudes next to each other, by token (constants: by head)."""
+    """Sets gates of neighbouring tokens (constant gates: of neighbouring heads) to values of many magnitudes."""
     for name in {"g", "gv"} & inputs.keys():
         gate = inputs[name].transpose(0, 1) if inputs[name].ndim > 1 else inputs[name]
         for every, value in ((2, 0.0), (3, -1e-4), (7, -50.0), (31, -1e30), (67, float("-inf"))):
@@ -99,14 +99,14 @@ def set_extreme_gates(inputs: dict[str, Tensor]) -> None:
 
 
 def tokens(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
-    """The inputs of these tokens; those without tokens, and the initial state, whole."""
+    """Cuts out tokens `start:end` of the inputs; those without a dimension of tokens, and the initial state, stay."""
     return {n: x if n == "initial_state" or x.ndim < 3 else x[:, start:end] for n, x in inputs.items()}
 
 
 def run(
     function: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], **options: object
 ) -> dict[str, Tensor]:
-    """Output, final state, and the gradients of a loss of both with respect to every input, by name."""
+    """Returns, by name, output, final state, and the gradients of a loss of both with respect to every input."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     output, state = function(**leaves, **options)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""Inputs of the scans, for the CPU and the GPU tests."""
+"""Inputs of the scans, for the tests on the CPU and on the GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "diagonal": diagonal_scan,
 }
 BY_TOKEN = {"x", "g", "u", "dt", "B", "C"}
-"""Names of the inputs `[B, T, ...]`."""
+"""Names of the inputs that have a dimension of tokens, `[B, T, ...]`."""
 
 
 def make_inputs(
     scan: str, batch: int, length: int, dim: int, size: int, *, sequences: int | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
-    """fp32 inputs by argument name, with an initial state for each of `sequences` (None: of the batch)."""
+    """Draws fp32 inputs, by argument name, with initial states for `sequences` sequences (None: the batch)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -40,7 +40,7 @@ def make_inputs(
             "C": normal(batch, length, size),
             "initial_state": normal(sequences, dim, size),
         }
-    angles = 100 * normal(dim, size)  # many turns a token, as S4D-Inv has
+    angles = 100 * normal(dim, size)  # many turns per token, as in S4D-Inv
     return {
         "u": normal(*tokens),
         "log_a": torch.stack([-0.1 * normal(dim, size).exp(), angles], dim=-1),
@@ -50,7 +50,7 @@ def make_inputs(
 
 
 def separately(scan: str, offsets: list[int], backend: str = "reference") -> Callable[..., tuple[Tensor, Tensor]]:
-    """The scan of every packed document on its own."""
+    """Returns a function that scans every packed document by itself."""
 
     def function(**whole: Tensor) -> tuple[Tensor, Tensor]:
         outputs, states = [], []

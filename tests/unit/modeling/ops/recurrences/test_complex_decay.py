@@ -1,4 +1,4 @@
-"""The recurrence with complex decays on CPU: chunk = reference, packed = separate, step = reference."""
+"""Tests of the recurrence with complex decays on CPU: chunk = reference, packed = separate, step = reference."""
 
 from __future__ import annotations
 

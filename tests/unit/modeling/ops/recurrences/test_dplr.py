@@ -1,4 +1,4 @@
-"""The diagonal plus rank one family and several writes per token, beyond what every family is tested for."""
+"""Tests of the diagonal plus rank one family and of several writes per token, beyond the tests of all families."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_delta_with_a_decay_per_channel_is_dplr(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "chunk"])
 def test_several_writes_are_as_many_tokens(backend: str) -> None:
-    """All but the first without decay, all but the last unread."""
+    """Two writes of a token equal two tokens of the delta rule, the second without decay, the first without a query."""
     inputs = make_inputs("delta_product", "scalar", SHAPE)
 
     def as_delta(
@@ -55,7 +55,10 @@ def test_several_writes_are_as_many_tokens(backend: str) -> None:
 @pytest.mark.parametrize("rate", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("same_key", [False, True])
 def test_extreme_rates(rate: float, same_key: bool) -> None:
-    """Of erasing, b = -rate a, with mixed gates (without any where the state is reflected: with them it grows)."""
+    """Chunks match the reference for extreme rates of erasing, b = -rate a.
+
+    Gates are mixed, but 0 for a rate of 2: this reflects the state, which would grow with gates.
+    """
     inputs = make_inputs("dplr", "vector", SHAPE)
     set_extreme_gates(inputs)
     if rate > 1:

@@ -1,4 +1,4 @@
-"""Trained memories on CPU: chunk = reference, packed = separate, pieces = whole, step = reference; all gradients."""
+"""Tests of trained memories on CPU: chunk = reference, packed = separate, parts = whole, step = reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from linear_moe.modeling.ops.backends import use_backend
 from linear_moe.modeling.ops.recurrences.fast_weights import titans, ttt
 from tests.tolerances import FP32, assert_close, relative_error
 
-SIZE = 16  # of a mini-batch
+SIZE = 16  # tokens of a mini-batch
 HEADS, DIM = 2, 8
 CARRIED = {"ttt": ("gradient",), "titans": ("surprise", "start")}
 OFFSETS = [0, 0, 5, 38, 70, 70, 71, 88]  # empty, short, 32 + 1, 32, empty, one, 16 + 1
@@ -27,7 +27,7 @@ def op(name: str) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
 
 
 def make_inputs(name: str, batch: int, length: int, *, sequences: int = 0, carried: bool = False) -> dict[str, Tensor]:
-    """fp32 inputs by argument name; with `carried`, those to go on inside a mini-batch."""
+    """Draws fp32 inputs, by argument name; with `carried`, also the states to continue inside a mini-batch."""
     generator = torch.Generator().manual_seed(length)
 
     def normal(*size: int) -> Tensor:
@@ -51,7 +51,7 @@ def make_inputs(name: str, batch: int, length: int, *, sequences: int = 0, carri
 
 
 def run(name: str, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Output, final states, and the gradients of a loss of all with respect to every input, by name."""
+    """Returns, by name, output, final states, and the gradients of a loss of all these with respect to every input."""
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
     output, states = op(name)(**leaves, **options)
     generator = torch.Generator().manual_seed(1)
@@ -68,7 +68,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], case: object
 
 
 def shares(inputs: dict[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
-    """The inputs of tokens `start:end` and those that all tokens share; no states."""
+    """Cuts the inputs of tokens `start:end`; inputs that all tokens share stay whole, and states are left out."""
     tokens = {n: x[:, start:end] for n, x in inputs.items() if n in ("q", "k", "v", "rate", "keep", "momentum")}
     return tokens | {n: x for n, x in inputs.items() if n in ("scale", "weight", "bias")}
 
@@ -123,7 +123,7 @@ def test_final_states_continue_the_sequence(name: str) -> None:
 
 @both
 def test_step_matches_reference_and_updates_in_place(name: str) -> None:
-    """Rows at different places in their mini-batches."""
+    """Steps of decoding match the reference, for rows at different places in their mini-batches."""
     inputs, place = make_inputs(name, 3, 20, carried=True), torch.tensor([0, 7, 15])
     states = [inputs.pop(n) for n in ("initial_state", *CARRIED[name])]
     named = dict(zip(("initial_state", *CARRIED[name]), [s.clone() for s in states], strict=True))
@@ -138,14 +138,14 @@ def test_step_matches_reference_and_updates_in_place(name: str) -> None:
     for i, (actual, final) in enumerate(zip(states, finals, strict=True)):
         assert_close(actual, final, FP32, f"final {i}")
     before = [state.clone() for state in states]
-    op(name)(**token, **carried, place=place)  # with gradients enabled nothing is in place
+    op(name)(**token, **carried, place=place)  # with gradients enabled, no state is updated in place
     assert all(torch.equal(a, b) for a, b in zip(states, before, strict=True))
 
 
 @pytest.mark.parametrize("gate", ["keep", "momentum", "rate"])
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1.0])
 def test_titans_extreme_gates(gate: str, value: float) -> None:
-    """Of a gate's factor: 0 is a logarithm of minus infinity."""
+    """Chunks match the reference if the factor of a gate is extreme; a factor of 0 has a logarithm of -infinity."""
     inputs = make_inputs("titans", 2, 70)
     factor = torch.full_like(inputs[gate], value)
     factor[:, ::3] = 0.5

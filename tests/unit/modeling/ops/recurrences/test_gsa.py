@@ -1,4 +1,4 @@
-"""Gated slot attention: its formula, chunk = reference with states and every gradient, packed, step, extreme gates."""
+"""Tests of gated slot attention: formula, chunk = reference with states and gradients, packed, step, extreme gates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_inputs(
 
 
 def run(inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Output, final states and all gradients."""
+    """Returns the output, the final states and all gradients, by name."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     tokens = {name: x for name, x in leaves.items() if name in SIZES}
     output, (keys, values) = gsa(**tokens, initial_states=(leaves["keys"], leaves["values"]), **options)

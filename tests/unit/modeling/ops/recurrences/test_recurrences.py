@@ -1,4 +1,4 @@
-"""The recurrences on CPU: chunk = reference, packed = separate, step = reference; outputs, states, all gradients."""
+"""Tests of recurrences on CPU, with states and gradients: chunk = reference, packed = separate, step = reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], case: object
 
 
 def naive(q, k, v, g=None, gv=None, bonus=None, beta=None, a=None, b=None, initial_state=None, scale=None):  # type: ignore[no-untyped-def]
-    """The formulas once more, in fp64 with whole matrices: S_t = A_t S_{t-1} + B_t, for one head of one row."""
+    """Computes the formulas in fp64 with whole matrices, S_t = A_t S_{t-1} + B_t, for one head of one row."""
     q, k, v = q.double(), k.double(), v.double()
     if k.ndim == 3:  # several writes per token
         n, q, v = k.shape[1], q.repeat_interleave(k.shape[1], 0), v.flatten(0, 1)
@@ -135,7 +135,7 @@ def test_step_matches_reference_and_updates_in_place(family: str, gate: str | No
             assert_close(output, expected[:, t : t + 1], FP32, f"token {t}")
     assert_close(state, expected_state, FP32)
     before = state.clone()
-    OPS[family](**token, initial_state=state)  # with gradients enabled nothing is in place
+    OPS[family](**token, initial_state=state)  # with gradients enabled, no state is updated in place
     assert torch.equal(state, before)
 
 

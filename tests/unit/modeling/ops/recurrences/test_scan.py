@@ -1,4 +1,4 @@
-"""The scans on CPU: chunk = reference, packed = separate, step = reference; outputs, states, all gradients."""
+"""Tests of the scans on CPU, with states and all gradients: chunk = reference, packed = separate, step = reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], case: object
 
 
 def formula(scan: str, inputs: dict[str, Tensor]) -> Tensor:
-    """Outputs of the first row as sums over all inputs before: fp64, complex, no recurrence."""
+    """Computes the first row's outputs as sums over all earlier inputs, in fp64, without a recurrence."""
     x = {name: t[0].double() if name in BY_TOKEN | {"initial_state"} else t.double() for name, t in inputs.items()}
     if scan == "linear":
         exponents, updates, reads = x["g"][..., None], x["x"][..., None], torch.ones(1)
@@ -95,10 +95,10 @@ def test_step_matches_reference_and_updates_in_place(scan: str) -> None:
             output, returned = SCANS[scan](**token)
             assert returned is state
             outputs.append(output)
-    assert_close(torch.cat(outputs, dim=1), expected, FP32)  # none shares the state's memory
+    assert_close(torch.cat(outputs, dim=1), expected, FP32)  # no output shares memory with the state
     assert_close(state, expected_state, FP32)
     before = state.clone()
-    SCANS[scan](**token)  # with gradients enabled nothing is in place
+    SCANS[scan](**token)  # with gradients enabled, no state is updated in place
     assert torch.equal(state, before)
 
 

@@ -1,4 +1,4 @@
-"""What a mixer keeps for its backward pass, measured by running it on the meta device with stand-ins for kernels.
+"""Memory that a mixer keeps for its backward pass, measured on the meta device with stand-ins for kernels.
 
 No mixer declares this: the tensors that autograd and the kernels' stand-ins (`modeling/ops/kernels.py`) keep have the
 sizes that they have on a GPU.
@@ -7,7 +7,7 @@ sizes that they have on a GPU.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,11 @@ _known: dict[tuple[Any, ...], SavedBytes] = {}
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes that a forward pass keeps.
+    """Bytes that a forward pass keeps for the backward pass.
 
     Attributes:
-        by_token: for each token.
-        fixed: besides, however many tokens there are: what is made of the parameters.
+        by_token: bytes for each token.
+        fixed: bytes that do not depend on the number of tokens, of tensors that are computed from parameters.
     """
 
     by_token: float
@@ -43,14 +43,15 @@ class SavedBytes:
 
 
 def mixer_saved(mixer: Mixer, recompute: Collection[str] = ()) -> SavedBytes:
-    """What a mixer on the meta device keeps besides its input and its parameters; mixers alike are measured once.
+    """Measures what a mixer on the meta device keeps besides its input and its parameters; mixers alike only once.
 
     Args:
-        recompute: modules that are computed again, as `Activations` names them.
+        recompute: modules that are computed again in the backward pass, as `Activations` names them.
     """
     modules = tuple(sorted(recompute))
     parameters = ((p.shape, p.dtype, p.requires_grad) for p in mixer.parameters())
-    key = type(mixer), repr(mixer.config), mixer.dims.layer > 0, mixer.host.dtype, modules, *parameters
+    dims = replace(mixer.dims, layer=min(mixer.dims.layer, 1))  # layers differ in whether they are the first
+    key = type(mixer), repr(mixer.config), dims, mixer.host.dtype, modules, *parameters
     if key not in _known:
         once, twice = (_saved(mixer, n * TOKENS, modules) for n in (1, 2))
         _known[key] = SavedBytes((twice - once) / TOKENS, 2 * once - twice)

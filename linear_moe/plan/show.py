@@ -113,16 +113,16 @@ def show_layouts(proposals: Proposals, config: Config, path: str) -> None:
         changes = {name: value for name, value in proposals.fit[0].overrides().items() if value != given[name]}
         print(" ".join(["The fastest:", path, *(f"{name}={word(value)}" for name, value in changes.items())]))
     else:
-        print(f"{title}. What helps: limited GPUs, a shorter training.sequence_length, optimizer.moments=bf16")
+        print(f"{title}. What helps: more GPUs, a shorter training.sequence_length, optimizer.moments=bf16")
     for title, candidates in (("Too big, at their smallest", proposals.big), ("Not legal", proposals.illegal)):
         by_reason: dict[str, list[str]] = {}
         for candidate in candidates:
             by_reason.setdefault(candidate.reason, []).append(candidate.name)
         lines = []
         for reason, names in by_reason.items():
-            others = [f"{len(names) - ROWS} limited"] if len(names) > ROWS else []
+            others = [f"{len(names) - ROWS} more"] if len(names) > ROWS else []
             lines.append(f"  {', '.join([*names[:ROWS], *others])}: {reason}")
         if len(lines) > ROWS:
-            lines[ROWS:] = [f"  and {len(lines) - ROWS} limited: --json has all"]
+            lines[ROWS:] = [f"  and {len(lines) - ROWS} more: --json has all"]
         if lines:
             print(f"\n{title}:", *lines, sep="\n")

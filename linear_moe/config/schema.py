@@ -107,8 +107,8 @@ class MuonConfig:
     steps: int = opt(5, "Newton-Schulz iterations that orthogonalise the momentum", ge=1, le=20)
     scale: float = opt(
         0.2,
-        "a matrix is updated by lr * scale * sqrt(max(rows, columns)) times its orthogonalised momentum, whose elements "
-        "are then about as large as AdamW's updates",
+        "a matrix is updated by lr * scale * sqrt(max(rows, columns)) times its orthogonalised momentum: by elements "
+        "about as large as AdamW's updates",
         gt=0,
     )
 

@@ -24,7 +24,7 @@ def tokenizer_size(data: DataConfig) -> int:
         return _folder_size(Path(data.tokenizer.path))
     if Path(f"{corpus}.idx").is_file() and beside.is_dir():
         return _folder_size(beside)
-    return 257 if data.tokenizer.type == "bytes" else data.tokenizer.vocab_size  # 257: and end of document
+    return 257 if data.tokenizer.type == "bytes" else data.tokenizer.vocab_size  # 256 bytes, 1 end token
 
 
 def _folder_size(folder: Path) -> int:

@@ -78,7 +78,7 @@ class MemoryConv(conv.ShortConv):
 
 
 class MixtureOfMemories(LinearMixer):
-    """With memory: gated_deltanet, weights are those of flash-linear-attention's `MomAttention`, under the same names,
+    """Weights (for memory: gated_deltanet) are those of flash-linear-attention's `MomAttention`, with the same names,
     except that `k_proj`, `v_proj`, `b_proj` and `a_proj` are single weights instead of lists with one entry for each
     memory. Their rows are ordered by head, then memory, then channel; the shared memory (`shared_k`, ...) comes last.
     Weights of convolutions are `[C, W]` instead of `[C, 1, W]`.

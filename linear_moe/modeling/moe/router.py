@@ -127,10 +127,7 @@ class Router(nn.Module):
 
     def _kept(self, weights: Tensor, index: Tensor, layout: TokenLayout) -> Tensor:
         """Selects the choices `[n, k]` bool within the experts' capacity, which counts the micro-batch on all ranks."""
-        shape, pieces = (
-            (len(weights), self.config.num_experts + 1),
-            layout.pieces,
-        )  # the last column stands for no expert
+        shape, pieces = (len(weights), self.config.num_experts + 1), layout.pieces  # last column: no expert
         everywhere = self.host.all_tokens(weights.new_full(shape, -1.0).scatter(1, index, weights)[:, :-1])
         if pieces is not None:
             everywhere = pieces.all_tokens(everywhere)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compares pyproject.toml, the locks and what is installed, for scripts/setup.sh and scripts/test.sh.
 
-python scripts/requirements.py --newest setup-cpu                      the dependencies without upper ends, for pip
-python scripts/requirements.py --check requirements/cpu-py3.11.txt     is what linear-moe needs what the lock says?
-python scripts/requirements.py --versions                              what is installed, beside the windows
+python scripts/requirements.py --newest setup-cpu                      prints dependencies without upper ends, for pip
+python scripts/requirements.py --check requirements/cpu-py3.11.txt     compares the installed packages with a lock
+python scripts/requirements.py --versions                              prints the installed versions and their windows
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def without_upper_end(requirement: Requirement) -> Requirement:
 def pins(lock: str) -> dict[str, Version]:
     """Name and version of every package that the text of a lock, or of the choices for one, pins."""
     lines = (line.partition("#")[0].strip() for line in lock.splitlines())
-    found = (Requirement(line) for line in lines if line)
-    return {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in found}
+    requirements = (Requirement(line) for line in lines if line)
+    return {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in requirements}
 
 
 def needed(name: str, extras: Iterable[str] = ()) -> Iterator[tuple[str, str | None]]:
@@ -78,38 +78,40 @@ def needed(name: str, extras: Iterable[str] = ()) -> Iterator[tuple[str, str | N
 def differences(lock: dict[str, Version], name: str, extras: Iterable[str] = ()) -> list[str]:
     """A line for each distribution that `name` needs and that is not installed as `lock` says.
 
-    Local versions do not count: 2.13.0+cpu is 2.13.0. Nor does `name` itself.
+    Local versions do not count: 2.13.0+cpu is the same as 2.13.0. `name` itself does not count either.
     """
-    found = []
+    lines = []
     for package, version in sorted(set(needed(name, extras)) - {(canonicalize_name(name), metadata.version(name))}):
         if version is None:
-            found.append(f"{package} is not installed")
+            lines.append(f"{package} is not installed")
         elif package not in lock:
-            found.append(f"{package} {version} is installed, which is not in the lock")
+            lines.append(f"{package} {version} is installed, which is not in the lock")
         elif Version(version).public != lock[package].public:
-            found.append(f"{package} {version} is installed, not {lock[package]}")
-    return found
+            lines.append(f"{package} {version} is installed, not {lock[package]}")
+    return lines
 
 
 def versions() -> list[str]:
     """A line for each direct dependency that is installed: its version, and its window if it lies outside."""
-    found = []
+    lines = []
     for requirement in dependencies(PROJECT["optional-dependencies"]):
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             continue
         tested = requirement.specifier.contains(version, prereleases=True)
-        found.append(f"{requirement.name} {version}" + ("" if tested else f"  outside {requirement.specifier}"))
-    return list(dict.fromkeys(found))
+        lines.append(f"{requirement.name} {version}" + ("" if tested else f"  outside {requirement.specifier}"))
+    return list(dict.fromkeys(lines))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--newest", metavar="EXTRA,...", help="print dependencies with these extras, without upper ends")
-    what.add_argument("--check", metavar="LOCK", type=Path, help="compare what is installed with a lock")
-    what.add_argument("--versions", action="store_true", help="print what is installed of the direct dependencies")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--newest", metavar="EXTRA,...", help="print dependencies with these extras, without upper ends"
+    )
+    action.add_argument("--check", metavar="LOCK", type=Path, help="compare what is installed with a lock")
+    action.add_argument("--versions", action="store_true", help="print what is installed of the direct dependencies")
     parser.add_argument("--extra", action="append", default=[], help="with --check: an extra that was installed too")
     return parser.parse_args()
 
@@ -122,10 +124,10 @@ def main() -> int:
     if args.newest:
         print(*(without_upper_end(r) for r in dependencies(args.newest.split(","))), sep="\n")
         return 0
-    found = differences(pins(args.check.read_text()), PROJECT["name"], args.extra)
-    for line in found:
+    problems = differences(pins(args.check.read_text()), PROJECT["name"], args.extra)
+    for line in problems:
         print(f"{args.check}: {line}; remove .venv and set up again", file=sys.stderr)
-    return 1 if found else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and whether it is whole: read without a process group and without Megatron-Core."""
+"""Description and verification of a checkpoint, without a process group and without Megatron-Core."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ NEEDED = ("step", "samples", "optimizer_step", "world", "config", "dtypes", "fil
 
 
 def find(place: Path, step: int | None = None) -> Path:
-    """The step folder that a user means: `place` itself, or of the run `place` that of `step` (None: the latest).
+    """Finds the step folder that a user means by `place`: that folder itself, or one of the run folder `place`.
 
-    Raises ConfigError, in one line, where there is none, or it is incomplete: which file is missing or short.
+    Of a run, the folder of `step` is returned (None: of the latest checkpoint). Raises ConfigError if there is no such
+    checkpoint, or if it is incomplete; the message names the file that is missing or short.
     """
     if not place.is_dir():
         raise ConfigError("checkpoint", str(place), "is no folder", fix="give a run folder or RUN/checkpoints/step_...")
@@ -56,30 +57,30 @@ def find(place: Path, step: int | None = None) -> Path:
 
 
 def check_complete(folder: Path) -> None:
-    """Raises ConfigError, about the first file that is missing or not of the size that it was saved with."""
+    """Raises ConfigError for the first file that is missing, or does not have the size recorded when it was saved."""
     if folder.name.startswith("."):
         raise ConfigError(
-            "checkpoint", str(folder), "is what a save that did not end left behind", fix=f"rm -r {folder}"
+            "checkpoint", str(folder), "was left behind by a save that did not end", fix=f"rm -r {folder}"
         )
     files = read_info(folder, NEEDED)["files"]
     for name, size in files.items():
         try:
-            here = (folder / name).stat().st_size
+            present = (folder / name).stat().st_size
         except OSError as error:
             raise damaged(folder / name, f"is missing: {error.strerror}") from None
-        if here != size:
-            raise damaged(folder / name, f"is incomplete: {here:,} of {size:,} bytes")
+        if present != size:
+            raise damaged(folder / name, f"is incomplete: {present:,} of {size:,} bytes")
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raises ConfigError unless the content of every file is what was written."""
+    """Raises ConfigError unless every file has the content that was written, by its CRC-32."""
     wrong = verify_checkpoint_files(folder)
     if wrong is not None:
         raise damaged(folder / wrong[0], wrong[1])
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Which tensors there are, and where; ConfigError where that cannot be read."""
+    """Reads the list of a checkpoint's tensors and of their places in files; raises ConfigError if it is damaged."""
     try:
         return FileSystemReader(folder).read_metadata()
     except Exception as error:  # unpickling raises anything
@@ -87,12 +88,12 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def describe_checkpoint(folder: Path, pattern: str | None = None, *, checked: bool = True) -> dict[str, Any]:
-    """What `linear-moe checkpoint inspect --json` prints, with stable keys.
+    """Returns the description that `linear-moe checkpoint inspect --json` prints, with stable keys.
 
     Args:
         folder: a complete checkpoint.
-        pattern: of tensors' names to list (as in a shell: `model.layers.0.*`); None: none.
-        checked: compare all files with the sums that they were written with.
+        pattern: shell pattern of the names of tensors to list, for example `model.layers.0.*`; None: list no tensors.
+        checked: compare the content of all files with the CRC-32 recorded when they were written.
 
     Raises:
         ConfigError: a file is damaged.
@@ -131,13 +132,13 @@ def describe_checkpoint(folder: Path, pattern: str | None = None, *, checked: bo
 
 
 def digest(config: dict[str, Any]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a configuration, however its keys are ordered."""
+    """First 16 hexadecimal digits of the SHA-256 of a configuration; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tensor(name: str, entry: TensorStorageMetadata, dtypes: dict[str, str]) -> dict[str, Any]:
     kind = entry.properties.dtype
-    found = {
+    description = {
         "name": name,
         "shape": list(entry.size),
         "dtype": str(kind).removeprefix("torch."),
@@ -145,5 +146,5 @@ def _tensor(name: str, entry: TensorStorageMetadata, dtypes: dict[str, str]) -> 
         "pieces": len(entry.chunks),
     }
     if name.startswith(MODEL):
-        found["trained_in"] = dtypes.get(name.removeprefix(MODEL))
-    return found
+        description["trained_in"] = dtypes.get(name.removeprefix(MODEL))
+    return description

@@ -1,8 +1,8 @@
-"""Checkpoints on disk, read without a process group and without Megatron-Core.
+"""Reading of checkpoints on disk, without a process group and without Megatron-Core.
 
-Layout: `RUN/checkpoints/step_00000100/` holds `checkpoint.json` (step, configuration, data types, every file and its
-size and CRC-32; written last), `.metadata` and `*.distcp` (tensors, in PyTorch's format) and `metadata.json`
-(Megatron-Core's format mark). `RUN/checkpoints/latest` names the folder to resume from.
+Layout: `RUN/checkpoints/step_00000100/` holds `checkpoint.json` (step, configuration, data types, every file with its
+size and CRC-32; the file is written last), `.metadata` and `*.distcp` (tensors, in PyTorch's format) and
+`metadata.json` (Megatron-Core's format mark). `RUN/checkpoints/latest` names the folder to resume from.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def step_name(step: int) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the checkpoint was saved with is there in its full size."""
+    """Whether every file that the checkpoint was saved with exists in its full size."""
     try:
         files = json.loads((folder / INFO).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
@@ -54,10 +54,10 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def latest_checkpoint(checkpoints: Path, *, warn: bool = True) -> Path | None:
-    """The checkpoint to resume from: the one that `latest` names if it is complete, else the newest complete one.
+    """Returns the checkpoint to resume from: the one that `latest` names or, if it is incomplete, the newest complete.
 
-    Logs a warning, unless told not to, where it is not the one that `latest` names. Raises ConfigError where `latest`
-    names one and none is complete, rather than let a training start again from nothing.
+    With `warn`, a warning is logged if the checkpoint is not the one that `latest` names. Raises ConfigError if
+    `latest` names a checkpoint and no checkpoint is complete: training must not silently start from nothing.
     """
     named = None
     try:
@@ -84,9 +84,10 @@ def latest_checkpoint(checkpoints: Path, *, warn: bool = True) -> Path | None:
 
 
 def read_info(checkpoint: Path, needed: Iterable[str] = ("step", "dtypes", "files")) -> dict[str, Any]:
-    """`checkpoint.json`: {format, step, samples, optimizer_step, world, config, data, dtypes, versions, files, crc32}.
+    """Reads `checkpoint.json`, the record of a checkpoint.
 
-    Raises ConfigError where it cannot be read, is of another format, or lacks a key that is `needed`.
+    Its keys are format, step, samples, optimizer_step, world, config, data, dtypes, versions, files and crc32. Raises
+    ConfigError if the file cannot be read, has another format, or lacks a key of `needed`.
     """
     try:
         info = json.loads((checkpoint / INFO).read_text())
@@ -105,7 +106,7 @@ def read_info(checkpoint: Path, needed: Iterable[str] = ("step", "dtypes", "file
 
 
 def damaged(file: Path, constraint: str) -> ConfigError:
-    """The error for a broken file of a checkpoint: what to do depends on what else there is."""
+    """Makes the error for a broken file of a checkpoint; its fix names the newest other complete checkpoint, if any."""
     others = [folder.name for folder in complete_checkpoints(file.parent.parent) if folder != file.parent]
     older = f"{others[-1]} is then the newest one" if others else "there is no other one"
     return ConfigError(str(file), ..., constraint, fix=f"remove {file.parent}; {older}")
@@ -121,10 +122,11 @@ def file_crc(path: Path) -> int:
 
 
 def verify_checkpoint_files(checkpoint: Path, part: int = 0, parts: int = 1) -> tuple[str, str] | None:
-    """Compare the checkpoint's files, or every `parts`-th of them, with the CRC-32 they were written with.
+    """Compares the content of a checkpoint's files with the CRC-32 that was recorded when they were written.
 
-    Returns the name of a file that is not what was written, and what is wrong with it, for `damaged`. A folder that
-    `save` has not made may record no sums.
+    Returns the name of the first broken file and its problem, the arguments of `damaged`, or None if all files are
+    whole. Of several callers, the one with number `part` of `parts` checks every `parts`-th file. A checkpoint that
+    `save` did not write may record no CRC-32; then no file is checked.
     """
     sums = read_info(checkpoint).get("crc32", {})
 
@@ -140,14 +142,14 @@ def verify_checkpoint_files(checkpoint: Path, part: int = 0, parts: int = 1) -> 
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Any], planner: LoadPlanner | None = None) -> None:
-    """Fill `tensors` (by checkpoint key) in place, in this process alone, converting to their data types."""
+    """Reads the values of `tensors` (by checkpoint key) in place, converted to their dtypes, in this process alone."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is intended
         dcp.load(tensors, storage_reader=FileSystemReader(checkpoint), planner=planner, no_dist=True)
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Full shape of every model parameter, by name."""
+    """Full (unsharded) shape of every model parameter, by name."""
     tensors = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     return {
         key.removeprefix(MODEL): tuple(tensor.size)
@@ -157,15 +159,15 @@ def weight_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_full_weights(checkpoint_folder: str | Path, *, fp32: bool = False) -> dict[str, Tensor]:
-    """Every model parameter, whole, on the CPU, by its name in the model, whatever layout wrote it.
+    """Loads every model parameter, unsharded, on the CPU, by its name; the layout that saved it does not matter.
 
     Args:
         checkpoint_folder: `RUN/checkpoints/step_...`.
-        fp32: the optimizer's fp32 weights; else each in the data type it was trained in (the same weights, rounded as
-            in training).
+        fp32: load the optimizer's fp32 weights; else every parameter has the dtype in which it was trained (the fp32
+            weights, rounded as in training).
 
     Raises:
-        ConfigError: a file is missing, or is not what was written.
+        ConfigError: a file is missing or damaged.
     """
     folder = Path(checkpoint_folder)
     wrong = verify_checkpoint_files(folder)

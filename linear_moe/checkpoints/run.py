@@ -1,4 +1,4 @@
-"""A run's folder and the checkpoints in it."""
+"""Search for checkpoints in a run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_run(path: Path) -> bool:
 
 
 def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The complete checkpoint of `step`, or the latest; ConfigError if there is none."""
+    """Returns the complete checkpoint of `step` (None: the latest one); raises ConfigError if there is none."""
     folder = run / "checkpoints"
     if step is None:
         if (latest := latest_checkpoint(folder)) is None:

@@ -1,4 +1,4 @@
-"""Weights on disk, in a run folder or an exported one: read one at a time, without Megatron-Core."""
+"""Reading of weights, one parameter at a time, from a run folder or an exported folder, without Megatron-Core."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from linear_moe.options.errors import ConfigError, one_line
 from linear_moe.options.load import from_dict
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-KEPT = 4  # tensors that are kept when read: all experts of a layer are made from the same
+KEPT = 4  # tensors in the cache of `read`: upcycling makes all experts of a layer from the same three
 
 
 class WeightSource(ABC):
-    """A model on disk.
+    """Model on disk, whose parameters are read one at a time.
 
     Attributes:
         place: the folder with the weights.
-        model: its configuration.
-        tokenizer: folder of its tokenizer; None: it has none.
+        model: the model's configuration.
+        tokenizer: folder of the model's tokenizer; None if it has no tokenizer.
     """
 
     def __init__(self, place: Path, model: ModelConfig, tokenizer: Path):
@@ -39,11 +39,11 @@ class WeightSource(ABC):
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter, by its name in the model; the files are verified first, as far as they can be."""
+        """Unsharded shape of every parameter, by its name in the model; a checkpoint's files are verified first."""
         return self._open()
 
     def read(self, name: str) -> Tensor:
-        """A whole parameter in fp32, on the CPU; not to be changed."""
+        """Returns an unsharded parameter in fp32, on the CPU; callers must not change it, because it is cached."""
         assert name in self.shapes, name
         if name not in self._kept:
             self._kept[name] = self._read(name)
@@ -59,7 +59,7 @@ class WeightSource(ABC):
 
 
 class RunWeights(WeightSource):
-    """Those of a run's checkpoint: the optimizer's fp32 weights."""
+    """Weights of a run's checkpoint: the optimizer's fp32 weights."""
 
     def __init__(self, run: Path, step: int | None):
         super().__init__(find_checkpoint(run, step), load_config(run / "config.yaml").model, run / "tokenizer")
@@ -77,7 +77,7 @@ class RunWeights(WeightSource):
 
 
 class ExportedWeights(WeightSource):
-    """Those of a folder that `linear-moe export` wrote, in the data type that it wrote."""
+    """Weights of a folder that `linear-moe export` wrote; they have been rounded to the exported dtype."""
 
     def __init__(self, folder: Path):
         config = _json(folder / "config.json")
@@ -104,9 +104,9 @@ class ExportedWeights(WeightSource):
 
 
 def open_weights(source: Path, step: int | None = None) -> WeightSource:
-    """The weights of a run folder (at `step`; None: its latest complete checkpoint) or of an exported folder.
+    """Opens the weights of a run folder (at `step`; None: its latest complete checkpoint) or of an exported folder.
 
-    Raises ConfigError where `source` is neither, or damaged.
+    Raises ConfigError if `source` is neither of the two, or if it is damaged.
     """
     if is_run(source):
         return RunWeights(source, step)

@@ -1,4 +1,4 @@
-"""All constraints between options, which need no file and no process group."""
+"""Constraints between options of a configuration; checking them needs no file and no process group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from linear_moe.options.errors import ConfigError
 
 
 def validate_fields(config: Config, world: int | None = None) -> None:
-    """`validate` without files, and without a search for what would work."""
+    """Raises ConfigError as `validate` does, but reads no files and does not search for a layout that would work."""
     for path, folder in (("run", config.run), ("data.corpus", config.data.corpus), ("data.cache", config.data.cache)):
         if not folder.strip():
             raise ConfigError(path, folder, "must not be empty")
@@ -34,7 +34,7 @@ def validate_fields(config: Config, world: int | None = None) -> None:
 
 def _check_vocabulary(config: Config) -> None:
     rows, tensor = vocab_size(config), config.parallel.tensor
-    if config.model.vocab_size is None:  # not `rows`: a trained tokenizer may come out smaller than asked for
+    if config.model.vocab_size is None:  # a trained tokenizer may come out smaller, and `rows` then be another multiple
         check_divisible("model.vocab_multiple", config.model.vocab_multiple, "parallel.tensor", tensor)
     else:
         check_divisible("model.vocab_size", rows, "parallel.tensor", tensor)

@@ -13,7 +13,7 @@ from linear_moe.options.errors import ConfigError
 
 
 def check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
-    first: dict[str, tuple[str, Any]] = {}  # of each type, the first layer's path and config
+    first: dict[str, tuple[str, Any]] = {}  # type of mixer -> path and config of the first layer with it
     pieces = f"parallel.sequence{'' if config.parallel.sequence > 1 else '_pieces'} > 1"
     for i, layer in enumerate(layers):
         path, cls = mixer_path(config.model, layer.symbol), mixer_class(layer.mixer.type)

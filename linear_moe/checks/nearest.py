@@ -1,4 +1,4 @@
-"""The parallel layouts nearest to one that does not work."""
+"""Search for the parallel layout nearest to one that does not work."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from linear_moe.config.schema import Config
 from linear_moe.layout.processes import MAX_WORLD
 from linear_moe.options.errors import ConfigError
 
-TRIES = 200  # layouts that `nearest_layout` tries: of a large model a second or two
+TRIES = 200  # layouts that `nearest_layout` tries; for a large model they take a second or two
 
 
 def nearest_layout(config: Config, world: int) -> str:
-    """The parallel sizes for `world` ranks that change the fewest of the config's, and those least, as overrides.
+    """Returns overrides of the config's parallel sizes with which it works on `world` ranks.
 
-    "" where there are none: the sizes are not what is wrong.
+    The overrides change as few sizes as possible, and these by the smallest factors. Returns "" if no sizes work: then
+    the error has another cause.
     """
     axes = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "sequence")
     given = {axis: getattr(config.parallel, axis) for axis in axes}
 
-    def works(sizes: dict[str, int], world: int | None) -> bool:
+    def is_valid(sizes: dict[str, int], world: int | None) -> bool:
         split = config.parallel.pipeline_layers
         same = split is not None and len(split) == sizes["pipeline"] * sizes["virtual_pipeline"]
         parallel = replace(config.parallel, pipeline_layers=split if same else None, **sizes)  # type: ignore[arg-type]
@@ -33,17 +34,17 @@ def nearest_layout(config: Config, world: int) -> str:
             return False
         return True
 
-    if not 1 <= world <= MAX_WORLD or not works(dict.fromkeys(axes, 1), None):
+    if not 1 <= world <= MAX_WORLD or not is_valid(dict.fromkeys(axes, 1), None):
         return ""
     parts = [n for n in range(1, min(world, 2**16) + 1) if world % n == 0]
 
-    def far(axis: str, size: int) -> float:
+    def distance(axis: str, size: int) -> float:
         return abs(math.log(size / given[axis]))
 
-    choices = [{1, *sorted(parts, key=partial(far, axis))[:6]} for axis in axes]
+    choices = [{1, *sorted(parts, key=partial(distance, axis))[:6]} for axis in axes]
     choices[axes.index("virtual_pipeline")] = {given["virtual_pipeline"], 2, 1}
     choices[axes.index("sequence")] = {given["sequence"], 1}
-    found: list[tuple[int, float, dict[str, int]]] = []
+    layouts: list[tuple[int, float, dict[str, int]]] = []  # (sizes changed, distance, all sizes)
     for values in product(*choices):
         sizes = dict(zip(axes, values, strict=True))
         tensor, pipeline, virtual, expert, inside, sequence = values
@@ -54,7 +55,7 @@ def nearest_layout(config: Config, world: int) -> str:
         ):
             continue
         changed = [axis for axis in axes if sizes[axis] != given[axis]]
-        found.append((len(changed), sum(far(axis, sizes[axis]) for axis in changed), sizes))
-    found.sort(key=lambda entry: entry[:2])
-    near = next((sizes for _, _, sizes in found[:TRIES] if works(sizes, world)), None)
+        layouts.append((len(changed), sum(distance(axis, sizes[axis]) for axis in changed), sizes))
+    layouts.sort(key=lambda entry: entry[:2])
+    near = next((sizes for _, _, sizes in layouts[:TRIES] if is_valid(sizes, world)), None)
     return "" if near is None else " ".join(f"parallel.{a}={near[a]}" for a in axes if near[a] != given[a])

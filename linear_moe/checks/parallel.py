@@ -22,7 +22,7 @@ def check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
 
 
 def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
-    """What goes with parallel.sequence; mixers are checked elsewhere."""
+    """Raises ConfigError for options that do not fit parallel.sequence; `checks/mixers.py` checks the mixers."""
     parallel = config.parallel
     if parallel.sequence == 1:
         fields = ("sequence_layout", "sequence_exchange", "sequence_dtype", "sequence_attention")
@@ -53,25 +53,28 @@ def _check_sequence_attention(config: Config, layers: list[ResolvedLayer]) -> No
 
 
 def _check_ulysses(queries: int, keys: int, parallel: ParallelConfig, path: str) -> None:
-    """The ranks of a sequence share out the heads that tensor parallelism leaves; few of keys may be repeated."""
+    """Raises ConfigError unless the ranks of a sequence can share out the heads of each tensor rank.
+
+    The heads of queries must be a multiple of the ranks. Fewer heads of keys than ranks are repeated.
+    """
     tensor, ranks = parallel.tensor, parallel.sequence
-    what = f"parallel.sequence = {ranks} with parallel.sequence_attention=ulysses"
+    cause = f"parallel.sequence = {ranks} with parallel.sequence_attention=ulysses"
     instead = "or parallel.sequence_attention=ring"
     if queries % (step := tensor * ranks):
-        constraint = f"must be divisible by parallel.tensor {tensor} * {ranks} = {step}: {what}"
+        constraint = f"must be divisible by parallel.tensor {tensor} * {ranks} = {step}: {cause}"
         fix = f"{nearest(queries, step=step)}, {instead}"
         raise ConfigError(f"{path}.num_heads", queries, constraint, fix=fix)
 
-    def fits(n: int) -> bool:
+    def divides(n: int) -> bool:
         return queries % n == 0 and n % tensor == 0 and ((n // tensor) % ranks == 0 or ranks % (n // tensor) == 0)
 
-    if not fits(keys):
-        constraint = f"must be a multiple or divisor of {ranks} on each of parallel.tensor = {tensor} ranks: {what}"
-        raise ConfigError(f"{path}.num_kv_heads", keys, constraint, fix=f"{nearest(keys, fits)}, {instead}")
+    if not divides(keys):
+        constraint = f"must be a multiple or divisor of {ranks} on each of parallel.tensor = {tensor} ranks: {cause}"
+        raise ConfigError(f"{path}.num_kv_heads", keys, constraint, fix=f"{nearest(keys, divides)}, {instead}")
 
 
 def _check_pipeline(config: Config, num_layers: int) -> None:
-    """Every chunk has a layer, and an explicit split has all of them."""
+    """Raises ConfigError unless every chunk has a layer, and an explicit split has all layers."""
     parallel, path = config.parallel, "parallel.pipeline_layers"
     stages, virtual, sizes = parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
     if virtual > 1 and stages == 1:

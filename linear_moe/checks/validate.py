@@ -1,6 +1,7 @@
-"""What must hold between the fields of a config, checked before any process group or model exists.
+"""Validation of a configuration before any process group or model exists.
 
-Corpus and tokenizer are checked by `training/data`, a run's checkpoint by `training/checkpoint`; `check.py` calls all.
+`training/preflight.py` calls it together with the checks of the corpus and tokenizer (`training/data`) and of a run's
+checkpoint (`training/checkpointing`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from linear_moe.checks.nearest import nearest_layout
 from linear_moe.config.schema import Config
 from linear_moe.options.errors import ConfigError
 
-# What is said of these is what to do about them: another layout is no help.
+# Errors about these options already say how to fix them; another layout would not help.
 OWN_FIX = ("training.global_batch", "parallel.tensor_sequence", "parallel.pipeline_layers")
 
 
 def validate(config: Config, world: int | None = None, *, files: bool = True) -> None:
-    """Raises ConfigError at the first thing that cannot work; where the parallel sizes are at fault, with some that do.
+    """Raises ConfigError at the first constraint that does not hold.
+
+    If the parallel sizes are the cause, the message names the nearest parallel sizes that work.
 
     Args:
         config: a tree from `load_config`.
-        world: number of ranks; None leaves out what depends on it.
+        world: number of ranks; None: constraints that depend on the number of ranks are not checked.
         files: also check that the run folder and the data cache can be written.
     """
     try:
@@ -38,7 +41,10 @@ def validate(config: Config, world: int | None = None, *, files: bool = True) ->
 
 
 def _check_writable(path: str, folder: str) -> None:
-    """Really creates and removes a file, in the folder or where it would be made: root passes any permission check."""
+    """Raises ConfigError unless a file can be written in `folder`, or in its nearest existing parent.
+
+    The check creates a file and removes it, because the user root passes any check of permissions.
+    """
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent

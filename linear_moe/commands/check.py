@@ -1,4 +1,4 @@
-"""`linear-moe check`: everything that `train` checks before it starts."""
+"""`linear-moe check`: run all checks that `train` makes before it starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from linear_moe.commands import arguments
 
-HELP = "everything that `train` checks before it starts"
+HELP = "run all checks that `train` makes before it starts"
 EXAMPLE = r"""linear-moe check configs/train/a0.3b_2b.yaml --world 8 \
       data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"""
 

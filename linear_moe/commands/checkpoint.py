@@ -1,4 +1,4 @@
-"""`linear-moe checkpoint inspect|reshard`: what is in a checkpoint, and rewriting one."""
+"""`linear-moe checkpoint inspect|reshard`: describe a checkpoint, or rewrite it in other files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from typing import Any
 from linear_moe.commands import arguments
 from linear_moe.options.errors import ConfigError
 
-HELP = "what is in a checkpoint, and rewriting one; every checkpoint loads in any layout as it is"
+HELP = "describe a checkpoint, or rewrite it in other files; every checkpoint loads in any layout without this"
 EXAMPLE = "linear-moe checkpoint inspect runs/first\n  linear-moe checkpoint reshard runs/first /fast/first --files 16"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|reshard")
     source = "run folder (its latest complete checkpoint), or RUN/checkpoints/step_..."
-    inspect = actions.add_parser("inspect", help="what is in it, and whether it is whole")
+    inspect = actions.add_parser("inspect", help="describe a checkpoint, and check that it is whole")
     inspect.add_argument("source", type=Path, metavar="RUN_OR_STEP", help=source)
-    inspect.add_argument("--tensors", metavar="PATTERN", help="list those whose names match: 'model.layers.0.*', '*'")
-    inspect.add_argument("--no-verify", action="store_true", help="do not read the files to compare their sums")
-    reshard = actions.add_parser("reshard", help="rewrite it in other files, with or without the optimizer's state")
+    inspect.add_argument("--tensors", metavar="PATTERN", help="list tensors whose names match: 'model.layers.0.*', '*'")
+    inspect.add_argument("--no-verify", action="store_true", help="do not read all files to compare their CRC-32")
+    reshard = actions.add_parser("reshard", help="rewrite a checkpoint in other files, with or without optimizer state")
     reshard.add_argument("source", type=Path, metavar="SRC", help=source)
-    reshard.add_argument("out", type=Path, metavar="DST", help="run folder to begin with it; must have no checkpoint")
+    reshard.add_argument(
+        "out", type=Path, metavar="DST", help="run folder that begins with it; must have no checkpoint"
+    )
     positive = arguments.number(int, "a whole number from 1 to 65536", lambda n: 1 <= n <= 65536)
-    reshard.add_argument("--files", type=positive, default=8, help="that the tensors are spread over (default: 8)")
+    reshard.add_argument(
+        "--files", type=positive, default=8, help="number of files to write the tensors in (default: 8)"
+    )
     for axis in ("tensor", "expert", "expert-tensor"):
-        cut = f"cut tensors as parallel.{axis.replace('-', '_')} of so many ranks does (default: that of SRC)"
+        cut = f"cut tensors as parallel.{axis.replace('-', '_')} does with this many ranks (default: as in SRC)"
         reshard.add_argument(f"--{axis}", type=positive, help=cut)
     reshard.add_argument("--no-optimizer", action="store_true", help="leave the optimizer's state out")
     for action in (inspect, reshard):
@@ -37,48 +41,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
+    """Runs the action; returns the exit code."""
     return {"inspect": inspect, "reshard": reshard}[args.action](args)
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Print what is in a checkpoint, after comparing every file with the sum that it was written with."""
+    """Prints a description of a checkpoint, after comparing every file with its recorded CRC-32."""
     from linear_moe.checkpoints import inspect as inspect_checkpoint
 
     start = time.perf_counter()
     folder = inspect_checkpoint.find(args.source, args.step)
-    found = inspect_checkpoint.describe_checkpoint(folder, args.tensors, checked=not args.no_verify)
-    if args.tensors is not None and not found["tensors"]:
+    description = inspect_checkpoint.describe_checkpoint(folder, args.tensors, checked=not args.no_verify)
+    if args.tensors is not None and not description["tensors"]:
         fix = "names begin with model. or optimizer.; '*' matches all"
         raise ConfigError("--tensors", args.tensors, f"no tensor of {folder} is called so", fix=fix)
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(description))
     else:
-        print("\n".join(_lines(found, time.perf_counter() - start)))
+        print("\n".join(_lines(description, time.perf_counter() - start)))
     return 0
 
 
-def _lines(found: dict[str, Any], seconds: float) -> list[str]:
-    layout = dict(found["layout"])
+def _lines(description: dict[str, Any], seconds: float) -> list[str]:
+    layout = dict(description["layout"])
     world, distributed = layout.pop("world"), layout.pop("distributed_optimizer")
     sizes = ", ".join(f"{name} {size}" for name, size in layout.items() if size not in (1, False, None))
-    optimizer, origin = found["optimizer"], found["imported"]
+    optimizer, origin = description["optimizer"], description["imported"]
     state = f"state of step {optimizer['step']}, {_mib(optimizer['bytes'])}" if optimizer else "none"
-    whole = f"verified in {seconds:.1f} s" if found["verified"] else "NOT verified"
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    whole = f"verified in {seconds:.1f} s" if description["verified"] else "NOT verified"
+    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
+    count = f"{description['samples']:,} sequences, {description['tokens']:,} tokens"
     lines = [
-        found["checkpoint"],
-        f"  step        {found['step']:,}  ({found['samples']:,} sequences, {found['tokens']:,} tokens)",
+        description["checkpoint"],
+        f"  step        {description['step']:,}  ({count})",
         f"  saved by    {world} ranks{': ' + sizes if sizes else ''}; {versions}",
-        f"  config      {found['config_digest']}",
-        f"  data        {found['data'] or 'not recorded'}",
-        f"  model       {found['parameters']:,} parameters, {_mib(found['model_bytes'])}",
+        f"  config      {description['config_digest']}",
+        f"  data        {description['data'] or 'not recorded'}",
+        f"  model       {description['parameters']:,} parameters, {_mib(description['model_bytes'])}",
         f"  optimizer   {state}{', distributed' if optimizer and distributed else ''}",
-        f"  files       {found['files']}, {_mib(found['bytes'])}, {whole}",
+        f"  files       {description['files']}, {_mib(description['bytes'])}, {whole}",
     ]
     if origin:
         lines.insert(2, f"  imported    from {origin['source']}")
-    for tensor in found["tensors"]:
+    for tensor in description["tensors"]:
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
         trained = tensor.get("trained_in")
         note = f", trained in {trained}" if trained not in (None, tensor["dtype"]) else ""
@@ -91,7 +96,7 @@ def _mib(size: int) -> str:
 
 
 def reshard(args: argparse.Namespace) -> int:
-    """Rewrite a checkpoint as the first one of another run folder."""
+    """Rewrites a checkpoint as the first one of another run folder; returns the exit code."""
     from linear_moe.training import platform
 
     platform.install()

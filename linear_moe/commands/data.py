@@ -1,4 +1,4 @@
-"""`linear-moe data`: prepare a configuration's corpus ahead of training, and say what is in it."""
+"""`linear-moe data`: prepare a configuration's corpus ahead of training, and describe it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prepare the corpus; print files, documents, tokens, vocabulary and bytes per token. Returns the exit code."""
+    """Prepares the corpus; prints files, documents, tokens, vocabulary and bytes per token. Returns the exit code."""
     from linear_moe.config.load import load_config
     from linear_moe.training.data.prepare import prepare_data
 
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def describe_data(config: Config, prepared: PreparedData) -> dict[str, Any]:
-    """What was prepared, with stable keys; `bytes_per_token` is null where the bytes are not known."""
+    """Describes the prepared corpus, with stable keys; `bytes_per_token` is None if the bytes are not known."""
     result: dict[str, Any] = {
         "corpus": config.data.corpus,
         "train_prefix": prepared.train_prefix,

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count = arguments.number(int, "a whole number >= 0", lambda n: n >= 0)
     parser.add_argument("model", type=Path, help="exported folder, or run folder")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; give several for a batch")
-    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="the same, from a UTF-8 file")
+    parser.add_argument("--prompt-file", action="append", default=[], type=Path, help="prompt from a UTF-8 file")
     parser.add_argument(
         "--max-new-tokens", type=arguments.number(int, "a whole number >= 1", lambda n: n >= 1), default=128
     )
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=finite, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top-k", type=count, default=0, help="choose among the k most likely tokens; 0: all")
     share = arguments.number(float, "a number in (0, 1]", lambda p: 0 < p <= 1)
-    parser.add_argument("--top-p", type=share, default=1.0, help="choose among the likeliest of this probability")
+    parser.add_argument(
+        "--top-p", type=share, default=1.0, help="choose among the likeliest tokens that have this probability"
+    )
     seed = arguments.number(int, "a whole number from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)
     parser.add_argument("--seed", type=seed, default=0, help="row i of a batch draws with seed + i")
     parser.add_argument("--no-cache", action="store_true", help="recompute the whole text for every token")
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """`linear-moe generate`. Returns the exit code."""
+    """Runs `linear-moe generate`; returns the exit code."""
     from linear_moe.inference.generate import Sampling, TextStream, check_device, generate, load_model
 
     prompts = [*args.prompt, *(_read(path) for path in args.prompt_file)]
@@ -103,7 +105,7 @@ def _report(
     result: Generation,
     cache: bool,
 ) -> None:
-    """JSON on standard output; or the texts of a batch there, and the figures on standard error."""
+    """Prints JSON on standard output, or a batch's texts on standard output and the speed on standard error."""
     completions = [tokenizer.decode(new, skip_special_tokens=True) for new in result.tokens]
     if as_json:
         record = {

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from linear_moe.plan.simulate import Simulation
 
 HELP = (
-    "parameters, FLOPs, process groups and memory of a config, layouts that fit, or what it costs to share out "
-    "sequences; needs no GPU"
+    "print parameters, FLOPs, process groups and memory of a config, or propose layouts that fit, or simulate the cost "
+    "of sharing out sequences; needs no GPU"
 )
 EXAMPLE = """linear-moe plan configs/train/a1b_7b.yaml parallel.tensor=2 --world 64
   linear-moe plan configs/train/a1b_7b.yaml --world 8 --gpu h100
@@ -39,24 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=positive,
         metavar="GiB",
-        help=f"the same for so much memory; without --gpu, at the speed of {DEFAULT_GPU}",
+        help=f"propose layouts that fit into this memory per GPU; without --gpu, the speed is that of {DEFAULT_GPU}",
     )
     sequences = parser.add_argument_group(
         "sequences",
-        "with one of the first two: bytes and time of a layer if all GPUs share out one sequence, in every way that "
-        "there is, on 8, 16, ... up to --world GPUs (default: 4096)",
+        "with --sequence-length or --tokens-per-gpu: bytes and time of a layer if all GPUs share out one sequence, in "
+        "every way, on 8, 16, ... up to --world GPUs (default: 4096)",
     )
     length = sequences.add_mutually_exclusive_group()
     length.add_argument("--sequence-length", type=arguments.tokens, metavar="N", help="tokens of the sequence: 1M")
-    length.add_argument("--tokens-per-gpu", type=arguments.tokens, metavar="N", help="tokens of it for each GPU: 32K")
-    sequences.add_argument("--plot", metavar="FILE.svg", help="draw what is not hidden of the exchange, too")
-    cluster = parser.add_argument_group("cluster", "of both")
+    length.add_argument(
+        "--tokens-per-gpu", type=arguments.tokens, metavar="N", help="tokens of the sequence per GPU: 32K"
+    )
+    sequences.add_argument("--plot", metavar="FILE.svg", help="also draw the time that exchanges add to a layer")
+    cluster = parser.add_argument_group("cluster", "GPUs and network, for layouts and for sequences")
     node = arguments.number(int, "a whole number from 1 to 1024", lambda n: 1 <= n <= 1024)
     cluster.add_argument("--node", type=node, default=8, metavar="N", help="GPUs in a node (default: 8)")
-    sheet = "each way and GPU (default: the data sheet's of --gpu)"
+    sheet = "each way and GPU (default: from the data sheet of --gpu)"
     cluster.add_argument("--intra-node-bandwidth", type=positive, metavar="GB/s", help=f"within a node, {sheet}")
     cluster.add_argument("--inter-node-bandwidth", type=positive, metavar="GB/s", help=f"between nodes, {sheet}")
-    microseconds = "of any collective or message (default: 20, assumed)"
+    microseconds = "latency of any collective or message (default: 20, assumed)"
     cluster.add_argument("--latency", type=positive, metavar="us", help=microseconds)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -77,30 +79,30 @@ def main(args: argparse.Namespace) -> int:
     simulates = args.sequence_length is not None or args.tokens_per_gpu is not None
     layouts = not simulates and (args.gpu is not None or args.memory is not None)
     check_options(args, simulates, layouts)
-    found: Plan | Proposals | Simulation
+    result: Plan | Proposals | Simulation
     if simulates:
         total = args.sequence_length is not None
         tokens = args.sequence_length if total else args.tokens_per_gpu
-        found = simulate(config, worlds(args.world or LARGEST), cluster(args), tokens, total)
-        display = partial(show_simulation, found, args.config)
+        result = simulate(config, worlds(args.world or LARGEST), cluster(args), tokens, total)
+        display = partial(show_simulation, result, args.config)
         if args.plot is not None:
             length = f"sequences of {tokens:,} tokens" if total else f"{tokens:,} tokens a GPU"
-            Path(args.plot).write_text(svg(found, f"{config.model.pattern}, {length}"))
+            Path(args.plot).write_text(svg(result, f"{config.model.pattern}, {length}"))
     elif layouts:
-        found = propose(config, args.world, cluster(args))
-        display = partial(show_layouts, found, config, args.config)
+        result = propose(config, args.world, cluster(args))
+        display = partial(show_layouts, result, config, args.config)
     else:
-        found = make_plan(config, args.world)
-        display = partial(show, found, config, args.config)
+        result = make_plan(config, args.world)
+        display = partial(show, result, config, args.config)
     if args.json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(result.to_json(), indent=2))
     else:
         display()
     return 0
 
 
 def check_options(args: argparse.Namespace, simulates: bool, layouts: bool) -> None:
-    """Raises ConfigError for options that would do nothing, or lack another one."""
+    """Raises ConfigError for options that would have no effect, or that need another option."""
     if layouts and args.world is None:
         raise ConfigError("--world", ..., "--gpu and --memory propose layouts of a number of GPUs", fix="set --world N")
     sequences = "--sequence-length or --tokens-per-gpu"
@@ -112,7 +114,7 @@ def check_options(args: argparse.Namespace, simulates: bool, layouts: bool) -> N
 
 
 def cluster(args: argparse.Namespace) -> Cluster:
-    """What the options say of GPUs and their connections."""
+    """Makes the cluster that the options describe: GPUs, their connections and latency."""
     from linear_moe.plan.network import LATENCY, Cluster
 
     gpu, changes = GPUS[args.gpu or DEFAULT_GPU], {}

@@ -1,4 +1,4 @@
-"""`linear-moe train`: every check that needs no process group, then the groups, then the loop."""
+"""`linear-moe train`: train a model, after all checks that need no process group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from linear_moe.commands import arguments
 
-HELP = "train as a config says; run it under torchrun, and again to resume"
+HELP = "train a model as a config says; run it under torchrun, and run it again to resume"
 EXAMPLE = r"""torchrun --nproc-per-node 8 -m linear_moe train configs/train/a0.3b_2b.yaml \
       data.corpus=/data/slimpajama data.tokenizer.path=/data/qwen2-tokenizer"""
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train as the configuration says; rerunning the same command resumes. Returns the exit code."""
+    """Trains as the configuration says; running the command again resumes the training. Returns the exit code."""
     from linear_moe.config.load import load_config
     from linear_moe.training.preflight import check_run
     from linear_moe.training.supervision.faults import end_with_parent, lock_run

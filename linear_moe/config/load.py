@@ -1,4 +1,4 @@
-"""Loading and saving a run's configuration: `options/load.py` for the tree in `schema.py`."""
+"""Loading and saving of a run's configuration, the tree of `schema.py`, by means of `options/load.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from linear_moe.options.load import parse_overrides, read_layers, update
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The tree of a YAML file and `a.b=c` overrides. Raises ConfigError for anything a user can get wrong."""
+    """Loads a YAML file and applies `a.b=c` overrides; raises ConfigError for anything a user can get wrong."""
     config = Config()
     for layer in [*read_layers(Path(path), ()), parse_overrides(overrides)]:
         update(config, layer)
@@ -22,11 +22,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved tree as YAML, atomically; loading it gives an equal tree."""
+    """Writes the resolved tree as YAML, atomically; loading the file gives an equal tree."""
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             yaml.safe_dump(config.to_dict(), file, sort_keys=False)
             file.flush()

@@ -1,7 +1,7 @@
-"""The whole configuration: one tree of dataclasses. Every field's documentation and constraint is here.
+"""The whole configuration as one tree of dataclasses, with the documentation and constraint of every field.
 
-`load.py` turns YAML and overrides into the tree and checks types and
-single-field constraints; `validate.py` checks what holds between fields.
+`options/load.py` turns YAML and overrides into the tree and checks types and constraints of single fields;
+`checks/validate.py` checks constraints between fields. The model's options are in `modeling/config.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from linear_moe.options.fields import opt
 
 @dataclass
 class ParallelConfig:
-    """Data parallelism is what the world size leaves: world / (tensor * sequence * pipeline)."""
+    """Sizes of all kinds of parallelism but data parallelism, whose size is world / (tensor * sequence * pipeline)."""
 
     tensor: int = opt(1, "tensor-parallel ranks (heads, FFN columns, vocabulary)", ge=1, le=2**16)
     tensor_sequence: bool | None = opt(
@@ -29,7 +29,7 @@ class ParallelConfig:
     )
     pipeline_layers: list[int] | None = opt(
         None,
-        "layers of each of the pipeline * virtual_pipeline chunks, in the model's order; null: so that the costliest "
+        "layers of each of the pipeline * virtual_pipeline chunks, in the model's order; null: a split whose costliest "
         "stage has the fewest FLOPs (of its layers, and of the head)",
     )
     expert: int = opt(1, "ranks that share out the routed experts", ge=1, le=2**16)
@@ -37,31 +37,34 @@ class ParallelConfig:
     sequence: int = opt(1, "ranks that share out every sequence (Megatron-Core: context parallel)", ge=1, le=2**16)
     sequence_layout: str = opt(
         "zigzag",
-        "a rank's tokens of a sequence: those that follow each other (contiguous), or of twice as many pieces the n-th "
-        "from the start and the n-th from the end, which balances causal softmax attention (zigzag)",
+        "which tokens of a sequence a rank holds: consecutive ones (contiguous), or the n-th piece from the start and "
+        "the n-th from the end of twice as many pieces as ranks, which balances causal softmax attention (zigzag)",
         choices=("contiguous", "zigzag"),
     )
     sequence_pieces: int | None = opt(
         None,
-        "pieces of every sequence on a rank, which recurrences compute side by side: with few rows of long sequences, "
-        "one alone does not fill a GPU. Without parallel.sequence too. null: two in zigzag, else one",
+        "pieces of every sequence on a rank, which recurrences compute side by side: a few rows of long sequences "
+        "alone do not fill a GPU. Can be set without parallel.sequence. null: two in zigzag, else one",
         ge=1,
         le=256,
     )
     sequence_exchange: str = opt(
         "all_gather",
-        "how recurrent states travel: all at once, or from piece to piece, in blocks; then what a rank sends and "
-        "receives does not grow with the ranks",
+        "how recurrent states travel: those of all pieces at once (all_gather), or in blocks from piece to piece "
+        "(ring), where the bytes that a rank sends and receives do not grow with the number of ranks",
         choices=("all_gather", "ring"),
     )
     sequence_attention: str = opt(
         "all_gather",
-        "how softmax attention sees the other ranks' tokens: all keys at once; keys from rank to rank (ring), while "
-        "those at hand are attended to; or all tokens of a share of the heads (ulysses)",
+        "how softmax attention sees the other ranks' tokens: all keys and values are gathered (all_gather); they go "
+        "from rank to rank while a rank attends to the ones it has (ring); or ranks exchange tokens for heads, and "
+        "each attends with all tokens of its share of the heads (ulysses)",
         choices=("all_gather", "ring", "ulysses"),
     )
     sequence_dtype: str = opt(
-        "fp32", "in which recurrent states and their gradients travel; they are fp32 there", choices=("fp32", "bf16")
+        "fp32",
+        "dtype in which recurrent states and their gradients travel between ranks; the ranks compute with fp32",
+        choices=("fp32", "bf16"),
     )
 
 
@@ -94,13 +97,19 @@ class DataConfig:
 
 @dataclass
 class MuonConfig:
-    """Muon (arXiv 2502.16982) of the linear maps of mixers, FFN and experts; lr and weight_decay are AdamW's."""
+    """Options of Muon (arXiv 2502.16982) for the linear maps of mixers, FFN and experts.
+
+    The learning rate and weight decay are those of OptimizerConfig, as for AdamW.
+    """
 
     momentum: float = opt(0.95, "decay of the momentum", ge=0, lt=1)
     nesterov: bool = opt(True, "look one step of momentum ahead")
     steps: int = opt(5, "Newton-Schulz iterations that orthogonalise the momentum", ge=1, le=20)
     scale: float = opt(
-        0.2, "a matrix's update is lr * scale * sqrt(max(rows, columns)): elements of about AdamW's size", gt=0
+        0.2,
+        "a matrix is updated by lr * scale * sqrt(max(rows, columns)) times its orthogonalised momentum: by elements "
+        "about as large as AdamW's updates",
+        gt=0,
     )
 
 
@@ -108,17 +117,17 @@ class MuonConfig:
 class OptimizerConfig:
     type: str = opt(
         "adamw",
-        "muon: for the linear maps of mixers, FFN and experts; AdamW for embeddings, head, routers and vectors",
+        "muon: Muon for the linear maps of mixers, FFN and experts, AdamW for embeddings, head, routers and vectors",
         choices=("adamw", "muon"),
     )
     lr: float = opt(1e-3, "peak learning rate", gt=0)
-    beta1: float = opt(0.9, "AdamW", ge=0, lt=1)
-    beta2: float = opt(0.95, "AdamW", ge=0, lt=1)
-    eps: float = opt(1e-8, "AdamW", gt=0)
-    weight_decay: float = opt(0.1, "AdamW; not applied to norms, biases and per-head parameters", ge=0)
+    beta1: float = opt(0.9, "AdamW: decay of the first moment", ge=0, lt=1)
+    beta2: float = opt(0.95, "AdamW: decay of the second moment", ge=0, lt=1)
+    eps: float = opt(1e-8, "AdamW: added to the root of the second moment", gt=0)
+    weight_decay: float = opt(0.1, "decoupled weight decay; not applied to norms, biases and per-head parameters", ge=0)
     moments: str = opt(
         "fp32",
-        "what AdamW's moments and Muon's momentum are kept in; bf16, stochastically rounded, takes half the memory",
+        "dtype of AdamW's moments and Muon's momentum; bf16, stochastically rounded, takes half the memory",
         choices=("fp32", "bf16"),
     )
     muon: MuonConfig = opt(MuonConfig, "for type: muon")
@@ -149,23 +158,29 @@ class TrainingConfig:
     dtype: str = opt("bf16", "weights and activations; the optimizer keeps fp32", choices=("bf16", "fp32"))
     recompute: str = opt(
         "none",
-        "what is computed again in the backward pass instead of kept: nothing, recompute_modules, or whole layers",
+        "activations that the backward pass computes again, so that they need not be kept: none, those of "
+        "recompute_modules (selective), or those of whole layers (full)",
         choices=("none", "selective", "full"),
     )
     recompute_modules: list[str] = opt(
         list,
-        f"with selective, any of {', '.join(MODULES)}: "
+        f"with recompute=selective, any of {', '.join(MODULES)}: "
         + "; ".join(f"{k}: {v}" for k, v in MODULES.items())
-        + ". With full, logits may be added",
+        + ". With recompute=full, only logits can be given",
     )
     recompute_layers: int | None = opt(
-        None, "so many layers only, evenly spread over the model (of 12, 6: every second); null: all", ge=1
+        None,
+        "number of layers that recompute activations, evenly spread over the model (6 of 12: every second); null: all",
+        ge=1,
     )
     seed: int = opt(1234, "weights and data order", ge=0)
     eval_every: int = opt(100, "steps between validations; 0: only at the end", ge=0)
     eval_batches: int = opt(8, "global batches per validation", ge=1)
     timeout_minutes: float = opt(
-        10.0, "a rank that others wait for longer ends the job, with a line that names it", gt=0, le=60 * 24 * 7
+        10.0,
+        "the job ends, with a line that names the rank, when other ranks have waited for a rank longer than this",
+        gt=0,
+        le=60 * 24 * 7,
     )
 
 
@@ -173,14 +188,16 @@ class TrainingConfig:
 class CheckpointConfig:
     every: int = opt(100, "steps between saves; 0: only at the end", ge=0)
     keep: int = opt(2, "newest checkpoints kept", ge=1)
-    last: bool = opt(True, "save after the last step (benchmarks do not)")
+    last: bool = opt(True, "save after the last step (benchmarks turn it off)")
 
 
 @dataclass
 class LoggingConfig:
     every: int = opt(1, "steps between log records", ge=1)
-    routing_every: int = opt(50, "steps between records of the load of every expert; at those of `every`", ge=1)
-    dead_after: int = opt(100, "warn of experts that no token has chosen for so many steps", ge=1)
+    routing_every: int = opt(
+        50, "steps between records of the load of every expert, if they fall on a step with a log record", ge=1
+    )
+    dead_after: int = opt(100, "steps after which an expert that no token has chosen causes a warning", ge=1)
     tensorboard: bool = opt(True, "write TensorBoard events")
     peak_tflops: float | None = opt(None, "peak bf16 TFLOP/s per device, for MFU; null: known GPUs, else no MFU", gt=0)
 
@@ -188,15 +205,15 @@ class LoggingConfig:
 @dataclass
 class Config:
     run: str = opt("runs/default", "run folder: resolved config, checkpoints, metrics, tokenizer")
-    model: ModelConfig = opt(ModelConfig, "what is computed")
-    parallel: ParallelConfig = opt(ParallelConfig, "how it is spread")
-    data: DataConfig = opt(DataConfig, "what it reads")
-    optimizer: OptimizerConfig = opt(OptimizerConfig, "how weights are updated")
+    model: ModelConfig = opt(ModelConfig, "the language model")
+    parallel: ParallelConfig = opt(ParallelConfig, "spread of model and sequences over ranks")
+    data: DataConfig = opt(DataConfig, "corpus and tokenizer")
+    optimizer: OptimizerConfig = opt(OptimizerConfig, "update of the weights")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over steps")
-    training: TrainingConfig = opt(TrainingConfig, "the loop")
-    checkpoint: CheckpointConfig = opt(CheckpointConfig, "saving")
-    logging: LoggingConfig = opt(LoggingConfig, "what is written about the run")
+    training: TrainingConfig = opt(TrainingConfig, "batches, precision and length of the training")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig, "saving of checkpoints")
+    logging: LoggingConfig = opt(LoggingConfig, "records of the run: metrics, TensorBoard, routing")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict (YAML- and JSON-ready); loading it again gives an equal tree."""
+        """Returns the tree as nested dicts that YAML and JSON can hold; loading them gives an equal tree."""
         return dataclasses.asdict(self)

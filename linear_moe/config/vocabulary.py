@@ -1,4 +1,4 @@
-"""How many tokens the configured tokenizer knows, and how many rows the embedding gets; builds no tokenizer."""
+"""Number of tokens of the configured tokenizer, and of rows of the embedding, counted without building a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from linear_moe.options.errors import ConfigError
 
 
 def tokenizer_size(data: DataConfig) -> int:
-    """Tokens of the tokenizer the config describes; raises ConfigError for a folder that holds none.
+    """Number of tokens of the tokenizer that `data` describes; raises ConfigError for a folder without a tokenizer.
 
-    A trained BPE may come out smaller than asked for, on a tiny corpus; never larger.
+    A BPE tokenizer trained on a tiny corpus may come out smaller than configured, but never larger.
     """
     corpus = Path(data.corpus).expanduser()
-    beside = corpus.parent / "tokenizer"  # an indexed dataset's own
+    beside = corpus.parent / "tokenizer"  # tokenizer of an indexed dataset
     if data.tokenizer.type == "hf":
         if data.tokenizer.path is None:
             path = "data.tokenizer.path"
@@ -24,11 +24,11 @@ def tokenizer_size(data: DataConfig) -> int:
         return _folder_size(Path(data.tokenizer.path))
     if Path(f"{corpus}.idx").is_file() and beside.is_dir():
         return _folder_size(beside)
-    return 257 if data.tokenizer.type == "bytes" else data.tokenizer.vocab_size  # bytes, and the end of a document
+    return 257 if data.tokenizer.type == "bytes" else data.tokenizer.vocab_size  # 256 bytes, 1 end token
 
 
 def _folder_size(folder: Path) -> int:
-    """One more than the largest id of a fast tokenizer's folder."""
+    """Number of rows that the fast tokenizer in `folder` needs: its largest token id plus one."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         fix = "save one with save_pretrained of a fast tokenizer"
@@ -43,7 +43,7 @@ def _folder_size(folder: Path) -> int:
 
 
 def embedding_rows(model: ModelConfig, tokens: int) -> int:
-    """Rows of the embedding for a tokenizer of `tokens` tokens; ConfigError when model.vocab_size is too small."""
+    """Rows of the embedding for a tokenizer of `tokens` tokens; raises ConfigError if model.vocab_size is too small."""
     if model.vocab_size is None:
         return -(-tokens // model.vocab_multiple) * model.vocab_multiple
     if model.vocab_size < tokens:

@@ -1,4 +1,4 @@
-"""Decoding state: what a model remembers of the tokens it has seen, whatever its mixers are."""
+"""Decoding state of a whole model: recurrent states, convolution tails and key-value caches of all its layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class DecodingState:
     """Recurrent states, convolution tails and key-value caches of a batch of sequences.
 
     Attributes:
-        layers: tensors per layer by name, batch first; the mixers update them in place.
-        positions: `[B]` int64, tokens each row has seen: position and key-value slot of its next token.
-        length: host integer no row's position exceeds.
-        capacity: tokens per row that the key-value caches have room for; grows by itself.
+        layers: for each layer its tensors by name, batch first; the mixers update them in place.
+        positions: `[B]` int64, tokens that each row has seen; also position and key-value slot of the row's next token.
+        length: upper bound of all `positions`, kept as a Python integer so that the host need not wait for the device.
+        capacity: tokens per row for which the key-value caches have room; `reserve` enlarges it.
     """
 
     def __init__(self, layers: list[Cache], positions: Tensor, length: int, capacity: int):
@@ -26,13 +26,13 @@ class DecodingState:
 
     @classmethod
     def empty(cls, model: LanguageModel, batch: int, capacity: int) -> DecodingState:
-        """State of `batch` rows that have seen nothing, with room for `capacity` tokens each."""
+        """Makes the state of `batch` rows that have seen no token, with room for `capacity` tokens each."""
         positions = torch.zeros(batch, dtype=torch.int64, device=next(model.parameters()).device)
         return cls(model.init_caches(batch, capacity), positions, 0, capacity)
 
     @classmethod
     def stack(cls, states: Sequence[DecodingState]) -> DecodingState:
-        """Rows of all `states` (of one model, equal capacity) as one batch."""
+        """Joins the rows of all `states` into one batch; ValueError unless the states have equal capacity."""
         if len({s.capacity for s in states}) != 1:
             raise ValueError(f"states of different capacity: {[s.capacity for s in states]}")
         layers = [
@@ -42,16 +42,16 @@ class DecodingState:
         return cls(layers, torch.cat([s.positions for s in states]), max(s.length for s in states), states[0].capacity)
 
     def select(self, rows: Tensor) -> None:
-        """Keep, repeat or reorder rows: `rows [B']` int64 indices."""
+        """Keeps, repeats or reorders rows by their indices `rows [B']` int64."""
         self.layers = [{name: t.index_select(0, rows) for name, t in layer.items()} for layer in self.layers]
         self.positions = self.positions.index_select(0, rows)
 
     def bytes_per_sequence(self) -> int:
-        """Bytes one row's state takes at its present capacity."""
+        """Bytes of the state of one row at the present capacity."""
         return sum(t.nbytes for layer in self.layers for t in layer.values()) // len(self.positions)
 
     def reserve(self, model: LanguageModel, length: int) -> None:
-        """Make room for `length` tokens per row, at least doubling, so that growth costs O(1) per token."""
+        """Makes room for `length` tokens per row; capacity at least doubles, so that growth costs O(1) per token."""
         if length <= self.capacity:
             return
         self.capacity = max(length, 2 * self.capacity)
@@ -62,7 +62,10 @@ class DecodingState:
         self.layers = grown
 
     def advance(self, model: LanguageModel, tokens: Tensor, keep: int = 0) -> Tensor:
-        """Feed the next tokens of every row, `[B, T]` int64; returns logits `[B, T, V]` (of the last `keep` if > 0)."""
+        """Feeds the next tokens `[B, T]` int64 of every row to the model and updates the state.
+
+        Returns logits `[B, T, V]`; with `keep` > 0 only those of the last `keep` tokens.
+        """
         batch, length = tokens.shape
         self.reserve(model, self.length + length)
         positions = self.positions[:, None] + torch.arange(length, device=tokens.device)
@@ -72,15 +75,15 @@ class DecodingState:
 
 
 def prefill(model: LanguageModel, rows: Sequence[Tensor], room: int) -> tuple[Tensor, DecodingState]:
-    """Feed prompts of any lengths, `[T_i]` int64 each, in one chunked pass per prompt (one for all if equally long).
+    """Feeds prompts of any lengths to the model, each in one pass; prompts of equal length share one pass.
 
     Args:
-        model: a whole model.
-        rows: the prompts, at least one token each.
-        room: tokens that will follow, to size the key-value caches once.
+        model: a whole model (all pipeline stages).
+        rows: the prompts, `[T_i]` int64 with at least one token each.
+        room: number of tokens that will follow a prompt, so that the key-value caches are allocated only once.
 
     Returns:
-        logits `[B, V]` after each prompt's last token, and the state of all rows.
+        Logits `[B, V]` after the last token of each prompt, and the state of all rows.
     """
     lengths = [len(row) for row in rows]
     groups = [torch.stack(list(rows))] if len(set(lengths)) == 1 else [row[None] for row in rows]

@@ -1,4 +1,4 @@
-"""The README of an exported folder."""
+"""Model card: the README.md of an exported folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Configuration:
 
 
 def model_card(config: Config, run: Path, step: int, model: LinearMoEForCausalLM) -> str:
-    """Markdown with the run's configuration, and its figures at `step` as metrics.jsonl has them."""
+    """Writes the model card in Markdown: the run's configuration, and its losses at `step` from metrics.jsonl."""
     figures = {
         "tokens": f"{step * config.training.global_batch * config.training.sequence_length:,}",
         "corpus": config.data.corpus,
@@ -71,7 +71,7 @@ def model_card(config: Config, run: Path, step: int, model: LinearMoEForCausalLM
 
 
 def last_losses(metrics: Path, step: int) -> dict[str, Any]:
-    """The last training and validation loss up to `step`; none of a run that recorded none."""
+    """Returns the last training and validation loss that the file `metrics` records up to `step`, as texts by name."""
     losses: dict[str, Any] = {}
     if not metrics.is_file():
         return losses
@@ -79,7 +79,7 @@ def last_losses(metrics: Path, step: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the last line of a killed run
+            continue  # a run that was killed may have written only a part of its last line
         if "loss" in record and record.get("step", step + 1) <= step:
             if record.get("event") == "validation":
                 losses["validation loss"] = f"{record['loss']:.4f} nats/token (step {record['step']})"

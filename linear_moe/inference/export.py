@@ -1,4 +1,4 @@
-"""A training run's weights as a Hugging Face folder: a copy, checked bit for bit by loading it back."""
+"""Export of a training run as a Hugging Face folder, verified bit for bit by loading the folder again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoadedRun:
-    """A run's model at one checkpoint."""
+    """Model of a run at one checkpoint, with the run's configuration."""
 
     config: Config
     checkpoint: Path
@@ -40,19 +40,22 @@ class LoadedRun:
 
 
 def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> LoadedRun:
-    """The model of a run folder, on the CPU, without Megatron-Core.
+    """Loads the model of a run folder on the CPU, without Megatron-Core.
 
     Args:
         run: the run folder.
-        step: of the checkpoint; None: the latest complete one.
-        dtype: "bf16" or "fp32"; None: as trained. Parameters declared fp32 stay fp32.
+        step: step of the checkpoint; None: the latest complete one.
+        dtype: "bf16" or "fp32"; None: the dtype in which the model was trained. Parameters declared fp32 stay fp32.
+
+    Raises:
+        ConfigError: `run` is no run folder, has no such checkpoint, or its files are damaged or do not fit each other.
     """
     from linear_moe.inference.hf import LinearMoEForCausalLM
 
     if not is_run(run):
         raise ConfigError("run", str(run), "is not a run folder: it has no config.yaml")
     config = load_config(run / "config.yaml")
-    if config.model.moe.experts == "quack":  # as it was trained: the same weights must work where that cannot compute
+    if config.model.moe.experts == "quack":  # the loaded model must also run on devices that quack does not support
         config.model.moe.experts = "auto"
     check_dtype(config.model, dtype)
     checkpoint = find_checkpoint(run, step)
@@ -74,7 +77,7 @@ def load_run(run: Path, step: int | None = None, dtype: str | None = None) -> Lo
 
 
 def load_run_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a folder; ConfigError if it holds none that works."""
+    """Loads the fast tokenizer of a folder; raises ConfigError if the folder has none, or it cannot be loaded."""
     from transformers import AutoTokenizer
 
     for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -87,7 +90,7 @@ def load_run_tokenizer(folder: Path) -> Any:
 
 
 def check_dtype(model: ModelConfig, dtype: str | None) -> None:
-    """Raises ConfigError for a model whose experts cannot compute in `dtype`, given with --dtype."""
+    """Raises ConfigError if the experts of `model` cannot compute in `dtype`, the argument of --dtype."""
     if dtype is None or model.moe.experts == "sequential" or all(layer.ffn != "moe" for layer in resolve_layers(model)):
         return
     try:
@@ -98,7 +101,7 @@ def check_dtype(model: ModelConfig, dtype: str | None) -> None:
 
 
 def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor]) -> Any:
-    """LinearMoEConfig of a run; a run on random tokens has no tokenizer."""
+    """Makes the LinearMoEConfig of a run; a run on random tokens has no tokenizer, and the config then no token ids."""
     from linear_moe.inference.hf import LinearMoEConfig
 
     if EMBEDDING not in weights:
@@ -113,7 +116,7 @@ def _hf_config(config: Config, tokenizer_folder: Path, weights: dict[str, Tensor
 
 
 def _generation_config(model: LinearMoEForCausalLM) -> Any:
-    """Greedy, and never a padding row of the vocabulary."""
+    """Makes the GenerationConfig: greedy decoding that never chooses a padding row of the vocabulary."""
     from transformers import GenerationConfig
 
     config = model.config
@@ -132,16 +135,23 @@ def export(
     max_shard_size: str = "5GB",
     say: Callable[[str], Any] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write `out`: config, safetensors, tokenizer and model card; it appears complete and verified or not at all.
+    """Writes the folder `out`: config, safetensors, tokenizer and model card.
+
+    The folder is written and verified under a temporary name, so that `out` appears complete or not at all.
 
     Args:
+        run: the run folder.
+        out: the folder to write.
         step, dtype: see `load_run`.
         overwrite: replace `out` if it exists.
-        max_shard_size: of a weights file.
-        say: told what is going on.
+        max_shard_size: largest size of a file of weights, for example "5GB".
+        say: called with messages about the progress.
 
     Returns:
-        What `--json` prints: out, checkpoint, step, dtype, parameters, tensors, bytes.
+        The record that `--json` prints: out, checkpoint, step, dtype, parameters, tensors, bytes.
+
+    Raises:
+        ConfigError: `out` exists, or cannot be written, or the run cannot be loaded (see `load_run`).
     """
     if out.exists() and not (overwrite or (out.is_dir() and not any(out.iterdir()))):
         raise ConfigError("out", str(out), "exists", fix="give --overwrite to replace it")
@@ -153,19 +163,19 @@ def export(
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(temporary)
-        if disk.total and disk.free < size * 1.01 + 2**24:  # some network file systems do not tell
+        if disk.total and disk.free < size * 1.01 + 2**24:  # total is 0 on network file systems that do not tell
             raise OSError(errno.ENOSPC, f"{size:,} bytes to write, {disk.free:,} free")
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if (run / "tokenizer").is_dir():
             shutil.copytree(run / "tokenizer", temporary, dirs_exist_ok=True)
         card = model_card(loaded.config, run, loaded.step, loaded.model)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        for path in temporary.iterdir():  # safetensors makes its files private
+        for path in temporary.iterdir():  # safetensors makes files that only their owner can read
             path.chmod((temporary / "config.json").stat().st_mode)
         say("verifying")
         verify_export(temporary, state)
         _replace(temporary, out)
-    except Exception as error:  # safetensors raises its own for a full disk
+    except Exception as error:  # for a full disk, safetensors raises an exception of its own instead of OSError
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full or isinstance(error, OSError):
             reason = "no space left on the disk" if full else f"{error.strerror}: {error.filename}"  # type: ignore[attr-defined]
@@ -185,7 +195,7 @@ def export(
 
 
 def verify_export(folder: Path, expected: dict[str, Tensor]) -> None:
-    """Load `folder` as a user would; AssertionError unless every tensor is there, bit for bit and of the same dtype."""
+    """Loads `folder` as a user would; AssertionError unless its tensors equal `expected` in dtype and every bit."""
     from transformers import AutoModelForCausalLM
 
     import linear_moe.inference.hf  # noqa: F401  registers the classes
@@ -199,7 +209,7 @@ def verify_export(folder: Path, expected: dict[str, Tensor]) -> None:
 
 
 def _replace(temporary: Path, out: Path) -> None:
-    """Move a finished folder to `out`, and what was there away."""
+    """Moves the finished folder `temporary` to `out`, and deletes a file or folder that was at `out` before."""
     if not out.exists():
         os.rename(temporary, out)
         return

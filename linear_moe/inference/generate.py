@@ -1,4 +1,4 @@
-"""Text from a model: prefill in one chunked pass, then token by token on recurrent states and key-value caches."""
+"""Text generation: prompts in one chunked pass, then token by token with recurrent states and key-value caches."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Choice of the next token.
 
     Attributes:
-        temperature: 0: the most likely token (greedy); else logits are divided by it.
-        top_k: choose among the k most likely; 0: all.
-        top_p: choose among the fewest most likely tokens that together have this probability.
+        temperature: logits are divided by the temperature; 0: the most likely token is chosen (greedy).
+        top_k: number of the most likely tokens to choose among; 0: all.
+        top_p: probability of the tokens to choose among, which are as few of the most likely ones as have it together.
         seed: row i of a batch draws from its own generator, seeded with `seed + i`.
     """
 
@@ -46,14 +46,15 @@ class Sampling:
 
 @dataclass
 class Generation:
-    """What `generate` returns.
+    """Result of `generate`.
 
     Attributes:
-        tokens: new tokens per row, a stop token included.
-        finish: per row "stop" (a stop token) or "length".
-        prefill_seconds, decode_seconds: time of the prompts' pass, and of all later ones.
+        tokens: new tokens of each row, with the stop token if there was one.
+        finish: for each row "stop" (it ended with a stop token) or "length".
+        prefill_seconds: duration of the pass over the prompts, and of choosing the first new tokens.
+        decode_seconds: duration of all later passes.
         steps: number of later passes.
-        state_bytes: of one row's decoding state at the end; 0 without a cache.
+        state_bytes: bytes of one row's decoding state at the end; 0 without a cache.
     """
 
     tokens: list[list[int]]
@@ -65,12 +66,15 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all rows, first tokens (which the prefill gives) left out; 0.0 if there were no others."""
+        """New tokens per second over all rows, without each row's first one, which the prefill gives; 0.0 if none."""
         return (sum(map(len, self.tokens)) - len(self.tokens)) / self.decode_seconds if self.steps else 0.0
 
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """Choose a token per row of `logits [B, V]`; CPU generators, one per row, so that devices and batches agree."""
+    """Chooses a token for each row of `logits [B, V]`.
+
+    There is one CPU generator per row, so that the choice does not depend on the device or on other rows of the batch.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     values, ids = (logits.double() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
@@ -78,7 +82,7 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     if sampling.top_k:
         probs[:, sampling.top_k :] = 0
         probs /= probs.sum(-1, keepdim=True)
-    if sampling.top_p < 1:  # a token stays if those before it have less: the first always does
+    if sampling.top_p < 1:  # a token stays if more likely ones have less than top_p
         probs[probs.cumsum(-1) - probs >= sampling.top_p] = 0
     cumulative = probs.cumsum(-1)
     draw = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
@@ -98,17 +102,22 @@ def generate(
     use_cache: bool = True,
     on_token: Callable[[int, int], Any] | None = None,
 ) -> Generation:
-    """Continue prompts of any lengths.
+    """Continues prompts of any lengths.
 
     Args:
         model: a whole model on one device.
-        prompts: token ids, at least one each.
-        max_new_tokens: at most so many per row.
-        sampling: greedy unless told otherwise.
-        tokenizer_size: ids from here on are padding of the vocabulary and never chosen; None: all are tokens.
-        stop: tokens that end a row.
-        use_cache: False recomputes every row's whole text for every token: the definition of what the cache must give.
-        on_token: called with (row, token) as they come.
+        prompts: token ids of each prompt, at least one.
+        max_new_tokens: largest number of new tokens per row.
+        sampling: choice of tokens; the default is greedy.
+        tokenizer_size: number of tokens; larger ids are padding of the vocabulary, and are never chosen. None: all ids
+            are tokens.
+        stop: token ids that end a row.
+        use_cache: keep a decoding state; False recomputes every row's whole text for every token, which defines the
+            result that the decoding state must give.
+        on_token: called with (row, token) for every new token.
+
+    Raises:
+        ValueError: `max_new_tokens` is below 1, or a prompt is empty.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1: {max_new_tokens}")
@@ -143,7 +152,7 @@ def generate(
 
 
 class _Cached:
-    """Logits `[B, V]` after each row's last token, from the decoding state."""
+    """Decoder that computes the logits `[B, V]` after each row's last token from the decoding state."""
 
     def __init__(self, model: LanguageModel, new_tokens: int):
         self.model, self.new_tokens = model, new_tokens
@@ -160,7 +169,7 @@ class _Cached:
 
 
 class _Recomputed:
-    """The same logits, from each row's whole text."""
+    """Decoder that computes the logits `[B, V]` after each row's last token from each row's whole text."""
 
     def __init__(self, model: LanguageModel):
         self.model = model
@@ -177,12 +186,19 @@ class _Recomputed:
 
 
 class TextStream:
-    """Turns one row's tokens into text as soon as they form whole characters, and writes it."""
+    """Writes one row's text while its tokens arrive, as soon as they form whole characters.
+
+    Args:
+        tokenizer: decodes the tokens.
+        write: called with each new part of the text.
+    """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]):
         self.tokenizer, self.write = tokenizer, write
         self.tokens: list[int] = []
-        self.context = self.written = 0  # text of tokens[context:written] is out and decodes the same with what follows
+        # The text of tokens[:written] is out. Later tokens are decoded together with tokens[context:written], because
+        # the text of a token may depend on the tokens before it.
+        self.context = self.written = 0
 
     def put(self, token: int) -> None:
         self.tokens.append(token)
@@ -204,11 +220,16 @@ class TextStream:
 def load_model(
     path: Path, dtype: str | None = None, device: str | None = None, step: int | None = None
 ) -> tuple[LinearMoEForCausalLM, Any]:
-    """The model and tokenizer of an exported folder, or of a run folder (its latest checkpoint, or that of `step`).
+    """Loads model and tokenizer from an exported folder, or from a run folder.
 
     Args:
+        path: the folder.
         dtype: "bf16" or "fp32"; None: as stored.
-        device: None: a GPU if there is one.
+        device: device of the model; None: a GPU if there is one.
+        step: step of a run's checkpoint; None: the latest complete one.
+
+    Raises:
+        ConfigError: `path` is no such folder, or a file is missing or damaged.
     """
     from linear_moe.checkpoints.run import is_run
     from linear_moe.inference.export import load_run, load_run_tokenizer
@@ -224,7 +245,7 @@ def load_model(
 
 
 def _load_exported(path: Path, dtype: str | None) -> tuple[Any, LinearMoEForCausalLM]:
-    """Tokenizer and model of an exported folder; ConfigError if anything of it is missing or damaged."""
+    """Loads tokenizer and model from an exported folder; raises ConfigError if a file is missing or damaged."""
     from safetensors import SafetensorError
 
     from linear_moe.inference.export import check_dtype, load_run_tokenizer

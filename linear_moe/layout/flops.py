@@ -1,4 +1,4 @@
-"""Forward FLOPs per token: two per active weight of a matrix product, and what mixers declare for their recurrences."""
+"""Forward FLOPs per token: two per active weight of a matrix product, and those that mixers declare for recurrences."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from linear_moe.modeling.model import LanguageModel
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a model, over all ranks' shares.
+    """Forward FLOPs per token of a model, over all ranks' shares.
 
     Attributes:
-        layers: of each layer, by the parts of `layer_flops`.
+        layers: FLOPs of each layer, by the parts of `layer_flops`.
+        head: FLOPs of the head.
     """
 
     layers: list[dict[str, float]]
@@ -30,7 +31,7 @@ class Flops:
         return sum(layer["mixer"] + layer["ffn"] for layer in self.layers) + self.head
 
     def again(self, layer: int, modules: frozenset[str]) -> float:
-        """What of a layer is computed again in the backward pass if `modules` are (as `Activations` names them)."""
+        """FLOPs that the backward pass of layer number `layer` repeats, if it recomputes `modules` of `Activations`."""
         parts = self.layers[layer]
         return sum(
             parts[half] if modules & {"layer", half} else parts[part] * (part in modules)
@@ -39,18 +40,22 @@ class Flops:
 
 
 def active(parameter: nn.Parameter, config: Config) -> int:
-    """Elements of `parameter` that one token meets: of the routed experts, top_k."""
+    """Elements of `parameter` that one token meets; of the routed experts, only top_k are counted."""
     moe, spec = config.model.moe, spec_of(parameter)
     return parameter.numel() * moe.top_k // moe.num_experts if spec.by_expert else parameter.numel()
 
 
 def products(parameters: Iterable[nn.Parameter], config: Config) -> float:
+    """Forward FLOPs per token of the matrix products with `parameters`; vectors do not count."""
     return 2.0 * sum(active(p, config) for p in parameters if p.dim() >= 2)
 
 
 def layer_flops(layer: Any, config: Config) -> dict[str, float]:
-    """Of a `Layer`: "mixer", of which "core" is the recurrence, and "ffn", of which "experts" are the routed experts'
-    gate and up projections; sequences as long as training.sequence_length."""
+    """Forward FLOPs per token of a `Layer` at training.sequence_length: "mixer", "core", "ffn" and "experts".
+
+    "core" is the recurrence, or softmax attention, and is part of "mixer". "experts" are the routed experts' gate and
+    up projections, and are part of "ffn".
+    """
     core = layer.mixer.recurrence_flops(config.training.sequence_length)
     experts = getattr(layer.ffn, "experts", None)
     return {
@@ -71,7 +76,7 @@ def flops_per_token(config: Config) -> float:
 
 
 def forward_flops(config: Config, model: LanguageModel | None = None) -> Flops:
-    """Of `flops_per_token`, the forward pass's; `model`: on the plain host, if there is one already."""
+    """FLOPs of the forward pass, counted as in `flops_per_token`; `model`: the model on the plain host, if built."""
     model = model or LanguageModel(config.model, vocab_size(config), Host(DTYPES[config.training.dtype], "meta"))
     head = model.embedding if config.model.tie_embeddings else model.head
     return Flops([layer_flops(layer, config) for layer in model.layers.values()], products(_parameters(head), config))

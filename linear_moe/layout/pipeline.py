@@ -1,4 +1,4 @@
-"""Which layers are where in a pipeline, and what the stages send each other besides the residual stream.
+"""Assignment of a model's layers to pipeline stages.
 
 The model is cut into `parallel.pipeline * parallel.virtual_pipeline` chunks of consecutive layers, dealt to the stages
 in turn: with two stages of two chunks, stage 0 has chunks 0 and 2, stage 1 has 1 and 3.
@@ -17,9 +17,9 @@ from linear_moe.modeling.model import Layer, layer_dims
 from linear_moe.modeling.pattern import resolve_layers
 
 HEAD_SPEED = 2.4
-"""How many times a layer's FLOP/s the head reaches: it is one large matrix product, a layer many small ones.
+"""Ratio of the head's FLOP/s to a layer's: the head is one large matrix product, a layer consists of many small ones.
 
-docs/results/parallel_2gpu.md compares splits by it with others."""
+docs/results/parallel_2gpu.md compares the splits that follow from this ratio with other splits."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,17 @@ def stage_chunks(config: Config, stage: int) -> list[Chunk]:
 
 
 def default_split(config: Config) -> list[int]:
-    """Layers of each chunk so that the slowest stage is the fastest: by the FLOPs of its layers, and of the head."""
+    """Numbers of layers of all chunks that minimise the FLOPs (of layers, and of the head) of the costliest stage."""
     head = 2.0 * vocab_size(config) * config.model.hidden_size / HEAD_SPEED
     return balanced(layer_costs(config), head, config.parallel.pipeline, config.parallel.virtual_pipeline)
 
 
 def balanced(costs: list[float], head: float, stages: int, virtual: int = 1) -> list[int]:
-    """Sizes of `stages * virtual` runs of `costs`, each >= 1, with the cheapest costliest stage; then chunks alike.
+    """Cuts `costs` into `stages * virtual` runs of consecutive layers, so that the costliest stage is the cheapest.
 
-    A stage costs what its chunks do, and `head` is added to the last. With one chunk a stage it is the best of all
-    splits; with more, one that no layer moved from any chunk to any other makes better.
+    Returns the sizes of the runs, each at least 1. A stage costs the sum of its chunks, and `head` is added to the last
+    chunk. Of splits that are equal in that, the one with the most even chunks is taken. With one chunk a stage, the
+    result is the best of all splits; with several, no layer moved from one chunk to another makes it better.
     """
     sizes = _runs(costs, head, stages * virtual)
     total = [0.0, *accumulate(costs)]
@@ -64,7 +65,7 @@ def balanced(costs: list[float], head: float, stages: int, virtual: int = 1) -> 
         chunks = [total[b] - total[a] for a, b in pairwise([0, *accumulate(sizes)])]
         chunks[-1] += head
         sums = [sum(chunks[stage::stages]) for stage in range(stages)]
-        # The pipeline waits for the costliest stage with each micro-batch, with a few of them for the costliest chunk.
+        # Every micro-batch waits for the costliest stage, but only a few of them for the costliest chunk.
         return max(sums) + max(chunks) / 4, sum(x * x for x in sums), sum(x * x for x in chunks)
 
     best = rank(sizes)
@@ -74,39 +75,39 @@ def balanced(costs: list[float], head: float, stages: int, virtual: int = 1) -> 
             for source, target in permutations(range(len(sizes)), 2)
             if sizes[source] > 1
         ]
-        found, option = min(((rank(option), option) for option in moved), default=(best, sizes))
-        if found >= best:
+        score, option = min(((rank(option), option) for option in moved), default=(best, sizes))
+        if score >= best:
             break
-        best, sizes = found, option
+        best, sizes = score, option
     return sizes
 
 
 def _runs(costs: list[float], head: float, chunks: int) -> list[int]:
-    """Sizes of `chunks` runs of `costs`, each >= 1, whose largest sum is the least; then the most even ones.
+    """Cuts `costs` into `chunks` runs of at least one layer, so that the largest sum of a run is the least.
 
-    `head` is added to the last.
+    Returns the sizes of the runs. `head` is added to the last run. Of equal splits, the most even one is taken.
     """
     total = [0.0, *accumulate(costs)]
-    # After each number of chunks: layers so far -> (the largest sum, the sum of squares, sizes).
+    # For the chunks so far: number of layers -> (the largest sum, the sum of squares, sizes) of the best split.
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for chunk in range(chunks):
         left = chunks - 1 - chunk
-        found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        longer: dict[int, tuple[float, float, tuple[int, ...]]] = {}
         for end in range(chunk + 1, len(costs) - left + 1) if left else [len(costs)]:
             extra = 0.0 if left else head
             for start in range(min(end - 1, max(best)), min(best) - 1, -1):
                 cost = total[end] - total[start] + extra
-                if end in found and cost > found[end][0]:
-                    break  # it only grows
+                if end in longer and cost > longer[end][0]:
+                    break  # an earlier start only makes this chunk costlier
                 largest, squares, sizes = best[start]
                 option = (max(largest, cost), squares + cost**2, (*sizes, end - start))
-                found[end] = min(found.get(end, option), option)
-        best = found
+                longer[end] = min(longer.get(end, option), option)
+        best = longer
     return list(best[len(costs)][2])
 
 
 def layer_costs(config: Config) -> list[float]:
-    """Forward FLOPs per token of every layer; those of layers alike are computed once."""
+    """Forward FLOPs per token of every layer; layers that are alike are counted once and share the result."""
     known: dict[str, float] = {}
     layers = resolve_layers(config.model)
     for i, layer in enumerate(layers):

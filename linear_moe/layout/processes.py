@@ -12,7 +12,7 @@ from linear_moe.config.schema import Config, ParallelConfig
 from linear_moe.options.checks import check_most
 from linear_moe.options.errors import ConfigError, nearest
 
-MAX_WORLD = 2**20  # its groups are listed
+MAX_WORLD = 2**20  # a plan lists the ranks of all groups, so that the memory bounds the world size
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,19 @@ class ProcessMesh:
 
     @cached_property
     def groups(self) -> dict[str, list[list[int]]]:
-        """Axis -> its groups, each a list of ranks. Axes: tensor, data (all `replicas`), pipeline, sequence if there
-        are such ranks, and for the routed experts expert_tensor, expert, expert_data."""
+        """Groups of every axis, each a list of ranks.
+
+        The axes are tensor, data (all `replicas`), pipeline, sequence if sequences are shared out, and for the routed
+        experts expert_tensor, expert and expert_data.
+        """
         dense = {"tensor": self.tensor, "data": self.replicas, "pipeline": self.pipeline}
         experts = {"expert_tensor": self.expert_tensor, "expert": self.expert, "expert_data": self.expert_data}
         experts["pipeline"] = self.pipeline
-        found = {axis: list(_groups(dense, axis)) for axis in dense}
+        groups_of = {axis: list(_groups(dense, axis)) for axis in dense}
         if self.sequence > 1:
             apart = {"tensor": self.tensor, "sequence": self.sequence, "data": self.data, "pipeline": self.pipeline}
-            found["sequence"] = list(_groups(apart, "sequence"))
-        return found | {axis: list(_groups(experts, axis)) for axis in experts if axis != "pipeline"}
+            groups_of["sequence"] = list(_groups(apart, "sequence"))
+        return groups_of | {axis: list(_groups(experts, axis)) for axis in experts if axis != "pipeline"}
 
 
 def smallest_world(parallel: ParallelConfig) -> int:
@@ -60,7 +63,7 @@ def smallest_world(parallel: ParallelConfig) -> int:
 
 
 def parallel_layout(config: Config, world: int) -> ProcessMesh:
-    """Sizes for `world` ranks; raises ConfigError when the parallel sizes do not divide it."""
+    """Makes the process mesh of `world` ranks; raises ConfigError when the parallel sizes do not divide `world`."""
     p = config.parallel
     check_most("world size", world, "the largest planned for", MAX_WORLD)
     for names in (("tensor", "sequence", "pipeline"), ("expert", "expert_tensor", "pipeline")):
@@ -76,7 +79,7 @@ def parallel_layout(config: Config, world: int) -> ProcessMesh:
 
 
 def _groups(sizes: dict[str, int], axis: str) -> Iterator[list[int]]:
-    """Groups along `axis` of a grid of ranks whose first axis varies fastest."""
+    """Yields the groups along `axis` of a grid of ranks whose first axis varies fastest."""
     strides, stride = {}, 1
     for name, size in sizes.items():
         strides[name] = stride

@@ -1,4 +1,4 @@
-"""Which parts of which layers are computed again in the backward pass."""
+"""Choice of the modules and layers whose activations are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from linear_moe.config.schema import Config
 
 
 def recomputed(config: Config) -> tuple[frozenset[str], frozenset[int]]:
-    """What the backward pass computes again, as `Activations` names it, and in which layers."""
+    """Returns the modules, as `Activations` names them, and the layers that the backward pass computes again."""
     training, total = config.training, config.model.num_layers
     modules = frozenset(training.recompute_modules) | ({"layer"} if training.recompute == "full" else set())
     number = total if training.recompute_layers is None else training.recompute_layers

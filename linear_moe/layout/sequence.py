@@ -1,4 +1,4 @@
-"""How sequences are cut into pieces, which rank holds which, and the lengths that follow."""
+"""Division of sequences into pieces: the order of pieces over ranks, padded lengths and tokens per rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def in_pieces(parallel: ParallelConfig) -> bool:
 
 
 def padded_length(config: Config) -> int:
-    """training.sequence_length, up to equal pieces of `in_pieces`."""
+    """Length of a sequence with padding: training.sequence_length, rounded up so that all pieces are equally long."""
     parallel = config.parallel
     each = parallel.sequence_pieces or (2 if parallel.sequence > 1 and parallel.sequence_layout == "zigzag" else 1)
     step = parallel.sequence * each * (parallel.tensor if in_pieces(parallel) and tensor_sequence(parallel) else 1)
@@ -26,20 +26,22 @@ def padded_length(config: Config) -> int:
 
 
 def rank_tokens(config: Config) -> int:
-    """Of a micro-batch, before its tokens are split over tensor ranks."""
+    """Tokens of a micro-batch on a rank, padding included, before they are split over tensor ranks."""
     return config.training.micro_batch * padded_length(config) // config.parallel.sequence
 
 
 @dataclass(frozen=True)
 class PieceOrder:
-    """Which rank of `size` holds which piece of every row.
+    """Order in which the pieces of every row are given to the `size` ranks that share out sequences.
 
-    contiguous: a rank's follow each other. zigzag: ranks take one each, in order, then one each in the reverse order,
-    and so on; with two each, pieces r and 2 size - 1 - r of 2 size, every rank has equally many pairs of a query and a
-    key in causal softmax attention.
+    contiguous: the pieces of a rank follow each other. zigzag: in ascending order every rank takes one piece, then
+    every rank takes one in descending order, and so on. With two pieces a rank, rank r has pieces r and 2 size - 1 - r,
+    and in causal softmax attention all ranks have equally many pairs of a query and a key.
 
     Attributes:
-        each: pieces of a rank; None: two in zigzag, else one.
+        size: ranks that share out sequences.
+        layout: "contiguous" or "zigzag".
+        each: pieces of a row on a rank; None: two in zigzag, else one.
     """
 
     size: int
@@ -48,21 +50,23 @@ class PieceOrder:
 
     @property
     def per_rank(self) -> int:
+        """Pieces of a row on a rank."""
         return self.each or (2 if self.layout == "zigzag" else 1)
 
     @property
     def count(self) -> int:
-        """Pieces of a row, in order of time 0 .. count - 1."""
+        """Pieces of a row on all ranks; they are numbered in order of time, 0 .. count - 1."""
         return self.size * self.per_rank
 
     def pieces(self, rank: int) -> tuple[int, ...]:
+        """Numbers of the pieces of every row that `rank` holds, in order of time."""
         turns = range(self.per_rank)
         if self.layout == "contiguous":
             return tuple(rank * self.per_rank + turn for turn in turns)
         return tuple(turn * self.size + (self.size - 1 - rank if turn % 2 else rank) for turn in turns)
 
     def owner(self, piece: int) -> tuple[int, int]:
-        """The rank that holds a piece, and its place among that rank's."""
+        """Returns the rank that holds a piece, and the index of the piece among the pieces of that rank."""
         if self.layout == "contiguous":
             return divmod(piece, self.per_rank)
         turn, place = divmod(piece, self.size)
@@ -70,8 +74,9 @@ class PieceOrder:
 
 
 def order_of(parallel: ParallelConfig) -> PieceOrder:
+    """Order of pieces for a configuration; without other ranks, pieces are contiguous."""
     layout = parallel.sequence_layout if parallel.sequence > 1 else "contiguous"
     return PieceOrder(parallel.sequence, layout, parallel.sequence_pieces)
 
 
-RING_BLOCKS = 4  # of a state's columns, that a ring passes on one by one
+RING_BLOCKS = 4  # blocks of a state's columns that a ring passes on one by one, so that its ranks overlap

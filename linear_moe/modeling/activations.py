@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward pass: everything, or less, the rest being computed again."""
+"""Activation recomputation: choice of the tensors that a forward pass keeps, or computes again in the backward pass."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ from torch.utils.checkpoint import checkpoint
 T = TypeVar("T")
 
 MODULES = {
-    "norm": "what both norms of a layer give, as all tensor ranks gather it",
-    "mixer": "all of the mixer",
+    "norm": "the outputs of a layer's two norms, gathered over the tensor ranks",
+    "mixer": "the whole mixer",
     "core": "the recurrence, or softmax attention, from its inputs",
-    "ffn": "all of the channel mixer, with router and exchange of tokens",
+    "ffn": "the whole channel mixer, with router and exchange of tokens",
     "experts": "the routed experts' gate and up projections",
     "activation": "the activation of a dense or shared SwiGLU, from its gate and up projections",
-    "logits": "the logits, which are then made in blocks of the vocabulary",
+    "logits": "the logits, which are then computed in blocks of the vocabulary",
 }
-"""What can be computed again by itself; "layer" stands for whole layers."""
+"""Modules that can be recomputed by themselves, with documentation; the name "layer" stands for whole layers."""
 
 
 class Activations:
-    """A host's bookkeeping. Layers run through `layer`; their parts name themselves to `region` and `transient`.
+    """Recomputation of a model's activations, one object per host.
+
+    The model runs every layer through `layer`, and the parts of a layer through `region` or `transient` under their
+    names in MODULES.
 
     Args:
-        modules: of MODULES, or "layer".
-        layers: global indices of the layers concerned; None: all. The logits belong to no layer.
+        modules: names in MODULES to recompute, or "layer".
+        layers: global indices of the layers that recompute; None: all. The logits belong to no layer.
     """
 
     def __init__(self, modules: Collection[str] = (), layers: Container[int] | None = None):
         assert {"layer", *MODULES}.issuperset(modules), modules
         self.modules, self.layers = frozenset(modules), layers
-        self._active: frozenset[str] = frozenset()  # modules to be computed again, here and now
+        self._active: frozenset[str] = frozenset()  # modules to recompute in the layer being computed
         self._transients: _Transients | None = None  # of the layer being computed
         self._region: _Region | None = None  # being computed, the first time or again
 
     @property
     def again(self) -> bool:
-        """Whether what is computed now was computed before: nothing must be counted or reported."""
+        """Whether activations are being recomputed, so that nothing must be counted or reported a second time."""
         return self._region is not None and self._region.replay is not None
 
     def layer(self, index: int, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Run layer number `index`, keeping no more for the backward pass than `modules` allows."""
+        """Runs layer number `index` as `function(*args)`, recomputing `modules` in the backward pass."""
         concerned = self.layers is None or index in self.layers
         if not (self.modules and concerned and torch.is_grad_enabled()):
             return function(*args)
@@ -63,11 +66,11 @@ class Activations:
             self._active, self._transients = frozenset(), None
 
     def keeps(self, module: str) -> bool:
-        """Whether the backward pass finds what `module` made; else an op has to make it again, as a `region` would."""
+        """Whether the output of `module` is kept for the backward pass; if not, the op must recompute it by itself."""
         return module not in self._active
 
     def region(self, module: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`function(*args)`, of which only tensors among `args` are kept if `module` is to be computed again."""
+        """Returns `function(*args)`; if `module` is recomputed, autograd keeps only the tensors among `args`."""
         if self.keeps(module) or not torch.is_grad_enabled():
             return function(*args)
         region = _Region(self)
@@ -75,10 +78,10 @@ class Activations:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def transient(self, module: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`function(*args)`, which what follows does not keep if `module` is to be computed again.
+        """Returns `function(*args)`; if `module` is recomputed, later ops do not keep this output for their gradients.
 
-        The function must be cheap, give equal tensors for equal ones and, for its own gradient, keep what `args` need
-        anyway: it is called again without gradients.
+        They keep `function` and `args` instead, and call the function again without gradients. The function must be
+        cheap and deterministic, and for its own gradient save only tensors that are kept anyway.
         """
         y = function(*args)
         if module in self._active and self._transients is not None and torch.is_grad_enabled():
@@ -86,7 +89,7 @@ class Activations:
         return y
 
     def once(self, function: Callable[[], T]) -> T:
-        """`function()`, a choice or count: where something is computed again, what it was the first time."""
+        """Returns `function()`, a choice or a count; during recomputation, returns the value of the first time."""
         if self._region is None:
             return function()
         if self._region.replay is not None:
@@ -97,7 +100,7 @@ class Activations:
 
 
 class _Region:
-    """One call whose inside is computed again, and what it must not decide again."""
+    """One call that is recomputed in the backward pass, with the values of `once` that it must not decide again."""
 
     def __init__(self, owner: Activations):
         self.owner, self.values = owner, list[Any]()
@@ -105,7 +108,10 @@ class _Region:
 
     @contextmanager
     def running(self, again: bool) -> Iterator[None]:
-        """Regions inside this one are part of it, and so is what it makes in passing."""
+        """Context of the first computation, or of the recomputation (`again`).
+
+        Regions and transients inside this region do nothing of their own, because all of it is recomputed.
+        """
         owner = self.owner
         before = owner._active, owner._region
         owner._active, owner._region = frozenset(), self
@@ -118,7 +124,7 @@ class _Region:
 
 
 class _Remade:
-    """A tensor that is made when first asked for and kept as long as someone may ask, on whichever stream."""
+    """Tensor that is computed when it is first asked for, and kept as long as this object lives, for any stream."""
 
     def __init__(self, function: Callable[..., Tensor], args: tuple[Any, ...]):
         self.function, self.args = function, args
@@ -130,7 +136,7 @@ class _Remade:
             args = [a.get() if isinstance(a, _Remade) else a for a in self.args]
             with torch.no_grad():
                 self.value = self.function(*args)
-            if self.value.is_cuda:  # a shared expert on a stream of its own may be the first or the last to ask
+            if self.value.is_cuda:  # a shared expert on a second stream may be the first or the last to ask
                 stream = torch.cuda.current_stream()
                 self.ready = stream.record_event()
                 for tensor in (a for a in args if isinstance(a, Tensor)):
@@ -145,33 +151,33 @@ _Packed = Tensor | tuple[_Remade, torch.Size, tuple[int, ...], Any]
 
 
 class _Transients:
-    """Of one layer. In place of a tensor that shares a transient's storage, autograd keeps how to make it again."""
+    """Transients of one layer: autograd saves a `_Remade` in place of any tensor that shares a transient's storage."""
 
     def __init__(self) -> None:
-        # By the address of their storage; which lives, so that no other tensor has it.
-        self._found: dict[int, tuple[Tensor, _Remade]] = {}
+        # Transients by the address of their storage. Holding the tensor keeps the address from being used again.
+        self._by_address: dict[int, tuple[Tensor, _Remade]] = {}
 
     def add(self, y: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
         inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
         address = y.untyped_storage().data_ptr()
-        if address and address not in inputs and address not in self._found:
+        if address and address not in inputs and address not in self._by_address:
             kept = tuple(self._remade(a) or a.detach() if isinstance(a, Tensor) else a for a in args)
-            self._found[address] = y.detach(), _Remade(function, kept)
+            self._by_address[address] = y.detach(), _Remade(function, kept)
 
     def _remade(self, x: Tensor) -> _Remade | None:
-        """How to make `x`, a transient itself."""
-        y, remade = self._found.get(x.untyped_storage().data_ptr(), (None, None))
+        """Returns the `_Remade` of `x` if `x` is itself a transient, else None."""
+        y, remade = self._by_address.get(x.untyped_storage().data_ptr(), (None, None))
         same = y is not None and (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
         return remade if same else None
 
     def pack(self, t: Tensor) -> _Packed:
-        y, remade = self._found.get(t.untyped_storage().data_ptr(), (None, None))
+        y, remade = self._by_address.get(t.untyped_storage().data_ptr(), (None, None))
         if y is None or remade is None or t.dtype != y.dtype:
             return t
         return remade, t.size(), t.stride(), t.storage_offset()
 
     def clear(self) -> None:
-        self._found.clear()
+        self._by_address.clear()
 
 
 def _unpack(packed: _Packed) -> Tensor:

@@ -1,4 +1,4 @@
-"""The options of the model."""
+"""Options of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIXER = Variants("mixer", MIXERS, mixer_config)
 
 @dataclass
 class LayerConfig:
-    """What one symbol of the layer pattern stands for."""
+    """Mixer and channel mixer that one symbol of the layer pattern stands for."""
 
     mixer: MixerConfig | None = opt(
         None, "token mixer; null: model.mixer (model.attention for the symbol N)", variants=MIXER
@@ -29,7 +29,7 @@ class ModelConfig:
     num_layers: int = opt(4, "number of layers", ge=1, le=2**12)
     num_heads: int = opt(4, "heads of every mixer that does not set its own num_heads", ge=1, le=2**16)
     pattern: str = opt("L * 4", 'one symbol per layer; letters, "* n", "+" and brackets: LLLN * 3')
-    mixer: MixerConfig = opt(partial(mixer_config, "gla"), "the mixer of symbol L; `type` names it", variants=MIXER)
+    mixer: MixerConfig = opt(partial(mixer_config, "gla"), "the mixer of symbol L, named by `type`", variants=MIXER)
     attention: MixerConfig = opt(partial(mixer_config, "attention"), "the mixer of symbol N", variants=MIXER)
     symbols: dict[str, LayerConfig] = opt(
         dict, "more symbols, or other meanings of L and N: {M: {mixer: {type: mamba2}}}"
@@ -38,7 +38,10 @@ class ModelConfig:
     ffn_size: int = opt(1024, "hidden size of a dense SwiGLU", ge=1, le=2**20)
     moe: MoEConfig = opt(MoEConfig, "mixture of experts")
     vocab_size: int | None = opt(
-        None, "rows of the embedding; null: the tokenizer's size, up to a multiple of vocab_multiple", ge=1, le=2**31
+        None,
+        "rows of the embedding; null: the tokenizer's size, rounded up to a multiple of vocab_multiple",
+        ge=1,
+        le=2**31,
     )
     vocab_multiple: int = opt(128, "see vocab_size", ge=1, le=2**20)
     tie_embeddings: bool = opt(False, "one matrix for embedding and head")

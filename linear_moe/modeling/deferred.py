@@ -1,9 +1,10 @@
-"""Gradients of weights at a later time: where a backward pass would otherwise wait for other processes.
+"""Deferred weight gradients, computed while a backward pass would otherwise wait for other processes.
 
-A linear layer's backward pass is two products: the gradient of its input, which what comes next needs, and that of its
-weight, which nothing needs before the optimizer. Within `later` the second one is put off: until `fill_gap` is called,
-or until autograd comes to where `later` was entered. (Delayed weight gradients fill pipeline bubbles in the same way:
-arXiv 2401.10241.) Values do not change, only when they are computed.
+The backward pass of a linear layer has two matrix products: the gradient of its input, which the rest of the backward
+pass needs, and the gradient of its weight, which only the optimizer needs. Within `later`, `linear` puts the second
+product off until `fill_gap` is called or, at the latest, until autograd comes to the point at which `weights_of` was
+called. (Delayed weight gradients fill pipeline bubbles in the same way: arXiv 2401.10241.) The gradients do not change,
+only the time at which they are computed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from linear_moe.modeling.ops.autograd import Function
 
-# In the order of the backward pass, which runs in one thread at a time. Weakly: one that fails leaves nothing behind.
+# Gradients that wait, in the order of the backward pass, which runs in one thread at a time. The references are weak,
+# so that a backward pass that fails leaves nothing behind.
 _waiting: list[ref[Weight]] = []
 
 
 class Weight:
-    """What the gradient of a weight `[out, in]` of one forward pass waits for. The graph holds it, it no graph."""
+    """Deferred gradient of a weight `[out, in]`; the autograd graph holds this object, which itself holds no graph."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor]] = []  # gradient of an output, and its input
@@ -37,13 +39,13 @@ class Weight:
 
     def compute(self) -> None:
         for d_y, x in self.parts:
-            found = d_y.mT @ x
-            self.gradient = found if self.gradient is None else self.gradient + found
+            product = d_y.mT @ x
+            self.gradient = product if self.gradient is None else self.gradient + product
         self.parts.clear()
 
 
 def fill_gap() -> None:
-    """Compute the gradients that wait. Call where the device, or the process, has nothing else to do."""
+    """Computes all deferred gradients; call it where the device, or the process, has nothing else to do."""
     for waiting in _waiting:
         if (weight := waiting()) is not None:
             weight.compute()
@@ -51,11 +53,11 @@ def fill_gap() -> None:
 
 
 Weights = dict[nn.Module, tuple[Weight, Tensor]]
-"""With the marker of each, whose node is the oldest of the pass, so that autograd comes to it last."""
+"""Deferred gradient and marker of each module. The marker's autograd node is the oldest, so that it runs last."""
 
 
 def weights_of(modules: Iterable[nn.Module]) -> Weights:
-    """Those of the trained linear layers among them, for `later`."""
+    """Makes the deferred gradients of the trained linear layers among `modules`, for `later`."""
     trained = {m: Weight() for m in modules if isinstance(m, nn.Linear) and m.weight.requires_grad}
     return {m: (waits, _Mark.apply(m.weight, waits)) for m, waits in trained.items()}
 
@@ -65,7 +67,7 @@ _active: ContextVar[Weights | None] = ContextVar("later", default=None)
 
 @contextmanager
 def later(weights: Weights | None) -> Iterator[None]:
-    """Within it, `linear` puts off the gradients of these."""
+    """Context in which `linear` defers the weight gradients of the modules in `weights` (None: of no module)."""
     token = _active.set(weights)
     try:
         yield
@@ -74,17 +76,17 @@ def later(weights: Weights | None) -> Iterator[None]:
 
 
 def linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)`, `x [..., in]`, with the weight of a module."""
-    found = (_active.get() or {}).get(module)
-    if found is None or weight is not module.weight:
+    """Computes `F.linear(x, weight, bias)` for `x [..., in]` and the weight of `module`, deferred within `later`."""
+    deferred = (_active.get() or {}).get(module)
+    if deferred is None or weight is not module.weight:
         return F.linear(x, weight, bias)
-    waits, marker = found
+    waits, marker = deferred
     y: Tensor = _Product.apply(x, marker, weight.detach(), bias, waits)
     return y
 
 
 class _Mark(Function):
-    """A weight -> an empty tensor, whose backward pass gives the gradient of the weight."""
+    """Maps a weight to an empty tensor, the marker, whose backward pass returns the gradient of the weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, waits: Weight) -> Tensor:
@@ -103,7 +105,7 @@ class _Mark(Function):
 
 
 class _Product(Function):
-    """`F.linear`, with the marker of the weight for the weight that is trained."""
+    """`F.linear` in which autograd sees the marker instead of the weight, and which defers the weight's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, marker: Tensor, weight: Tensor, bias: Tensor | None, waits: Weight) -> Tensor:

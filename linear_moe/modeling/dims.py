@@ -1,4 +1,4 @@
-"""What a mixer or FFN must know of the model around it."""
+"""Sizes and constants of a model that its mixers and FFNs depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Dims:
-    """What a mixer must know of the model around it."""
+    """Sizes and constants of the model around one layer, for the layer's mixer and FFN."""
 
     hidden_size: int
     num_heads: int
@@ -15,4 +15,4 @@ class Dims:
     layer: int  # global index of this layer
     norm_eps: float
     init_std: float
-    output_init_std: float  # of projections that write into the residual stream
+    output_init_std: float  # standard deviation for projections that write into the residual stream

@@ -18,7 +18,7 @@ from linear_moe.modeling.tokens import TokenLayout
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`: this rank's tokens `[n, D]` -> `[n, D]`."""
+    """Dense FFN `down(silu(gate(x)) * up(x))`: this rank's tokens `[n, D]` -> `[n, D]`."""
 
     def __init__(self, dims: Dims, ffn_size: int, host: Host):
         super().__init__()
@@ -32,7 +32,7 @@ class SwiGLU(nn.Module):
         return self.host.leave(self.inside(x))
 
     def inside(self, x: Tensor) -> Tensor:
-        """All tokens `[N, D]` -> this rank's part of a sum over the tensor ranks `[N, D]`; without communication."""
+        """Maps all tokens `[N, D]` to this rank's term `[N, D]` of a sum over tensor ranks; does not communicate."""
         activations = self.host.activations
         product = partial(activations.region, "activation", _activate)
         return self.down_proj(activations.transient("activation", product, self.gate_proj(x), self.up_proj(x)))
@@ -43,14 +43,15 @@ def _activate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """Router -> dispatch -> experts -> combine, plus the shared expert: `[n, D]` -> `[n, D]`.
+    """Mixture of experts: router -> dispatch -> experts -> combine, plus the shared expert; `[n, D]` -> `[n, D]`.
 
-    Weights mean what those of Hugging Face's Mixtral, Qwen2-MoE, DeepSeek-V2 and -V3 blocks do.
+    Weights have the same meaning as in Hugging Face's Mixtral, Qwen2-MoE, DeepSeek-V2 and -V3 blocks.
 
-    With `overlap_shared_expert`, a GPU computes the shared expert's products from when dispatch has been begun until
-    combine has. Its own tensor-parallel communication does not overlap: it comes before dispatch and after combine, on
-    the stream that theirs is ordered by, so every layout is safe. In training, the backward pass of the shared expert
-    overlaps that of combine and experts; before that of dispatch, DDP adds up its gradients on the main stream.
+    With `overlap_shared_expert`, a GPU computes the shared expert's matrix products on a second stream while the main
+    stream runs dispatch, experts and combine. The tensor-parallel communication of the shared expert does not overlap:
+    it is issued before dispatch and after combine, on the main stream, which also orders the communication of both, so
+    that every layout is safe. In training, the backward pass of the shared expert overlaps the backward passes of
+    combine and experts; before the backward pass of dispatch, DDP adds up its gradients on the main stream.
     """
 
     def __init__(self, config: ModelConfig, dims: Dims, host: Host):
@@ -82,5 +83,5 @@ class MoE(nn.Module):
 
 
 def build_ffn(kind: str, config: ModelConfig, dims: Dims, host: Host) -> nn.Module:
-    """The channel mixer called `kind`: "moe" or "dense"."""
+    """Builds the channel mixer called `kind`: "moe" or "dense"."""
     return MoE(config, dims, host) if kind == "moe" else SwiGLU(dims, config.ffn_size, host)

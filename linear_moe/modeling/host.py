@@ -1,7 +1,7 @@
-"""What a model asks of its surroundings, and the plain single-process answer.
+"""Host: the interface between a model and the process groups around it, implemented here for a single process.
 
-The model, its layers, mixers and experts are written once against `Host`. Here every group has one member, so `enter`
-and `leave` are identities; `training/host.py` overrides them with Megatron-Core's collectives.
+The model, its layers, mixers and experts are written once against `Host`. In a single process every group has one
+member, so `enter` and `leave` are identities; `training/host.py` overrides them with Megatron-Core's collectives.
 
 The residual stream is `[tokens, hidden]`. Between `enter` and `leave` a rank sees all tokens and its share of heads or
 columns; outside it sees its share of tokens (all of them unless activations are sharded by tokens).
@@ -28,20 +28,23 @@ if TYPE_CHECKING:
     from linear_moe.modeling.tokens import TokenLayout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""By their names in a config."""
+"""Dtypes by their names in a config."""
 
 Init = Callable[[Tensor, torch.Generator], Any]
-"""Fills a full (unsharded) fp32 tensor in place from the generator."""
+"""Function that fills a full (unsharded) fp32 tensor in place from a generator."""
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """How a parameter `[..., rows, columns]` is made of matrices, each a linear map of its own.
+    """Division of a parameter `[..., rows, columns]` into matrices, each a linear map of its own.
+
+    Along `dim`, the parameter is a sequence of `repeat` runs, for example one for each head. Each run consists of one
+    slice of every matrix, and a matrix is the concatenation of its slices in all runs.
 
     Attributes:
-        sizes: along `dim`, what one run of pieces, one of each matrix, is cut into; (): a single matrix.
-        repeat: so many such runs follow each other (one per head, say); a matrix is its pieces of all of them.
-        dim: -2, stacked rows, or -1, columns side by side.
+        sizes: sizes of the slices of one run, one for each matrix; (): the parameter is a single matrix.
+        repeat: number of runs.
+        dim: -2 if the matrices are stacked as rows, -1 if they stand side by side as columns.
     """
 
     sizes: tuple[int, ...] = ()
@@ -49,14 +52,14 @@ class Matrices:
     dim: int = -2
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The matrices of a whole parameter `[..., rows, columns]`."""
+        """Splits a whole parameter `[..., rows, columns]` into its matrices."""
         if not self.sizes:
             return (x,)
         first = x.dim() + self.dim
         return tuple(piece.flatten(first, first + 1) for piece in self._runs(x, first).split(self.sizes, first + 1))
 
     def join(self, matrices: tuple[Tensor, ...]) -> Tensor:
-        """Undoes `split`."""
+        """Joins matrices to a whole parameter; the inverse of `split`."""
         if not self.sizes:
             return matrices[0]
         first = matrices[0].dim() + self.dim
@@ -68,15 +71,15 @@ class Matrices:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What every parameter says of itself, as `parameter.spec`: enough to initialise, shard, save and optimise it.
+    """Specification of a parameter, attached to it as `parameter.spec`, for initialising, sharding, saving, optimising.
 
     Attributes:
         shape: the full, unsharded shape.
         axes: dimension -> the parallel axis that splits it: "tensor", "expert" (always dimension 0) or "expert_tensor".
         init: initialiser of the full tensor.
         decay: whether weight decay applies.
-        fp32: kept in fp32 even in a bf16 model.
-        matrices: what its last two dimensions are; None: a vector, a table or a filter, but no linear map.
+        fp32: whether the parameter is kept in fp32 even in a bf16 model.
+        matrices: linear maps in the parameter's last two dimensions; None: it is a vector, table or filter instead.
     """
 
     shape: tuple[int, ...]
@@ -93,6 +96,7 @@ class ParameterSpec:
 
 
 def normal(std: float) -> Init:
+    """Normal distribution with mean 0."""
     return lambda t, g: t.normal_(0.0, std, generator=g)
 
 
@@ -101,17 +105,18 @@ def constant(value: float) -> Init:
 
 
 def spec_of(parameter: Tensor) -> ParameterSpec:
-    """The specification that `Host.parameter` attached to a parameter."""
+    """Returns the specification that `Host.parameter` attached to a parameter."""
     return cast(Any, parameter).spec
 
 
 class Host:
-    """One process, no groups.
+    """Host of a model in one process, without process groups.
 
     Args:
-        dtype: of the parameters (None: torch's default); those declared fp32 stay fp32.
-        device: of the parameters (None: torch's current default, so that `torch.device("meta")` works as a context).
-        activations: what is kept for the backward pass; None: everything.
+        dtype: dtype of the parameters (None: torch's default); parameters declared fp32 stay fp32.
+        device: device of the parameters (None: torch's current default, so that `torch.device("meta")` works as a
+            context).
+        activations: recomputation of activations; None: all activations are kept for the backward pass.
     """
 
     def __init__(
@@ -124,15 +129,15 @@ class Host:
 
     # -- groups ---------------------------------------------------------------------------------------------------
     def size(self, axis: str) -> int:
-        """Ranks along a parallel axis: "tensor", "expert" or "expert_tensor"."""
+        """Number of ranks along a parallel axis: "tensor", "expert" or "expert_tensor"."""
         return 1
 
     def rank(self, axis: str) -> int:
-        """This rank's place along a parallel axis."""
+        """Index of this rank along a parallel axis."""
         return 0
 
     def split(self, total: int, axis: str = "tensor") -> int:
-        """This rank's share of `total` heads, columns or experts; the config was checked to divide."""
+        """Size of this rank's share of `total` heads, columns or experts; the validation has checked divisibility."""
         assert total % self.size(axis) == 0, (total, axis, self.size(axis))
         return total // self.size(axis)
 
@@ -148,12 +153,12 @@ class Host:
         trained: bool = True,
         matrices: Matrices | None = None,
     ) -> nn.Parameter:
-        """An uninitialised parameter, this rank's share of full `shape`; see ParameterSpec and `initialize`.
+        """Makes an uninitialised parameter, this rank's share of the full `shape`; `initialize` fills it.
 
         Args:
-            tokenwise: an unsplit parameter used outside `enter`..`leave`, on this rank's tokens only.
-            trained: by gradients; else it has none, no weight decay and no optimizer state.
-            matrices: see ParameterSpec.
+            init, axes, decay, fp32, matrices: see ParameterSpec.
+            tokenwise: the parameter is not split, and is used outside `enter`..`leave`, on this rank's tokens only.
+            trained: the parameter is trained by gradients; else it has no gradient, weight decay or optimizer state.
         """
         spec = ParameterSpec(tuple(shape), init, dict(axes or {}), decay, fp32, matrices)
         local = [self.split(n, spec.axes[d]) if d in spec.axes else n for d, n in enumerate(shape)]
@@ -164,95 +169,96 @@ class Host:
 
     # -- tensor parallelism ---------------------------------------------------------------------------------------
     def enter(self, x: Tensor) -> Tensor:
-        """Begin a tensor-parallel region: this rank's tokens `[n, D]` -> all `[N, D]`; backward sums gradients."""
+        """Begins a tensor-parallel region: this rank's tokens `[n, D]` -> all `[N, D]`; backward sums gradients."""
         return x
 
     def leave(self, y: Tensor) -> Tensor:
-        """End it: partial sums `[N, D]` -> summed over the tensor ranks, this rank's tokens `[n, D]`."""
+        """Ends a tensor-parallel region: sums `[N, D]` over the tensor ranks, returns this rank's tokens `[n, D]`."""
         return y
 
     def sum(self, y: Tensor) -> Tensor:
-        """Inside a region: partial sums `[N, D]` -> summed over the tensor ranks, on every rank; so do gradients."""
+        """Sums `[N, D]` over the tensor ranks inside a region, for every rank; gradients are summed in the same way."""
         return self.enter(self.leave(y))
 
     def shared(self, weight: Tensor) -> Tensor:
-        """An unsplit parameter used inside a region on this rank's heads only: backward sums its gradient."""
+        """Returns an unsplit parameter for use inside a region, on this rank's heads: backward sums its gradient."""
         return weight
 
     # -- vocabulary -----------------------------------------------------------------------------------------------
     def embed(self, weight: Tensor, tokens: Tensor) -> Tensor:
-        """`weight [V/tensor, D]`, `tokens [N]` -> this rank's tokens `[n, D]`."""
+        """Embeds `tokens [N]` int64 by `weight [V/tensor, D]`; returns this rank's tokens `[n, D]`."""
         return F.embedding(tokens, weight)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`logits [N, V/tensor]`, `labels [N]` -> loss per token `[N]` fp32. The backward pass overwrites `logits`."""
+        """Loss per token `[N]` fp32 of `logits [N, V/tensor]`, which the backward pass overwrites, and `labels [N]`."""
         return cross_entropy(logits, labels)
 
     def linear_cross_entropy(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """As `cross_entropy(x @ weight.T, labels)` for `x [N, D]`, `weight [V/tensor, D]`, in blocks of the vocabulary:
-        the logits are never whole in memory, and are computed again in the backward pass."""
+        """Loss per token `[N]` fp32 of the logits `x @ weight.T`, for `x [N, D]` and `weight [V/tensor, D]`.
+
+        Logits are computed in blocks of the vocabulary, and again in the backward pass: memory never holds all of them.
+        """
         return linear_cross_entropy(x, weight, labels)
 
     # -- mixture of experts ---------------------------------------------------------------------------------------
     def dispatcher(self, config: MoEConfig) -> Dispatcher:
-        """A new token dispatcher for one MoE layer."""
+        """Makes a token dispatcher for one MoE layer."""
         from linear_moe.modeling.moe.dispatch import Dispatcher
 
         return Dispatcher(config.num_experts)
 
     def all_tokens(self, x: Tensor) -> Tensor:
-        """This rank's tokens `[n, ...]` -> all of the micro-batch `[N, ...]`, without gradients."""
+        """Gathers this rank's tokens `[n, ...]` over the tensor ranks: `[N, ...]`, without gradients."""
         return x
 
     def own_tokens(self, x: Tensor) -> Tensor:
-        """Undoes `all_tokens`."""
+        """Cuts this rank's tokens `[n, ...]` out of the `[N, ...]` of `all_tokens`."""
         return x
 
     def router_losses(
         self, weights: Tensor, logits: Tensor, index: Tensor, config: MoEConfig, layer: int, layout: TokenLayout
     ) -> Tensor:
-        """Attach the losses of a router with `logits [n, E]` that chose `index [n, k]` to its `weights [n, k]`.
+        """Attaches the losses of a router with `logits [n, E]` that chose `index [n, k]` to its `weights [n, k]`.
 
-        An index of E is that of padding, which does not count.
-
-        One process without a training loop has none.
+        An index of E marks a padding token, which does not count. This host, which does not train, adds no losses.
         """
         return weights
 
     def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
-        """Hears every layer's choice `index [n, k]` (num_experts: padding, which does not count), and which were within
-        capacity (boolean `[n, k]`; None: all).
+        """Receives the choice of every MoE layer, of which a training host keeps statistics; this host ignores it.
 
-        A training loop keeps statistics.
+        Args:
+            index: `[n, k]` chosen experts; num_experts marks a padding token, which does not count.
+            kept: `[n, k]` bool, choices within the experts' capacity; None: all.
         """
 
     # -- auxiliary losses -----------------------------------------------------------------------------------------
     def sum_over_sequence(self, x: Tensor) -> Tensor:
-        """Inside a region: the sum over the ranks that share out its sequences, without gradients."""
+        """Sums `x`, inside a region, over the ranks that share out the same sequences, without gradients."""
         return x
 
     def auxiliary_loss(
         self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: Tensor | int
     ) -> Tensor:
-        """Inside a region: add `coefficient * value` to the training loss, and report the mean of `value` as `name`.
+        """Adds `coefficient * value`, inside a region, to the training loss, and reports the mean of `value` as `name`.
 
-        One process without a training loop has none.
+        This host, which does not train, adds no losses.
 
         Args:
-            carrier: any tensor that the model's output depends on; the result takes its place.
-            value: scalar, the same on every tensor rank: a mean over the `tokens` tokens of this micro-batch, or this
-                rank's part of it, which add up to it over the ranks that share out the sequences.
-            tokens: of all those ranks, without padding.
+            carrier: any tensor that the model's output depends on; the returned tensor must take its place.
+            value: scalar, the same on every tensor rank. Summed over the ranks that share out the sequences, it is a
+                mean over the `tokens` tokens of the micro-batch.
+            tokens: number of tokens of the micro-batch on all these ranks, without padding.
         """
         return carrier
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, host: Host, seed: int) -> None:
-    """Fill every parameter from its spec. Weights depend on the seed and the parameter's name, not on the layout.
+    """Fills every parameter from its spec; weights depend on the seed and the parameter's name, not on the layout.
 
-    Each full tensor is drawn from a generator of its own and cut to this rank's share; experts one by one, by global
-    index. (CPU and GPU generators differ, so weights are equal across layouts on one kind of device.)
+    Each full tensor is drawn from a generator of its own and cut to this rank's share. Experts are drawn one by one, by
+    their global indices. (CPU and GPU generators differ, so weights are equal across layouts on one kind of device.)
     """
     for name, parameter in model.named_parameters():
         spec = spec_of(parameter)
@@ -270,7 +276,7 @@ def initialize(model: nn.Module, host: Host, seed: int) -> None:
 def initial_value(
     name: str, spec: ParameterSpec, seed: int, index: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """What `initialize` gives a parameter, full and in fp32; of one whose `spec.by_expert`, expert `index`."""
+    """Draws the full fp32 value that `initialize` gives a parameter; if `spec.by_expert`, that of expert `index`."""
     generator = torch.Generator(device)
     key = f"{seed}/{name}/{index}".encode()
     generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)

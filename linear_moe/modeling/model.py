@@ -1,4 +1,4 @@
-"""The language model, written once for every host: embedding -> layers -> norm -> head."""
+"""Language model, written once for every host: embedding -> layers -> norm -> head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linear_moe.modeling.tokens import Cache, TokenLayout
 
 
 def layer_dims(config: ModelConfig, layer: int) -> Dims:
-    """What the mixer and FFN of one layer must know of the model."""
+    """Makes the sizes and constants that the mixer and FFN of one layer depend on."""
     scale = 1 / math.sqrt(2 * config.num_layers) if config.scale_output_init else 1.0
     return Dims(
         hidden_size=config.hidden_size,
@@ -35,7 +35,8 @@ def layer_dims(config: ModelConfig, layer: int) -> Dims:
 class Embedding(nn.Module):
     """Token embedding, vocabulary split over the tensor ranks: `[N]` -> this rank's tokens `[n, D]`.
 
-    Without tokens, its weight `[V/tensor, D]`, as a tied head's: in calls, Megatron's DDP waits for new weights.
+    Called without tokens, the module returns its weight `[V/tensor, D]` for a tied head. The head must call it instead
+    of reading the attribute, because Megatron-Core's DDP waits for newly gathered weights when a module is called.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, std: float, host: Host):
@@ -48,7 +49,7 @@ class Embedding(nn.Module):
 
 
 class Head(Linear):
-    """`x [N, D]` inside a region -> logits `[N, V/tensor]`; with labels `[N]`, loss per token `[N]` fp32."""
+    """Output projection: `x [N, D]` inside a region -> logits `[N, V/tensor]`; with labels `[N]`, loss `[N]` fp32."""
 
     def __init__(self, vocab_size: int, hidden_size: int, std: float, host: Host):
         super().__init__(host, hidden_size, vocab_size, split="column", std=std, matrices=None)
@@ -58,7 +59,7 @@ class Head(Linear):
 
 
 def loss_per_token(host: Host, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`x [N, D]`, the head's `weight [V/tensor, D]`, `labels [N]` -> `[N]` fp32."""
+    """Loss per token `[N]` fp32 of `x [N, D]` with the head's `weight [V/tensor, D]` and `labels [N]`."""
     if "logits" in host.activations.modules:
         return host.linear_cross_entropy(x, weight, labels)
     return host.cross_entropy(F.linear(x, weight), labels)
@@ -83,15 +84,15 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder, or one pipeline stage of it.
+    """Decoder-only language model, or one chunk of it on a pipeline stage.
 
     Args:
         config: the model section of the configuration.
         vocab_size: rows of the embedding.
-        host: the surroundings.
+        host: creates the parameters and communicates.
         layers: global indices of this stage's layers; None: all.
         first, last: whether this stage begins with the embedding, and ends with the final norm and head. With tied
-            embeddings both hold the matrix, under one name.
+            embeddings, the first and the last stage hold the matrix, under one name.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class LanguageModel(nn.Module):
         self.head = None
         if last and not config.tie_embeddings:
             self.head = Head(vocab_size, config.hidden_size, config.init_std, host)
-        elif last and not first:  # after the layers: parameters are gathered in their order
+        elif last and not first:  # registered after the layers, because DDP gathers weights in the order of parameters
             self.embedding = Embedding(vocab_size, config.hidden_size, config.init_std, host)
 
     def forward(
@@ -127,18 +128,19 @@ class LanguageModel(nn.Module):
         caches: list[Cache] | None = None,
         keep: int = 0,
     ) -> Tensor:
-        """Run this stage.
+        """Runs this stage.
 
         Args:
             tokens: `[B, T]` int64; the first stage's input.
             layout: batch, length, documents and positions of the tokens.
-            hidden: `[n, D]`, the previous stage's output.
+            hidden: `[n, D]`, the previous stage's output; input of all stages but the first.
             labels: `[B, T]` int64 next tokens.
-            caches: decoding state per layer, from `init_caches`; updated in place.
-            keep: logits of each row's last `keep` positions only, which is all that generation needs; 0: of all.
+            caches: decoding state of each layer, from `init_caches`; updated in place.
+            keep: compute only the logits of each row's last `keep` positions, as for generation; 0: of all positions.
 
         Returns:
-            Not the last stage: `[n, D]`. With labels: loss per token `[B, T]`, fp32. Else logits `[B, T, V/tensor]`.
+            The residual stream `[n, D]` if this is not the last stage; else with labels the loss per token `[B, T]`
+            fp32, and without labels the logits `[B, T, V/tensor]`.
         """
         if self.first:
             assert tokens is not None and self.embedding is not None
@@ -160,20 +162,20 @@ class LanguageModel(nn.Module):
         return loss_per_token(self.host, x, self.tied_weight(), labels.flatten()).view_as(labels)
 
     def tied_weight(self) -> Tensor:
-        """The embedding `[V/tensor, D]` as the head's weight."""
+        """Returns the embedding `[V/tensor, D]` as the weight of a tied head."""
         assert self.embedding is not None
         return self.embedding()
 
     def init_caches(self, batch: int, max_length: int) -> list[Cache]:
-        """Empty decoding state for `batch` rows of at most `max_length` tokens, one per layer."""
+        """Makes the empty decoding state of each layer, for `batch` rows of at most `max_length` tokens."""
         first = next(self.parameters())
         dtype = self.norm.weight.dtype if self.norm is not None else first.dtype
         return [layer.mixer.init_cache(batch, max_length, dtype, first.device) for layer in self.layers.values()]  # type: ignore[union-attr,operator]
 
 
 def crossing(model: ModelConfig, end: int | None = None) -> dict[str, int]:
-    """What the first `end` layers (None: all) leave for later ones in `TokenLayout.shared`: name -> channels."""
-    found: dict[str, int] = {}
+    """Channels, by name, of the tensors that the first `end` layers (None: all) leave in `TokenLayout.shared`."""
+    channels_of: dict[str, int] = {}
     for i, layer in enumerate(resolve_layers(model)[:end]):
-        found |= mixer_class(layer.mixer.type).crossing(layer.mixer, layer_dims(model, i))
-    return found
+        channels_of |= mixer_class(layer.mixer.type).crossing(layer.mixer, layer_dims(model, i))
+    return channels_of

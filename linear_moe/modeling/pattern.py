@@ -1,4 +1,4 @@
-"""Layer patterns: "LLLN * 3" -> one symbol per layer -> one mixer and one channel mixer per layer.
+"""Layer patterns: "LLLN * 3" -> one symbol for each layer -> one mixer and one channel mixer for each layer.
 
 sum  := term ("+" term)*
 term := atom ("*" integer)*
@@ -16,7 +16,7 @@ from linear_moe.options.errors import ConfigError
 
 PATH = "model.pattern"
 EXAMPLE = "for example LLLN * 3"
-MAX_LAYERS = 100_000  # "L * 10000000000" must not fill the memory before its length is compared
+MAX_LAYERS = 100_000  # bound of expanded patterns, so that "L * 10000000000" does not fill the memory
 TOKEN = re.compile(
     r"""\s*(?:(?P<letters>[A-Za-z]+|"[A-Za-z]*"|'[A-Za-z]*')|(?P<count>\d{1,12})|(?P<sign>[*+()\[\]])|(?P<end>$))"""
 )
@@ -32,14 +32,14 @@ class ResolvedLayer:
 
 
 class _Parser:
-    """Recursive descent over `text`; `next` is the token at `start`, as (kind, text)."""
+    """Recursive-descent parser of `text`; the current token is `token`, of a `kind`, and begins at `start`."""
 
     def __init__(self, text: str):
         self.text, self.position = text, 0
         self.advance()
 
     def advance(self) -> str:
-        """Step over the current token and return it."""
+        """Steps over the current token and returns it."""
         current = getattr(self, "token", "")
         match = TOKEN.match(self.text, self.position)
         self.start = len(self.text) - len(self.text[self.position :].lstrip())
@@ -83,7 +83,7 @@ class _Parser:
 
 
 def parse_pattern(text: str) -> str:
-    """`"LLLN * 3"` -> `"LLLNLLLNLLLN"`; bad syntax raises ConfigError with the position."""
+    """Expands a pattern: `"LLLN * 3"` -> `"LLLNLLLNLLLN"`; bad syntax raises ConfigError with the position."""
     parser = _Parser(text)
     symbols = parser.sum()
     if parser.kind != "end":
@@ -92,7 +92,7 @@ def parse_pattern(text: str) -> str:
 
 
 def resolve_layers(model: ModelConfig) -> list[ResolvedLayer]:
-    """The model's layers in order; raises ConfigError for unknown symbols and a length other than num_layers."""
+    """Returns the model's layers in order; raises ConfigError for unknown symbols or a length other than num_layers."""
     symbols = parse_pattern(model.pattern)
     meaning = {"L": (model.mixer, model.ffn), "N": (model.attention, model.ffn)}
     for symbol, layer in model.symbols.items():
@@ -117,13 +117,13 @@ def resolve_layers(model: ModelConfig) -> list[ResolvedLayer]:
 
 
 def _has_experts(model: ModelConfig, i: int) -> bool:
-    """Whether a layer whose symbol leaves it open, and model.ffn = moe, is a mixture of experts."""
+    """Whether first_dense_layers and layer_frequency let layer `i` be a mixture of experts."""
     beyond = i - model.moe.first_dense_layers
     return beyond >= 0 and beyond % model.moe.layer_frequency == 0
 
 
 def mixer_path(model: ModelConfig, symbol: str) -> str:
-    """Dotted path of the mixer that `symbol` stands for."""
+    """Dotted config path of the mixer that `symbol` stands for."""
     if symbol in model.symbols and model.symbols[symbol].mixer is not None:
         return f"model.symbols.{symbol}.mixer"
     return "model.attention" if symbol == "N" else "model.mixer"

@@ -1,10 +1,10 @@
-"""Sparse upcycling (arXiv 2212.05055): the weights of a dense SwiGLU as those of a mixture of experts.
+"""Sparse upcycling (arXiv 2212.05055): makes the weights of a mixture of experts from a dense SwiGLU.
 
-The experts are copies of the dense FFN, and the router is drawn anew. Experts narrower than it (arXiv 2410.07524) are
-parts of it: with a granularity of G, every G consecutive experts are one copy, cut along the hidden size. They have the
-same router weights, hence the same scores, and a top-k that is a multiple of G chooses whole copies. A shared expert is
-one more part, the first. Weights are scaled so that the output of the layer is the dense one's: exactly where the
-weights of the chosen experts have a fixed sum, and on average where they have not.
+The experts are copies of the dense FFN, and the router is drawn at random. Experts that are narrower than the dense FFN
+(arXiv 2410.07524) are parts of a copy: with a granularity of G, G consecutive experts are one copy, cut along the
+hidden size. The G experts have the same router weights, hence the same scores, and a top-k that is a multiple of G
+chooses whole copies. A shared expert is one more part, the first. Weights are scaled so that the layer's output equals
+the dense FFN's: exactly if the weights of the chosen experts have a fixed sum, and on average if not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAMPLES = 4096
 
 
 def granularity(moe: MoEConfig, ffn_size: int) -> int:
-    """How many experts make up a dense FFN of hidden size `ffn_size`; ConfigError where they cannot."""
+    """Number of experts that make up a dense FFN of hidden size `ffn_size`; ConfigError if the sizes do not fit."""
     path, shared = "model.moe", moe.shared_ffn_size
     if shared >= ffn_size:
         constraint = f"must be smaller than the dense ffn_size = {ffn_size}, of which the shared expert takes a part"
@@ -63,9 +63,9 @@ class Upcycler:
 
     Args:
         config: the model with experts.
-        parts: `granularity(config.moe, ...)`.
-        seed: the router is what `initialize` gives it with this seed.
-        read: reads a parameter of the dense model by its name, whole and in fp32.
+        parts: number of experts that make up one copy of the dense FFN, from `granularity`.
+        seed: seed of the router's weights, which are those that `initialize` draws.
+        read: `read(name)` returns a parameter of the dense model, unsharded and in fp32.
     """
 
     def __init__(self, config: ModelConfig, parts: int, seed: int, read: Callable[[str], Tensor]):
@@ -73,13 +73,13 @@ class Upcycler:
         self._scales: dict[str, float] = {}
 
     def value(self, prefix: str, name: str, spec: ParameterSpec, index: int = 0) -> Tensor:
-        """A parameter in fp32.
+        """Returns the value of a parameter of a layer's mixture of experts, in fp32.
 
         Args:
-            prefix: of the layer's parameters: "layers.0.".
-            name: the parameter's in the FFN: "router.weight".
-            spec: the parameter's.
-            index: of the expert, where `spec.by_expert`: only its slice is returned.
+            prefix: prefix of the layer's parameters, for example "layers.0.".
+            name: name of the parameter in the FFN, for example "router.weight".
+            spec: specification of the parameter.
+            index: index of the expert if `spec.by_expert`; only the slice of this expert is returned.
         """
         shared, size = self.moe.shared_ffn_size, self.moe.expert_ffn_size
         start = shared + index % self.parts * size
@@ -87,10 +87,12 @@ class Upcycler:
         if name == "router.weight":
             drawn = initial_value(f"{prefix}ffn.{name}", spec, self.seed)
             return drawn[:: self.parts].repeat_interleave(self.parts, 0)
-        if name == "router.expert_bias" or name == "shared_expert_gate.weight":  # that gate is 1/2 for every token
+        if (
+            name == "router.expert_bias" or name == "shared_expert_gate.weight"
+        ):  # a gate of zeros is 1/2 for every token
             return torch.zeros(spec.shape)
         gate, up, down = (self.read(f"{prefix}ffn.{dense}.weight") for dense in DENSE)
-        # The scale is shared out over the two matrices in which the output is linear.
+        # The output is linear in two of the three matrices, up and down: each gets the square root of the scale.
         scale = math.sqrt(self._shared_scale() if name.startswith("shared_expert.") else self._scale(prefix))
         parameters = {
             "experts.gate_up_proj": lambda: torch.stack([gate[part], up[part] * scale]),
@@ -105,10 +107,11 @@ class Upcycler:
         return 2.0 if self.moe.shared_gate else 1.0
 
     def _scale(self, prefix: str) -> float:
-        """What an expert's output is multiplied by: each of the G parts of a copy weighs a G-th of the copy."""
+        """Factor of the experts' outputs that makes the weighted sum of a token's experts equal the dense FFN."""
         if is_exact(self.moe):
             return self.parts / self.moe.routed_scaling_factor
-        # Otherwise by the mean sum of weights, over tokens as the norm before the FFN leaves them.
+        # If the weights of a token have no fixed sum, its mean is estimated, over random tokens with the scale that the
+        # norm before the FFN gives them.
         if prefix not in self._scales:
             logits = torch.randn(
                 SAMPLES, self.moe.num_experts // self.parts, generator=torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises; the command line prints it and exits with code 2."""
+"""ConfigError, the exception for every mistake of a user; the command line prints its text and exits with code 2."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """One line for people: `path = value: constraint; did you mean ...? fix`.
+    """Mistake of a user, as a text of one line: `path = value: constraint; did you mean ...? fix`.
 
     Args:
         path: dotted config path ("model.moe.top_k"), or a file or command-line argument.
-        value: the offending value; leave out (`...`) where there is none, e.g. a missing file.
+        value: the offending value; `...` where there is none, for example for a missing file.
         constraint: what must hold, in words.
-        candidates: valid names; the ones near `value` are offered, or all of them when none is near.
-        near_to: what to compare the candidates with, if not `value`.
-        list_all: offer all candidates in any case.
-        fix: what to do about it.
+        candidates: valid names; the text offers the ones near `value`, or all of them when none is near.
+        near_to: the text with which candidates are compared, if not `value`.
+        list_all: whether the text lists all candidates even when some are near.
+        fix: how the user can correct the mistake.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class ConfigError(ValueError):
 
 
 def nearest(value: int, valid: Callable[[int], bool] = lambda n: True, step: int = 1) -> str:
-    """The `fix` "nearest valid: 6 or 8": closest smaller and larger positive multiples of `step` that are `valid`.
+    """Returns a `fix` such as "nearest valid: 6 or 8".
 
-    Searches only so far; "" when there is none.
+    The numbers are the closest smaller and larger positive multiples of `step` that are `valid`. The search covers
+    10,000 multiples in each direction; the text is "" if none of them is valid.
     """
     far, start = 10_000, max(value, 0) // step * step
     below = next((n for n in range(start, 0, -step)[:far] if n != value and valid(n)), None)

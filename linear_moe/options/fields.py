@@ -1,4 +1,4 @@
-"""`opt` declares an option, a dataclass field with its documentation and constraint."""
+"""Declaration of options: `opt` makes a dataclass field with documentation and a constraint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variants:
-    """The dataclasses that one option may hold, which their field `type` tells apart: the configs of mixers.
+    """Dataclasses of which an option holds one, for example the configs of mixers; their field `type` says which.
 
     Attributes:
-        noun: what one of them is called in messages.
-        types: the values that `type` may have.
-        make: the dataclass of a type, with its defaults.
+        noun: name of the option's value in messages, for example "mixer".
+        types: values that `type` may have.
+        make: `make(type)` returns the dataclass of a type with its defaults.
     """
 
     noun: str
@@ -33,7 +33,7 @@ def opt(
     choices: tuple[Any, ...] | None = None,
     variants: Variants | None = None,
 ) -> Any:
-    """A dataclass field with a default (a callable is the default's factory), documentation and constraint."""
+    """Declares a dataclass field with documentation and constraints; a callable `default` is a default factory."""
     metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "variants": variants}
     if callable(default):
         return field(default_factory=default, metadata=metadata)

@@ -1,9 +1,10 @@
-"""YAML files and `a.b=c` overrides -> one typed tree, every value checked against its field; and back to YAML.
+"""Loading of YAML files and `a.b=c` overrides into one typed tree of dataclasses, with every value checked.
 
-Layers, later ones win: the defaults of `schema.py`, the files that a file names under `include` (in order, relative to
-that file), the file itself, the command line's overrides. A layer that changes the `type` of options of which there are
-several kinds (a mixer's) starts them afresh: the defaults of the new kind, changed by this layer and later ones. Keys
-that earlier layers set for the old kind do not carry over, even where both kinds know the name.
+Values come from layers, of which later ones win: the defaults of `schema.py`, the files that a file lists under
+`include` (in order, relative to that file), the file itself, and the command line's overrides. Some options hold one of
+several dataclasses, told apart by `type` (`Variants`, for example mixers). A layer that changes such a `type` starts
+with the defaults of the new type; values that earlier layers set for the old type are dropped, even where both types
+have the option.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from linear_moe.options.fields import Variants
 T = TypeVar("T")
 
 INCLUDE = "include"
-# YAML 1.1 reads 1e-4 as a string, because it wants a dot.
+# YAML 1.1 reads 1e-4 as a string, because its floats need a dot; such strings are accepted as numbers.
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, instead of dropping the first."""
+    """SafeLoader that refuses a key which is given twice; SafeLoader itself would drop the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -44,14 +45,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of the schema (Config, ModelConfig, ...) from a plain nested dict, checked like a YAML file."""
+    """Makes a dataclass of the schema (Config, ModelConfig, ...) from a nested dict, checked like a YAML file."""
     tree = cls()
     update(tree, values)
     return tree
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "a.c=[2]"]` -> `{"a": {"b": 1, "c": [2]}}`; values are YAML."""
+    """Parses overrides: `["a.b=1", "a.c=[2]"]` -> `{"a": {"b": 1, "c": [2]}}`; values are YAML."""
     tree: dict[str, Any] = {}
     for text in overrides:
         name, equals, value = text.partition("=")
@@ -68,7 +69,10 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def read_layers(path: Path, above: tuple[Path, ...]) -> list[Mapping[str, Any]]:
-    """A file's layers, its includes' first; `above` are the files that include it. Raises ConfigError."""
+    """Reads a file's layers: those of the files it includes, then its own; `above` are the files that include `path`.
+
+    Raises ConfigError for a file that cannot be read, is not a mapping, or includes itself.
+    """
     if path.resolve() in above:
         raise ConfigError(str(above[-1]), ..., f"includes {path}, which includes it", fix="break the circle")
     try:
@@ -101,9 +105,9 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 
 def update(node: Any, values: Mapping[str, Any], path: str = "", variant: str = "") -> None:
-    """Set the fields of dataclass `node` from `values`, recursively; raises ConfigError with the dotted path.
+    """Sets the fields of dataclass `node` from `values`, recursively; raises ConfigError with the dotted path.
 
-    `variant`: the type of a node that is one of several `Variants`, for the message.
+    If `node` is one of several `Variants`, `variant` is its type, which the message names.
     """
     hints = typing.get_type_hints(type(node))
     fields = {f.name: f for f in dataclasses.fields(node)}
@@ -122,7 +126,7 @@ def update(node: Any, values: Mapping[str, Any], path: str = "", variant: str = 
 
 
 def _convert(value: Any, hint: Any, current: Any, path: str) -> Any:
-    """`value` as a `hint`, updating what `current` holds where it is a tree itself."""
+    """Converts `value` to the type `hint`; of a dataclass or dict, `current` is updated and its other entries stay."""
     if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
         options = get_args(hint)
         if value is None and type(None) in options:

@@ -1,4 +1,4 @@
-"""`linear-moe plan`: what a configuration costs, and how to spread it; no GPU, no process groups."""
+"""`linear-moe plan`: costs of a configuration and layouts that spread it over GPUs; needs no GPU, no process group."""
 
 from __future__ import annotations
 

@@ -1,25 +1,29 @@
-"""How long a step of a layout takes, by a model simple enough to check by hand: for ranking layouts, not for promises.
+"""Estimate of the seconds of a training step, for ranking layouts, by a model simple enough to check by hand.
 
-The slowest pipeline stage sets the pace. A micro-batch costs it, forward and backward,
+The slowest pipeline stage sets the pace. One micro-batch, forward and backward, costs the stage the sum of
 
-- compute: its FLOPs at EFFICIENCY of the GPU's peak, the head's HEAD_SPEED times as fast, but no layer less than
-  LAYER_SECONDS, in which the host launches its kernels; what is recomputed counts again. t tensor ranks are only
-  t**TENSOR_SPEED times as fast, for their products are thinner, and have TENSOR_LAUNCHES times as many launches;
-- weights: they are read in both directions, and their gradients written and added up in fp32, at MEMORY_EFFICIENCY of
-  the memory's bandwidth;
+- compute: the FLOPs of its layers at EFFICIENCY of the GPU's peak, and the head's at HEAD_SPEED times that speed. A
+  layer takes at least LAYER_SECONDS, in which the host launches its kernels. Recomputed FLOPs count again. t tensor
+  ranks are only t**TENSOR_SPEED times as fast as one, because their matrix products are thinner, and they have
+  TENSOR_LAUNCHES times as many launches;
+- weights: reading weights in both directions, and writing and adding up gradients in fp32, at MEMORY_EFFICIENCY of the
+  memory's bandwidth;
 - tensor: in each pass, every tensor-parallel region gathers its tokens and scatters its sums;
-- expert: in each pass, every MoE layer sends its tokens to experts and back; with the dispatcher "alltoall" the device
-  idles for WAIT_SECONDS a layer, because the host has to know how many;
-- sequence: what layers of split sequences send in both directions (`exchange`), less what local work hides of it, and
-  the work that there is only for that; that causal attention may cost one rank more than others is in `compute`;
-- pipeline: activations sent to the next stage, gradients back.
+- expert: in each pass, every MoE layer sends its tokens to experts and back. With the dispatcher "alltoall", the device
+  also idles for WAIT_SECONDS in every layer, because the host must know how many tokens are sent;
+- sequence: the messages between ranks that share out sequences (`traffic`), less the time that local work hides, and
+  the local work that only those messages need. Causal attention may cost one rank more than others: `compute` includes
+  the excess;
+- pipeline: activations are sent to the next stage, and gradients back.
 
-A step is as many of those as there are micro-batches, and the pipeline's bubble: (stages - 1) / chunks of them. Then
-data: the replicas sum fp32 gradients and, with the distributed optimizer, gather new weights; with optimizer.overlap as
-much of that is free as fits into the last backward and the first forward pass. Last, optimizer: its state is read and
-written once. A collective of n ranks moves (n - 1) / n of its data through each rank, by the node's links or, between
-nodes, by the network adapters of its members in a node. It takes LATENCY, and as NCCL does it a step from rank to rank
-around a ring: LINK_STEP within a node, NETWORK_STEP to the next one.
+A step takes the time of all its micro-batches, and of the pipeline's bubble: (stages - 1) / chunks micro-batches. Two
+terms are added once a step. Data: the replicas sum fp32 gradients and, with the distributed optimizer, gather new
+weights; with optimizer.overlap, only the part counts that does not fit into the last backward pass or the first forward
+pass. Optimizer: its state is read and written once.
+
+A collective of n ranks moves (n - 1) / n of its data through each rank, over the links of the node or, between nodes,
+over the network adapters of the members in a node. It takes LATENCY, and one step for every hop of NCCL's ring:
+LINK_STEP within a node, NETWORK_STEP to the next node.
 """
 
 from __future__ import annotations
@@ -54,7 +58,13 @@ WAIT_SECONDS = 4e-3
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds of one pipeline stage: of one micro-batch by kind, forward and backward, and of the rest of a step."""
+    """Seconds of one pipeline stage.
+
+    Attributes:
+        micro_batch: seconds of one micro-batch, forward and backward, by the kinds that the module lists.
+        data: seconds a step in which replicas sum gradients and gather weights.
+        optimizer: seconds a step in which the optimizer updates weights.
+    """
 
     micro_batch: dict[str, float]
     data: float
@@ -62,7 +72,7 @@ class StageCost:
 
 
 def speed(gpu: GPU, tensor: int) -> Speed:
-    """Of a GPU, and of `tensor` ranks together."""
+    """Speed of one GPU, and of `tensor` tensor-parallel GPUs together, at the efficiencies of this module."""
     rate = gpu.peak_tflops * 1e12 * EFFICIENCY
     return Speed(rate, rate * tensor**TENSOR_SPEED, MEMORY_EFFICIENCY * gpu.memory_bandwidth)
 
@@ -76,18 +86,20 @@ def layer_seconds(
     needs: SequenceNeeds | None,
     split: SequenceSplit,
 ) -> tuple[float, LayerTraffic]:
-    """Seconds of one layer's compute for a micro-batch, and what it exchanges.
+    """Seconds of one layer's compute for a micro-batch, and its exchanges between the ranks of a sequence.
 
     Args:
-        layer: as one rank holds it.
-        group: of the ranks that share out a sequence.
-        needs: the layer's; None: sequences are not shared out.
+        number: index of the layer in the model.
+        layer: the layer as one rank holds it.
+        flops: FLOPs of the whole model.
+        group: ranks that share out a sequence.
+        needs: exchanges that the layer needs; None: sequences are not cut into pieces.
     """
     tokens, length, parts = rank_tokens(config), padded_length(config), flops.layers[number]
     tensor = config.parallel.tensor
     fast, launches = speed(group.cluster.gpu, tensor), LAYER_SECONDS * (TENSOR_LAUNCHES if tensor > 1 else 1)
     once, again = parts["mixer"] + parts["ffn"], flops.again(number, recomputed_in(config, number))
-    passes = 3 + again / once  # the backward pass costs two
+    passes = 3 + again / once  # in units of a forward pass; the backward pass costs two
     compute = max(passes * tokens * once / fast.together, launches * passes / 3)
     if needs is None:
         return compute, LayerTraffic()
@@ -98,7 +110,7 @@ def layer_seconds(
 
 
 def recomputed_in(config: Config, number: int) -> frozenset[str]:
-    """What of a layer the backward pass computes again."""
+    """Names of the modules of layer `number` that the backward pass computes again."""
     modules, concerned = recomputed(config)
     return modules if number in concerned else frozenset()
 
@@ -111,11 +123,11 @@ def stage_cost(
     cluster: Cluster,
     needs: Mapping[int, SequenceNeeds],
 ) -> StageCost:
-    """Of a rank that holds `chunks`.
+    """Seconds of the pipeline stage whose ranks hold `chunks`.
 
     Args:
-        flops: of the model.
-        needs: of its layers, if sequences are shared out.
+        flops: FLOPs of the whole model.
+        needs: exchanges of every layer, by layer number; empty if sequences are not cut into pieces.
     """
     training, gpu = config.training, cluster.gpu
     size, hidden = DTYPES[training.dtype].itemsize, config.model.hidden_size
@@ -165,7 +177,7 @@ def stage_cost(
 
 
 def waits(config: Config, groups: dict[str, Group]) -> bool:
-    """Whether the host waits for the device before tokens travel."""
+    """Whether the host waits for the device before an MoE layer sends its tokens."""
     moe, ranks = config.model.moe, groups["expert"].ranks
     sent = ranks * groups["expert_tensor"].ranks > 1 and expert_dispatcher(moe, ranks) == "alltoall"
     return sent and not moe.capacity_pad
@@ -181,7 +193,7 @@ def dispatch(config: Config, groups: dict[str, Group], stream: float) -> float:
 
 
 def step_seconds(config: Config, layout: ProcessMesh, stages: list[StageCost]) -> dict[str, float]:
-    """Seconds of one optimizer step by kind, of which the last is their sum, `total`."""
+    """Seconds of one optimizer step by kind; `total` is the sum of the others."""
     micro_batches = config.training.global_batch // (config.training.micro_batch * layout.data)
     slowest = max((stage.micro_batch for stage in stages), key=lambda kinds: sum(kinds.values()))
     seconds = {kind: micro_batches * value for kind, value in slowest.items()}

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds all the time, weights, gradients and optimizer state, and with activations its total."""
+"""Bytes of a rank: weights, gradients and optimizer state, which it always holds, and the total with activations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = (*STATE, "activations", "logits", "total")
 
 
 def optimizer_bytes(parameter: nn.Parameter, optimizer: OptimizerConfig) -> int:
-    """Per element: the optimizer's moments, and an fp32 copy of other weights."""
+    """Bytes of optimizer state per element of a parameter: its moments, and an fp32 copy unless the weight is fp32."""
     names = state_names(spec_of(parameter), optimizer.type)
     return len(names) * DTYPES[optimizer.moments].itemsize + (0 if parameter.dtype == torch.float32 else 4)
 
@@ -27,19 +27,20 @@ def optimizer_bytes(parameter: nn.Parameter, optimizer: OptimizerConfig) -> int:
 def buffer(
     sizes: list[int], costs: list[int], ranks: int, bucket: int | None = None, alone: frozenset[int] = frozenset()
 ) -> tuple[int, list[int]]:
-    """One of the buffers that Megatron-Core's DDP lays parameters out in for the distributed optimizer.
+    """Sizes of one buffer in which Megatron-Core's DDP lays parameters out for the distributed optimizer.
 
-    From the last parameter to the first, each begins at a multiple of 64 elements; a bucket ends after the parameter
-    that brings it to `bucket` elements (None: after the last), padded to a multiple of 128 and of `ranks`, and each
-    rank's shard of it is an equal part.
+    Parameters are placed from the last to the first, and each begins at a multiple of 64 elements. A bucket ends after
+    the parameter that brings it to `bucket` elements (None: after the last parameter). Its size is padded to a multiple
+    of 128 and of `ranks`, and every rank's shard is an equal part of the bucket.
 
     Args:
-        sizes: elements of the parameters, in the order of the model.
-        costs: of an element of each.
-        alone: places in `sizes` of parameters with a bucket of their own.
+        sizes: elements of each parameter, in the order of the model.
+        costs: bytes of optimizer state per element of each parameter.
+        ranks: ranks over which every bucket is sharded.
+        alone: indices in `sizes` of parameters that have a bucket of their own.
 
     Returns:
-        Elements with padding, and the cost of each rank's shards.
+        Elements of the buffer with padding, and for every rank the bytes of optimizer state of its shards.
     """
     shards = [0] * ranks
     start, multiple = 0, math.lcm(ranks, 128)
@@ -68,23 +69,25 @@ def buffer(
 
 
 def bucket_size(optimizer: OptimizerConfig, replicas: int, stage: int, chunk: int) -> int | None:
-    """Elements that Megatron-Core's DDP reduces at once; None: all."""
+    """Elements after which Megatron-Core's DDP ends a bucket, which it reduces at once; None: one bucket has all."""
     return max(40_000_000, 1_000_000 * replicas) if optimizer.overlap and stage == chunk == 0 else None
 
 
 def state_bytes(
     config: Config, layout: ProcessMesh, chunks: list[RankChunk], stage: int, place: tuple[int, int] | None = None
 ) -> dict[str, int]:
-    """Weights, fp32 gradients and optimizer state.
+    """Bytes, by STATE, of the weights, fp32 gradients and optimizer state of a rank of pipeline stage `stage`.
 
     Args:
-        place: rank among the replicas, outside and inside the routed experts; None: the most of any.
+        chunks: the stage's chunks as the rank holds them.
+        place: the rank's number among the replicas of parameters outside, and inside, the routed experts; None: the
+            optimizer state is the largest of any replica.
     """
     optimizer, totals = config.optimizer, dict.fromkeys(STATE, 0)
-    for expert, replicas in ((False, layout.replicas), (True, layout.expert_data)):  # each kind has its own replicas
+    for expert, replicas in ((False, layout.replicas), (True, layout.expert_data)):  # experts have other replicas
         state = [0] * replicas
         for number, chunk in enumerate(chunks):
-            buffers: dict[torch.dtype, list[nn.Parameter]] = {}  # each dtype has its own
+            buffers: dict[torch.dtype, list[nn.Parameter]] = {}  # DDP makes a buffer for each dtype
             for p in chunk.parameters:
                 if is_expert(p) == expert and p.requires_grad:
                     buffers.setdefault(p.dtype, []).append(p)
@@ -107,7 +110,7 @@ def state_bytes(
 
 
 def rank_bytes(config: Config, layout: ProcessMesh, models: RankModels, stage: int) -> dict[str, int]:
-    """By KINDS, on the fullest rank of a pipeline stage."""
+    """Bytes by KINDS on the fullest rank of a pipeline stage."""
     chunks = rank_chunks(config, models(config.parallel), stage)
     activations = activation_bytes(config, layout, chunks, stage, models.split_needs(config.parallel))
     return with_total(state_bytes(config, layout, chunks, stage) | activations)

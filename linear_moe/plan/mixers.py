@@ -1,4 +1,4 @@
-"""`linear-moe mixers`: every token mixer of the registry, what it computes, where it runs and what a layer costs."""
+"""`linear-moe mixers`: table of all token mixers with recurrence, backends, capabilities and costs of a layer."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from linear_moe.modeling.ops.backends import has_fla
 from linear_moe.options.errors import ConfigError
 from linear_moe.plan import human
 
-DTYPE = torch.bfloat16  # of the model whose states are counted; states declared fp32 stay fp32
+DTYPE = torch.bfloat16  # dtype of the model whose states are counted; states declared fp32 stay fp32
 LETTERS = {"tensor_parallel": "T", "sequence_parallel": "S", "packing": "P", "decoding": "D"}
 
 
 def backends(family: str) -> list[str]:
-    """Implementations of a family's op; the kernels only where a GPU and flash-linear-attention are."""
+    """Names of the implementations of a family's op; "gpu" only where a GPU and flash-linear-attention are present."""
     implementations = importlib.import_module(f"linear_moe.modeling.ops.{FAMILIES[family]}").IMPLEMENTATIONS
     return [name for name in implementations if name != "gpu" or (torch.cuda.is_available() and has_fla())]
 
 
 def cost(name: str, hidden: int, heads: int, length: int) -> tuple[int, int]:
-    """Parameters, and bytes of one sequence's decoding state after `length` tokens, of one layer with default options.
+    """Counts, for one layer with default options, its parameters and the bytes of its decoding state.
 
-    Not of the first layer: some mixers' first layer has fewer parameters. Raises ConfigError for a width that the
-    defaults do not fit.
+    The state is that of one sequence after `length` tokens. The layer is not the first of its model: some mixers' first
+    layer has fewer parameters. Raises ConfigError for a width that the default options do not fit.
     """
     dims = layer_dims(ModelConfig(hidden_size=hidden, num_heads=heads), 1)
     cls, config = mixer_class(name), mixer_config(name)
@@ -50,7 +50,7 @@ def cost(name: str, hidden: int, heads: int, length: int) -> tuple[int, int]:
 
 
 def describe_mixer(name: str, hidden: int, heads: int, length: int) -> dict[str, Any]:
-    """One mixer's row, as `--json` prints it; `problem` says why it has no costs at this width, and is null else."""
+    """Makes one mixer's row, as `--json` prints it; `problem` says why the mixer cannot have this width (else None)."""
     cls, problem = mixer_class(name), None
     params: int | None
     state: int | None
@@ -73,7 +73,7 @@ def describe_mixer(name: str, hidden: int, heads: int, length: int) -> dict[str,
 
 
 def mixers_summary(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Capabilities, parameters and state of a row for people; * where its problem is told below the table."""
+    """Formats a row's capabilities, parameters and state; "*" refers to the row's problem, printed below the table."""
     able = "".join(letter for key, letter in LETTERS.items() if row["capabilities"][key])
     if row["problem"] is not None:
         return able, "*", "*"
@@ -81,12 +81,13 @@ def mixers_summary(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def letters() -> str:
+    """The legend of the letters that stand for capabilities."""
     return ", ".join(f"{letter} {key.replace('_', ' ')}" for key, letter in LETTERS.items())
 
 
 # -- terminal ---------------------------------------------------------------------------------------------------------
 def show_mixers(rows: list[dict[str, Any]], hidden: int, heads: int, length: int) -> None:
-    """What a mixer computes, then what it costs."""
+    """Prints two tables: the mixers' recurrences, and their backends, capabilities and costs."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -130,13 +131,14 @@ Made by `linear-moe mixers --markdown` from the registry; do not edit.
 Choose a mixer by `model.mixer.type=NAME` and set its options as `model.mixer.OPTION=VALUE`. A new one is one file and
 one line: [adding a mixer](adding_a_mixer.md).
 
-Costs are of one layer (not the first, which is smaller in some) with default options, in bf16, at `hidden_size`
-{hidden} and `num_heads` {heads}; state: of one sequence after {length} tokens. Can:
+Parameters and decoding state are those of one layer with default options, in bf16, at `hidden_size` {hidden} and
+`num_heads` {heads}; the layer is not a model's first, which is smaller with some mixers. The state is that of one
+sequence after {length} tokens. Letters in the column "can":
 {letters}."""
 
 
 def markdown(hidden: int, heads: int, length: int) -> str:
-    """The page about all mixers; the same on every machine."""
+    """Writes the page about all mixers, docs/mixers.md; its text is the same on every machine."""
     rows = [describe_mixer(name, hidden, heads, length) for name in sorted(MIXERS)]
     lines = [
         *HEADER.format(hidden=hidden, heads=heads, length=length, letters=letters()).splitlines(),
@@ -154,7 +156,7 @@ def markdown(hidden: int, heads: int, length: int) -> str:
 
 
 def section(row: dict[str, Any]) -> Iterator[str]:
-    """One mixer's heading, what its sources say of it, and its options."""
+    """Yields the lines about one mixer: heading, docstrings of its module and class, recurrence and options."""
     cls = mixer_class(row["name"])
     module = sys.modules[cls.__module__]
     yield from ("", f"## {row['name']}", "", inspect.cleandoc(module.__doc__ or ""), "", f"`{row['recurrence']}`")
@@ -167,7 +169,7 @@ def section(row: dict[str, Any]) -> Iterator[str]:
 
 
 def option(config: type[MixerConfig], field: dataclasses.Field[Any]) -> str:
-    """One row of a mixer's table of options."""
+    """Writes one row of a mixer's table of options."""
     choices, default = field.metadata.get("choices"), json.dumps(getattr(config(), field.name))
     kind = ", ".join(json.dumps(c) for c in choices) if choices else str(field.type).replace("None", "null")
     return table_row(f"`{field.name}`", kind, f"`{default}`", field.metadata["doc"])
@@ -178,7 +180,5 @@ def table_row(*cells: str) -> str:
 
 
 def links(papers: str) -> str:
+    """Turns every "arXiv NUMBER" of `papers` into a Markdown link."""
     return re.sub(r"arXiv (\S+?\.\d+)", r"[\1](https://arxiv.org/abs/\1)", papers)
-
-
-# -- command ----------------------------------------------------------------------------------------------------------

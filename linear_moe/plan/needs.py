@@ -1,6 +1,7 @@
-"""What a mixer asks of the other ranks of its sequences, found by running it without contents (on the meta device).
+"""Exchanges that a mixer needs between the ranks of a sequence, measured by running it on the meta device.
 
-No mixer declares this: whatever asks for the pieces of a sequence (`ops.sequence.Pieces`) is seen here with its shapes.
+Mixers do not declare their exchanges. A recorder takes the place of the pieces of a sequence (`ops.sequence.Pieces`)
+and notes the shapes of all tensors that ops hand to it.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from linear_moe.modeling.mixers.base import Mixer
 from linear_moe.modeling.ops.sequence import FromState, pieces_of
 from linear_moe.modeling.tokens import TokenLayout
 
-TOKENS = 128  # of the row that is run; a whole number of any recurrence's chunks
+TOKENS = 128  # length of the row that is run: a whole number of chunks for every recurrence
 
 
 @dataclass(frozen=True)
 class CarriedState:
-    """A state that goes from piece to piece.
+    """Recurrent state of a mixer that is carried from piece to piece of a sequence.
 
     Attributes:
-        numbers: of a row's state, a complex one counted as two.
-        transition: of what a piece does to it, likewise; 0 where nothing outlasts a piece.
-        flops: of a token's part in the summary, matrix products, in the forward pass and in the backward pass.
-        inputs: bytes of a token that the summary reads.
-        serial: known only after the piece before has been computed, so that ranks work one after the other.
+        numbers: real numbers in the state of one row; a complex number counts as two.
+        transition: real numbers in the transition of one row's piece; 0 if a piece leaves nothing of the state before.
+        flops: FLOPs per token of the matrix products of a piece's summary, in the forward and in the backward pass.
+        inputs: bytes per token of the tensors from which the summary is computed.
+        serial: whether a piece needs the state that the piece before has computed, so that ranks work one after the
+            other.
     """
 
     numbers: int
@@ -43,11 +45,12 @@ class CarriedState:
 
 @dataclass(frozen=True)
 class TokenKeys:
-    """Of a token, what softmax attention makes keys and values of, for later tokens to see.
+    """Tensors from which softmax attention makes the key and value of a token, and which ranks therefore exchange.
 
     Attributes:
-        numbers, size: so many, in so many bytes.
-        window: tokens that see it, itself included; None: all later ones.
+        numbers: elements per token.
+        size: bytes per token.
+        window: number of tokens that attend to a token, itself included; None: all later tokens.
     """
 
     numbers: int
@@ -57,14 +60,17 @@ class TokenKeys:
 
 @dataclass(frozen=True)
 class SequenceNeeds:
-    """Of one layer, on one tensor rank.
+    """Exchanges that one layer needs between the ranks of a sequence, with the sizes of one tensor rank.
 
     Attributes:
-        heads: by which the recurrence, or attention, can be shared out instead of by tokens.
-        inputs: of what it is computed from, (heads, bytes of a token); each of fewer heads is used by several.
-        output: bytes of a token of its output.
-        gap: FLOPs of a token in the output projection: the gradient of its weight is computed while the gradients of
-            states travel (`modeling/later.py`).
+        states: recurrent states that are carried from piece to piece.
+        keys: tensors of keys and values, one entry for every call of softmax attention.
+        heads: heads of the recurrence or attention; ranks could share out heads instead of tokens.
+        inputs: (heads, bytes per token) of every input of the recurrence or attention; one head of an input that has
+            fewer than `heads` is used by several heads.
+        output: bytes per token of the output of the recurrence or attention.
+        gap: FLOPs per token of the weight gradient of the output projection, which is computed while the gradients of
+            states travel (`modeling/deferred.py`).
     """
 
     states: tuple[CarriedState, ...]
@@ -76,7 +82,7 @@ class SequenceNeeds:
 
 
 class _Recorder:
-    """See `ops.sequence.Pieces`: notes what it is asked for; whole sequences of its own are all that it gives."""
+    """Stand-in for `ops.sequence.Pieces` that notes every call, and answers as if the local row were the sequence."""
 
     sequences, packed = 1, False
 
@@ -119,8 +125,8 @@ class _Recorder:
         else:
             (transition, _), flops = self._counted(summary, *inputs, skip=0)
             self._note(transition, state, (flops, 2 * flops), inputs)
-        found: Tensor = outputs
-        return found
+        local: Tensor = outputs
+        return local
 
     def all_tokens(self, x: Tensor) -> Tensor:
         return x
@@ -129,10 +135,10 @@ class _Recorder:
         return x
 
     def _counted(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> tuple[Any, float]:
-        """What it gives, and FLOPs per token of its matrix products."""
+        """Calls `function`; returns its value, and the FLOPs per token of its matrix products."""
         with FlopCounterMode(display=False) as counter:
-            found = function(*inputs, **options)
-        return found, counter.get_total_flops() / self.length
+            value = function(*inputs, **options)
+        return value, counter.get_total_flops() / self.length
 
     def _note(
         self,
@@ -143,8 +149,8 @@ class _Recorder:
         serial: bool = False,
     ) -> None:
         read = sum(_bytes(x) for x in inputs if x is not None) / self.length
-        does = 0 if transition is None else _numbers(transition)
-        self.states_.append(CarriedState(_numbers(state), does, flops, read, serial))
+        size = 0 if transition is None else _numbers(transition)
+        self.states_.append(CarriedState(_numbers(state), size, flops, read, serial))
 
     def attention(
         self,
@@ -157,31 +163,34 @@ class _Recorder:
     ) -> Tensor:
         k, v = expand(*shared)
         self.attended += [q, k, v]
-        numbers, size = (sum(of(x) for x in shared) // self.length for of in (_numbers, _bytes))
+        numbers, size = (sum(measure(x) for x in shared) // self.length for measure in (_numbers, _bytes))
         self.keys_.append(TokenKeys(numbers, size, window))
         return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 def layer_needs(layers: Mapping[int, Any]) -> dict[int, SequenceNeeds]:
-    """Of `Layer`s on the meta device, by number, in the model's order; layers alike are run once."""
+    """Returns the needs of `Layer`s on the meta device by layer number; of layers that are alike, one is run.
+
+    `layers` must be in the model's order: earlier layers leave tensors for later ones.
+    """
     shared: dict[str, Tensor] = {}
     known: dict[tuple[Any, ...], SequenceNeeds] = {}
-    found = {}
+    needs = {}
     for number, layer in layers.items():
         mixer = layer.mixer
         key = repr(mixer.config), tuple(p.shape for p in mixer.parameters()), *sorted(shared)
         if key not in known:
             known[key] = mixer_needs(mixer, shared)
-        found[number] = known[key]
-    return found
+        needs[number] = known[key]
+    return needs
 
 
 def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None, tokens: int = TOKENS) -> SequenceNeeds:
-    """Of one mixer on the meta device.
+    """Runs one mixer on the meta device and returns what it needs of the other ranks of its sequences.
 
     Args:
-        shared: what layers before have left (`TokenLayout.shared`); it leaves its own there.
-        tokens: of a piece; only of very short ones does it matter.
+        shared: tensors that earlier layers have left for this one (`TokenLayout.shared`); the mixer adds its own.
+        tokens: length of the piece that is run; the result depends on the length only where it is very short.
     """
     recorder, dtype = _Recorder(tokens), mixer.host.dtype
     positions = torch.empty(1, tokens, dtype=torch.int64, device="meta")
@@ -199,7 +208,7 @@ def mixer_needs(mixer: Mixer, shared: dict[str, Tensor] | None = None, tokens: i
 
 
 def _heads(x: Tensor, heads: int) -> int:
-    """By which an input `[B, T, ..., H, ...]` or `[B, T, C]` splits; 1: every head uses all of it."""
+    """Number of heads in an input `[B, T, ..., H, ...]` or `[B, T, C]`; 1 if every head uses the whole input."""
     return heads if heads in x.shape[2:] else x.shape[2] if x.ndim > 3 else 1
 
 

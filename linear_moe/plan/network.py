@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from linear_moe.gpus import GPU
 
 LATENCY = 20e-6
+"""Seconds that any collective or message takes besides the transfer of its bytes (assumed)."""
 
 
 LINK_STEP, NETWORK_STEP = 1.9e-6, 4.0e-6
-"""As NCCL's own model has them for rings over NVLink and over a network (src/graph/tuning.cc, protocol LL128)."""
+"""Seconds of a step of a ring within a node and to another one: NCCL's own model has these numbers for NVLink and for
+a network (src/graph/tuning.cc, protocol LL128)."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs in nodes.
+    """GPUs of one kind, in nodes.
 
     Attributes:
-        node: GPUs in one.
-        latency: seconds that any collective or message takes.
+        node: GPUs in a node.
+        latency: seconds that any collective or message takes besides the transfer of its bytes.
     """
 
     gpu: GPU
@@ -29,7 +31,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Group:
-    """A process group's members, and how data travels between them."""
+    """Process group, by its size and by how many members share a node, and the time of its collectives."""
 
     ranks: int
     in_node: int  # members in one node
@@ -37,6 +39,7 @@ class Group:
 
     @classmethod
     def of(cls, ranks: list[int], cluster: Cluster) -> Group:
+        """Makes the group of global `ranks`, numbered node by node."""
         nodes = len({rank // cluster.node for rank in ranks})
         return cls(len(ranks), -(-len(ranks) // nodes), cluster)
 
@@ -45,7 +48,7 @@ class Group:
         return -(-self.ranks // self.in_node)
 
     def ring(self, size: float) -> float:
-        """Seconds of an all-gather to, or reduce-scatter from, `size` bytes."""
+        """Seconds of an all-gather whose result has `size` bytes, or of a reduce-scatter whose input has."""
         if self.ranks == 1:
             return 0.0
         gpu = self.cluster.gpu
@@ -54,19 +57,19 @@ class Group:
         return self.cluster.latency + steps + size * (self.ranks - 1) / self.ranks / bandwidth
 
     def exchange(self, size: float) -> float:
-        """Seconds of an all-to-all of `size` bytes of each rank."""
+        """Seconds of an all-to-all into which every rank puts `size` bytes."""
         if self.ranks == 1:
             return 0.0
         gpu, outside = self.cluster.gpu, self.ranks - self.in_node
         return self.cluster.latency + size / self.ranks * ((self.in_node - 1) / gpu.link + outside / gpu.network)
 
     def send(self, size: float) -> float:
-        """Seconds of `size` bytes to the neighbour."""
+        """Seconds of a message of `size` bytes to the next rank of the group."""
         if self.ranks == 1:
             return 0.0
         return self.hop(size, self.in_node == 1)
 
     def hop(self, size: float, away: bool) -> float:
-        """Seconds of a message of `size` bytes to a member in the same node, or in another (`away`)."""
+        """Seconds of a message of `size` bytes to a member in the same node or, if `away`, in another node."""
         gpu = self.cluster.gpu
         return self.cluster.latency + size / (gpu.network if away else gpu.link)

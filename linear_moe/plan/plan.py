@@ -1,4 +1,4 @@
-"""What a configuration costs, from its model built on the meta device: parameters, FLOPs and a rank's memory."""
+"""Parameters, FLOPs and a rank's memory of a configuration, counted on its model built on the meta device."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from linear_moe.plan.ranks import RankModels
 
 @dataclass(frozen=True)
 class LayerPlan:
+    """Types of one layer's mixer and FFN, its parameters, and how many of them one token meets."""
+
     mixer: str
     ffn: str
     params: int
@@ -29,11 +31,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Parameters are counted once over all ranks; memory is that of the rank that needs most.
+    """Costs of a configuration: parameters, counted once over all ranks, FLOPs, and memory of the fullest rank.
 
     Attributes:
-        active_params: those that one token meets: of the routed experts, top_k.
-        forward_flops: per token, at training.sequence_length; training costs three times that.
+        active_params: parameters that one token meets; of the routed experts, only top_k are counted.
+        forward_flops: FLOPs per token of a forward pass at training.sequence_length; training costs three times that.
+        memory: bytes by the KINDS of `memory`.
     """
 
     layers: list[LayerPlan]
@@ -64,7 +67,7 @@ class Plan:
 
 
 def make_plan(config: Config, world: int | None = None) -> Plan:
-    """The plan for `world` ranks (None: the fewest possible); raises ConfigError when the config cannot run on them."""
+    """Makes the plan for `world` ranks (None: the fewest possible); raises ConfigError if the config cannot run so."""
     world = smallest_world(config.parallel) if world is None else world
     validate(config, world, files=False)
     layout = parallel_layout(config, world)
@@ -84,6 +87,6 @@ def make_plan(config: Config, world: int | None = None) -> Plan:
 
 
 def _count(module: nn.Module, config: Config) -> tuple[int, int]:
-    """(total, active) parameters."""
+    """Counts all parameters of a module, and those that one token meets."""
     parameters = _parameters(module)
     return sum(p.numel() for p in parameters), sum(active(p, config) for p in parameters)

@@ -1,4 +1,4 @@
-"""What sharing out sequences costs, as a drawing."""
+"""Drawing of a simulation of sequence parallelism, as SVG."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from linear_moe.plan.simulate import WAYS, LayerKind, SimulatedLayer, Simulation
 from linear_moe.plan.traffic import HEADS
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480, 320, 60, 40, 50  # of one kind of layer
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 480, 320, 60, 40, 50  # size and margins of one panel, in pixels
 
 
 def svg(simulation: Simulation, title: str) -> str:
-    """For each kind of layer, by GPUs: what a layer costs for sharing out sequences, by every way, and its compute."""
+    """Draws a panel for each kind of layer: milliseconds over GPUs that each way adds, and the layer's compute."""
     kinds = simulation.kinds
     size = f'width="{WIDTH * len(kinds)}" height="{HEIGHT}"'
     parts = [
@@ -27,7 +27,7 @@ def svg(simulation: Simulation, title: str) -> str:
 
 
 def panel(simulation: Simulation, kind: LayerKind, title: str) -> list[str]:
-    """Both axes logarithmic; a way ends where it cannot be."""
+    """Draws one kind of layer, with both axes logarithmic; the curve of a way ends where the way is impossible."""
     curves = {way: possible(simulation.of(kind, way)) for way in WAYS[kind.by]}
     lines = {way: [(row.world, 1e3 * row.exchange.cost()) for row in rows] for way, rows in curves.items()}
     lines = {way: [(world, y) for world, y in points if y > 0] for way, points in lines.items()}
@@ -42,8 +42,8 @@ def panel(simulation: Simulation, kind: LayerKind, title: str) -> list[str]:
         up = (math.log10(point[1]) - low) / max(high - low, 1)
         return LEFT + across * (WIDTH - LEFT - 15), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    def text(x: float, y: float, what: str, anchor: str = "middle", colour: str = "black") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(what)}</text>'
+    def text(x: float, y: float, content: str, anchor: str = "middle", colour: str = "black") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(content)}</text>'
 
     def line(points: Sequence[tuple[float, float]], style: str) -> str:
         where = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))
@@ -72,17 +72,20 @@ def panel(simulation: Simulation, kind: LayerKind, title: str) -> list[str]:
 
 
 def legend(way: str, possible: bool, costs: bool) -> str:
+    """Text of a way's curve; `costs`: the way adds time for some number of GPUs at which it is possible."""
     if way in HEADS.values():
         return f"{way}: at most as many GPUs as heads"
     return way if costs or not possible else f"{way}: all hidden"
 
 
 def possible(rows: dict[int, SimulatedLayer]) -> list[SimulatedLayer]:
+    """Rows of the numbers of GPUs at which a way is possible."""
     return [row for row in rows.values() if not row.reason]
 
 
 def by_world(curves: dict[str, list[SimulatedLayer]]) -> dict[int, list[SimulatedLayer]]:
-    found: dict[int, list[SimulatedLayer]] = {}
+    """Groups the rows of all ways by the number of GPUs."""
+    rows_of: dict[int, list[SimulatedLayer]] = {}
     for row in (row for rows in curves.values() for row in rows):
-        found.setdefault(row.world, []).append(row)
-    return found
+        rows_of.setdefault(row.world, []).append(row)
+    return rows_of

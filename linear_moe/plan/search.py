@@ -1,4 +1,4 @@
-"""Which layouts of a world fit into a GPU's memory, the fastest first, and why others do not."""
+"""Search for the layouts that fit into a GPU's memory, the fastest first, with the reasons against all others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from linear_moe.plan.ranks import RankModels, rank_chunks
 from linear_moe.plan.traffic import SequenceSplit
 
 HEADROOM = 0.1
-"""Of a GPU's memory, what is left to its driver, to communication buffers, to kernels and to fragmentation."""
+"""Share of a GPU's memory that is left to its driver, to communication buffers, to kernels and to fragmentation."""
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -34,15 +34,15 @@ RECOMPUTE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("full", ()),
     ("full", ("logits",)),
 )
-"""What of training.recompute and .recompute_modules is tried, from the fastest to the smallest."""
+"""Values of training.recompute and training.recompute_modules that are tried, from the fastest to the smallest."""
 VIRTUAL = (1, 2, 4)
-LEAST_TOKENS = 1024  # of a sequence on a rank: fewer keep no GPU busy
+LEAST_TOKENS = 1024  # tokens of a sequence on a rank: fewer do not keep a GPU busy
 EXCHANGES = {
     option.name: option.metadata["choices"]
     for option in fields(ParallelConfig)
     if option.name in ("sequence_layout", "sequence_exchange", "sequence_attention")
 }
-"""Of `parallel`, what is chosen where sequences are shared out."""
+"""Options of `parallel`, with their choices, of which the search takes the fastest if sequences are shared out."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class Candidate:
     """A layout with the settings that suit it best.
 
     Attributes:
-        memory: of the fullest rank, by the KINDS of `memory`; None: not legal.
-        seconds: of a step by kind, of which `total` is the sum; None: not legal, or too big.
-        reason: why it is not proposed; "" if it is.
+        config: the configuration with the layout's parallel sizes and settings.
+        layout: process groups; None if the layout is not legal.
+        memory: bytes of the fullest rank, by the KINDS of `memory`; None if the layout is not legal.
+        seconds: seconds of a step by kind, `total` is their sum; None if the layout is not legal, or too big.
+        reason: why the layout is not proposed; "" if it is.
     """
 
     config: Config
@@ -63,7 +65,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For example TP2 SP2 PP4x2 EP8, two chunks on each of four stages; sizes of 1 are left out."""
+        """Parallel sizes, as TP2 SP2 PP4x2 EP8 (two chunks on each of four stages); sizes of 1 are left out."""
         p = self.config.parallel
         sizes = {
             "TP": p.tensor,
@@ -77,7 +79,7 @@ class Candidate:
         return words.replace(" x", "x") or "DP only"
 
     def overrides(self) -> dict[str, Any]:
-        """By dotted path, what makes any config of this model this layout."""
+        """Options by dotted path that turn any configuration of this model into this layout."""
         paths = {
             "parallel": (
                 *("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "expert", "expert_tensor", "sequence"),
@@ -97,10 +99,10 @@ class Proposals:
 
     Attributes:
         limit: bytes that a rank may use.
-        flops: of a trained token, without recomputation.
-        fit: the fastest first.
-        big: legal, but over the limit whatever the settings; the smallest first.
-        illegal: refused by the validation.
+        flops: FLOPs of training on one token, without recomputation, over all ranks.
+        fit: layouts that fit, the fastest first.
+        big: legal layouts that exceed the limit with all settings that were tried, the smallest first.
+        illegal: layouts that the validation refuses.
     """
 
     world: int
@@ -112,7 +114,7 @@ class Proposals:
     illegal: list[Candidate]
 
     def speed(self, candidate: Candidate) -> dict[str, float]:
-        """Of one that fits, by the cost model: tokens per second and GPU, and the share of the GPU's peak."""
+        """Estimates tokens per second and GPU, and the share of the GPU's peak (MFU), of a layout that fits."""
         training = candidate.config.training
         assert candidate.seconds is not None
         tokens = training.global_batch * training.sequence_length / candidate.seconds["total"] / self.world
@@ -137,21 +139,21 @@ class Proposals:
 
 
 def propose(config: Config, world: int, cluster: Cluster) -> Proposals:
-    """Layouts of `world` GPUs for a configuration's model, sequence length, global batch and dtype.
+    """Proposes layouts of `world` GPUs for a configuration's model, sequence length, global batch and dtype.
 
-    What the configuration says of parallel sizes, micro-batch, recomputation, the distributed optimizer and its overlap
-    is not used.
+    The configuration's own parallel sizes, micro-batch, recomputation, distributed optimizer and overlap are not used.
 
     Raises:
-        ConfigError: no layout makes this configuration legal, or the world's size is none.
+        ConfigError: the configuration's model is invalid, so that no layout can make it legal, or `world` is not from 1
+            to MAX_WORLD.
     """
     check("--world", world, lambda n: 1 <= n <= MAX_WORLD, f"must be from 1 to {MAX_WORLD}")
     limit = (1 - HEADROOM) * cluster.gpu.memory_gib * 2**30
     search = _Search(config, world, cluster, limit)
-    found = [search.best(parallel) for parallel in search.shapes()]
-    fit = sorted((c for c in found if c.seconds is not None), key=lambda c: c.seconds["total"])  # type: ignore[index]
-    big = sorted((c for c in found if c.memory and c.seconds is None), key=lambda c: c.memory["total"])  # type: ignore[index]
-    illegal = [c for c in found if c.memory is None]
+    candidates = [search.best(parallel) for parallel in search.shapes()]
+    fit = sorted((c for c in candidates if c.seconds is not None), key=lambda c: c.seconds["total"])  # type: ignore[index]
+    big = sorted((c for c in candidates if c.memory and c.seconds is None), key=lambda c: c.memory["total"])  # type: ignore[index]
+    illegal = [c for c in candidates if c.memory is None]
     return Proposals(world, cluster, limit, 3 * search.flops.total, fit, big, illegal)
 
 
@@ -160,11 +162,11 @@ class _Search:
         self.config, self.world, self.cluster, self.limit = config, world, cluster, limit
         self.models = RankModels(config, vocab_size(config))
         self.flops = forward_flops(config)
-        self.splits: dict[int, list[int]] = {}  # chunks of a pipeline -> layers of each
-        self.ways: dict[tuple[int, int], dict[str, Any]] = {}  # tensor and sequence -> the best of EXCHANGES
+        self.splits: dict[int, list[int]] = {}  # number of chunks -> layers of each chunk
+        self.fastest: dict[tuple[int, int], dict[str, Any]] = {}  # (tensor, sequence) -> the fastest of EXCHANGES
 
     def shapes(self) -> Iterator[ParallelConfig]:
-        """Parallel sizes that the world's size allows, tensor ranks within a node."""
+        """Yields all parallel sizes that the world's size allows, with tensor ranks within a node."""
         model, parallel, world, node = self.config.model, self.config.parallel, self.world, self.cluster.node
         experts = model.moe.num_experts if any(layer.ffn == "moe" for layer in resolve_layers(model)) else 1
         most = max(1, self.config.training.sequence_length // LEAST_TOKENS)
@@ -176,37 +178,37 @@ class _Search:
                         for virtual in VIRTUAL if pipeline > 1 else (1,):
                             if pipeline * virtual <= model.num_layers:
                                 sizes = tensor, parallel.tensor_sequence, pipeline, virtual, None, expert, expert_tensor
-                                found = ParallelConfig(*sizes, sequence)
+                                shape = ParallelConfig(*sizes, sequence)
                                 if sequence > 1:
-                                    found.sequence_dtype = parallel.sequence_dtype
-                                yield found
+                                    shape.sequence_dtype = parallel.sequence_dtype
+                                yield shape
 
     def exchanges(self, parallel: ParallelConfig) -> ParallelConfig:
-        """The same sizes with the layout and the exchanges of sequences that take the least time."""
+        """Returns the same parallel sizes with the fastest layout, exchange and attention of sequences (EXCHANGES)."""
         if parallel.sequence == 1:
             return parallel
-        key = parallel.tensor, parallel.sequence  # other sizes do not matter
-        if key not in self.ways:
-            choices = (dict(zip(EXCHANGES, choice, strict=True)) for choice in product(*EXCHANGES.values()))
-            configs = ((way, replace(self.config, parallel=replace(parallel, **way))) for way in choices)
-            legal = ((way, self.sequence_seconds(config)) for way, config in configs if not refused(config))
-            self.ways[key], _ = min(legal, key=lambda found: found[1])
-        return replace(parallel, **self.ways[key])
+        key = parallel.tensor, parallel.sequence  # the other sizes do not change which choice is the fastest
+        if key not in self.fastest:
+            choices = (dict(zip(EXCHANGES, values, strict=True)) for values in product(*EXCHANGES.values()))
+            configs = ((choice, replace(self.config, parallel=replace(parallel, **choice))) for choice in choices)
+            legal = ((choice, self.sequence_seconds(config)) for choice, config in configs if not refused(config))
+            self.fastest[key], _ = min(legal, key=lambda timed: timed[1])
+        return replace(parallel, **self.fastest[key])
 
     def sequence_seconds(self, config: Config) -> float:
-        """What all layers take of a micro-batch, one row, with what they exchange."""
+        """Seconds of all layers, with their exchanges of sequences, for a micro-batch of one row."""
         config = replace(config, training=replace(config.training, micro_batch=1))
         layers, needs = self.models(config.parallel).layers, self.models.needs(config.parallel)
         tensor, sequence = config.parallel.tensor, config.parallel.sequence
         group = Group.of(list(range(0, tensor * sequence, tensor)), self.cluster)
         split = SequenceSplit.of(config)
-        found = (layer_seconds(config, i, layers[str(i)], self.flops, group, needs[i], split) for i in needs)
-        return sum(compute + exchange.cost() for compute, exchange in found)
+        costs = (layer_seconds(config, i, layers[str(i)], self.flops, group, needs[i], split) for i in needs)
+        return sum(compute + exchange.cost() for compute, exchange in costs)
 
     def settings(self, parallel: ParallelConfig) -> Iterator[list[Config]]:
-        """Those tried for one choice of parallel sizes: for each micro-batch, from the fastest to the smallest.
+        """Yields for each micro-batch the configurations to try, from the fastest to the smallest, at given sizes.
 
-        With replicas always the distributed optimizer, overlapped: without it no rank is smaller or faster.
+        With replicas, the optimizer is always distributed and overlapped: nothing else makes a rank smaller or faster.
         """
         config, replicas = self.config, self.world // (parallel.tensor * parallel.pipeline)
         optimizer = config.optimizer
@@ -226,7 +228,7 @@ class _Search:
                 ]
 
     def best(self, parallel: ParallelConfig) -> Candidate:
-        """The fastest settings that fit; if none does, the smallest; if none is legal, the first."""
+        """Returns the fastest settings that fit; if none fit, the smallest; if none are legal, the first."""
         illegal: Candidate | None = None
         smallest: tuple[int, Candidate] | None = None
         fastest: tuple[float, Candidate] | None = None
@@ -240,7 +242,7 @@ class _Search:
             configs = [replace(config, parallel=chosen) for config in configs]
             rank = rank or self.rank(configs[0])
             if smallest is not None and rank.state > self.limit:
-                break  # the smallest micro-batch has been tried
+                break  # too big without activations; the smallest micro-batch, already tried, needs the least memory
             for config in configs:
                 memory = rank.memory(config)
                 candidate = Candidate(config, rank.layout, memory)
@@ -257,9 +259,9 @@ class _Search:
                 break
         if fastest is not None:
             return fastest[1]
-        found = illegal if smallest is None else smallest[1]
-        assert found is not None
-        return found
+        rejected = illegal if smallest is None else smallest[1]
+        assert rejected is not None
+        return rejected
 
     def rank(self, config: Config) -> _Rank:
         parallel = config.parallel
@@ -271,17 +273,17 @@ class _Search:
 
 
 class _Rank:
-    """The ranks of one choice of parallel sizes; what does not depend on the other settings is computed once."""
+    """Ranks of one choice of parallel sizes, with everything that is the same for all other settings computed once."""
 
     def __init__(self, config: Config, world: int, models: RankModels):
         self.layout, model = parallel_layout(config, world), models(config.parallel)
         self.needs = models.split_needs(config.parallel)
         self.stages = [rank_chunks(config, model, stage) for stage in range(self.layout.pipeline)]
         self.states = [state_bytes(config, self.layout, chunks, i) for i, chunks in enumerate(self.stages)]
-        self.state = max(sum(kinds.values()) for kinds in self.states)  # of the fullest, without activations
+        self.state = max(sum(kinds.values()) for kinds in self.states)  # bytes of the fullest rank, without activations
 
     def memory(self, config: Config) -> dict[str, int]:
-        """Of the fullest rank."""
+        """Bytes of the fullest rank, by the KINDS of `memory`."""
         kinds = (
             with_total(state | activation_bytes(config, self.layout, chunks, stage, self.needs))
             for stage, (state, chunks) in enumerate(zip(self.states, self.stages, strict=True))
@@ -290,7 +292,7 @@ class _Rank:
 
 
 def refused(config: Config, world: int | None = None) -> str:
-    """Why the validation refuses it; "" if it does not."""
+    """Returns the reason for which the validation refuses `config`; "" if it does not."""
     try:
         validate_fields(config, world)
     except ConfigError as error:
@@ -299,9 +301,11 @@ def refused(config: Config, world: int | None = None) -> str:
 
 
 def divisors(number: int, most: int) -> list[int]:
+    """Divisors of `number` up to `most`, in ascending order."""
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
 def too_big(memory: dict[str, int], limit: float) -> str:
+    """Text of the reason against a layout whose `memory` exceeds `limit` bytes."""
     parts = ", ".join(f"{kind} {bytes_ / 2**30:.1f}" for kind, bytes_ in memory.items() if kind != "total")
     return f"needs {memory['total'] / 2**30:.2f} of {limit / 2**30:.2f} GiB: {parts}"

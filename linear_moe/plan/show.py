@@ -1,4 +1,4 @@
-"""What `linear-moe plan` found, on the terminal."""
+"""Terminal output of `linear-moe plan`: a plan, or a list of layouts, as tables."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from linear_moe.plan.memory import KINDS
 from linear_moe.plan.plan import Plan
 from linear_moe.plan.search import Candidate, Proposals
 
-ROWS = 12  # of a table or list of layouts; --json has all
+ROWS = 12  # rows of a table or list of layouts that are shown; --json prints all of them
 
 
 def human(number: float, unit: str = "", base: int = 1000) -> str:
-    """3 significant digits with a prefix: 2.49 B parameters, 1.96 GFLOP, 4.63 GiB (base 1024)."""
+    """Formats a number with 3 significant digits and a prefix: 2.49 B parameters, 1.96 GFLOP, 4.63 GiB (base 1024)."""
     prefixes = ("", "k", "M", "G", "T", "P") if unit else ("", "k", "M", "B", "T")
     power = 0
     while number >= base and power < len(prefixes) - 1:
@@ -26,6 +26,7 @@ def human(number: float, unit: str = "", base: int = 1000) -> str:
 
 
 def show_table(name: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Prints a table under its name; without a header if the first column has no name."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -42,7 +43,7 @@ def show_table(name: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ..
 
 
 def show(plan: Plan, config: Config, title: str) -> None:
-    """The plan as tables on the terminal."""
+    """Prints the plan as tables."""
     layers = [(str(i), p.mixer, p.ffn, human(p.params), human(p.active_params)) for i, p in enumerate(plan.layers)]
     columns = ("layer", "mixer", "ffn", "parameters", "active per token")
     show_table(f"{title}: {len(layers)} layers, {config.model.pattern}", columns, layers)
@@ -70,13 +71,16 @@ def show(plan: Plan, config: Config, title: str) -> None:
 
 
 def word(value: object) -> str:
-    """As an override on the command line."""
+    """Writes a value as in an override on the command line."""
     text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool | None) else str(value)
     return f"'{text}'" if isinstance(value, list) else text
 
 
 def show_layouts(proposals: Proposals, config: Config, path: str) -> None:
-    """The layouts that fit as a table, and a line for each other one; the first of many. `path`: of the config."""
+    """Prints the layouts that fit as a table, and the others by the reason against them; at most ROWS of each.
+
+    `path` is the file of the configuration.
+    """
     world, gpu = proposals.world, proposals.cluster.gpu
     limit = proposals.limit / 2**30
 
@@ -103,8 +107,8 @@ def show_layouts(proposals: Proposals, config: Config, path: str) -> None:
     count = f"{len(proposals.fit)} layouts fit"
     title = f"{path} on {world} GPUs, {memory}: {count}"
     if proposals.fit:
-        more = f", the first {ROWS} of them" if len(proposals.fit) > ROWS else ""
-        show_table(title + more, columns, map(row, proposals.fit[:ROWS]))
+        limited = f", the first {ROWS} of them" if len(proposals.fit) > ROWS else ""
+        show_table(title + limited, columns, map(row, proposals.fit[:ROWS]))
         given = Candidate(config).overrides()
         changes = {name: value for name, value in proposals.fit[0].overrides().items() if value != given[name]}
         print(" ".join(["The fastest:", path, *(f"{name}={word(value)}" for name, value in changes.items())]))

@@ -1,7 +1,7 @@
-"""What sharing out sequences costs a layer on any number of GPUs, by every way of doing it: on paper, from bandwidths.
+"""Simulation of sequence parallelism: the cost of a layer on any number of GPUs, calculated from bandwidths.
 
-One sequence at a time is shared out over all GPUs, `parallel.tensor` of which share out its heads besides. Compute is
-`cost`'s, what is sent `exchange`'s.
+One sequence at a time is shared out over groups of `parallel.tensor` GPUs, and each group shares out the heads. The
+seconds of compute come from `cost`, the bytes and seconds of messages from `traffic`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ from linear_moe.plan.network import Cluster, Group
 from linear_moe.plan.ranks import RankModels
 from linear_moe.plan.traffic import HEADS, KEYS, STATES, LayerTraffic, SequenceSplit
 
-SMALLEST, LARGEST = 8, 4096  # worlds
+SMALLEST, LARGEST = 8, 4096  # GPUs
 WAYS = {"exchange": (*STATES, HEADS["exchange"]), "attention": (*KEYS, HEADS["attention"])}
-"""Of sharing out recurrences, and softmax attention."""
+"""Ways of sharing out a sequence, for recurrences ("exchange") and for softmax attention ("attention")."""
 SCHEMES = (("all_gather", "all_gather"), ("all_gather", "ring"), ("ring", "ring"), ("heads", "ulysses"))
-"""Of a whole model, by both kinds."""
+"""Ways of a whole model: of its recurrences, and of its softmax attention."""
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers alike.
+    """Layers of a model that have the same mixer, FLOPs and exchanges.
 
     Attributes:
-        number: of the first one.
-        layers: how many of the model's; 0: it has none, they are softmax attention to compare with.
-        by: which of WAYS there are for them.
+        mixer: type of the mixer.
+        number: index of the first of these layers.
+        layers: number of these layers in the model; 0: the model has none, and softmax attention is simulated to
+            compare with.
+        by: the key of WAYS under which these layers' ways are listed.
+        needs: exchanges that each of these layers needs between the ranks of a sequence.
     """
 
     mixer: str
@@ -54,11 +57,11 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class SimulatedLayer:
-    """One layer, one micro-batch of one sequence, forward and backward, on one number of GPUs in one way.
+    """Cost of one layer for one sequence, forward and backward, on `world` GPUs in one way of sharing it out.
 
     Attributes:
-        compute: seconds of the busiest rank, without what there is only for sharing sequences out.
-        reason: why it cannot be; "" if it can.
+        compute: seconds of the busiest rank, without the work that only sharing out the sequence makes necessary.
+        reason: why the layer cannot run in this way on so many GPUs; "" if it can.
     """
 
     world: int
@@ -78,7 +81,7 @@ class SimulatedLayer:
         if self.reason:
             return where | {"reason": self.reason}
         names = ("sent", "received", "hidden", "exposed")
-        sent, received, hidden, exposed = (self.exchange.totals(of) for of in names)
+        sent, received, hidden, exposed = (self.exchange.totals(name) for name in names)
         return where | {
             "sent_bytes": {"forward": sent[0], "backward": sent[1]},
             "received_bytes": {"forward": received[0], "backward": received[1]},
@@ -96,39 +99,46 @@ class SimulatedLayer:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Attributes:
-    lengths: of sequences, by world.
+    """Simulated costs of all kinds of layers of a model, in all ways, on several numbers of GPUs.
+
+    Attributes:
+        lengths: tokens of a sequence, by the number of GPUs.
+        rows: one entry for every number of GPUs, kind of layer and way.
+        outside: seconds of the head, by the number of GPUs.
     """
 
     cluster: Cluster
     lengths: dict[int, int]
     rows: list[SimulatedLayer]
-    outside: dict[int, float]  # seconds of the head, by world
+    outside: dict[int, float]
 
     @cached_property
     def kinds(self) -> list[LayerKind]:
         return list(dict.fromkeys(row.kind for row in self.rows))
 
     def of(self, kind: LayerKind, way: str) -> dict[int, SimulatedLayer]:
-        """By world."""
+        """The rows of one kind of layer and one way, by the number of GPUs."""
         return {row.world: row for row in self.rows if row.kind == kind and row.way == way}
 
     def models(self) -> Iterator[dict[str, Any]]:
-        """All layers and the head together, by world and by SCHEMES: those of a model of one kind once."""
+        """Yields the cost of all layers and the head together for every number of GPUs and every scheme of SCHEMES.
+
+        Schemes that are alike for the model, because it has only recurrences or only attention, are yielded once.
+        """
         kinds = [kind for kind in self.kinds if kind.layers]
         present = {kind.by for kind in kinds}
         schemes = (tuple((by, way) for by, way in zip(WAYS, ways, strict=True) if by in present) for ways in SCHEMES)
         for (world, length), scheme in product(self.lengths.items(), map(dict, dict.fromkeys(schemes))):
             if scheme:
                 rows = [self.of(kind, scheme[kind.by])[world] for kind in kinds]
-                found: dict[str, Any] = {"gpus": world, "sequence_length": length} | scheme
+                entry: dict[str, Any] = {"gpus": world, "sequence_length": length} | scheme
                 reason = next((row.reason for row in rows if row.reason), None)
                 if reason is None:
                     seconds = self.outside[world] + sum(row.kind.layers * row.seconds for row in rows)
                     extra = sum(row.kind.layers * row.exchange.cost() for row in rows)
                     tokens = length / world / seconds
-                    found |= {"seconds": seconds, "overhead": extra / seconds, "tokens_per_second_per_gpu": tokens}
-                yield found | {"reason": reason}
+                    entry |= {"seconds": seconds, "overhead": extra / seconds, "tokens_per_second_per_gpu": tokens}
+                yield entry | {"reason": reason}
 
     def to_json(self) -> dict[str, Any]:
         cluster, gpu = self.cluster, self.cluster.gpu
@@ -148,23 +158,24 @@ class Simulation:
 
 
 def worlds(largest: int) -> list[int]:
-    """8, 16, ... up to `largest`, and that."""
-    found, world = [], SMALLEST
+    """Numbers of GPUs to simulate: 8, 16, ... below `largest`, and `largest` itself."""
+    sizes, world = [], SMALLEST
     while world < largest:
-        found.append(world)
+        sizes.append(world)
         world *= 2
-    return [*found, largest]
+    return [*sizes, largest]
 
 
 def simulate(config: Config, sizes: list[int], cluster: Cluster, tokens: int, total: bool) -> Simulation:
-    """Of a model on each of `sizes` GPUs.
+    """Simulates a model on each number of GPUs in `sizes`.
 
     Args:
-        config: of its `parallel`, `tensor` and the layout of sequences count.
-        tokens: of a sequence, if `total`, else for each GPU.
+        config: the model's configuration; of its `parallel` only `tensor`, `tensor_sequence` and the layout, pieces and
+            dtype of sequences are used.
+        tokens: tokens of the sequence if `total`, else tokens of the sequence for each GPU.
 
     Raises:
-        ConfigError: sequences of this model cannot be shared out so.
+        ConfigError: sequences of this model cannot be shared out over one of these numbers of GPUs.
     """
     lengths = {world: tokens if total else tokens * world for world in sizes}
     model, rows, outside = _Model(config), list[SimulatedLayer](), {}
@@ -172,16 +183,16 @@ def simulate(config: Config, sizes: list[int], cluster: Cluster, tokens: int, to
     for world, length in lengths.items():
         split = at(config, world, length)
         outside[world] = model.head_seconds(split, cluster)
-        found = list(model.rows(split, world, cluster))
-        if not any(row.kind.needs.keys for row in found):
+        simulated = list(model.rows(split, world, cluster))
+        if not any(row.kind.needs.keys for row in simulated):
             others = softmax.rows(replace(split, model=softmax.config.model), world, cluster)
-            found += [replace(row, kind=replace(row.kind, layers=0)) for row in others]
-        rows += found
+            simulated += [replace(row, kind=replace(row.kind, layers=0)) for row in others]
+        rows += simulated
     return Simulation(cluster, lengths, rows, outside)
 
 
 def at(config: Config, world: int, length: int) -> Config:
-    """The configuration with one sequence of `length` tokens on `world` GPUs; raises ConfigError if it cannot be."""
+    """Returns the configuration with one sequence of `length` tokens on `world` GPUs; ConfigError if it is invalid."""
     tensor = config.parallel.tensor
     if world % tensor or not 1 <= world <= MAX_WORLD:
         raise ConfigError("--world", world, f"must be a multiple of parallel.tensor = {tensor}, at most {MAX_WORLD}")
@@ -191,13 +202,13 @@ def at(config: Config, world: int, length: int) -> Config:
     if parallel.sequence > 1:
         parallel.sequence_layout, parallel.sequence_dtype = given.sequence_layout, given.sequence_dtype
     training = replace(config.training, sequence_length=length, micro_batch=1)
-    found = replace(config, parallel=parallel, training=training)
-    validate_fields(found)
-    return found
+    changed = replace(config, parallel=parallel, training=training)
+    validate_fields(changed)
+    return changed
 
 
 class _Model:
-    """What does not depend on the number of GPUs is computed once."""
+    """Model to be simulated, with everything that is the same for all numbers of GPUs computed once."""
 
     def __init__(self, config: Config):
         rows = vocab_size(config)
@@ -206,11 +217,12 @@ class _Model:
         self.ranks = RankModels(config, rows)
 
     def head_seconds(self, config: Config, cluster: Cluster) -> float:
+        """Seconds of the head for a micro-batch, forward and backward."""
         rate = HEAD_SPEED * speed(cluster.gpu, config.parallel.tensor).together
         return 3 * rank_tokens(config) * forward_flops(config, self.plain).head / rate
 
     def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[SimulatedLayer]:
-        """Of one layer of each kind, in every way; `config`: this model's on `world` GPUs."""
+        """Simulates one layer of each kind in every way; `config` is this model's configuration on `world` GPUs."""
         parallel, length = config.parallel, padded_length(config)
         layers: Any = self.ranks(parallel).layers
         flops = forward_flops(config, self.plain)

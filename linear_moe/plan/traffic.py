@@ -1,10 +1,10 @@
-"""What layers send where sequences are shared out, and how long that takes: the only home of these formulas.
+"""Bytes and seconds of the messages between ranks that share out sequences: the only home of these formulas.
 
-docs/sequence_parallelism.md has them in words, tests/distributed/test_sequence_bytes.py holds them against the bytes
-counted at the collectives. Beside this framework's ways of exchanging states there is another one to compare with,
-`heads`: tokens of a layer's inputs are exchanged for heads before the recurrence, and back after it, as Megatron-Core
-does with Mamba-2 and Ulysses (arXiv 2309.14509) with attention. What it sends grows with the tokens, and there are only
-so many heads.
+docs/sequence_parallelism.md explains the formulas in words; tests/distributed/test_sequence_bytes.py compares them with
+the bytes counted at the collectives. To compare with this framework's ways of exchanging recurrent states, there is
+also `heads`, which the framework does not have: an all-to-all turns a share of a layer's tokens into a share of its
+heads before the recurrence, and another one turns them back after it. Megatron-Core does so with Mamba-2, and Ulysses
+(arXiv 2309.14509) with attention. The bytes of `heads` grow with the tokens, and it needs as many heads as ranks.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
 FP32 = 4  # bytes
 STEP_SECONDS = 10e-6
-"""Of one piece in the scan over all, and of one block that a ring passes on: the host launches its kernels."""
+"""Seconds in which the host launches the kernels of one piece in the scan over pieces, or of one block of a ring."""
 
 
 @dataclass(frozen=True)
 class SequenceSplit:
-    """How sequences are shared out.
+    """Division of a micro-batch's sequences into pieces on several ranks, and the ways of their exchanges.
 
     Attributes:
-        rows: of a micro-batch.
-        tokens: of a micro-batch on one rank.
-        exchange: of states, one of STATES.
-        attention: of keys and values, one of KEYS.
-        number: bytes of a state's number on its way.
+        order: which rank holds which pieces.
+        rows: rows of a micro-batch.
+        tokens: tokens of a micro-batch on one rank.
+        exchange: way of exchanging recurrent states: one of STATES, or "heads".
+        attention: way of exchanging keys and values: one of KEYS, or "ulysses".
+        number: bytes of one number of a state while the state travels.
     """
 
     order: PieceOrder
@@ -56,7 +57,13 @@ class SequenceSplit:
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOPs per second of a rank, and of those together that share out its heads; bytes per second of its memory."""
+    """Speed of a rank.
+
+    Attributes:
+        rate: FLOPs per second of the rank alone.
+        together: FLOPs per second of all tensor ranks that share out the heads.
+        bandwidth: bytes per second of the rank's memory.
+    """
 
     rate: float
     together: float
@@ -65,14 +72,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class Message:
-    """What one exchange sends in one pass.
+    """One exchange of a layer in one pass, forward or backward.
 
     Attributes:
-        sent: bytes that a rank hands to collectives, the rank that sends most.
+        sent: bytes handed to collectives by the rank that sends most.
         received: bytes that a rank gets from others.
-        seconds: it takes.
+        seconds: duration of the exchange.
         beside: seconds of local work that goes on meanwhile.
-        kept: what it brings is: a backward pass that computes activations again does not send it again.
+        kept: whether the received tensors are kept, so that a backward pass that computes activations again does not
+            repeat the exchange.
     """
 
     sent: float
@@ -91,12 +99,15 @@ class Message:
 
 
 Messages = tuple[Message, Message]
-"""Of the forward and of the backward pass."""
+"""Messages of one exchange in the forward pass and in the backward pass."""
 
 
 @cache
 def hops(order: PieceOrder, forward: bool, rank: int | None = None) -> int:
-    """From how many pieces `rank` (None: the one with most) sends the state to another rank, with states in a ring."""
+    """Number of pieces after which `rank` must send the state to another rank, if states go from piece to piece.
+
+    `rank` None: the most of any rank.
+    """
     if rank is None:
         return max(hops(order, forward, rank) for rank in range(order.size))
     step = 1 if forward else -1
@@ -105,7 +116,7 @@ def hops(order: PieceOrder, forward: bool, rank: int | None = None) -> int:
 
 
 def state_sent(state: CarriedState, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
-    """Bytes that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
+    """Bytes of a state that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
     size, pieces = split.number * split.rows, split.order.per_rank
     if split.exchange == "ring" or state.serial:
         forward, backward = (hops(split.order, direction, rank) for direction in (True, False))
@@ -115,13 +126,14 @@ def state_sent(state: CarriedState, split: SequenceSplit, rank: int | None = Non
 
 @cache
 def in_reach(order: PieceOrder, length: int, window: int, rank: int | None = None) -> tuple[int, int]:
-    """Of a row in pieces of `length` tokens: how many tokens of `rank` others see, and how many of theirs it sees.
+    """Counts tokens of one row that cross ranks in attention with a window, if pieces have `length` tokens.
 
-    None: the most of the first, the middle and the last rank.
+    Returns the tokens of `rank` that other ranks attend to, and the tokens of other ranks that `rank` attends to. With
+    `rank` None, each is the largest of the first, the middle and the last rank.
     """
     if rank is None:
-        found = [in_reach(order, length, window, rank) for rank in (0, order.size // 2, order.size - 1)]
-        return max(given for given, _ in found), max(got for _, got in found)
+        counts = [in_reach(order, length, window, rank) for rank in (0, order.size // 2, order.size - 1)]
+        return max(given for given, _ in counts), max(got for _, got in counts)
     pieces, given, got = order.pieces(rank), 0, 0
     for piece in pieces:
         for away in range(1, 1 + -(-(window - 1) // length)):
@@ -132,7 +144,7 @@ def in_reach(order: PieceOrder, length: int, window: int, rank: int | None = Non
 
 
 def keys_in_reach(keys: TokenKeys, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
-    """`in_reach` in bytes of a micro-batch."""
+    """Bytes of keys and values in a micro-batch that `rank` gives to others, and gets from them (see `in_reach`)."""
     length = split.tokens // split.rows // split.order.per_rank
     assert keys.window is not None
     given, got = in_reach(split.order, length, min(keys.window, length * split.order.count), rank)
@@ -140,9 +152,9 @@ def keys_in_reach(keys: TokenKeys, split: SequenceSplit, rank: int | None = None
 
 
 def keys_sent(keys: TokenKeys, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
-    """Bytes that a rank hands to collectives, forward and backward.
+    """Bytes of keys and values that `rank` hands to collectives, forward and backward.
 
-    The backward pass gathers, or passes on, everything once more. A ring passes gradients on in fp32.
+    The backward pass gathers, or passes on, all keys and values once more. A ring passes their gradients on in fp32.
     """
     if split.attention == "all_gather" and keys.window is not None:
         given, got = keys_in_reach(keys, split, rank)
@@ -154,9 +166,9 @@ def keys_sent(keys: TokenKeys, split: SequenceSplit, rank: int | None = None) ->
 
 
 def heads_sent(needs: SequenceNeeds, split: SequenceSplit) -> tuple[int, int]:
-    """Bytes that a rank hands to all-to-alls to share out a layer by heads: as many forward as backward."""
+    """Bytes that a rank hands to all-to-alls to share out a layer by heads, forward and backward: equally many."""
     ranks = split.order.size
-    sizes = (size * max(1, -(-ranks // heads)) for heads, size in needs.inputs)  # of few heads, to all who use them
+    sizes = (size * max(1, -(-ranks // heads)) for heads, size in needs.inputs)  # a head can go to several ranks
     sent = split.tokens * (sum(sizes) + needs.output)
     return sent, sent
 
@@ -178,13 +190,18 @@ def by_heads(needs: SequenceNeeds, split: SequenceSplit) -> bool:
 
 
 def _gather_states(state: CarriedState, split: SequenceSplit, group: Group, gap: float) -> Messages:
+    """Messages of an all-gather of the summaries of all pieces; `gap`: seconds of work beside the backward one."""
     ranks, (forward, backward) = split.order.size, state_sent(state, split)
     there = Message(forward, (ranks - 1) * forward, group.ring(ranks * forward), kept=True)
     return there, Message(backward, (ranks - 1) * backward, group.ring(ranks * backward), gap)
 
 
 def _pass_states(state: CarriedState, split: SequenceSplit, group: Group, gap: float) -> Messages:
-    """In blocks: once the last rank has got the first one, the others follow one by one; zigzag: there, then back."""
+    """Messages of a ring that passes a state on in blocks.
+
+    The first block walks from the first to the last rank, and the other blocks arrive one by one behind it. In zigzag
+    the state walks along the ranks once for every piece of a rank, there and back.
+    """
     block = split.number * split.rows * state.numbers / RING_BLOCKS
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
     away = group.nodes - 1
@@ -197,6 +214,7 @@ def _pass_states(state: CarriedState, split: SequenceSplit, group: Group, gap: f
 
 
 def _gather_keys(keys: TokenKeys, split: SequenceSplit, group: Group, core: float) -> Messages:
+    """Messages of an all-gather of keys and values or, with a window, of sending them only to ranks in reach."""
     own, backward = keys_sent(keys, split)
     if keys.window is not None:
         given, got = keys_in_reach(keys, split)
@@ -207,7 +225,10 @@ def _gather_keys(keys: TokenKeys, split: SequenceSplit, group: Group, core: floa
 
 
 def _pass_keys(keys: TokenKeys, split: SequenceSplit, group: Group, core: float) -> Messages:
-    """While a rank's keys are attended to, the next one's come, and the gradients of those before leave."""
+    """Messages of a ring of keys and values, which overlap with attention.
+
+    While a rank attends to one block of keys, the next block arrives and the gradient of the previous one leaves.
+    """
     ranks = split.order.size
     steps, away, share = ranks - 1, group.nodes > 1, (ranks - 1) / ranks
     forward, backward = keys_sent(keys, split)
@@ -217,7 +238,7 @@ def _pass_keys(keys: TokenKeys, split: SequenceSplit, group: Group, core: float)
 
 
 def _to_heads(needs: SequenceNeeds, split: SequenceSplit, group: Group) -> Messages:
-    """Two all-to-alls a pass."""
+    """Messages of a layer shared out by heads: two all-to-alls a pass, before the recurrence or attention and after."""
     sent, _ = heads_sent(needs, split)
     back = needs.output * split.tokens
     received = sent * (split.order.size - 1) / split.order.size
@@ -233,16 +254,16 @@ KEYS: dict[str, Callable[[TokenKeys, SequenceSplit, Group, float], Messages]] = 
     "all_gather": _gather_keys,
     "ring": _pass_keys,
 }
-HEADS = {"exchange": "heads", "attention": "ulysses"}  # of each kind, the name of the way by heads
+HEADS = {"exchange": "heads", "attention": "ulysses"}  # field of SequenceSplit -> its value for sharing out by heads
 
 
 @dataclass(frozen=True)
 class LayerTraffic:
-    """Of a layer and micro-batch, forward and backward.
+    """Exchanges of one layer between the ranks of a sequence, for one micro-batch, forward and backward.
 
     Attributes:
-        local: seconds of work that there is only because sequences are shared out: summaries and scans.
-        imbalance: the busiest rank's share of the recurrence, or of attention, over the mean.
+        local: seconds of the local work that only sharing out sequences makes necessary: summaries and scans.
+        imbalance: the busiest rank's FLOPs of the recurrence, or of attention, over the mean of all ranks.
     """
 
     messages: tuple[Messages, ...] = ()
@@ -250,12 +271,15 @@ class LayerTraffic:
     imbalance: float = 1.0
 
     def totals(self, of: str) -> tuple[float, float]:
-        """Over all messages, of one of their numbers, forward and backward."""
+        """Sums the attribute of Message that is called `of` over all messages, forward and backward."""
         forward, backward = (sum(getattr(messages[i], of) for messages in self.messages) for i in range(2))
         return forward, backward
 
     def cost(self, again: bool = False) -> float:
-        """Seconds that nothing hides; `again`: the backward pass computes the layer again."""
+        """Seconds that the exchanges add to the layer: local work, and messages that local work does not hide.
+
+        With `again`, the backward pass computes the layer again, and repeats messages whose results are not kept.
+        """
         repeated = sum(there.exposed for there, _ in self.messages if not there.kept) if again else 0.0
         return self.local + sum(self.totals("exposed")) + repeated
 
@@ -268,12 +292,12 @@ def layer_exchange(
     length: int,
     speed: Speed,
 ) -> LayerTraffic:
-    """Of one layer.
+    """Returns the exchanges of one layer.
 
     Args:
-        group: of the ranks that share out a sequence.
-        core: FLOPs of the recurrence, or of attention, per token of sequences so long (`Mixer.recurrence_flops`).
-        length: of the sequences.
+        group: ranks that share out a sequence.
+        core: `core(length)` is the FLOPs per token of the recurrence or attention (`Mixer.recurrence_flops`).
+        length: tokens of a sequence.
     """
     if split.order.count == 1:
         return LayerTraffic()
@@ -286,26 +310,30 @@ def layer_exchange(
     messages += [STATES["ring" if state.serial else split.exchange](state, split, group, gap) for state in needs.states]
     local = sum(local_seconds(state, split, speed) for state in needs.states)
     if any(state.serial for state in needs.states):
-        local += 3 * attend * (split.order.size - 1)  # all others' turns
+        local += 3 * attend * (split.order.size - 1)  # a rank waits while each other one computes
     return LayerTraffic(tuple(messages), local, imbalance(core, length, split.order))
 
 
 def local_seconds(state: CarriedState, split: SequenceSplit, speed: Speed) -> float:
-    """Of the summary, by its FLOPs or by reading its inputs, in the backward pass twice, whichever takes longer; and of
-    the scan."""
+    """Seconds of the summary of a rank's pieces and of the scan over all pieces, forward and backward.
+
+    A summary takes the time of its FLOPs or of reading its inputs (twice in the backward pass), whichever is longer.
+    """
     forward, backward = (flops / speed.rate for flops in state.flops)
     read = state.inputs / speed.bandwidth
     summary = split.tokens * (max(forward, read) + max(backward, 2 * read))
     scan = 0.0
-    if split.exchange == "all_gather" and not state.serial:  # a ring's is between its messages
+    if split.exchange == "all_gather" and not state.serial:  # a ring scans between its messages
         everyones = FP32 * split.rows * split.order.count * (state.numbers + state.transition)
         scan = split.order.count * STEP_SECONDS + everyones / speed.bandwidth
     return summary + 2 * scan
 
 
 def kept_bytes(needs: SequenceNeeds, split: SequenceSplit) -> float:
-    """What a layer's exchanges keep for the backward pass: the states before a rank's pieces, and transitions, with
-    `all_gather` of all pieces behind its first one."""
+    """Bytes that a layer's exchanges keep for the backward pass: states before the rank's pieces, and transitions.
+
+    A ring keeps the transitions of the rank's own pieces, `all_gather` those of all pieces behind the rank's first one.
+    """
     pieces = split.order.per_rank
     behind = pieces if split.exchange == "ring" else split.order.count - 1
     numbers = sum(pieces * state.numbers + behind * state.transition for state in needs.states)
@@ -313,7 +341,7 @@ def kept_bytes(needs: SequenceNeeds, split: SequenceSplit) -> float:
 
 
 def imbalance(core: Callable[[int], float], length: int, order: PieceOrder) -> float:
-    """The busiest rank's FLOPs over the mean, if those of a sequence's first n tokens are n * core(n)."""
+    """FLOPs of the busiest rank over the mean, if the first n tokens of a sequence take n * core(n) FLOPs together."""
     edges = [length * i / order.count for i in range(order.count + 1)]
     until = [n * core(round(n)) if n else 0.0 for n in edges]
     shares = (sum(until[i + 1] - until[i] for i in order.pieces(rank)) for rank in range(order.size))

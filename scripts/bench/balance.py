@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How evenly runs load their experts, from the routing that they recorded: docs/results/NAME.json and NAME.svg.
+"""Balance of the experts' load in training runs, from their records: docs/results/NAME.json and NAME.svg.
 
     common="parallel.expert=1 logging.routing_every=1 training.steps=200 training.eval_every=0"
     linear-moe train configs/train/quickstart.yaml $common run=runs/aux
@@ -7,8 +7,9 @@
         model.moe.aux_loss=0 model.moe.expert_bias=true model.moe.bias_update_rate=0.01
     python scripts/bench/balance.py runs/aux runs/bias
 
-A layer's figure is the largest expert's load over the mean, of the last WINDOW steps together: that of a single step is
-mostly which tokens happened to be in it (its largest over layers is `step` in the JSON). Plotted is the worst layer.
+The figure of a layer is the largest expert's load over the mean load, in the last WINDOW steps together, because the
+figure of a single step depends mostly on the tokens that happen to be in the step. (The JSON has the largest figure of
+a single step over all layers as `step`.) The plot shows the worst layer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WIDTH, HEIGHT, LEFT, TOP = 640, 320, 50, 30
 
 
 def read(run: Path, window: int) -> dict[str, Any]:
-    """A run's settings of balance, its last loss, and by step: the largest load of every layer over the window."""
+    """Reads a run: its settings of balance, its last loss, and for each step the figure of every layer."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     events = [r for r in records if r.get("event") == "routing"]
     steps = [event["step"] for event in events]
@@ -70,7 +71,7 @@ def title(run: dict[str, Any]) -> str:
 
 
 def svg(runs: list[dict[str, Any]], window: int) -> str:
-    """Lines of the worst layer's load by step."""
+    """Draws a line for each run: the figure of its worst layer over steps."""
     curves = [[max(layers) for layers in run["max_over_mean_load"]] for run in runs]
     steps, top = max(map(len, curves)), max(2.0, *map(max, curves))
     plot_width, plot_height = WIDTH - LEFT - 10, HEIGHT - TOP - 40
@@ -81,8 +82,8 @@ def svg(runs: list[dict[str, Any]], window: int) -> str:
     def y(load: float) -> float:
         return TOP + plot_height * (top - load) / (top - 1)
 
-    def text(at: tuple[float, float], what: str, anchor: str = "middle", colour: str = "black") -> str:
-        return f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}" fill="{colour}">{what}</text>'
+    def text(at: tuple[float, float], content: str, anchor: str = "middle", colour: str = "black") -> str:
+        return f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}" fill="{colour}">{content}</text>'
 
     def line(points: list[tuple[float, float]], style: str) -> str:
         return f'<polyline fill="none" {style} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>'
@@ -107,7 +108,7 @@ def svg(runs: list[dict[str, Any]], window: int) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--window", type=int, default=10, help="steps")
+    parser.add_argument("--window", type=int, default=10, help="steps whose load is added up")
     parser.add_argument("--name", default="moe_balance", help="FOLDER/NAME.json and .svg")
     parser.add_argument("--folder", type=Path, default=Path("docs/results"))
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Jobs of several ranks for benchmarks: processes that are started again when one fails, and what ranks measure."""
+"""Launcher of benchmark jobs on several ranks, which restarts processes when one fails, and measurements of ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STARTED = time.monotonic()
 
 # -- a rank ------------------------------------------------------------------------------------------------------------
 def used_gib() -> dict[str, float]:
-    """Of this rank's device, now; on a CPU the process's resident set."""
+    """Memory of this rank's device in GiB: allocated, peak, and used by all processes; on a CPU the resident set."""
     if not torch.cuda.is_available():
         from linear_moe.training.supervision.metrics import memory_gib
 
@@ -54,18 +54,18 @@ def start_peak() -> None:
 
 
 def planned_gib(config: Config, ranks: int, stage: int) -> dict[str, float]:
-    """By kind, of the ranks of a pipeline stage."""
+    """Memory in GiB, by kind, that `plan` gives the ranks of a pipeline stage."""
     models = RankModels(config, vocab_size(config))
     return {k: v / GIB for k, v in rank_bytes(config, parallel_layout(config, ranks), models, stage).items()}
 
 
 def end_groups() -> float:
-    """Undo `parallel.initialize`, but for the default process group. Collective. Returns GiB still allocated."""
+    """Destroys all process groups but the default one; returns the GiB that are still allocated. Collective."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):  # Megatron-Core only forgets them
+    for group in list(dist.distributed_c10d._world.pg_map):  # Megatron-Core does not destroy its groups
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     gc.collect()
@@ -76,10 +76,14 @@ def end_groups() -> float:
 
 # -- the launcher ------------------------------------------------------------------------------------------------------
 class Group:
-    """Jobs with the same number of ranks, in processes that are started again when one fails.
+    """Jobs with the same number of ranks, in processes that are restarted when one fails.
 
-    Jobs are dataclasses with `ranks` and a `name` for files. `script --worker FOLDER` does those of FOLDER/jobs.json,
-    and each rank leaves FOLDER/NAME.RANK.json.
+    Jobs are dataclasses with `ranks` and a `name` for files. The command `script --worker FOLDER` does the jobs of
+    FOLDER/jobs.json, and each rank writes FOLDER/NAME.RANK.json.
+
+    Attributes:
+        left: jobs that are not done.
+        results: job -> list of its ranks' results, or {"failed": reason, "log": end of the log}.
     """
 
     script: str
@@ -87,7 +91,7 @@ class Group:
     def __init__(self, jobs: list[Any], devices: str | None, timeout: float):
         self.left, self.devices, self.timeout = jobs, devices, timeout
         self.folder = Path(tempfile.mkdtemp())
-        self.found: dict[Any, Any] = {}
+        self.results: dict[Any, Any] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.progress = 0.0
 
@@ -107,7 +111,7 @@ class Group:
         self.progress = time.monotonic()
 
     def poll(self) -> bool:
-        """Take what has been finished; whether anything is left."""
+        """Collects the results of finished jobs, and restarts or drops failed ones; whether jobs are left."""
         if self.process is None and self.left:
             self.start()
         assert self.process is not None or not self.left
@@ -115,11 +119,11 @@ class Group:
         while self.left and self._finished(self.left[0]):
             self.progress = time.monotonic()
             job = self.left.pop(0)
-            self.found[job] = [json.loads(path.read_text()) for path in self._paths(job)]
-            self.report(job, self.found[job])
+            self.results[job] = [json.loads(path.read_text()) for path in self._paths(job)]
+            self.report(job, self.results[job])
         late = time.monotonic() - self.progress > self.timeout
         if self.left and ended and self.process is not None and self.process.returncode == 0:
-            self.stop()  # a layout left memory behind
+            self.stop()  # the process ended itself because a layout left memory allocated
         elif self.left and (ended or late):
             self._drop(f"took longer than {self.timeout:g} s" if late and not ended else "failed")
         return bool(self.left)
@@ -131,19 +135,19 @@ class Group:
         return all(path.exists() for path in self._paths(job))
 
     def _drop(self, why: str) -> None:
-        """Give up the job that was running."""
+        """Gives up the job that was running, which failed because of `why` or out of memory."""
         self.stop()
         job, log = self.left.pop(0), (self.folder / "log").read_text(errors="replace")
         memory = "OutOfMemoryError" in log or "out of memory" in log
-        self.found[job] = {"failed": "out of memory" if memory else why, "log": log[-6000:]}
-        self.report(job, self.found[job])
+        self.results[job] = {"failed": "out of memory" if memory else why, "log": log[-6000:]}
+        self.report(job, self.results[job])
         self.after_failure(job, memory)
 
     def after_failure(self, job: Any, memory: bool) -> None:
-        """What to do with the jobs that are left; `memory`: that was out."""
+        """Hook after a failed `job`, which may change the jobs that are left; `memory`: it ran out of memory."""
 
-    def report(self, job: Any, found: Any) -> None:
-        """A line of progress: of every rank what it found, or {"failed": why, "log": its end}."""
+    def report(self, job: Any, results: Any) -> None:
+        """Prints a line about a job that has ended, from its entry in `results`."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -155,7 +159,7 @@ class Group:
 
 
 def run(groups: Sequence[Group], seconds: float) -> None:
-    """Side by side, until all is done or time is up."""
+    """Runs groups side by side until all jobs are done or `seconds` are over."""
     end = time.monotonic() + seconds
     try:
         while time.monotonic() < end and sum(group.poll() for group in groups):
@@ -164,13 +168,13 @@ def run(groups: Sequence[Group], seconds: float) -> None:
         for group in groups:
             for job in group.left:
                 log = group.folder / "log"
-                group.found[job] = {"failed": "no time left", "log": log.read_text()[-6000:] if log.exists() else ""}
-                group.report(job, group.found[job])
+                group.results[job] = {"failed": "no time left", "log": log.read_text()[-6000:] if log.exists() else ""}
+                group.report(job, group.results[job])
             group.left = []
             group.stop()
 
 
 def gpu_name() -> str:
-    """Asked without a context on the device, whose memory others need."""
+    """Name of the GPU, from nvidia-smi: a CUDA context in this process would take memory that the jobs need."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]

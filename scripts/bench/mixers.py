@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
-"""Forward+backward of every mixer against its bare op and its projections, on one GPU, as docs/results/NAME.{json,md}.
+"""Speed of every mixer beside its bare op and its projections, on one GPU, as docs/results/NAME.{json,md}.
 
 Columns, in milliseconds of one forward and backward pass (CUDA events, median):
     mixer        the whole mixer: gradients of its input and of every parameter
-    op           the kernel calls into flash-linear-attention that it makes, replayed on the tensors they were given;
-                 for mixers that make none, `recurrence`
-    recurrence   `mixer.recurrence` (`mix` for attention), replayed on the tensors it was given: op and what our op adds
-    projections  all its Linear layers on inputs of the same sizes
+    op           the mixer's calls of flash-linear-attention's kernels, replayed with the same tensors; equal to
+                 `recurrence` for mixers without such calls
+    recurrence   `mixer.recurrence` (`mix` for attention), replayed with the same tensors: op, and our op's overhead
+    projections  all Linear layers of the mixer on inputs of the same sizes
     overhead     mixer - op - projections
-and the same of the time that kernels ran, without the gaps between them (`*_busy`, torch.profiler).
-first_step_seconds counts to the end of the first forward and backward pass: for a mixer's first shape from the start of
-its own process, forked when torch is imported (imports, building, compiling, tuning), for the next from its building.
-First steps of --together mixers are taken side by side, so they compete for the CPU; then one mixer at a time measures.
+`*_busy` columns have the time in which kernels ran, without the gaps between them (torch.profiler).
+first_step_seconds ends with the first forward and backward pass. For a mixer's first shape it begins with the mixer's
+process, which is forked after torch has been imported, and includes imports, building, compiling and tuning; for later
+shapes it begins with building. The first steps of --together mixers run side by side and compete for the CPU; then one
+mixer at a time measures.
 
     python scripts/bench/mixers.py                           # every mixer, B8 T2048 and B1 T32768
     python scripts/bench/mixers.py --mixers gla,mamba2 --update
-    python scripts/bench/mixers.py --profile gla             # its kernels, longest first
+    python scripts/bench/mixers.py --profile gla             # kernels of gla, longest first
     python scripts/bench/mixers.py --device cpu --tiny --folder /tmp
 """
 
@@ -55,7 +56,7 @@ from linear_moe.modeling.ops import backends
 from linear_moe.modeling.tokens import TokenLayout
 
 Work = Callable[[], Any]
-"""One forward and backward pass."""
+"""Function that runs one forward and backward pass."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ def setting(device: str, tiny: bool, shapes: str | None, repeats: int) -> Settin
 
 
 def build(name: str, at: Setting) -> Mixer:
-    """With its default config, in bf16, in the second of 24 layers, but rwkv7 in the first, without value residual."""
+    """Builds a mixer with its default config, in bf16, as the second of 24 layers.
+
+    rwkv7 is built as the first layer, without value residual.
+    """
     host = Host(dtype=torch.bfloat16, device=at.device)
     dims = Dims(at.hidden, at.heads, 24, 1, norm_eps=1e-5, init_std=0.02, output_init_std=0.02 / 48**0.5)
     cls, config = mixer_class(name), mixer_config(name)
     cls.validate(config, dims, 1, "model.mixer")
     if cls.crossing(config, dims):
-        dims = Dims(**{**vars(dims), "layer": 0})  # a later one would take what the run before left
+        dims = Dims(**{**vars(dims), "layer": 0})  # a later layer would read the tensors of the run before
     mixer = cls(config, dims, host)
     initialize(mixer, host, seed=0)
     return mixer
@@ -96,7 +100,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def fresh(value: Any) -> Any:
-    """The same nesting with leaf copies that require gradients where the originals did."""
+    """Copies a nested value; tensors become leaves that require gradients where the originals did."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, dict):
@@ -105,7 +109,7 @@ def fresh(value: Any) -> Any:
 
 
 def work(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
-    """Forward, and backward from the first output, to all tensors among the arguments (and nothing else)."""
+    """Makes a pass of `function`: forward, and backward from its first output to all tensors among the arguments."""
     inputs = [t for t in tensors([args, kwargs]) if t.requires_grad]
 
     def run() -> None:
@@ -117,7 +121,7 @@ def work(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
 
 
 class Recorder:
-    """Within it, calls into fla.ops, of the mixer's recurrence, and of its Linear layers are kept with their inputs."""
+    """Context that records calls of fla.ops, of the mixer's recurrence and of its Linear layers, with their inputs."""
 
     def __init__(self, mixer: Mixer):
         self.mixer = mixer
@@ -162,7 +166,7 @@ class Recorder:
             hook.remove()
 
     def projections(self) -> Work:
-        """All Linear layers, those that shared an input sharing one again."""
+        """Makes a pass of all Linear layers; layers that had the same input share one again."""
         leaves = {id(x): x.detach().clone().requires_grad_() for _, x in self.linears}
         calls = [(linear, leaves[id(x)]) for linear, x in self.linears]
         inputs = [*leaves.values(), *{p for linear, _ in calls for p in linear.parameters()}]
@@ -175,6 +179,8 @@ class Recorder:
 
 
 def every(works: list[Work]) -> Work:
+    """Makes a pass that runs all of `works`."""
+
     def run() -> None:
         for w in works:
             w()
@@ -183,12 +189,12 @@ def every(works: list[Work]) -> Work:
 
 
 def parts(mixer: Mixer, batch: int, length: int, x: Tensor, step: Work) -> tuple[dict[str, Work], str | None]:
-    """What is measured, by column, and the names of the bare kernels."""
+    """Makes the passes to measure, by column; returns them and the names of the bare kernels."""
     with Recorder(mixer) as seen:
         mixer(x, TokenLayout(batch, length))
     method = getattr(mixer, seen.method)
     recurrence = every([work(method, *args, **kwargs) for args, kwargs in seen.recurrences])
-    # a call inside an autograd function of ours is seen without gradients: it has no backward pass to replay
+    # A kernel that one of our autograd functions calls is recorded without gradients: it has no backward to replay.
     kernels = [call for call in seen.kernels if any(t.requires_grad for t in tensors(call[1:]))]
     op = every([work(function, *args, **kwargs) for function, args, kwargs in kernels]) if kernels else recurrence
     names = ", ".join(getattr(function, "__name__", "?") for function, *_ in kernels) or None
@@ -196,7 +202,7 @@ def parts(mixer: Mixer, batch: int, length: int, x: Tensor, step: Work) -> tuple
 
 
 def milliseconds(run: Work, at: Setting) -> float:
-    """Median over `repeats` passes after a warm-up of 3; fewer where one takes over 0.3 s."""
+    """Median milliseconds of `repeats` passes after a warm-up of 3; of 2 passes if one takes over 0.3 s."""
     cuda = at.device.type == "cuda"
     for _ in range(3):
         start = time.perf_counter()
@@ -235,13 +241,13 @@ def profiled(run: Work, at: Setting, passes: int, host: bool = True) -> Any:
     return profile
 
 
-MARK = "spin_kernel"
+MARK = "spin_kernel"  # name of the kernel of torch.cuda._sleep, which marks the begin of a part in a profile
 
 
 def busy(works: dict[str, Work], at: Setting, passes: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds that kernels (and copies) ran in one pass of each, and their number; nothing without a GPU.
+    """Milliseconds in which kernels and copies ran in one pass of each of `works`, and their number; {} without a GPU.
 
-    One profile of all of them, because each costs a second; a kernel that does nothing begins each.
+    All works share one profile, because each profile takes a second; a kernel that does nothing marks their begins.
     """
     if at.device.type != "cuda":
         return {}
@@ -282,7 +288,7 @@ def first_step(name: str, at: Setting, batch: int, length: int) -> tuple[Mixer, 
 
 
 def measure(mixer: Mixer, x: Tensor, step: Work, at: Setting, batch: int, length: int) -> dict[str, Any]:
-    """One row, without its identification."""
+    """Measures one mixer and shape; returns the row without mixer, batch and length."""
     works, kernel = parts(mixer, batch, length, x, step)
     spans = {column: milliseconds(run, at) for column, run in works.items()}
     slow = spans["mixer"] > 300
@@ -304,7 +310,7 @@ def measure(mixer: Mixer, x: Tensor, step: Work, at: Setting, batch: int, length
 
 
 def guarded(row: dict[str, Any], function: Callable[[], Any]) -> Any:
-    """What the function returns; an error becomes the row's."""
+    """Returns `function()`; if it raises an error, writes the error into `row` and returns None."""
     try:
         return function()
     except Exception as error:
@@ -314,7 +320,7 @@ def guarded(row: dict[str, Any], function: Callable[[], Any]) -> Any:
 
 
 def worker(name: str, at: Setting, parent: Connection) -> None:
-    """Takes the first steps, waits to be told that nobody else uses the device, measures; sends a row per shape."""
+    """Runs the first steps, waits until no other process uses the device, then measures and sends a row per shape."""
     since, prepared = time.perf_counter(), []
     for batch, length in at.shapes:
         row: dict[str, Any] = {"mixer": name, "batch": batch, "length": length}
@@ -337,7 +343,7 @@ def worker(name: str, at: Setting, parent: Connection) -> None:
 
 
 class Isolated:
-    """One mixer in a process of its own, which a fault on the device or a time-out may end."""
+    """Measurement of one mixer in a process of its own, which a fault of the device or a time-out may end."""
 
     def __init__(self, name: str, at: Setting):
         self.name, self.at = name, at
@@ -353,7 +359,7 @@ class Isolated:
         return self.connection.recv()
 
     def rows(self, prepared_by: float, timeout: float) -> list[dict[str, Any]]:
-        """Its rows; those that it did not send say why."""
+        """Returns the rows of all shapes; a row that the process did not send has an error."""
         rows: list[dict[str, Any]] = []
         try:
             self.receive(prepared_by)
@@ -377,7 +383,7 @@ COLUMNS = ("mixer_ms", "op_ms", "recurrence_ms", "projections_ms", "overhead_ms"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Formats rows as a Markdown table."""
 
     def cell(row: dict[str, Any], column: str) -> str:
         value = row.get(column)
@@ -399,7 +405,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(path: Path, rows: list[dict[str, Any]], at: Setting, revision: str, update: bool) -> None:
-    """The rows measured so far; with `update`, besides the other rows of a file that is already there."""
+    """Writes the rows measured so far; with `update`, keeps the other rows of an existing file."""
     result = {
         "name": path.stem,
         "device": next((row["device"] for row in rows if "device" in row), None),
@@ -424,7 +430,7 @@ def write(path: Path, rows: list[dict[str, Any]], at: Setting, revision: str, up
 
 
 def show_profile(name: str, at: Setting) -> None:
-    """Kernels of one mixer, longest first, for each shape."""
+    """Prints the kernels of one mixer, longest first, for each shape."""
     key = "self_device_time_total" if at.device.type == "cuda" else "self_cpu_time_total"
     for batch, length in at.shapes:
         _, _, step = first_step(name, at, batch, length)
@@ -435,17 +441,21 @@ def show_profile(name: str, at: Setting) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", help="comma separated; all of the registry unless given")
+    parser.add_argument("--mixers", help="names, comma separated (default: all)")
     parser.add_argument("--shapes", help="comma separated BATCHxLENGTH")
     parser.add_argument("--name", default="mixers_gpu", help="FOLDER/NAME.json and .md")
     parser.add_argument("--folder", default="docs/results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for a group's first steps, and a mixer")
+    parser.add_argument(
+        "--timeout", type=float, default=150.0, help="seconds for the first steps of a group, and for measuring a mixer"
+    )
     parser.add_argument("--together", type=int, default=1, help="mixers that take their first steps side by side")
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
-    parser.add_argument("--update", action="store_true", help="keep the file's rows of mixers not measured now")
+    parser.add_argument(
+        "--update", action="store_true", help="keep rows of the existing file that are not measured now"
+    )
     profile = "print one mixer's kernels, and write nothing"
     parser.add_argument("--profile", choices=sorted(MIXERS), metavar="NAME", help=profile)
     args = parser.parse_args()
@@ -467,7 +477,7 @@ def main() -> None:
     for group in (names[i : i + args.together] for i in range(0, len(names), args.together)):
         started = [Isolated(name, at) for name in group]
         prepared_by = time.monotonic() + args.timeout
-        for mixer in started:  # nobody measures while others take first steps
+        for mixer in started:  # no mixer measures while others run their first steps
             multiprocessing.connection.wait(
                 [mixer.connection, mixer.process.sentinel], max(0.0, prepared_by - time.monotonic())
             )

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Experts of one MoE layer, forward and backward, against other implementations on the same GPU, side by side.
+"""Speed of one MoE layer's experts, forward and backward, beside other implementations on the same GPU.
 
-All get the same tokens, weights and routing (top-k indices and their weights; the router is not part of it), and give
-the gradients of tokens, router's weights and experts' weights:
-    ours      linear_moe.modeling.ops.experts, as model.moe.experts=grouped: on Hopper Triton kernels
-    grouped_mm  the same with PyTorch's grouped_mm for all products, and Triton kernels around them
-    quack     the same with quack-kernels for all products, if it can be imported
-    eager     nonzero, gather, grouped_mm, index_add in PyTorch, from a dense routing map
+All contenders get the same tokens, weights and routing (top-k indices and their weights; the router is not measured),
+and compute the gradients of tokens, router's weights and experts' weights:
+    ours      linear_moe.modeling.ops.experts, as model.moe.experts=grouped: on Hopper, Triton kernels
+    grouped_mm  as ours, with PyTorch's grouped_mm for all products, and Triton kernels around them
+    quack     as ours, with quack-kernels for all products, if it can be imported
+    eager     nonzero, gather, grouped_mm and index_add in PyTorch, from a dense routing map
     loop      one expert after the other
-    sonicmoe  SonicMoE, if it can be imported, on weights with gates and ups in turns
-    dense     the products alone, of all tokens' copies with one expert: the same FLOPs, nothing around them
+    sonicmoe  SonicMoE, if it can be imported, on weights whose rows of gate and up alternate
+    dense     the matrix products alone, of all tokens' copies with one expert: the same FLOPs, nothing around them
     dense_ffn a dense SwiGLU, top_k times as wide as an expert: the same FLOPs
-They take turns, of some runs in a row; a row has the median. `memory_mib` is the peak above what was allocated before,
-so with the gradients.
-`error` compares the output and gradients with those of the loop: the largest norm-wise relative error.
-`waits_for_device` says whether torch.cuda.set_sync_debug_mode("error") stopped it.
+Contenders take turns of some runs in a row; their time is the median over turns. `memory_mib` is the peak above the
+memory allocated before, so that it includes the gradients. `error` is the largest norm-wise relative error of the
+output and gradients against those of the loop. `waits_for_device` says whether the host waits for the device, that is
+whether torch.cuda.set_sync_debug_mode("error") raised an error.
 
     python scripts/bench/moe.py
     python scripts/bench/moe.py --profile ours --presets a0.3b_2b --tokens 16384
@@ -52,18 +52,18 @@ from linear_moe.modeling.ops.experts import assign, experts
 from linear_moe.modeling.ops.experts.products import grouped_mm
 
 PACKAGES = ("quack", "sonicmoe")
-"""Contenders that are packages of the same name."""
+"""Contenders that need the package of the same name."""
 
 Function = Callable[..., Tensor]
 Work = Callable[[], list[Tensor]]
-"""One forward and backward pass: the output and all gradients."""
+"""Function that runs a forward and backward pass and returns the output and all gradients."""
 
-TURN = 200  # milliseconds
+TURN = 200  # milliseconds of a contender's turn
 
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens routed to experts."""
+    """Input of a measurement: tokens `x [n, D]` routed to experts, the experts' weights, and the output's gradient."""
 
     x: Tensor
     weights: Tensor
@@ -74,13 +74,13 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the products, forward and backward."""
+        """FLOPs of the matrix products, forward and backward."""
         _, two, ffn, hidden = self.gate_up.shape
         return 3 * 2 * self.index.numel() * (two + 1) * ffn * hidden
 
 
 def make(moe: MoEConfig, hidden: int, tokens: int, skew: float, device: str) -> Case:
-    """A router whose experts differ in popularity, as those of a model early in training do."""
+    """Draws a case whose experts differ in popularity by `skew`, as in a model early in training."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -124,8 +124,10 @@ def loop(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tenso
 
 
 def sonicmoe(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Its own layer from the chosen experts on. Its weights `gate_up [E, 2F, D]` have gates and ups in turns. What it
-    calls for routing from outside allows any number of experts per token, and is slower.
+    """Runs SonicMoE's own layer from the chosen experts on; in its `gate_up [E, 2F, D]`, rows of gate and up alternate.
+
+    SonicMoE also has an entry point for routing from outside, which allows any number of experts per token, but it is
+    slower.
     """
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import _DownProjection, _UpProjection
@@ -148,7 +150,10 @@ def sonicmoe(x: Tensor, weights: Tensor, index: Tensor, gate_up: Tensor, down: T
 
 
 def dense(rows: Tensor, gate_up: Tensor, h: Tensor, down: Tensor, grad: Tensor) -> list[Tensor]:
-    """The six products and nothing else; the gradient of the first one's output is as wide as that output."""
+    """Runs the six matrix products of an expert, forward and backward, and nothing else.
+
+    The output of the first product takes the place of its gradient, which has the same shape.
+    """
     dgate_up = rows @ gate_up.T
     y, dh, ddown = h @ down.T, grad @ down, grad.T @ h
     return [y, dh, ddown, dgate_up @ gate_up, dgate_up.T @ rows]
@@ -173,7 +178,7 @@ def work(function: Function, inputs: list[Tensor], grad: Tensor) -> Work:
 
 
 def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
-    """Each with its own copies where it needs other shapes."""
+    """Makes the passes of the contenders in `wanted`; a contender that needs other shapes gets copies of tensors."""
     routed = [case.x, case.weights, case.index, case.gate_up, case.down]
     top_k = case.index.shape[1]
     hidden = case.x.shape[1]
@@ -213,7 +218,7 @@ def contenders(case: Case, wanted: list[str]) -> dict[str, Work]:
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 def milliseconds(run: Work, cuda: bool, runs: int) -> float:
-    """Of one of some runs in a row, between which the device does not wait for the host, as in training."""
+    """Milliseconds of a run, the mean of `runs` in a row, between which the device does not wait for the host."""
     if not cuda:
         start = time.perf_counter()
         for _ in range(runs):
@@ -229,7 +234,10 @@ def milliseconds(run: Work, cuda: bool, runs: int) -> float:
 
 
 def in_turns(works: dict[str, Work], turns: int, cuda: bool) -> dict[str, float]:
-    """Medians. In every turn each contender runs for about TURN milliseconds, long enough for clocks to settle."""
+    """Median milliseconds of every contender over `turns`.
+
+    In every turn each contender runs for about TURN milliseconds, long enough for the GPU's clocks to settle.
+    """
     runs = {name: max(1, round(TURN / milliseconds(run, cuda, 2))) if cuda else 1 for name, run in works.items()}
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(turns):
@@ -260,10 +268,10 @@ def waits(run: Work) -> bool:
     return False
 
 
-def error(found: list[Tensor], expected: list[Tensor], in_turns: bool) -> float:
-    """in_turns: whether found's gradients of gate and up weights are."""
+def error(actual: list[Tensor], expected: list[Tensor], in_turns: bool) -> float:
+    """Largest norm-wise relative error; `in_turns`: rows of gate and up alternate in the gradient of `actual`."""
     worst = 0.0
-    for a, e in zip(found, expected, strict=True):
+    for a, e in zip(actual, expected, strict=True):
         if a.shape != e.shape:
             e = (e.transpose(1, 2) if in_turns else e).flatten(1, 2)
         worst = max(worst, float((a.float() - e.float()).norm() / e.float().norm()))
@@ -271,7 +279,7 @@ def error(found: list[Tensor], expected: list[Tensor], in_turns: bool) -> float:
 
 
 def first_calls(works: dict[str, Work], cuda: bool) -> tuple[list[dict[str, Any]], dict[str, Work]]:
-    """Rows with the first call's seconds, results against the loop's; and those that work."""
+    """Runs every contender once; returns their rows, with seconds and error against the loop, and those that work."""
     rows, running, expected = [], {}, None
     for name, run in works.items():
         row: dict[str, Any] = {"contender": name}
@@ -301,14 +309,14 @@ def measure(case: Case, wanted: list[str], turns: int) -> list[dict[str, Any]]:
         name = row["contender"]
         if name in works:
             row |= {"ms": times[name], "tflops": case.flops / times[name] / 1e9}
-            row |= {f"{other}_over_it": times[other] / times[name] for other in ("dense", "loop") if other in times}
+            row |= {f"{base}_over_it": times[base] / times[name] for base in ("dense", "loop") if base in times}
             if cuda:
                 row |= {"memory_mib": memory(works[name]), "waits_for_device": waits(works[name])}
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Formats rows as a Markdown table."""
     columns = {"ms": ".2f", "tflops": ".0f", "dense_over_it": ".0%", "loop_over_it": ".1f", "memory_mib": ".0f",
                "waits_for_device": "", "error": ".1e", "first_call_seconds": ".1f"}  # fmt: skip
     lines = ["| preset | tokens | | " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
@@ -327,7 +335,9 @@ def write(path: Path, rows: list[dict[str, Any]], device: str, skew: float, revi
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "gpus": int(cuda),
         **versions(),
-        **{name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES},  # null: did not run
+        **{
+            name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES
+        },  # null for a package that was not used
         "commit": revision,
         "command": shlex.join(["scripts/bench/moe.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -359,12 +369,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--presets", default="a0.3b_2b,a1b_7b", help="files of configs/models, comma separated")
     parser.add_argument("--tokens", default="16384,65536", help="comma separated")
     parser.add_argument("--contenders", default=",".join(ALL), help="comma separated")
-    parser.add_argument("--skew", type=float, default=0.5, help="spread of the experts' mean logits; a token's is 1")
+    parser.add_argument(
+        "--skew", type=float, default=0.5, help="spread of the experts' mean logits; the spread over tokens is 1"
+    )
     parser.add_argument("--name", default="moe_gpu", help="FOLDER/NAME.json and .md")
     parser.add_argument("--folder", default="docs/results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
-    parser.add_argument("--turns", type=int, default=5, help="of each contender")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each contender")
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
     parser.add_argument("--profile", choices=ALL, metavar="NAME", help="print a contender's kernels, write nothing")
     args = parser.parse_args()

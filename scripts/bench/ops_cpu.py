@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Chunks against the token-by-token definition on one CPU thread, as docs/results/NAME.json.
+"""Speed of chunked recurrences against the token-by-token definition on one CPU thread, as docs/results/NAME.json.
 
-Every op and gate form of the tests (B1, H4, K = V = 64, fp32), then the recurrence of every mixer with default options
-on the inputs that it makes of random tokens (hidden size 256, 4 heads). Seconds are the best of a few; forward
-without autograd, and forward+backward with the gradients of all inputs.
+Measured are all ops and gate forms of the tests (B1, H4, K = V = 64, fp32), then the recurrence of every mixer with
+default options, on the inputs that the mixer computes from random tokens (hidden size 256, 4 heads). Seconds are the
+best of a few runs: of the forward pass without autograd, and of forward and backward with gradients of all inputs.
 
     python scripts/bench/ops_cpu.py
     python scripts/bench/ops_cpu.py --only delta --length 512 --folder /tmp
@@ -51,7 +51,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def leaves(value: Any) -> Any:
-    """The same nesting with floating-point tensors as leaves that require gradients."""
+    """Copies a nested value with floating-point tensors as leaves that require gradients."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_(value.is_floating_point())
     if isinstance(value, dict):
@@ -60,7 +60,10 @@ def leaves(value: Any) -> Any:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Best of 5 after a warm-up, or of as many as fit into a second: what else runs on the machine only adds."""
+    """Seconds of the best of 5 runs after a warm-up, or of as many runs as fit into a second.
+
+    The best run is taken because other programs on the machine can only slow a run down.
+    """
     times: list[float] = []
     while len(times) < 2 or (len(times) < 6 and sum(times[1:]) < 1.0):
         start = time.perf_counter()
@@ -121,10 +124,10 @@ def mixers(length: int, only: str) -> Iterator[dict[str, Any]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--only", default="", help="ops and mixers whose name has this in it")
+    parser.add_argument("--only", default="", help="only ops and mixers whose name contains this text")
     parser.add_argument("--name", default="ops_cpu", help="FOLDER/NAME.json")
     parser.add_argument("--folder", default="docs/results")
-    parser.add_argument("--note", action="append", default=[], help="kept in the file")
+    parser.add_argument("--note", action="append", default=[], help="text to write into the file")
     return parser.parse_args()
 
 
@@ -134,8 +137,8 @@ def main() -> None:
     rows = []
     for row in chain(ops(args.length, args.only), mixers(args.length, args.only)):
         rows.append(row)
-        what = row["mixer"] if "mixer" in row else f"{row['op']} {row['gate']}"
-        print(f"{what:24} {row['chunk_seconds']:8.3f} s, {row['speedup']:6.1f} x;", end=" ")
+        name = row["mixer"] if "mixer" in row else f"{row['op']} {row['gate']}"
+        print(f"{name:24} {row['chunk_seconds']:8.3f} s, {row['speedup']:6.1f} x;", end=" ")
         print(f"forward {row['chunk_forward_seconds']:8.3f} s, {row['forward_speedup']:6.1f} x", flush=True)
     result = {
         "name": args.name,

@@ -1,4 +1,4 @@
-"""How much of the communication in a profiler's trace computation hides, by what the communication is for."""
+"""Overlap of communication with computation in a profiler's trace, by the purpose of the communication."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
-    """Sorted, without overlaps."""
-    found: list[Span] = []
+    """Merges overlapping spans; the result is sorted."""
+    merged: list[Span] = []
     for begin, end in sorted(spans):
-        if found and begin <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
         else:
-            found.append((begin, end))
-    return found
+            merged.append((begin, end))
+    return merged
 
 
 def length(spans: Iterable[Span]) -> float:
+    """Total length of spans that do not overlap."""
     return sum(end - begin for begin, end in spans)
 
 
 def common(a: list[Span], b: list[Span]) -> float:
-    """The length of what two unions share."""
+    """Length of the intersection of two unions."""
     total, i = 0.0, 0
     for begin, end in a:
         while i < len(b) and b[i][1] <= begin:
@@ -43,24 +44,26 @@ def common(a: list[Span], b: list[Span]) -> float:
 
 
 def process_group(event: dict[str, Any], calls: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
-    """What Kineto wrote of a collective beside its kernel or, in older versions, beside the call that launched it."""
+    """Description of a collective that Kineto wrote with its kernel or, in older versions, with the call behind it."""
     args = event.get("args", {})
     return args if "Process Group Name" in args else calls.get(args.get("External id"), {})
 
 
 def communication(events: Iterable[dict[str, Any]], purposes: Mapping[str, str]) -> dict[str, Any]:
-    """NCCL's kernels on one device against all others, in milliseconds.
+    """Compares NCCL's kernels on one device with all other kernels and copies ("computation"), in milliseconds.
 
     Args:
         events: `traceEvents` of a Chrome trace.
-        purposes: a process group's name -> what it is for; those of other groups are "other".
+        purposes: name of a process group -> its purpose; the purpose of all other groups is "other".
 
     Returns:
-        compute_ms, span_ms: of all other kernels and copies together, and from the first to the last event;
-        purposes: {purpose: {ms: some kernel ran, hidden_ms: computation ran beside it, exposed_ms: none did,
-        hidden: the share, count, spans: of each kernel, in order, so that ranks can be compared}};
-        compute: all other kernels and copies, as a union;
-        collectives: the same sums by purpose, description of the group, collective and dtype.
+        compute_ms: time in which computation ran;
+        span_ms: time from the first to the last event;
+        compute: the union of all computation;
+        purposes: for each purpose, ms: time in which one of its NCCL kernels ran; hidden_ms: the part of ms in which
+        computation ran too; exposed_ms: the rest of ms; hidden: hidden_ms / ms; count: number of kernels; spans: of
+        each kernel, in order, so that ranks can be compared;
+        collectives: the same sums for each purpose, description of the group, collective and dtype.
     """
     device, calls = [], {}
     for event in events:
@@ -107,26 +110,27 @@ def communication(events: Iterable[dict[str, Any]], purposes: Mapping[str, str])
 
 
 def transfers(own: dict[str, Any], ranks: list[dict[str, list[float]]]) -> None:
-    """Add what only sends, without waiting for the other ranks: transfer_ms, and the share beside computation.
+    """Adds the time of the transfers alone, without waiting for other ranks: transfer_ms and transfer_hidden.
 
-    The last rank to come does not wait in a collective: what it takes there is the transfer, and in the other ranks'
-    kernels the same time at their end. What they take before is waiting, which no smaller message would shorten.
+    The rank that comes last to a collective does not wait: the duration of its kernel is the transfer. In the kernels
+    of the other ranks, the transfer is the same time at their end. The time before is waiting, which a smaller message
+    would not shorten. transfer_hidden is the share of transfers beside which computation ran.
 
     Args:
-        own: of `communication`.
-        ranks: of all, by purpose the milliseconds of each kernel.
+        own: result of `communication` on this rank.
+        ranks: for every rank, milliseconds of each kernel, by purpose.
     """
-    for purpose, found in own["purposes"].items():
+    for purpose, kernels in own["purposes"].items():
         everyones = [rank.get(purpose, []) for rank in ranks]
         if len(ranks) > 1 and len({len(one) for one in everyones}) == 1:
             shortest = [min(times) for times in zip(*everyones, strict=True)]
-            spans = union((end - least, end) for (_, end), least in zip(found["spans"], shortest, strict=True))
-            found["transfer_ms"] = sum(shortest)
-            found["transfer_hidden"] = common(spans, own["compute"]) / length(spans)
+            spans = union((end - least, end) for (_, end), least in zip(kernels["spans"], shortest, strict=True))
+            kernels["transfer_ms"] = sum(shortest)
+            kernels["transfer_hidden"] = common(spans, own["compute"]) / length(spans)
 
 
 def profile(run: Callable[[], Any], purposes: Mapping[str, str], path: Path) -> dict[str, Any] | None:
-    """`communication` of one `run()`, its trace left at `path`; None without a GPU. Collective."""
+    """Traces one `run()` to `path`, and returns its `communication`; None without a GPU. Collective."""
     cuda = torch.cuda.is_available()
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=kinds) as seen:
@@ -136,10 +140,10 @@ def profile(run: Callable[[], Any], purposes: Mapping[str, str], path: Path) -> 
     seen.export_chrome_trace(str(path))
     own = communication(json.loads(path.read_text())["traceEvents"], purposes)
     ranks: list[Any] = [None] * dist.get_world_size()
-    times = {name: [end - begin for begin, end in found["spans"]] for name, found in own["purposes"].items()}
+    times = {name: [end - begin for begin, end in kernels["spans"]] for name, kernels in own["purposes"].items()}
     dist.all_gather_object(ranks, times)
     transfers(own, ranks)
-    for found in own["purposes"].values():
-        del found["spans"]
+    for kernels in own["purposes"].values():
+        del kernels["spans"]
     del own["compute"]
     return own if cuda else None

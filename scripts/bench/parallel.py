@@ -1,30 +1,30 @@
 #!/usr/bin/env python3
-"""Training steps of presets in several parallel layouts on this machine's GPUs, and `plan`'s memory beside theirs.
+"""Speed and memory of presets' training steps in several parallel layouts on this machine's GPUs.
 
     single           one GPU
-    tp2              tensor parallel, experts too, activations between the regions split by tokens
-    tp2_ep2          the same with whole experts, half of them on each rank
-    pp2              two pipeline stages, cut as `plan` cuts them, and
-    pp2_even         with as many layers in each,
-    pp2_flops        with three quarters of them in the first, which is about where FLOPs are equal,
-    pp2_interleaved  with two chunks of layers on each
+    tp2              tensor parallel, also in experts; activations between tensor-parallel regions split by tokens
+    tp2_ep2          as tp2, but with whole experts, half of them on each rank
+    pp2              two pipeline stages, cut as `plan` cuts them
+    pp2_even         two pipeline stages with equally many layers
+    pp2_flops        two pipeline stages, the first with three quarters of the layers, where FLOPs are about equal
+    pp2_interleaved  two pipeline stages with two chunks of layers each
     ep2              half of the experts on each rank, the rest data parallel, distributed optimizer, overlapped
-    ep2_alltoall     the same, with each token sent to its experts
+    ep2_alltoall     as ep2, with each token sent to the ranks of its experts
     dp2_plain        data parallel, every rank with the whole optimizer
     dp2              data parallel, distributed optimizer, reduction and gather overlapped
-NAME@N is that layout with a global batch of N sequences instead of the preset's.
+NAME@N is layout NAME with a global batch of N sequences instead of the preset's.
 
-A step is the trainer's: forward, backward, reduction, clipping, optimizer, all on random tokens. Every layout sees the
-same weights and the same global batch, so losses and gradient norms of all steps must agree (`*_difference`: the
-largest relative one of any step against `single`). `ms` is the median step after --warmup; `peak_gib` the most that
-PyTorch's allocator had handed out in those steps, by rank; `build_gib` before the first step; `device_gib` what the
-device lacks at the end, with NCCL's buffers, the context, and what the allocator keeps. `plan_gib` is `plan`'s total
-for each rank.
+A step is the trainer's: forward, backward, reduction, clipping and optimizer, on random tokens. Every layout gets the
+same weights and the same global batch, so that losses and gradient norms of all steps must agree (`*_difference`: the
+largest relative difference of any step from `single`). `ms` is the median step after --warmup. By rank, `peak_gib` is
+the most memory that PyTorch's allocator had allocated in these steps, `build_gib` the memory allocated before the first
+step, and `plan_gib` the total that `plan` predicts. `device_gib` is all used memory of the device at the end, with
+NCCL's buffers, the CUDA context and the allocator's cache.
 
-One GPU's runs of all presets go side by side, each on a GPU of its own; all other layouts one after the other in one
-torchrun, which is started again after a layout that leaves memory allocated (`left_gib`), and without one that fails
-(out of memory: with half the micro-batch) or takes longer than --timeout. A layout that by `plan`'s word does not fit
-is left out, with that word.
+The runs on one GPU go side by side, each on a GPU of its own. All other layouts run one after the other in one
+torchrun. It is restarted after a layout that leaves memory allocated (`left_gib`), and after a layout that fails or
+takes longer than --timeout, without this layout; out of memory, the layout is tried again with half the micro-batch. A
+layout that does not fit according to `plan` is left out, and its row says so.
 
     python scripts/bench/parallel.py
     python scripts/bench/parallel.py --device cpu --tiny --folder /tmp
@@ -77,7 +77,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One layout of one preset."""
+    """Measurement of one layout of one preset."""
 
     preset: str
     layout: str
@@ -96,7 +96,7 @@ class Job:
         return f"{self.preset}-{self.layout}-{self.micro_batch}-{self.global_batch}"
 
     def config(self) -> Config:
-        """Validated for its ranks; ConfigError where it cannot run."""
+        """Makes the job's configuration; raises ConfigError if it is invalid on the job's ranks."""
         path = ROOT / "configs" / "models" / f"{self.preset}.yaml"
         common = ["data.corpus=synthetic", "run=unused", "schedule.type=constant", "schedule.warmup_steps=0",
                   "optimizer.lr=1e-4", f"training.micro_batch={self.micro_batch}", *self.overrides,
@@ -111,7 +111,7 @@ class Job:
 
 # -- a rank ------------------------------------------------------------------------------------------------------------
 def too_big(config: Config, job: Job) -> str | None:
-    """Why this device cannot hold a rank, by `plan`'s word."""
+    """Reason for which this device cannot hold a rank, according to `plan`; None if it can."""
     if not torch.cuda.is_available():
         return None
     capacity = torch.cuda.get_device_properties(0).total_memory / GIB
@@ -120,7 +120,7 @@ def too_big(config: Config, job: Job) -> str | None:
 
 
 def steps_of(config: Config, job: Job, groups: Any) -> dict[str, Any]:
-    """Build this rank's part, train, and say what was seen."""
+    """Builds this rank's part of the model, trains, and returns times, losses and memory."""
     from linear_moe.training.build import build_model
     from linear_moe.training.data import TrainLoader, prepare_data
     from linear_moe.training.optimizer.build import build_optimizer
@@ -162,7 +162,10 @@ def steps_of(config: Config, job: Job, groups: Any) -> dict[str, Any]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """One layout on this rank; collective. What it made is gone afterwards, but for the default process group."""
+    """Measures one layout on this rank. Collective.
+
+    Afterwards, model, optimizer and all process groups but the default one are destroyed.
+    """
     from linear_moe.training import parallel
 
     began = time.perf_counter()
@@ -170,15 +173,15 @@ def measure(job: Job) -> dict[str, Any]:
     if (reason := too_big(config, job)) is not None:
         return {"skipped": reason}
     start_peak()
-    found = steps_of(config, job, parallel.initialize_groups(config))
+    result = steps_of(config, job, parallel.initialize_groups(config))
     trained = time.perf_counter()
-    found["left_gib"] = end_groups()
-    found["total_seconds"], found["end_seconds"] = trained - began, time.perf_counter() - trained
-    return found
+    result["left_gib"] = end_groups()
+    result["total_seconds"], result["end_seconds"] = trained - began, time.perf_counter() - trained
+    return result
 
 
 def work(folder: Path) -> None:
-    """All jobs of `folder`/jobs.json, one after the other; each rank leaves FOLDER/NAME.RANK.json."""
+    """Does all jobs of `folder`/jobs.json, one after the other; each rank writes FOLDER/NAME.RANK.json."""
     from linear_moe.training import platform
     from linear_moe.training.supervision import watch
 
@@ -189,12 +192,12 @@ def work(folder: Path) -> None:
     ]
     with watch.watching(replace(jobs[0].config(), run=str(folder / "run"))):
         for job in jobs:
-            found = measure(job)
+            result = measure(job)
             part = folder / f"{job.name}.{rank}.part"
-            part.write_text(json.dumps(found))
+            part.write_text(json.dumps(result))
             part.rename(folder / f"{job.name}.{rank}.json")
             left: list[Any] = [None] * job.ranks
-            dist.all_gather_object(left, found.get("left_gib", 0.0))
+            dist.all_gather_object(left, result.get("left_gib", 0.0))
             if torch.cuda.is_available() and max(left) > LEFT_GIB:
                 break
         if dist.is_initialized():
@@ -207,22 +210,25 @@ class Group(launcher.Group):
     script = __file__
 
     def after_failure(self, job: Any, memory: bool) -> None:
-        """With half the micro-batch it may fit."""
+        """Tries a job that ran out of memory again with half the micro-batch."""
         if memory and job.micro_batch > 1:
             self.left.insert(0, replace(job, micro_batch=job.micro_batch // 2))
 
-    def report(self, job: Any, found: Any) -> None:
-        """A line of progress."""
-        text = f"{1e3 * median(job, found[0]):.1f} ms" if isinstance(found, list) and "seconds" in found[0] else found
-        if isinstance(found, list) and "seconds" in found[0]:
-            first = found[0]
-            text += (
-                f", peak {max(r['peak_gib'] for r in found):.2f} GiB, plan {max(r['plan']['total'] for r in found):.2f}"
-            )
+    def report(self, job: Any, results: Any) -> None:
+        """Prints a line about a job that has ended."""
+        text = (
+            f"{1e3 * median(job, results[0]):.1f} ms"
+            if isinstance(results, list) and "seconds" in results[0]
+            else results
+        )
+        if isinstance(results, list) and "seconds" in results[0]:
+            first = results[0]
+            peak, plan = max(r["peak_gib"] for r in results), max(r["plan"]["total"] for r in results)
+            text += f", peak {peak:.2f} GiB, plan {plan:.2f}"
             text += f", first step {first['seconds'][0]:.1f} s"
             text += f", all {first['total_seconds']:.1f} + {first['end_seconds']:.1f} s"
-        elif isinstance(found, dict):
-            text = f"{found['failed']}\n{found['log'][-3000:]}"
+        elif isinstance(results, dict):
+            text = f"{results['failed']}\n{results['log'][-3000:]}"
         print(f"[{time.monotonic() - STARTED:5.0f} s] {job.name}: {text}", flush=True)
 
 
@@ -231,46 +237,46 @@ def median(job: Job, rank: dict[str, Any]) -> float:
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
-def row_of(job: Job, found: Any) -> dict[str, Any]:
+def row_of(job: Job, results: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"preset": job.preset, "layout": job.layout, "gpus": job.ranks}
     config = job.config()
     training, model = config.training, config.model
     row |= {"mixer": model.mixer.type, "pattern": model.pattern, "dtype": training.dtype, "layers": model.num_layers}
     row |= {"sequence_length": training.sequence_length, "micro_batch": training.micro_batch}
     row |= {"global_batch": training.global_batch, "overrides": [*job.overrides, *LAYOUTS[job.layout]]}
-    if isinstance(found, dict):
-        return row | {"failed": found["failed"]}
-    if "skipped" in found[0]:
-        return row | found[0]
-    seconds = median(job, found[0])
+    if isinstance(results, dict):
+        return row | {"failed": results["failed"]}
+    if "skipped" in results[0]:
+        return row | results[0]
+    seconds = median(job, results[0])
     tokens = training.global_batch * training.sequence_length
-    fullest = max(found, key=lambda rank: rank["peak_gib"])
-    state = [sum(rank["plan"][kind] for kind in STATE) for rank in found]
+    fullest = max(results, key=lambda rank: rank["peak_gib"])
+    state = [sum(rank["plan"][kind] for kind in STATE) for rank in results]
     return row | {
         "ms": 1e3 * seconds,
-        "ms_of_steps": [1e3 * s for s in found[0]["seconds"]],
+        "ms_of_steps": [1e3 * s for s in results[0]["seconds"]],
         "tokens_per_second_per_gpu": tokens / seconds / job.ranks,
         "tflops_per_gpu": tokens * flops_per_token(config) / seconds / job.ranks / 1e12,
-        "peak_gib": [rank["peak_gib"] for rank in found],
-        "plan_gib": [rank["plan"]["total"] for rank in found],
-        "plan_over_measured": [rank["plan"]["total"] / rank["peak_gib"] for rank in found],
+        "peak_gib": [rank["peak_gib"] for rank in results],
+        "plan_gib": [rank["plan"]["total"] for rank in results],
+        "plan_over_measured": [rank["plan"]["total"] / rank["peak_gib"] for rank in results],
         "fullest_gib": fullest["peak_gib"],
-        "plan_over_fullest": max(rank["plan"]["total"] for rank in found) / fullest["peak_gib"],
-        "state_gib": [rank["build_gib"] for rank in found],
+        "plan_over_fullest": max(rank["plan"]["total"] for rank in results) / fullest["peak_gib"],
+        "state_gib": [rank["build_gib"] for rank in results],
         "plan_state_gib": state,
-        "plan_by_kind_gib": [rank["plan"] for rank in found],
-        "build_peak_gib": [rank["build_peak_gib"] for rank in found],
-        "device_gib": [rank["device_gib"] for rank in found],
-        "left_gib": [rank["left_gib"] for rank in found],
-        "layers_of_stages": [rank["chunks"] for rank in found],
-        "losses": found[0]["losses"],
-        "gradient_norms": found[0]["gradient_norms"],
-        "seconds": found[0]["total_seconds"],
+        "plan_by_kind_gib": [rank["plan"] for rank in results],
+        "build_peak_gib": [rank["build_peak_gib"] for rank in results],
+        "device_gib": [rank["device_gib"] for rank in results],
+        "left_gib": [rank["left_gib"] for rank in results],
+        "layers_of_stages": [rank["chunks"] for rank in results],
+        "losses": results[0]["losses"],
+        "gradient_norms": results[0]["gradient_norms"],
+        "seconds": results[0]["total_seconds"],
     }
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Add what each layout is of one GPU's run with the same batches."""
+    """Adds to each row its speed-up, and the differences of losses and norms, from `single` with the same batches."""
 
     def batches(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["preset"], row["global_batch"]  # one GPU may need smaller micro-batches
@@ -300,7 +306,7 @@ COLUMNS = {
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; the fullest rank's memory."""
+    """Formats rows as a Markdown table; memory is that of the fullest rank."""
     lines = ["| preset | layout | " + " | ".join(title for title, _ in COLUMNS.values()) + " | GiB by rank (plan) |"]
     lines.append("|---|---|" + "---:|" * len(COLUMNS) + "---|")
     for row in rows:
@@ -313,7 +319,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(path: Path, groups: list[Group], revision: str, cuda: bool) -> None:
-    rows = [row_of(job, found) for group in groups for job, found in group.found.items()]
+    rows = [row_of(job, results) for group in groups for job, results in group.results.items()]
     order = list(LAYOUTS)
     rows.sort(key=lambda row: (row["preset"], row["global_batch"], order.index(row["layout"])))
     compare(rows)
@@ -338,14 +344,14 @@ def write(path: Path, groups: list[Group], revision: str, cuda: bool) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="a.b=c, of all presets and layouts")
+    parser.add_argument("overrides", nargs="*", help="a.b=c, for all presets and layouts")
     presets = "files of configs/models, with the sequences of a micro-batch and of a step over all ranks"
     parser.add_argument("--presets", default="a0.3b_2b:8:64,a1b_7b:4:32", help=presets)
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="in the order that they run in, NAME or NAME@N")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
-    parser.add_argument("--iterations", type=int, default=7, help="steps that count")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="NAME or NAME@N, in the order in which they run")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
+    parser.add_argument("--iterations", type=int, default=7, help="measured steps")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one layout")
-    parser.add_argument("--seconds", type=float, default=1800, help="for everything; what is not done then is left out")
+    parser.add_argument("--seconds", type=float, default=1800, help="for everything; jobs not done then are left out")
     parser.add_argument("--name", default="parallel_2gpu", help="FOLDER/NAME.json and .md")
     parser.add_argument("--folder", default="docs/results")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -360,8 +366,9 @@ def arguments() -> argparse.Namespace:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Layout by layout, so that what comes last is what can be done without."""
-    named = f"training.timeout_minutes={0.8 * args.timeout / 60:g}"  # the rank that hangs, before the launcher ends all
+    """Makes the jobs, layout by layout, so that the least important layouts come last and may remain undone."""
+    # The trainer's own timeout comes before the launcher's, so that the log names a rank that hangs.
+    named = f"training.timeout_minutes={0.8 * args.timeout / 60:g}"
     overrides = (*(TINY if args.tiny else ()), named, *args.overrides)
     presets = [(name, *map(int, sizes)) for name, *sizes in (p.split(":") for p in args.presets.split(","))]
     layouts = [(name, int(size or 0)) for name, _, size in (x.partition("@") for x in args.layouts.split(","))]
@@ -371,7 +378,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         for preset, micro_batch, global_batch in presets
     ]
     for job in jobs:
-        job.config()  # a ConfigError is better now
+        job.config()  # raises ConfigError before any job runs
     return jobs
 
 
@@ -390,7 +397,7 @@ def main() -> None:
         by_preset.setdefault(job.preset, []).append(job)
     alone = [Group(singles, str(i % 2) if cuda else None, args.timeout) for i, singles in enumerate(by_preset.values())]
     together = Group([job for job in jobs if job.ranks > 1], None, args.timeout)
-    for i in range(0, len(alone), 2):  # each with a GPU of its own
+    for i in range(0, len(alone), 2):  # two at a time, each with a GPU of its own
         run(alone[i : i + 2], end - time.monotonic())
     write(path, alone, revision, cuda)
     run([together], end - time.monotonic())

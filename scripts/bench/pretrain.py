@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Pretraining speed of a configuration on this machine, as one JSON in docs/results/.
+"""Pretraining speed of a configuration on this machine, as one JSON file in docs/results/.
 
-Runs `linear-moe train` under torchrun, reads the run's metrics.jsonl, and writes what it saw, with device, versions,
-command and commit. The mean is over the steps after --skip (the first ones compile and tune kernels). The warm-up is a
-fifth of --steps; nothing is saved, and one batch validated, at the end. Overrides change these too.
+The script runs `linear-moe train` under torchrun, reads the run's metrics.jsonl, and writes speed, memory and losses,
+with device, versions, command and commit. Means are over the steps after --skip, because the first steps compile and
+tune kernels. The learning rate warms up over a fifth of --steps; no checkpoint is saved, and one batch is validated at
+the end. Overrides can change these settings too.
 
     python scripts/bench/pretrain.py configs/train/a0.3b_2b.yaml --steps 50 --name baseline \\
         data.corpus=stdlib data.tokenizer.type=bpe training.global_batch=16
     python scripts/bench/pretrain.py configs/models/tiny.yaml --steps 12 --name tiny --folder /tmp training.dtype=fp32
 
-The presets' own tokenizer is a folder (data.tokenizer.path). A BPE trained on the corpus stands in for it above: it has
-4096 tokens, but the model keeps the preset's 151,936 rows of embedding and head, so that speed and memory are its own.
+The presets' own tokenizer is a folder (data.tokenizer.path). In the first example, a BPE trained on the corpus takes
+its place. The BPE has 4096 tokens, but the model keeps the 151,936 rows of embedding and head that the preset gives it,
+so that speed and memory are those of the preset.
 """
 
 from __future__ import annotations
@@ -32,18 +34,20 @@ from typing import Any
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    """Versions of the packages that matter for speed; None for a package that is not installed."""
+    releases: dict[str, str | None] = {}
     for package in ("torch", "triton", "megatron-core", "fla-core", "transformers"):
         try:
-            found[package.replace("-", "_")] = metadata.version(package)
+            releases[package.replace("-", "_")] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package.replace("-", "_")] = None
-    if find_spec("triton") is not None:  # the one really imported, which PYTHONPATH may have put in front
-        found["triton"] = importlib.import_module("triton").__version__
-    return found
+            releases[package.replace("-", "_")] = None
+    if find_spec("triton") is not None:  # PYTHONPATH may put another Triton in front of the installed one
+        releases["triton"] = importlib.import_module("triton").__version__
+    return releases
 
 
 def commit() -> str:
+    """Hash of this commit: $COMMIT if it is set, else git's HEAD."""
     given = os.environ.get("COMMIT")
     if given:
         return given
@@ -53,7 +57,7 @@ def commit() -> str:
 
 
 def measure(config: str, overrides: list[str], gpus: int, skip: int) -> dict[str, Any]:
-    """Train in a folder of its own, whatever `run` says, and summarise the records of the run."""
+    """Trains in a temporary folder, in place of the config's `run`, and summarises the records of the run."""
     from linear_moe.config.load import load_config
 
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +95,10 @@ def measure(config: str, overrides: list[str], gpus: int, skip: int) -> dict[str
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; `overrides` are all that are made, the script's own first. Ends for what cannot be measured."""
+    """Parses the command line; `overrides` of the result begin with the script's own settings.
+
+    Ends the program with a message for a configuration that is invalid or has too few steps.
+    """
     from linear_moe.config.load import load_config
     from linear_moe.options.errors import ConfigError
 

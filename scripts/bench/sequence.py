@@ -1,25 +1,28 @@
 #!/usr/bin/env python3
-"""Sequence parallelism on this machine's two GPUs, beside the same work without it, and speed over length on one GPU.
+"""Speed of sequence parallelism on two GPUs beside the same work without it, and speed over length on one GPU.
 
-A case is NAME[:LAYOUT/...]@LENGTH[xROWS]/...[+a.b=c...], lengths in tokens per GPU, 32K or 1M, and more settings.
-NAME is a mixer in all layers, `hybrid` (the preset's LLLN) or `softmax`, and a layout is
-    sp2      a sequence of twice LENGTH shared out over two GPUs
-    dp2      two of LENGTH, one on each: the same tokens, gradients and shards of the optimizer per GPU
-    single   one of LENGTH on one GPU, which holds all of the optimizer
-ROWS sequences (1) make a micro-batch. NAME `layer` is one Gated DeltaNet layer; sequence_layer.py has its layouts.
-`speed`, `layer` and `lengths` stand for lists of cases (CASES below). No layout: sp2 and dp2, or most of a layer's.
+A case is NAME[:LAYOUT/...]@LENGTH[xROWS]/...[+a.b=c...], with lengths in tokens per GPU (32K, 1M) and overrides. NAME
+is a mixer in all layers, `hybrid` (the preset's LLLN) or `softmax`, and a layout is
+    sp2      one sequence of twice LENGTH, shared out over two GPUs
+    dp2      two sequences of LENGTH, one on each GPU: the same tokens, gradients and optimizer shards per GPU
+    single   one sequence of LENGTH on one GPU, which holds the whole optimizer
+A micro-batch has ROWS sequences (default: 1). NAME `layer` is one Gated DeltaNet layer; sequence_layer.py lists its
+layouts. `speed`, `layer` and `lengths` stand for lists of cases (CASES below). A case without a layout is measured in
+sp2 and dp2, or in most layouts of a layer.
 
-A step is the trainer's: forward, backward, reduction, clipping, optimizer, with random tokens, one micro-batch a step,
-distributed optimizer, overlapped; --recompute's layers are computed again, logits are made in blocks of the vocabulary.
-A model's lengths in one layout follow each other on the same weights. After the warm-up, one to ten steps, of about
---budget seconds, count, and their median is taken. `peak_gib`: by rank, the most that PyTorch's allocator handed out;
-`state_gib`: what weights, gradients and optimizer take of it; `mib_per_1k_tokens`: the rest.
---profile traces one more step of sp2: of NCCL's kernels by purpose, the share beside which computation ran (`hidden`),
-and the rest as a share of the step (`exposed`). In these, waiting for the other GPU counts. In the sequence's
-`transfer_ms`, and the share of it that computation hides (`transfer_hidden`, of the GPU with less), it does not.
+A step is the trainer's: forward, backward, reduction, clipping and optimizer, on random tokens, with one micro-batch a
+step and the distributed optimizer, overlapped. Layers are recomputed as --recompute says, and logits are computed in
+blocks of the vocabulary. All lengths of a model in one layout are measured one after the other on the same weights.
+After the warm-up, one to ten steps of about --budget seconds are measured; `ms` is their median. By rank, `peak_gib` is
+the most memory that PyTorch's allocator had allocated, `state_gib` the part of weights, gradients and optimizer;
+`mib_per_1k_tokens` is the rest. --profile traces one more step of sp2. Of the time of NCCL's kernels, by purpose,
+`hidden` is the share beside which computation ran, and `exposed` is the rest as a share of the step; both include
+waiting for the other GPU. For the sequence's messages, `transfer_ms` and the share of it that computation hides
+(`transfer_hidden`, of the GPU with the smaller share) do not include waiting.
 
-A layout that runs out of memory is tried with half its ROWS, and with one, no longer length is tried. What needs more
-than --slack times the memory by `plan` is left out. Results are written again whenever a case's length is done.
+A layout that runs out of memory is tried again with half its ROWS; if it has one row, longer lengths are not tried.
+Jobs that need more than --slack times the memory, according to `plan`, are left out. Results are written again whenever
+a job is done.
 
     python scripts/bench/sequence.py speed --profile 32K,128K --seconds 500
     python scripts/bench/sequence.py gla:sp2@128K+parallel.sequence_exchange=ring layer:ours/fla@64K --name more
@@ -63,20 +66,25 @@ LAYOUTS = {
     "dp2": ("optimizer.overlap=true",),
     "sp2": ("optimizer.overlap=true", "parallel.sequence=2"),
 }
-WAYS = ("alone", "ours", "fla", "fla_padded", "ulysses")  # of a layer
+WAYS = ("alone", "ours", "fla", "fla_padded", "ulysses")  # layouts of NAME `layer`
 SPEED = ("linear_attention", "gla", "mamba2", "gated_deltanet", "hybrid")
 CASES = {
     "speed": [f"{name}:sp2/dp2/single@32K/64K/128K/256K/512K" for name in SPEED],
     "layer": ["layer@32K/64K/128K/256K"],
     "lengths": [f"{name}:single@2Kx256/16Kx32/128Kx4/512K" for name in (*SPEED[:-1], "softmax")],
 }
-LONG = 20  # seconds of a step that counts at once, without a warm-up, unless it is the model's first
-STEPS = 10  # that count, at most
+LONG = 20  # a step of so many seconds is measured without a warm-up, unless it is the model's first
+STEPS = 10  # largest number of measured steps
 
 
 @dataclass(frozen=True)
 class Job:
-    """One length of one case. `common`: the command's own settings, `overrides`: the case's."""
+    """Measurement of one length of a case in one layout.
+
+    Attributes:
+        overrides: overrides of the case.
+        common: overrides of all jobs.
+    """
 
     model: str
     layout: str
@@ -95,7 +103,7 @@ class Job:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Jobs that share it share a model, or the process groups of a layer."""
+        """Key of jobs that use the same model or, for a layer, the same process groups."""
         return self.model, None if self.model == "layer" else self.layout, self.overrides
 
     @property
@@ -104,7 +112,7 @@ class Job:
         return re.sub(r"[^\w.=-]+", "_", "+".join((sizes, *self.overrides)))
 
     def config(self) -> Config:
-        """Validated for its ranks; ConfigError where it cannot run."""
+        """Makes the job's configuration; raises ConfigError if it is invalid on the job's ranks."""
         path = bench.ROOT / "configs" / "models" / f"{self.preset}.yaml"
         layers = load_config(path, self.common).model.num_layers
         pattern = {"hybrid": f"LLLN * {layers // 4}", "softmax": f"N * {layers}"}.get(self.model, f"L * {layers}")
@@ -126,7 +134,7 @@ class Job:
 # -- a rank ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Trial:
-    """What the jobs of one `key` have in common on this rank."""
+    """Process groups, model and optimizer on this rank, which all jobs with one `key` use."""
 
     job: Job
     groups: Any
@@ -154,7 +162,7 @@ class Trial:
         return trial
 
     def purposes(self, line: Any) -> dict[str, str]:
-        """What each process group is for. Those made since the start are the exchange's own."""
+        """Purpose of each process group, by name; groups made after the start belong to the exchange of sequences."""
         from megatron.core import parallel_state as ps
 
         made = set(dist.distributed_c10d._world.pg_names.values()) - self.groups_named
@@ -163,7 +171,7 @@ class Trial:
         return gradients | dict.fromkeys([*made, line.group.group_name], "sequence")
 
     def end(self) -> float:
-        """GiB left on the device, of the rank with the most. Collective."""
+        """Destroys model and process groups; returns the most GiB left allocated on any rank. Collective."""
         self.model, self.optimizer = [], None
         left = torch.tensor(bench.end_groups())
         left = left.cuda() if torch.cuda.is_available() else left
@@ -172,7 +180,7 @@ class Trial:
 
 
 def agreed(count: float) -> int:
-    """Rank 0's. Collective."""
+    """Broadcasts rank 0's `count` to all ranks. Collective."""
     value = torch.tensor(count, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     dist.broadcast(value, 0)
     return int(value)
@@ -211,17 +219,17 @@ def steps_of(trial: Trial, job: Job, config: Config, folder: Path) -> dict[str, 
         while agreed(len(seconds) < warmup + STEPS and sum(seconds[warmup:]) < job.budget):
             step()
     trial.steps += len(seconds)
-    found = {"seconds": list(seconds), "warmup": warmup, "losses": list(losses), "peak_gib": bench.used_gib()["peak"]}
-    found["state_gib"] = trial.state_gib
+    result = {"seconds": list(seconds), "warmup": warmup, "losses": list(losses), "peak_gib": bench.used_gib()["peak"]}
+    result["state_gib"] = trial.state_gib
     if job.profile and stepper.line is not None:
         path = folder / f"trace.{groups.rank}.json"
-        found["overlap"] = profile(step, trial.purposes(stepper.line), path)
+        result["overlap"] = profile(step, trial.purposes(stepper.line), path)
         path.unlink()
-    return found
+    return result
 
 
 def measure(trial: Trial | None, job: Job, folder: Path) -> tuple[Trial | None, dict[str, Any]]:
-    """One job on this rank; collective. The trial is for the next job with the same key."""
+    """Does one job on this rank; returns the trial for the next job with the same key, and the result. Collective."""
     began, config = time.perf_counter(), job.config()
     plan: dict[str, Any] = {}
     if job.model != "layer":
@@ -234,14 +242,14 @@ def measure(trial: Trial | None, job: Job, folder: Path) -> tuple[Trial | None, 
     if job.model == "layer":
         import sequence_layer  # imports Megatron-Core
 
-        found = sequence_layer.measure(config, job.layout, trial.groups.device, job.budget)
+        result = sequence_layer.measure(config, job.layout, trial.groups.device, job.budget)
     else:
-        found = steps_of(trial, job, config, folder)
-    return trial, plan | found | {"total_seconds": time.perf_counter() - began}
+        result = steps_of(trial, job, config, folder)
+    return trial, plan | result | {"total_seconds": time.perf_counter() - began}
 
 
 def work(folder: Path) -> None:
-    """All jobs of `folder`/jobs.json, one after the other; each rank leaves FOLDER/NAME.RANK.json."""
+    """Does all jobs of `folder`/jobs.json, one after the other; each rank writes FOLDER/NAME.RANK.json."""
     from linear_moe.training import platform
     from linear_moe.training.supervision import watch
 
@@ -258,9 +266,9 @@ def work(folder: Path) -> None:
                 left, trial = trial.end(), None
                 if cuda and left > bench.LEFT_GIB:
                     break
-            trial, found = measure(trial, job, folder)
+            trial, result = measure(trial, job, folder)
             part = folder / f"{job.name}.{rank}.part"
-            part.write_text(json.dumps(found))
+            part.write_text(json.dumps(result))
             part.rename(folder / f"{job.name}.{rank}.json")
         if dist.is_initialized():
             dist.barrier()
@@ -269,7 +277,7 @@ def work(folder: Path) -> None:
 
 # -- the launcher ------------------------------------------------------------------------------------------------------
 class Group(bench.Group):
-    """`saved()` is called when a job has ended; `rows` is what then is to be saved."""
+    """Group of jobs that calls `saved()` whenever a job has ended, with the rows to save in `rows`."""
 
     script = __file__
 
@@ -283,17 +291,17 @@ class Group(bench.Group):
             return
         case = (job.key, job.layout)
         for longer in [
-            other for other in self.left if (other.key, other.layout) == case and other.length >= job.length
+            waiting for waiting in self.left if (waiting.key, waiting.layout) == case and waiting.length >= job.length
         ]:
             self.left.remove(longer)
-            why = "out of memory" if memory else self.found[job]["failed"]
-            self.found[longer] = {"failed": f"{why} at a shorter length", "log": ""}
-            self.report(longer, self.found[longer])
+            why = "out of memory" if memory else self.results[job]["failed"]
+            self.results[longer] = {"failed": f"{why} at a shorter length", "log": ""}
+            self.report(longer, self.results[longer])
 
-    def report(self, job: Job, found: Any) -> None:
-        row, log = row_of(job, found), ""
-        if isinstance(found, dict) and found["failed"] != "no time left":
-            log = "\n" + found["log"][-3000:]
+    def report(self, job: Job, results: Any) -> None:
+        row, log = row_of(job, results), ""
+        if isinstance(results, dict) and results["failed"] != "no time left":
+            log = "\n" + results["log"][-3000:]
         told = {k: v for k, v in row.items() if k in SAID}
         print(f"[{time.monotonic() - bench.STARTED:5.0f} s] {job.name}: {json.dumps(told)} {log}", flush=True)
         self.rows.append(row)
@@ -316,7 +324,7 @@ def header(path: Path, cuda: bool, revision: str) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """JSON, and tables of it as Markdown."""
+    """Writes a result as JSON, and its tables as Markdown."""
     result["rows"].sort(key=lambda row: (row["model"], row["overrides"], row["length"], row["layout"]))
     compare(result["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,18 +333,18 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def tokens(text: str) -> int:
-    """32K -> 32768."""
-    found = re.fullmatch(r"(\d+)([KM]?)", text)
-    if not found:
+    """Parses a number of tokens: 32K -> 32768."""
+    match = re.fullmatch(r"(\d+)([KM]?)", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no length such as 2048, 32K or 1M")
-    return int(found[1]) * {"": 1, "K": 2**10, "M": 2**20}[found[2]]
+    return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]]
 
 
 def jobs_of(text: str, args: argparse.Namespace, common: tuple[str, ...]) -> list[Job]:
-    """Of one case."""
-    what, at, rest = text.partition("@")
+    """Makes the jobs of one case."""
+    front, at, rest = text.partition("@")
     lengths, *overrides = rest.split("+")
-    name, _, given = what.partition(":")
+    name, _, given = front.partition(":")
     allowed = WAYS if name == "layer" else tuple(LAYOUTS)
     layouts = given.split("/") if given else [x for x in allowed if x not in ("single", "fla_padded")]
     if not at or name not in (*MIXERS, "hybrid", "softmax", "layer") or (unknown := set(layouts) - set(allowed)):
@@ -344,7 +352,7 @@ def jobs_of(text: str, args: argparse.Namespace, common: tuple[str, ...]) -> lis
         raise argparse.ArgumentTypeError(f"{text!r} is no case; {known}")
     sizes = [(tokens(size), int(rows or 1)) for size, _, rows in (x.partition("x") for x in lengths.split("/"))]
     traced = {tokens(x) for x in args.profile.split(",") if x}
-    # A layer's ways beside each other at each length; a model's lengths after each other.
+    # All layouts of a layer are measured at one length before the next length; a model in one layout at all lengths.
     pairs = (
         [(x, size) for size in sizes for x in layouts]
         if name == "layer"
@@ -360,22 +368,26 @@ def jobs_of(text: str, args: argparse.Namespace, common: tuple[str, ...]) -> lis
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="cases, lists of them, and a.b=c of all")
+    parser.add_argument("cases", nargs="*", help="cases, names of lists of cases, and a.b=c for all cases")
     parser.add_argument("--preset", default="a0.3b_2b", help="file of configs/models")
-    parser.add_argument("--layers", type=int, help="so many layers instead of the preset's; every row says how many")
-    parser.add_argument("--recompute", default="full", choices=("none", "full"), help="layers, in every layout")
+    parser.add_argument("--layers", type=int, help="number of layers in place of the preset's, recorded in every row")
+    parser.add_argument("--recompute", default="full", choices=("none", "full"), help="layers to recompute")
     parser.add_argument("--profile", default="", help="lengths at which sp2 is traced: 32K,128K")
-    parser.add_argument("--budget", type=float, default=5, help="seconds of the steps that count")
-    parser.add_argument("--slack", type=float, default=1.1, help="leave out what needs this times the memory by plan")
+    parser.add_argument("--budget", type=float, default=5, help="seconds of the measured steps of a job")
+    parser.add_argument(
+        "--slack", type=float, default=1.1, help="leave out jobs that plan to need this times the memory"
+    )
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one case at one length")
-    parser.add_argument("--seconds", type=float, default=1800, help="for everything; what is not done then is left out")
+    parser.add_argument("--seconds", type=float, default=1800, help="for everything; jobs not done then are left out")
     parser.add_argument("--name", default="sequence_gpu", help="FOLDER/NAME.json and .md")
     parser.add_argument("--folder", default="docs/results")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
     parser.add_argument("--commit", help="default: $COMMIT, or git's HEAD")
-    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="no runs: the rows of these JSONs together")
-    parser.add_argument("--plot", action="store_true", help="no runs: FOLDER/NAME_*.svg of the JSON (after --merge)")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, default=[], help="measure nothing: merge the rows of these JSON files"
+    )
+    parser.add_argument("--plot", action="store_true", help="measure nothing: draw FOLDER/NAME_*.svg (after --merge)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     try:
@@ -397,7 +409,7 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
     expanded = [case for text in cases for case in CASES.get(text, [text])]
     jobs = list(dict.fromkeys(job for case in expanded for job in jobs_of(case, args, common)))
     for job in jobs:
-        job.config()  # a ConfigError is better now
+        job.config()  # raises ConfigError before any job runs
     return jobs
 
 
@@ -419,7 +431,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
     keys, gpus = list(dict.fromkeys(job.key for job in alone)), len(devices)
     split = [[job for job in alone if keys.index(job.key) % gpus == i] for i in range(gpus)]
     groups += [both, *(Group(part, devices[i] if cuda else None, args.timeout, saved) for i, part in enumerate(split))]
-    for together in ([both], groups[1:]):  # one GPU's side by side
+    for together in ([both], groups[1:]):  # jobs on one GPU run side by side
         bench.run(together, args.seconds - (time.monotonic() - bench.STARTED))
     saved()
 

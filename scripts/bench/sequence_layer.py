@@ -1,12 +1,12 @@
-"""One Gated DeltaNet layer of a sequence on several ranks, forward and backward, in several ways, for sequence.py.
+"""Gated DeltaNet layer of a sequence on several ranks, forward and backward, in several ways, for sequence.py.
 
-    alone       every rank with a sequence of its own: nothing is sent
+    alone       every rank has a sequence of its own, and nothing is sent
     ours        this repository's sequence parallelism
     fla         flash-linear-attention's context parallelism, of its recurrence and of its convolutions
-    fla_padded  the same with key heads padded to a multiple of 64, as our op gives them to fla's kernels
+    fla_padded  as fla, with key heads padded to a multiple of 64, as our op gives them to fla's kernels
     ulysses     all-to-all from tokens to heads, whole sequences in convolutions and recurrence, all-to-all back
-All have the same projections, gates, gated norm and weights. Gradients of weights are each rank's own: adding them up
-is the same in all of them, and data parallelism's business.
+All ways have the same projections, gates, gated norm and weights. Gradients of weights are not added up over ranks:
+data parallelism does this, in the same way for all of them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ TOLERANCE = {"bf16": 3e-2, "fp32": 1e-4}
 
 
 class _AllToAll(torch.autograd.Function):
-    """`[ranks, ...]`: block r goes to rank r, and what comes from rank r is block r; the gradient the same way."""
+    """All-to-all of `x [ranks, ...]`: block r is sent to rank r, and block r of the result comes from rank r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
         ctx.group = group
-        found = torch.empty_like(x)
-        dist.all_to_all_single(found, x, group=group)
-        return found
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=group)
+        return received
 
     @staticmethod
     @once_differentiable
@@ -55,7 +55,10 @@ class _AllToAll(torch.autograd.Function):
 
 
 class Ulysses(GatedDeltaNet):
-    """DeepSpeed-Ulysses' exchange (arXiv 2309.14509) around convolutions and recurrence; contiguous pieces."""
+    """Gated DeltaNet with DeepSpeed-Ulysses' exchange (arXiv 2309.14509) around convolutions and recurrence.
+
+    Pieces must be contiguous.
+    """
 
     group: dist.ProcessGroup
 
@@ -67,12 +70,12 @@ class Ulysses(GatedDeltaNet):
         self.heads, self.v_heads = self.heads // self.ranks, self.v_heads // self.ranks
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """`[1, T / ranks, C]`, channels by head -> `[1, T, C / ranks]`, this rank's."""
+        """Exchanges `x [1, T / ranks, C]`, channels by head, for this rank's heads `[1, T, C / ranks]`."""
         blocks = x[0].unflatten(1, (self.ranks, -1)).transpose(0, 1).contiguous()
         return _AllToAll.apply(blocks, self.group).flatten(0, 1).unsqueeze(0)
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """Undoes `to_heads`."""
+        """Exchanges heads for tokens; the inverse of `to_heads`."""
         blocks = _AllToAll.apply(x[0].unflatten(0, (self.ranks, -1)).contiguous(), self.group)
         return blocks.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
@@ -90,12 +93,12 @@ class Ulysses(GatedDeltaNet):
         return inputs | {"beta": beta.to(inputs["beta"].dtype), "g": g}, gate
 
     def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
-        o, found = super().recurrence(inputs, layout, states)
-        return self.to_tokens(o.flatten(2)).unflatten(2, (-1, self.value_dim)), found
+        o, finals = super().recurrence(inputs, layout, states)
+        return self.to_tokens(o.flatten(2)).unflatten(2, (-1, self.value_dim)), finals
 
 
 class FlaContextParallel(GatedDeltaNet):
-    """flash-linear-attention's `cp_context`; contiguous pieces."""
+    """Gated DeltaNet with flash-linear-attention's context parallelism (`cp_context`); pieces must be contiguous."""
 
     @staticmethod
     def size(key_dim: int) -> int:
@@ -125,6 +128,8 @@ class FlaContextParallel(GatedDeltaNet):
 
 
 class FlaPadded(FlaContextParallel):
+    """FlaContextParallel with key heads padded to a multiple of 64."""
+
     @staticmethod
     def size(key_dim: int) -> int:
         return tiled(key_dim)
@@ -134,7 +139,7 @@ MIXERS: dict[str, type[GatedDeltaNet]] = {"fla": FlaContextParallel, "fla_padded
 
 
 def build(way: str, config: Config, device: torch.device) -> GatedDeltaNet:
-    """The same weights in every way and on every rank."""
+    """Builds the layer for one way; weights are equal in all ways and on all ranks."""
     host = Host(dtype=DTYPES[config.training.dtype], device=device)
     settings: Any = mixer_config("gated_deltanet")
     mixer = MIXERS.get(way, GatedDeltaNet)(settings, layer_dims(config.model, 0), host)
@@ -145,27 +150,31 @@ def build(way: str, config: Config, device: torch.device) -> GatedDeltaNet:
 
 
 def one_pass(mixer: GatedDeltaNet, x: Tensor, dy: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
-    """`x, dy [tokens, hidden]` -> the output, and the gradients of x and of all parameters."""
+    """Runs forward and backward on `x, dy [tokens, hidden]`: output, gradients of x and of all parameters."""
     y = mixer(x, layout)
     return (y.detach(), *torch.autograd.grad(y, [x, *mixer.parameters()], dy))
 
 
-def relative(found: Tensor, wanted: Tensor) -> Tensor:
-    """`[2]`: the square of the difference, and of what is wanted."""
-    wanted = wanted.double()
-    return torch.stack([(found.double() - wanted).square().sum(), wanted.square().sum()])
+def relative(actual: Tensor, expected: Tensor) -> Tensor:
+    """Sums of squares `[2]` of the difference, and of `expected`."""
+    expected = expected.double()
+    return torch.stack([(actual.double() - expected).square().sum(), expected.square().sum()])
 
 
 def differences(
-    found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], shares: tuple[Tensor, Tensor]
+    actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], shares: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
-    """Of all ranks' pass from one rank's: |difference| / |wanted|, of all tokens and of the worst parameter."""
-    sums = torch.stack([relative(own, part) for own, part in zip(found[:2], shares, strict=True)])
+    """Relative errors |actual - expected| / |expected| of output, tokens' gradient, and worst parameter's gradient.
+
+    `actual` is this rank's part of the pass of all ranks, `expected` the pass on one rank, and `shares` this rank's
+    share of the expected output and gradient of tokens. Collective.
+    """
+    sums = torch.stack([relative(own, part) for own, part in zip(actual[:2], shares, strict=True)])
     dist.all_reduce(sums)
-    parts = [x.double() for x in found[2:]]
+    parts = [x.double() for x in actual[2:]]
     for part in parts:
         dist.all_reduce(part)
-    parameters = torch.stack([relative(own, part) for own, part in zip(parts, wanted[2:], strict=True)])
+    parameters = torch.stack([relative(own, part) for own, part in zip(parts, expected[2:], strict=True)])
     ratios = [float(x) for x in (sums[:, 0] / sums[:, 1]).sqrt()]
     return {
         "output": ratios[0],
@@ -175,7 +184,10 @@ def differences(
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float, most: int = 20) -> list[float]:
-    """Milliseconds of as many passes as take about `seconds`, after three; all queued at once. Collective."""
+    """Milliseconds of each of so many passes as take about `seconds`, after three others. Collective.
+
+    All passes are queued at once, so that the device does not wait for the host.
+    """
 
     def passes(count: int) -> list[float]:
         if device.type != "cuda":
@@ -199,17 +211,17 @@ def timed(run: Callable[[], Any], device: torch.device, seconds: float, most: in
 
 
 def measure(config: Config, way: str, device: torch.device, seconds: float) -> dict[str, Any]:
-    """`config`: of parallel.sequence ranks, a micro-batch of one sequence."""
+    """Measures one way of the layer; `config` has parallel.sequence ranks and a micro-batch of one sequence."""
     length, line = padded_length(config), sequence_line(config)
     assert line is not None
     if way in ("fla", "fla_padded") and device.type != "cuda":
         return {"skipped": "flash-linear-attention's kernels need a GPU"}
     order = order_of(config.parallel) if way == "ours" else PieceOrder(line.order.size)
-    found = cut(1, length, order, line.rank)
+    own_cut = cut(1, length, order, line.rank)
     generator = torch.Generator(device).manual_seed(config.training.seed)
     whole = [torch.randn(1, length, config.model.hidden_size, generator=generator, device=device) for _ in range(2)]
     whole = [x.to(DTYPES[config.training.dtype]) for x in whole]
-    x, dy = (share(part, found).flatten(0, 1).contiguous() for part in whole)
+    x, dy = (share(part, own_cut).flatten(0, 1).contiguous() for part in whole)
     x.requires_grad_()
     layout = TokenLayout(1, length // order.size)
     if way == "ours":
@@ -222,7 +234,7 @@ def measure(config: Config, way: str, device: torch.device, seconds: float) -> d
     if way != "alone":
         one = build("alone", config, device)
         wanted = one_pass(one, whole[0][0].requires_grad_(), whole[1][0], TokenLayout(1, length))
-        y, d_x = (share(t.unsqueeze(0), found).flatten(0, 1) for t in wanted[:2])
+        y, d_x = (share(t.unsqueeze(0), own_cut).flatten(0, 1) for t in wanted[:2])
         row["differences"] = differences(one_pass(mixer, x, dy, layout), wanted, (y, d_x))
         row["agrees"] = max(row["differences"].values()) < TOLERANCE[config.training.dtype]
         del one, wanted, y, d_x

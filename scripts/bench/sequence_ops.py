@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""What pieces of sequences cost a mixer beside whole ones: forward and backward on one GPU, without communication.
+"""Cost of a mixer on pieces of sequences beside whole sequences: forward and backward on one GPU, no communication.
 
-A row for each mixer, in milliseconds of CUDA events (medians) and of kernels' own time (`_busy`):
+There is a row for each mixer, in milliseconds of CUDA events (medians) and of kernels' own time (`_busy`):
     whole      one row of --length tokens
-    rows       as many tokens in two rows: what zigzag's two pieces are to the kernels
-    piece      one piece, as of `parallel.sequence_layout=contiguous`, whose neighbours are stubs: every local
-               computation of a piece, none of the communication
-    pieces     two pieces, as of zigzag
-    added      piece - whole, and pieces - rows, in busy time; `added_kernels`: those that run more often or longer, in
-               microseconds
-First steps (compiling) of all mixers are taken side by side; then one process at a time measures.
+    rows       the same number of tokens in two rows: kernels see two pieces of zigzag in this way
+    piece      one piece, as with `parallel.sequence_layout=contiguous`, whose neighbours are stubs: all local
+               computation of a piece, but no communication
+    pieces     two pieces, as with zigzag
+    added      piece - whole, and pieces - rows, in busy time; `added_kernels`: microseconds of the kernels that run
+               more often or longer
+The first steps of all mixers, which compile kernels, run side by side; then one process at a time measures.
 
     python scripts/bench/sequence_ops.py --out FOLDER                      # the mixers of MIXERS
     python scripts/bench/sequence_ops.py --out FOLDER --mixers all
@@ -52,7 +52,7 @@ ORDERS = {"piece": "contiguous", "pieces": "zigzag"}
 
 
 def build(name: str, at: Setting) -> Mixer:
-    """In bf16, of the sizes of a0.3b_2b, in the first of its layers."""
+    """Builds a mixer in bf16 with the sizes of the preset a0.3b_2b, as in its first layer."""
     host, config = Host(dtype=torch.bfloat16, device=at.device), mixer_config(name, **FIELDS.get(name, {}))
     dims = Dims(at.hidden, at.heads, 12, 0, norm_eps=1e-5, init_std=0.008, output_init_std=0.008 / 24**0.5)
     mixer_class(name).validate(config, dims, 1, "model.mixer")
@@ -62,37 +62,37 @@ def build(name: str, at: Setting) -> Mixer:
 
 
 def layouts(length: int, device: torch.device) -> dict[str, TokenLayout]:
-    found = {"whole": TokenLayout(1, length), "rows": TokenLayout(2, length // 2)}
+    columns = {"whole": TokenLayout(1, length), "rows": TokenLayout(2, length // 2)}
     positions = torch.arange(length, device=device)[None]
     for column, kind in ORDERS.items():
         order = PieceOrder(1, kind)
-        found[column] = pieces_layout(cut(1, length, order, 0), SequenceGroup(order, 0), device, positions, None)
-    return found
+        columns[column] = pieces_layout(cut(1, length, order, 0), SequenceGroup(order, 0), device, positions, None)
+    return columns
 
 
 def passes(mixer: Mixer, at: Setting, length: int) -> dict[str, Work]:
-    """Forward and backward of every column, the first steps taken."""
+    """Makes a forward and backward pass for every column, and runs each of them once."""
     x = torch.randn(length, at.hidden, device=at.device).bfloat16().requires_grad_()
     grad, inputs = torch.randn_like(x), [x, *mixer.parameters()]
 
     def step_of(layout: TokenLayout) -> Work:
         return lambda: torch.autograd.grad(mixer(x, layout), inputs, grad, allow_unused=True)
 
-    found = {column: step_of(layout) for column, layout in layouts(length, at.device).items()}
-    for step in found.values():
+    steps = {column: step_of(layout) for column, layout in layouts(length, at.device).items()}
+    for step in steps.values():
         step()
     if at.device.type == "cuda":
         torch.cuda.synchronize()
-    return found
+    return steps
 
 
 def kernels(step: Work, at: Setting) -> Counter[str]:
     """Microseconds of each kernel in one pass."""
-    found: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
     for event in profiled(step, at, 1, host=False).events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
-            found[event.name[:90]] += event.time_range.elapsed_us()
-    return found
+            spent[event.name[:90]] += event.time_range.elapsed_us()
+    return spent
 
 
 def measure(steps: dict[str, Work], at: Setting) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def measure(steps: dict[str, Work], at: Setting) -> dict[str, Any]:
         before = torch.cuda.memory_allocated()
         steps[column]()
         row[f"{column}_memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    more, less = kernels(steps["pieces"], at), kernels(steps["rows"], at)
-    added = {name: round(more[name] - less[name]) for name in more | less}
+    of_pieces, of_rows = kernels(steps["pieces"], at), kernels(steps["rows"], at)
+    added = {name: round(of_pieces[name] - of_rows[name]) for name in of_pieces | of_rows}
     longest = sorted(added.items(), key=lambda item: -abs(item[1]))[:20]
     return row | {"added_kernels": {name: spent for name, spent in longest if abs(spent) >= 3}}
 
@@ -143,7 +143,7 @@ def line(row: dict[str, Any]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of sequence_ops.json")
-    parser.add_argument("--mixers", default=MIXERS, help="names with commas, or: all")
+    parser.add_argument("--mixers", default=MIXERS, help="names, comma separated, or: all")
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--timeout", type=float, default=300, help="seconds for everything")
@@ -167,7 +167,7 @@ def main() -> int:
         process.start()
     try:
         revision: str | None = commit()
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history
+    except (OSError, subprocess.CalledProcessError):  # a copy of the repository without its history
         revision = None
     until, rows = time.monotonic() + options.timeout, list[dict[str, Any]]()
     while len(rows) < len(names):

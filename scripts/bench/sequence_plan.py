@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What sharing out sequences costs on paper, as docs/parallelism.md shows it: docs/results/NAME.json and .svg.
+"""Simulated cost of sequence parallelism, which docs/parallelism.md shows: docs/results/NAME.json and NAME.svg.
 
     python scripts/bench/sequence_plan.py
 
-prints the tables too. Run it again after a change of `linear_moe/plan/cost.py` or `exchange.py`.
+also prints the tables. Run it again after a change of `linear_moe/plan/cost.py` or `linear_moe/plan/traffic.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from linear_moe.cli import main as linear_moe
 
-# NVLink's bandwidth as measured between two H200s: keys and values of 128K tokens, in docs/results/sequence_gpu.json
+# NVLink's bandwidth between two H200s, measured with keys and values of 128K tokens (docs/results/sequence_gpu.json)
 LINKS = ["--intra-node-bandwidth", "250"]
 COMMAND = ["plan", "configs/models/a0.3b_2b.yaml", "--tokens-per-gpu", "32K", "--gpu", "h200", *LINKS]
 CASES = {
@@ -31,6 +31,7 @@ CASES = {
 
 
 def output(words: list[str]) -> str:
+    """Runs `linear-moe` with these arguments; returns what it printed."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         if linear_moe(words):
@@ -39,7 +40,7 @@ def output(words: list[str]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Six digits are enough."""
+    """Rounds every float in a nested value to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -61,8 +62,10 @@ def main() -> None:
         command = " ".join(["linear-moe", *words])
         print("$", command)
         print(output(words))
-        found = json.loads(output([*words, "--json", "--plot", str(args.folder / f"{name}.svg")]))
-        result = {"name": name, "command": f"{command} --json", "measured": "bandwidth within a node"} | rounded(found)
+        simulation = json.loads(output([*words, "--json", "--plot", str(args.folder / f"{name}.svg")]))
+        result = {"name": name, "command": f"{command} --json", "measured": "bandwidth within a node"} | rounded(
+            simulation
+        )
         (args.folder / f"{name}.json").write_text(json.dumps(result) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What sequence.py's rows say: comparisons, tables and plots."""
+"""Comparisons, tables and plots of the rows that sequence.py measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#1
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 380, 70, 34, 260, 46
 
 
-SAID = (
+SAID = (  # keys of a row that are printed while sequence.py runs
     "ms",
     "tokens_per_second_per_gpu",
     "peak_gib",
@@ -29,8 +29,8 @@ SAID = (
 )
 
 
-def row_of(job: Any, found: Any) -> Row:
-    """Of a Job of sequence.py, and what its ranks found, or why they did not."""
+def row_of(job: Any, results: Any) -> Row:
+    """Makes the row of a Job of sequence.py from its entry in the `results` of a launcher.Group."""
     config = job.config()
     model, training = config.model, config.training
     row: dict[str, Any] = {
@@ -57,18 +57,18 @@ def row_of(job: Any, found: Any) -> Row:
         "recompute": training.recompute,
     }
     row |= {"parallel": {k: v for k, v in vars(config.parallel).items() if k.startswith("sequence")}}
-    if isinstance(found, dict):
-        return row | {"failed": found["failed"]}
-    first = found[0]
+    if isinstance(results, dict):
+        return row | {"failed": results["failed"]}
+    first = results[0]
     if "skipped" in first:
         return row | first
     if job.model == "layer":
         row |= {
-            "ms": max(rank["milliseconds"] for rank in found),
-            "ms_of_passes": [rank["ms_of_passes"] for rank in found],
+            "ms": max(rank["milliseconds"] for rank in results),
+            "ms_of_passes": [rank["ms_of_passes"] for rank in results],
         }
         row |= {key: first[key] for key in ("differences", "agrees") if key in first}
-        row |= {"peak_gib": [rank["peak_gib"] for rank in found]}
+        row |= {"peak_gib": [rank["peak_gib"] for rank in results]}
     else:
         steps = first["seconds"][first["warmup"] :]
         row |= {
@@ -76,15 +76,15 @@ def row_of(job: Any, found: Any) -> Row:
             "ms_of_steps": [1e3 * s for s in first["seconds"]],
             "warmup": first["warmup"],
         }
-        row |= {key: [rank[key] for rank in found] for key in ("peak_gib", "state_gib", "plan_gib")}
-        beside = max(rank["peak_gib"] - rank["state_gib"] for rank in found)
+        row |= {key: [rank[key] for rank in results] for key in ("peak_gib", "state_gib", "plan_gib")}
+        beside = max(rank["peak_gib"] - rank["state_gib"] for rank in results)
         row |= {"losses": first["losses"], "mib_per_1k_tokens": beside * 1024 * 1024 / (job.rows * job.length)}
         if first.get("overlap"):
-            row |= {"overlap": [rank["overlap"] for rank in found]}
+            row |= {"overlap": [rank["overlap"] for rank in results]}
             span, purposes = first["overlap"]["span_ms"], first["overlap"]["purposes"].items()
             row |= {"hidden": {k: round(v["hidden"], 4) for k, v in purposes}}
             row |= {"exposed": {k: round(v["exposed_ms"] / span, 4) for k, v in purposes}}
-            sent = [rank["overlap"]["purposes"].get("sequence", {}) for rank in found]
+            sent = [rank["overlap"]["purposes"].get("sequence", {}) for rank in results]
             if all("transfer_ms" in rank for rank in sent):
                 row |= {"transfer_ms": max(rank["transfer_ms"] for rank in sent)}
                 row |= {"transfer_hidden": round(min(rank["transfer_hidden"] for rank in sent), 4)}
@@ -95,7 +95,7 @@ def row_of(job: Any, found: Any) -> Row:
 
 
 def short(tokens: int) -> str:
-    """32768 -> 32K."""
+    """Formats a number of tokens: 32768 -> 32K."""
     for size, letter in ((2**20, "M"), (2**10, "K")):
         if tokens % size == 0:
             return f"{tokens // size}{letter}"
@@ -103,26 +103,27 @@ def short(tokens: int) -> str:
 
 
 def shared(row: Row) -> tuple[Any, ...]:
-    """Rows that may be compared share it: their work, whatever they are spread over."""
+    """Key of a row's work, without its spread over GPUs: rows with equal keys may be compared."""
     work = tuple(text for text in row["overrides"] if not text.startswith("parallel."))
     return tuple(row[key] for key in ("model", "length", "rows", "preset", "layers", "recompute", "hidden_size")) + work
 
 
 def ways(row: Row) -> list[str]:
-    """What a row overrides of how work is spread."""
+    """Overrides of a row that change the spread of its work over GPUs."""
     return [text for text in row["overrides"] if text.startswith("parallel.")]
 
 
 def own(row: Row) -> tuple[Any, ...]:
-    """Two rows that share it are the same measurement."""
+    """Key of a measurement: rows with equal keys are repetitions of one measurement."""
     return *shared(row), row["layout"], *row["overrides"]
 
 
 def compare(rows: list[Row]) -> None:
-    """Add to each row what its speed is of other layouts' with the same work: `of_dp2`, `of_single`, `of_alone`.
+    """Adds to each row the ratio of its speed to that of other layouts with the same work.
 
-    `of_dp2_same_sequence`: of dp2's with sequences as long as those that sp2 shares out, and so as many attention
-    scores a token in a hybrid, but twice the tokens per GPU.
+    The ratios are `of_dp2`, `of_single`, `of_alone`, and for sp2 `of_dp2_same_sequence`: the ratio to dp2 with
+    sequences as long as the one that sp2 shares out. There a hybrid has equally many attention scores per token, but
+    twice the tokens per GPU.
     """
     plain = {(shared(row), row["layout"]): row for row in rows if "ms" in row and not ways(row)}
     for row in rows:
@@ -136,7 +137,10 @@ def compare(rows: list[Row]) -> None:
 
 
 def merge(results: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """One result of several: of a measurement the last that succeeded, else the last. `runs[row["run"]]`: its run."""
+    """Merges results of several runs; of a repeated measurement, the last that succeeded, or else the last, is kept.
+
+    `runs[row["run"]]` is the run that measured a row.
+    """
     runs: list[dict[str, Any]] = []
     rows: dict[tuple[Any, ...], Row] = {}
     for result in results:
@@ -170,7 +174,7 @@ def cell(row: Row | None, key: str, form: str) -> str:
 
 
 def speed_table(rows: list[Row]) -> str:
-    """A line for each case in sp2, and for each work without one."""
+    """Table with a line for each case in sp2, and for each work that was not measured in sp2."""
     plain = [row for row in rows if not ways(row)]
     by_layout = {layout: {shared(r): r for r in plain if r["layout"] == layout} for layout in ("dp2", "single")}
     leading = [row for row in rows if row["layout"] == "sp2"]
@@ -198,7 +202,7 @@ def speed_table(rows: list[Row]) -> str:
 
 
 def longest_table(rows: list[Row]) -> str:
-    """Of each case and layout: the longest that trained, and what the next did."""
+    """Table of the longest length that trained, and the result of the next length, for each case and layout."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cases.setdefault((label(row), row["layout"]), []).append(row)
@@ -217,8 +221,8 @@ def longest_table(rows: list[Row]) -> str:
 def layer_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        found = row.get("differences", {})
-        said = [f"{found[key]:.1e}" if key in found else "" for key in ("output", "tokens", "parameters")]
+        errors = row.get("differences", {})
+        said = [f"{errors[key]:.1e}" if key in errors else "" for key in ("output", "tokens", "parameters")]
         verdict = {True: "yes", False: "**no**"}.get(row.get("agrees"), "")  # type: ignore[arg-type]
         alone = f"{row['of_alone']:.3f}" if "of_alone" in row else ""
         speed = cell(row, "tokens_per_second_per_gpu", ",.0f") if "ms" in row else ""
@@ -231,13 +235,16 @@ def layer_table(rows: list[Row]) -> str:
 
 
 def same_tokens(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Measured runs on one GPU by case and tokens per step, of at least two lengths; in one piece, then in several."""
-    found: dict[tuple[str, int], list[Row]] = {}
+    """Groups the rows measured on one GPU by case and tokens per step, if there are at least two.
+
+    Rows with whole sequences come first in a group, then rows with sequences in several pieces.
+    """
+    groups: dict[tuple[str, int], list[Row]] = {}
     alone = (row for row in rows if row["layout"] == "single" and "ms" in row)
     for row in sorted(alone, key=lambda r: (len(ways(r)), r["length"])):
         plain = label(row | {"overrides": [text for text in row["overrides"] if text not in ways(row)]})
-        found.setdefault((plain, row["length"] * row["rows"]), []).append(row)
-    return {key: group for key, group in found.items() if len(group) > 1}
+        groups.setdefault((plain, row["length"] * row["rows"]), []).append(row)
+    return {key: group for key, group in groups.items() if len(group) > 1}
 
 
 def lengths_table(rows: list[Row]) -> str:
@@ -262,7 +269,7 @@ def lengths_table(rows: list[Row]) -> str:
 
 
 def tables(rows: list[Row]) -> str:
-    """Markdown; parts without rows are left out."""
+    """Writes all tables in Markdown; tables without rows are left out."""
     layers, models = ([r for r in rows if (r["model"] == "layer") == kind] for kind in (True, False))
     parts = []
     if any(row["gpus"] > 1 for row in models):
@@ -284,11 +291,11 @@ def tables(rows: list[Row]) -> str:
 
 # -- plots -------------------------------------------------------------------------------------------------------------
 Curve = tuple[str, str, bool, list[tuple[float, float]]]
-"""Name, colour, dashed, points."""
+"""Curve of a plot: name, colour, whether it is dashed, and points (length in tokens, value)."""
 
 
 def chart(title: str, y_title: str, curves: list[Curve], logarithmic: bool = False) -> str:
-    """SVG of lines over a length in tokens, its axis logarithmic."""
+    """Draws curves over a length in tokens, on a logarithmic axis, as SVG."""
     xs = sorted({x for *_, points in curves for x, _ in points})
     ys = [y for *_, points in curves for _, y in points]
     low, high = (min(ys) / 1.3, max(ys) * 1.3) if logarithmic else (0.0, max(ys) * 1.1)
@@ -299,8 +306,8 @@ def chart(title: str, y_title: str, curves: list[Curve], logarithmic: bool = Fal
         across = math.log(x / xs[0]) / (math.log(xs[-1] / xs[0]) or 1.0)
         return LEFT + width * across, TOP + height * (scale(high) - scale(y)) / (scale(high) - scale(low))
 
-    def text(x: float, y: float, what: str, anchor: str = "middle", colour: str = "black") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{what}</text>'
+    def text(x: float, y: float, content: str, anchor: str = "middle", colour: str = "black") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{content}</text>'
 
     def line(points: list[tuple[float, float]], style: str) -> str:
         return f'<polyline fill="none" {style} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>'
@@ -330,17 +337,17 @@ def chart(title: str, y_title: str, curves: list[Curve], logarithmic: bool = Fal
 
 
 def ticks(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Round values between, at most about eight."""
+    """Round values from `low` to `high` for the marks of an axis, at most about eight."""
     if not logarithmic:
         step = 10 ** math.floor(math.log10(high))
         step = next(step / n for n in (1, 2, 5, 10) if high / step * n >= 4)
         return [i * step for i in range(int(high / step) + 1)]
-    found = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high))) for m in (1, 2, 5)]
-    return [y for y in found if low <= y <= high]
+    marks = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high))) for m in (1, 2, 5)]
+    return [y for y in marks if low <= y <= high]
 
 
 def curves(groups: dict[tuple[str, bool], list[Row]], key: str = "tokens_per_second_per_gpu") -> list[Curve]:
-    """`groups`: by the name of a colour, and whether dashed."""
+    """Makes curves from groups of rows; the key of a group is the name of its colour, and whether it is dashed."""
     names = list(dict.fromkeys(name for name, _ in groups))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     return [
@@ -350,9 +357,9 @@ def curves(groups: dict[tuple[str, bool], list[Row]], key: str = "tokens_per_sec
 
 
 def plot(result: dict[str, Any], path: Path) -> list[Path]:
-    """FOLDER/NAME_speed.svg, _layer.svg and _lengths.svg, as far as there are rows; returns what was written."""
+    """Writes FOLDER/NAME_speed.svg, _layer.svg and _lengths.svg, as far as there are rows; returns their paths."""
     measured = [row for row in result["rows"] if "ms" in row]
-    device, found = result["device"], {}
+    device, charts = result["device"], {}
     two: dict[tuple[str, bool], list[Row]] = {}
     layer: dict[tuple[str, bool], list[Row]] = {}
     for row in measured:
@@ -365,15 +372,15 @@ def plot(result: dict[str, Any], path: Path) -> list[Path]:
     speed = "tokens/s/GPU"
     if two:
         title = f"A sequence of twice the length on two {device}, and one on each"
-        found["speed"] = chart(title, speed, curves(two))
+        charts["speed"] = chart(title, speed, curves(two))
     if layer:
-        found["layer"] = chart(f"Gated DeltaNet layer, forward and backward, two {device}", speed, curves(layer))
+        charts["layer"] = chart(f"Gated DeltaNet layer, forward and backward, two {device}", speed, curves(layer))
     if one:
-        found["lengths"] = chart(
+        charts["lengths"] = chart(
             f"One {device}, the same tokens in every step, over the length of sequences", speed, curves(one), True
         )
     written = []
-    for name, text in found.items():
+    for name, text in charts.items():
         written.append(path.with_name(f"{path.stem}_{name}.svg"))
         written[-1].write_text(text)
     return written

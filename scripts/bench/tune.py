@@ -1,11 +1,12 @@
-"""Tune flash-linear-attention's kernels as the mixers call them, on this machine's GPU, and ship what was found.
+"""Tuning of flash-linear-attention's kernels on this machine's GPU, as mixers call them, into a file that is shipped.
 
     python scripts/bench/tune.py --out linear_moe/modeling/ops/tuned      # every mixer at the widths of A0.3B and A1B
     python scripts/bench/tune.py --out /tmp --mixers gla kda --widths 1024:8 --jobs 4
 
-Each mixer and width runs forward and backward in a process of its own, whole rows and packed documents. Processes
-compile side by side; a lock lets one at a time measure. Prints progress; the merged file is `NVIDIA_H100.json` or the
-like. Kernels whose flags and dtypes the file has already are not tuned for a further size, unless with --again.
+Each mixer and width runs forward and backward in a process of its own, on whole rows and on packed documents. Processes
+compile side by side; a lock lets one at a time measure. The script prints progress; the merged file is called after the
+GPU, for example `NVIDIA_H100.json`. Kernels whose flags and dtypes are in the file already are not tuned for further
+sizes, except with --again.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ TOKENS = 16384
 
 
 def measure_one_at_a_time(lock: Path, most: int, known: dict[str, list[tuned.Entry]]) -> None:
-    """Patch Triton's autotuner: compile first, measure under a lock, at most `most` configurations per kernel.
+    """Patches Triton's autotuner: it compiles first, then measures under a lock, `most` configurations per kernel.
 
-    Called after `tuned.install`, so that what the table has is found among all configurations.
+    Call it after `tuned.install`, so that entries of the shipped table are looked up among all configurations.
 
     Args:
-        known: an earlier choice, by kernel, which is measured besides.
+        lock: file that serves as the lock.
+        most: largest number of configurations per kernel.
+        known: earlier choices, by kernel, which are measured besides.
     """
     from triton.runtime.autotuner import Autotuner
     from triton.testing import do_bench
@@ -65,7 +68,7 @@ def measure_one_at_a_time(lock: Path, most: int, known: dict[str, list[tuned.Ent
 
 
 def run_mixer(name: str, hidden: int, heads: int) -> None:
-    """Forward and backward of one mixer: rows of 2048, and documents packed into one row."""
+    """Runs one mixer forward and backward, on rows of 2048 tokens and on documents packed into one row."""
     import torch
 
     from linear_moe.modeling.dims import Dims
@@ -81,7 +84,7 @@ def run_mixer(name: str, hidden: int, heads: int) -> None:
     offsets = torch.arange(0, TOKENS + 1, 2048, device="cuda")
     positions = torch.arange(2048, device="cuda").repeat(TOKENS // 2048)
     for layout in (TokenLayout(TOKENS // 2048, 2048), TokenLayout(1, TOKENS, offsets, 2048, positions[None])):
-        if mixer.crossing(config, dims):  # what the first layer would have left
+        if mixer.crossing(config, dims):  # tensors that the model's first layer would have left
             first = mixer_class(name)(config, Dims(**{**dims.__dict__, "layer": 0}), host)
             initialize(first, host, seed=0)
             first(torch.randn(TOKENS, hidden, device="cuda", dtype=torch.bfloat16), layout)
@@ -91,7 +94,7 @@ def run_mixer(name: str, hidden: int, heads: int) -> None:
 
 
 def chosen() -> dict[str, list[tuned.Entry]]:
-    """What every autotuner of this process found by searching."""
+    """Configurations that the autotuners of this process have chosen by measuring, by kernel."""
     from triton.runtime.autotuner import Autotuner
 
     table: dict[str, list[tuned.Entry]] = {}
@@ -115,7 +118,7 @@ def merge(into: dict[str, list[tuned.Entry]], new: dict[str, list[tuned.Entry]])
 
 
 def write(path: Path, header: dict[str, str], table: dict[str, list[tuned.Entry]]) -> None:
-    """One line per entry, so that a difference can be read."""
+    """Writes a table with one line per entry, so that diffs are readable."""
     kernels = [
         f"  {json.dumps(kernel)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in table[kernel]) + "\n  ]"
         for kernel in sorted(table)
@@ -134,9 +137,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--widths", nargs="*", default=["1024:8", "2048:16"], help="hidden size : heads")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--configs", type=int, default=8, help="most configurations to try per kernel")
-    parser.add_argument("--seconds", type=float, default=600, help="time for all; what is not done by then is left out")
-    parser.add_argument("--again", action="store_true", help="tune what the file has, too")
-    parser.add_argument("--known", type=Path, help="measure this file's choices, too (of a similar GPU, say)")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="time for everything; mixers not done by then are left out"
+    )
+    parser.add_argument("--again", action="store_true", help="also tune kernels that the file has")
+    parser.add_argument(
+        "--known", type=Path, help="also measure the choices of this file, for example of a similar GPU"
+    )
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -182,7 +189,7 @@ def main() -> int:
                 running[name, width] = subprocess.Popen(worker, stdout=output, stderr=errors, env=environment)
         for (name, width), process in list(running.items()):
             if late:
-                process.terminate()  # it still tells what it has found
+                process.terminate()  # the process still prints the configurations chosen so far
                 process.wait()
             if process.poll() is None:
                 continue

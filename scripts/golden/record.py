@@ -1,11 +1,11 @@
-"""Record what flash-linear-attention's layers compute, as the truth of tests/golden (needs a CUDA device and fla).
+"""Recording of the results of flash-linear-attention's layers, which tests/golden expects; needs a CUDA device and fla.
 
-    python scripts/golden/record.py --out tests/golden            # all, a few minutes: each layer compiles its kernels
+    python scripts/golden/record.py --out tests/golden            # all layers; kernels compile for a few minutes
     python scripts/golden/record.py --out tests/golden --only gla kda --jobs 2
 
-Per layer one safetensors file: `x [B, T, hidden]`, `cotangent` and `y` of the same shape, `weight.NAME` and
-`grad.NAME` for every parameter under fla's names, `grad.x`, all bf16; further inputs as `input.NAME`. Metadata: layer,
-options, versions.
+For each layer there is one safetensors file, all in bf16: `x [B, T, hidden]`, `cotangent` and `y` of the same shape,
+`weight.NAME` and `grad.NAME` for every parameter under fla's names, `grad.x`, and further inputs as `input.NAME`. The
+metadata have layer, options and versions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 BATCH, LENGTH, HIDDEN = 2, 90, 128
 HEADS = {"hidden_size": HIDDEN, "num_heads": 2}
 
-# name of the file -> fla's layer, its options, further inputs of its forward by name and shape
+# Name of the file -> fla's layer, its options, and the shapes of further inputs of its forward pass by name.
 LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "linear_attention": (
         "linear_attn:LinearAttention",
@@ -77,7 +77,10 @@ LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
 
 
 def first_configurations() -> None:
-    """Every Triton kernel takes its first configuration that launches: autotuning takes minutes and decides nothing."""
+    """Makes every Triton kernel take its first configuration that launches.
+
+    Autotuning would take minutes, and the choice does not change the results.
+    """
     from triton.runtime.autotuner import Autotuner
 
     bench = Autotuner._bench
@@ -110,7 +113,7 @@ def record(name: str, out: Path) -> None:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    with torch.no_grad():  # away from initial values, where a swapped or ignored parameter would not show
+    with torch.no_grad():  # at initial values, a swapped or ignored parameter could go unnoticed
         for parameter in layer.parameters():
             parameter.add_(0.05 * normal(*parameter.shape))
     layer = layer.to("cuda", torch.bfloat16).eval()  # eval: MoM's convolution runs across sequences in training mode
@@ -118,7 +121,7 @@ def record(name: str, out: Path) -> None:
     inputs = {key: normal(*shape).to("cuda", torch.bfloat16) for key, shape in further.items()}
     if "lower_bound" in inputs:
         inputs["lower_bound"] = inputs["lower_bound"].sigmoid()
-    # copies, since fla's RWKV-7 writes the gradient of its input over that input
+    # Inputs are copied, because fla's RWKV-7 overwrites its input with the gradient of the input.
     tensors = {"x": x.clone()} | {f"input.{key}": value.clone() for key, value in inputs.items()}
     x.requires_grad_()
     output = layer(x, **inputs)
@@ -145,9 +148,9 @@ def record(name: str, out: Path) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tests/golden"), help="folder of the files")
-    parser.add_argument("--only", nargs="*", choices=list(LAYERS), metavar="NAME", help=f"of {', '.join(LAYERS)}")
-    parser.add_argument("--jobs", type=int, default=8, help="layers at a time, a process each")
-    parser.add_argument("--here", action="store_true", help="in this process")
+    parser.add_argument("--only", nargs="*", choices=list(LAYERS), metavar="NAME", help=f"layers: {', '.join(LAYERS)}")
+    parser.add_argument("--jobs", type=int, default=8, help="processes, each of which records one layer at a time")
+    parser.add_argument("--here", action="store_true", help="record in this process")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The code of docs/adding_a_mixer.md: registered as the page says, through all that the registry's mixers pass."""
+"""Code of docs/adding_a_mixer.md: a mixer registered as the page says passes the tests of the registry's mixers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIXER_FILE, TEST_FILE = FILES
 
 
 def module(file: str) -> ModuleType:
-    """A file of the page as the module that it would be."""
+    """Makes the module that a file of the page would be."""
     name = file.removesuffix(".py").replace("/", ".")
     made = importlib.util.module_from_spec(ModuleSpec(name, loader=None))
     sys.modules[name] = made
@@ -42,7 +42,7 @@ def module(file: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tests() -> Iterator[ModuleType]:
-    """Registers the mixer; its test file."""
+    """Registers the page's mixer; returns the module of its test file."""
     assert NAME not in MIXERS and not importlib.util.find_spec(TARGET.partition(":")[0])
     MIXERS[NAME] = TARGET
     made = [module(MIXER_FILE), module(TEST_FILE)]
@@ -64,7 +64,7 @@ CHECKS = of_every_mixer(*MODULES)
 
 
 def calls(function: Callable[..., None], variants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Arguments of all its parameters, those for the mixer replaced by the page's mixer and configs."""
+    """All arguments of a parametrised test, with the page's mixer and configs in place of the registry's."""
     choices: list[list[dict[str, Any]]] = []
     for mark in function.pytestmark:  # type: ignore[attr-defined]
         names, values = mark.args[:2]

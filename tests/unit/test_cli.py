@@ -143,7 +143,7 @@ def test_training_errors_are_one_line_of_rank_0(run: Callable[..., Result], monk
     fails_with(TrainingError("step 3: loss nan"), monkeypatch)
     assert run("train", TINY) == (3, "", "linear-moe: step 3: loss nan\n")
     monkeypatch.setenv("RANK", "8")
-    monkeypatch.setenv("LOCAL_RANK", "0")  # of the second node
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first rank of the second node
     assert run("train", TINY) == (3, "", "")
     fails_with(RuntimeError("a bug"), monkeypatch)
     with pytest.raises(RuntimeError, match="a bug"):

@@ -1,4 +1,4 @@
-"""Commands are found where documentation shows them, and nowhere else."""
+"""Search for commands in documentation: it returns all commands that are shown, and nothing else."""
 
 from __future__ import annotations
 
@@ -73,22 +73,22 @@ jobs:
 
 
 def test_commands_are_found() -> None:
-    def found(file: str, text: str) -> list[tuple[Any, ...]]:
+    def commands_in(file: str, text: str) -> list[tuple[Any, ...]]:
         commands = commands_of(file, passages_of(file, text))
         return [(int(c.line.where.removeprefix(f"{file}:")), *c.env, *c.words) for c in commands]
 
     inspect, reshard = ((7, "linear-moe", "checkpoint", action, f"{BLANK}/x") for action in ("inspect", "reshard"))
     first = ("bash", "examples/x.sh", "a.b=1", "c.d=2", "e.f=g * 2")
-    assert found("a.md", PAGE) == [
+    assert commands_in("a.md", PAGE) == [
         (6, "GPUS", *first), (7, "GPUS", *first, "h=[1,2]"), (7, "head"), inspect, reshard,
         (11, "linear-moe", "check", "x.yaml"), (19, "pip", "install", "linear-moe[gpu]"), (20, "```"),
         (22, "```cobol"), (1, "linear-moe", "plan", "CONFIG", "--world", "N"), (17, "./scripts/x.sh", "1"),
     ]  # fmt: skip
     assert [c.line.error for c in commands_of("a.md", passages_of("a.md", PAGE))][5:7] == ["linear-moe: no", ""]
     own = (4, "bash", "examples/s.sh", "model.x=L * 3", "a.b=1")
-    assert found("examples/s.sh", SCRIPT) == [(2, "scripts/y.sh", "CONFIG"), (3, "examples/x.sh", "1"), own]
+    assert commands_in("examples/s.sh", SCRIPT) == [(2, "scripts/y.sh", "CONFIG"), (3, "examples/x.sh", "1"), own]
     workflow = [(1, "scripts/y.sh", "1"), (7, "bash", "scripts/x.sh", BLANK), (10, "scripts/z.sh"), (11, "pytest", "a")]
-    assert found(".github/workflows/a.yml", WORKFLOW) == workflow
+    assert commands_in(".github/workflows/a.yml", WORKFLOW) == workflow
     module = [(3, "python", "scripts/z.py", "--a", "1"), (5, "torchrun", "-m", "linear_moe"), (10, "pytest", "b")]
     module.append((11, "pytest", "c", "d"))
-    assert found("z.py", MODULE) == module
+    assert commands_in("z.py", MODULE) == module

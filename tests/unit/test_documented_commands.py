@@ -1,10 +1,10 @@
 """Every command line that documentation shows, run as far as a CPU can.
 
-Its arguments go through the parser that the command has, the files of this repository that it names must exist, and a
-configuration of ours must pass `linear-moe check` with what the line changes, on as many ranks as the line starts.
-`plan`, `check` and `mixers` are run, launch scripts up to their first `linear-moe`. What the reader has to put in is
-known by rule: words in capitals; a configuration outside configs/, of which only the changes are checked; and
-/data/NAME, here a folder with some text and a tokenizer.
+The arguments of a line are parsed by the parser of its command, and files of this repository that it names must exist.
+A configuration of this repository must pass `linear-moe check` with the line's overrides, on as many ranks as the line
+starts. `plan`, `check` and `mixers` are run, and launch scripts up to their first `linear-moe`. Placeholders for the
+reader's own values are recognised by rules: words in capitals; a configuration outside configs/, of which only the
+overrides are checked; and /data/NAME, which stands for a folder with some text and a tokenizer here.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class Checker:
             monkeypatch.syspath_prepend(path)
 
     def check(self, command: Command) -> str:
-        """The kind of command that it is. Raises Wrong."""
+        """Checks a command and returns its kind; raises Wrong if the command would not work."""
         words = [re.sub(r"(?<==)/data/[\w.-]+", str(self.data), word.removeprefix("./")) for word in command.words]
         line = command.line
         compare(command)
         for i, word in enumerate(words):
-            if BLANK in word and word.startswith(OURS):  # any that fits
-                found = sorted(ROOT.glob(word.replace(BLANK, "*")))
-                words[i] = str(found[0].relative_to(ROOT)) if found else word
+            if BLANK in word and word.startswith(OURS):  # any file that matches
+                matches = sorted(ROOT.glob(word.replace(BLANK, "*")))
+                words[i] = str(matches[0].relative_to(ROOT)) if matches else word
             path = words[i].rpartition("=")[2].partition("::")[0]
             if path.startswith(OURS) and not (ROOT / path.replace(BLANK, "*")).exists():
                 raise Wrong(f"there is no {path}")
@@ -111,7 +111,7 @@ class Checker:
         raise Wrong("no rule says what this is")
 
     def linear_moe(self, words: list[str], world: int, line: Line) -> str:
-        """Runs what is quick, and of the others the checks before they start."""
+        """Runs a quick subcommand; of the others, runs the checks that come before their start."""
         commands: Any = next(action.choices for action in cli.build_parser()._actions if action.choices)
         name = words[0] if words else ""
         options = commands[name]._option_string_actions if name in commands else {}
@@ -144,7 +144,7 @@ class Checker:
             self.done.append(words)
 
     def python(self, script: str, words: list[str], inline: bool) -> str:
-        """A script is checked by its `arguments()`, and its configuration, if it has one, like that of `train`."""
+        """Checks a script by its function `arguments()`, and its configuration, if any, like that of `train`."""
         if script not in PROGRAMS:
             raise Wrong(f"{script} is no program")
         words = words or (["--help"] if inline else [])
@@ -158,7 +158,7 @@ class Checker:
         return importlib.import_module(Path(script).stem).arguments()
 
     def shell(self, script: str, words: list[str], command: Command) -> str:
-        """A script that launches a training is run up to its first `linear-moe`; others are not run."""
+        """Runs a script that launches a training up to its first `linear-moe`; does not run other scripts."""
         text = (ROOT / script).read_text()
         options = re.findall(r"^ *(-[\w-]+)\)|= (-[\w-]+) \]", text, re.MULTILINE)  # compared with the first argument
         others = words[1:] if words and any(words[0] in option for option in options) else words
@@ -197,20 +197,20 @@ def checker(tmp_path: Path, pytestconfig: pytest.Config) -> Iterator[Checker]:
 
 
 def wrong(checker: Checker, commands: Iterable[Command], kinds: Counter[str]) -> list[str]:
-    """A line for each command that is wrong, with its file and line; counts the others by kind."""
-    found = []
+    """Returns a line for each wrong command, with its file and line; counts the right commands in `kinds`."""
+    errors = []
     for command in commands:
         try:
             kinds[checker.check(command)] += 1
         except Wrong as reason:
-            found.append(f"{command.line.where}: {shlex.join(command.words)}: {reason}")
-    return found
+            errors.append(f"{command.line.where}: {shlex.join(command.words)}: {reason}")
+    return errors
 
 
 def test_every_documented_command(checker: Checker) -> None:
     kinds: Counter[str] = Counter()
-    found = wrong(checker, documented(), kinds)
-    assert not found, "\n".join(["", *found])
+    errors = wrong(checker, documented(), kinds)
+    assert not errors, "\n".join(["", *errors])
     print(dict(kinds))
     commands = {f"linear-moe {name}" for name in cli.COMMANDS}
     assert kinds.keys() >= {*commands, "torchrun linear-moe train", "python", "bash", "of others"}
@@ -282,8 +282,8 @@ def test_mistakes_are_found(checker: Checker) -> None:
     for text, reason in WRONG.items():
         file = ".github/workflows/page.yml" if text.startswith("run:") else "page.md"
         page = text if text.startswith(("run:", "`", "~")) else f"```{'' if text[0] == '$' else 'bash'}\n{text}\n```"
-        (found,) = wrong(checker, commands_of(file, passages_of(file, page)), Counter()) or [""]
-        assert re.match(rf"{file}:[12]: ", found) and reason in found, (text, found)
+        (error,) = wrong(checker, commands_of(file, passages_of(file, page)), Counter()) or [""]
+        assert re.match(rf"{file}:[12]: ", error) and reason in error, (text, error)
 
 
 def test_pretrain_makes_its_folder_before_training(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The layers of the architecture, as the table in docs/design.md has them, and the other import rules."""
+"""Import rules: the layers of the architecture in the table of docs/design.md, and others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIXER_FILES = ("linear_moe.modeling.mixers.base", "linear_moe.modeling.mixers.re
 
 
 def layers() -> dict[str, int]:
-    """Each room of the package and its layer, from the table in docs/design.md."""
+    """Reads the layer of each part of the package from the table in docs/design.md."""
     rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
     return {room: int(layer) for layer, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
 
@@ -31,15 +31,15 @@ def within(name: str, *packages: str) -> bool:
 
 def imports(source: str, module: str) -> set[str]:
     """Dotted names that a module imports, also inside functions and for types; `from a import b` gives a.b."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = module.split(".")[: -node.level] if node.level else []
             start = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{start}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{start}.{alias.name}" for alias in node.names}
+    return names
 
 
 def modules() -> dict[str, Path]:
@@ -100,11 +100,11 @@ def test_rules_see_violations(module: str, source: str) -> None:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other (Tarjan's strongly connected components of more than one node)."""
+    """Finds groups of nodes that reach each other: Tarjan's strongly connected components of more than one node."""
     order: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found: list[list[str]] = []
+    components: list[list[str]] = []
 
     def visit(node: str) -> None:
         order[node] = low[node] = len(order)
@@ -119,16 +119,16 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
             at = stack.index(node)
             group, stack[at:] = stack[at:], []
             if len(group) > 1:
-                found.append(sorted(group))
+                components.append(sorted(group))
 
     for node in graph:
         if node not in order:
             visit(node)
-    return found
+    return components
 
 
 def test_files_import_each_other_in_one_direction() -> None:
-    """Late imports and those for types count too."""
+    """Files do not import each other in circles; imports inside functions and for types count too."""
     known = modules()
     graph: dict[str, set[str]] = {name: set() for name in known}
     for name, path in known.items():

@@ -1,4 +1,4 @@
-"""Windows, locks, and the distributions: built from the sources, installed where nothing else is, used."""
+"""Version windows, locks, and distributions, which are built from the sources, installed in a new environment, used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-LOCKS = {"cpu-py3.11": "setup-cpu", "gpu-py3.12": "setup-gpu"}  # and the extra that each has
+LOCKS = {"cpu-py3.11": "setup-cpu", "gpu-py3.12": "setup-gpu"}  # lock -> extra whose packages it pins
 CLOSELY_USED = {"torch", "megatron-core", "transformers", "triton", "fla-core", "quack-kernels"}
 
 
@@ -66,17 +66,17 @@ def test_newest_lifts_upper_ends_only() -> None:
 
 def test_check_names_what_differs() -> None:
     """A local version of the locked release does not differ; another release, and one that is not locked, do."""
-    found = {name: version for name, version in requirements.needed("build") if version is not None}
-    assert found.keys() >= {"build", "packaging", "pyproject-hooks"}
-    del found["build"]
-    text = "\n".join(f"{name}=={version.partition('+')[0]}+local  # why" for name, version in found.items())
+    installed = {name: version for name, version in requirements.needed("build") if version is not None}
+    assert installed.keys() >= {"build", "packaging", "pyproject-hooks"}
+    del installed["build"]
+    text = "\n".join(f"{name}=={version.partition('+')[0]}+local  # why" for name, version in installed.items())
     lock = requirements.pins(text)
     assert requirements.differences(lock, "build") == []
     (line,) = requirements.differences(lock | {"packaging": Version("0.1")}, "build")
-    assert line == f"packaging {found['packaging']} is installed, not 0.1"
+    assert line == f"packaging {installed['packaging']} is installed, not 0.1"
     del lock["pyproject-hooks"]
     (line,) = requirements.differences(lock, "build")
-    assert line == f"pyproject-hooks {found['pyproject-hooks']} is installed, which is not in the lock"
+    assert line == f"pyproject-hooks {installed['pyproject-hooks']} is installed, which is not in the lock"
 
 
 def test_check_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_check_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sources(*options: str) -> list[str]:
-    """Files of the checkout that git knows, or also does not ignore: as these options of `git ls-files` say."""
+    """Lists files of the checkout by `git ls-files` with these options."""
     command = ["git", "ls-files", "--cached", *options]
     files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return [name for name in files if (ROOT / name).is_file()]
@@ -104,7 +104,7 @@ def sources(*options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the wheel that is built from it; from a copy, where earlier builds have left nothing."""
+    """Builds the sdist, and from it the wheel, in a copy of the sources without leftovers of earlier builds."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout, to know which files belong to it")
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
@@ -126,7 +126,7 @@ def test_distributions_are_complete(distributions: tuple[Path, Path], tmp_path: 
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == package
     with tarfile.open(sdist) as archive:
         shipped = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    assert {name for name in sources() if not name.startswith(".")} <= shipped  # CI and git's settings stay behind
+    assert {name for name in sources() if not name.startswith(".")} <= shipped  # files of CI and git are not shipped
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-compile", "--target", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, str(sdist)], check=True)
     installed = {str(path.relative_to(tmp_path)) for path in (tmp_path / "linear_moe").rglob("*") if path.is_file()}
@@ -134,9 +134,9 @@ def test_distributions_are_complete(distributions: tuple[Path, Path], tmp_path: 
 
 
 def test_wheel_works_where_nothing_else_is(distributions: tuple[Path, Path], tmp_path: Path) -> None:
-    """In an empty environment and folder it trains, exports and generates.
+    """The wheel trains, exports and generates in a new environment and an empty folder.
 
-    Its dependencies are the lock's; with `scripts/test.sh --newest` those that pip chooses.
+    Its dependencies have the lock's versions; with `scripts/test.sh --newest`, pip chooses them.
     """
     lock = ROOT / "requirements" / f"cpu-py{sys.version_info[0]}.{sys.version_info[1]}.txt"
     locked = "LINEAR_MOE_NEWEST" not in os.environ

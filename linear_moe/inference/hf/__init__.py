@@ -1,4 +1,4 @@
-"""Hugging Face classes. Importing this package registers them with AutoConfig and AutoModelForCausalLM."""
+"""Hugging Face classes; importing this package registers them with AutoConfig and AutoModelForCausalLM."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

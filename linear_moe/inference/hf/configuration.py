@@ -1,4 +1,4 @@
-"""The Hugging Face configuration: our own model section, unchanged, in `config.json`."""
+"""Hugging Face configuration; `config.json` holds the `model` section of a training config unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from linear_moe.modeling.config import ModelConfig
 from linear_moe.options.load import from_dict
 
 REMOTE_MODULE = "modeling_linear_moe"
-"""Module in an exported folder that brings the classes in for `trust_remote_code=True`."""
+"""Module in an exported folder from which `trust_remote_code=True` loads the classes."""
 
 
 class LinearMoEConfig(PretrainedConfig):
@@ -20,8 +20,8 @@ class LinearMoEConfig(PretrainedConfig):
     Args:
         model: the resolved `model` section of a training config, as a plain dict.
         vocab_size: rows of the embedding, padding included.
-        tokenizer_size: ids the tokenizer knows; rows from there on are padding and never generated.
-        bos_token_id, eos_token_id, pad_token_id: of the tokenizer, where it has them.
+        tokenizer_size: number of token ids; rows of the embedding from this id on are padding and never generated.
+        bos_token_id, eos_token_id, pad_token_id: the tokenizer's special tokens; None where it has none.
     """
 
     model_type = "linear_moe"
@@ -47,10 +47,10 @@ class LinearMoEConfig(PretrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
-        """Nothing to do: the model's `save_pretrained` writes what remote loading needs, and no copy of our sources."""
+        """Does nothing: the model's `save_pretrained` writes REMOTE_MODULE instead of a copy of our sources."""
 
     def model_config(self) -> ModelConfig:
-        """The model section as its dataclass; raises ConfigError for what this version does not know."""
+        """Returns the model section as its dataclass; raises ConfigError for options unknown to this version."""
         if self.model is None:
             raise ValueError("LinearMoEConfig.model is not set")
         return from_dict(ModelConfig, self.model)

@@ -1,4 +1,4 @@
-"""The Hugging Face model: `LanguageModel` in one process, under the prefix `model.`."""
+"""Hugging Face model: wraps `LanguageModel` in one process; its parameters have the prefix `model.`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["LinearMoEConfig", "LinearMoEForCausalLM"]
 
 
 class LinearMoECache(Cache):
-    """The decoding state for transformers: recurrent states and key-value caches of all layers, updated in place.
+    """Decoding state as a cache of transformers: recurrent states and key-value caches, updated in place.
 
     Attributes:
-        state: the rows' DecodingState.
-        columns: columns of `input_ids` seen so far, left padding included.
+        state: DecodingState of all rows.
+        columns: number of columns of `input_ids` seen so far, left padding included.
     """
 
     is_compileable = False
@@ -46,15 +46,15 @@ class LinearMoECache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        # Where all layers of a cache are linear, generate() gives the model its whole input again, because the linear
-        # layers of transformers do not know how many tokens they have seen. This cache does.
+        # If all layers of a cache are linear, generate() feeds its whole input again, because the linear layers of
+        # transformers do not know how many tokens they have seen. This cache knows, and so calls no layer linear.
         return [False] * len(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1  # it grows
+        return -1  # no limit: the cache grows
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.state.select(beam_idx)
@@ -74,14 +74,14 @@ class LinearMoECache(Cache):
 
 
 def _given(past_key_values: LinearMoECache | None, cache: LinearMoECache | None) -> LinearMoECache | None:
-    """The cache that a caller gave by either name, None if by neither; ValueError for two different ones."""
+    """Returns the cache that a caller gave under one of its two names, or None; ValueError for two different caches."""
     if past_key_values is not None and cache is not None and cache is not past_key_values:
         raise ValueError("past_key_values and cache are two names of one argument; two different caches were given")
     return cache if past_key_values is None else past_key_values
 
 
 def left_padding(mask: Tensor) -> list[int]:
-    """Padding columns before each row's tokens in `mask [B, T]`; ValueError for other padding than on the left."""
+    """Counts the padding columns before each row's tokens in `mask [B, T]`; ValueError for padding elsewhere."""
     real = mask.bool()
     starts = (~real).sum(1)
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -93,12 +93,12 @@ def left_padding(mask: Tensor) -> list[int]:
 
 
 def _pad(logits: Tensor, length: int) -> Tensor:
-    """`[1, T, V]` -> `[1, length, V]` with zeros on the left."""
+    """Pads `[1, T, V]` to `[1, length, V]` with zeros on the left."""
     return F.pad(logits, (0, 0, length - logits.shape[1], 0))
 
 
 class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
-    """The model of a training run, for transformers. Parameters declared fp32 stay fp32 whatever `dtype` is loaded."""
+    """Model of a training run, for transformers; parameters declared fp32 stay fp32 whatever `dtype` is loaded."""
 
     config_class = LinearMoEConfig
     base_model_prefix = "model"
@@ -121,7 +121,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # generate() leaves the cache to forward()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Reached only for parameters that a checkpoint lacks: random ones in their place would be a silent error."""
+        """Raises ValueError: transformers calls it for parameters that a checkpoint lacks, which must not be random."""
         missing = [n for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
         raise ValueError(f"the checkpoint lacks {len(missing)} parameters of the model: {', '.join(missing[:5])} ...")
 
@@ -144,19 +144,22 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         cache: LinearMoECache | None = None,
         **loss_kwargs: Any,
     ) -> LinearMoEOutput:
-        """Logits of `input_ids [B, T]`, and the mean next-token loss if labels are given.
+        """Computes the logits of `input_ids [B, T]`, and the mean next-token loss if labels are given.
 
         Args:
-            input_ids: tokens; with a cache only those not seen yet.
-            attention_mask: `[B, T]` (with a cache: `[B, seen + T]`), 0 for padding. Padding on the right only
-                without a cache, where it changes nothing to its left: give it the label -100.
-            past_key_values, cache: what an earlier call with `use_cache` returned; updated in place. Two names of one
-                argument, whichever transformers is installed.
-            labels: `[B, T]`, equal to `input_ids` (shifted here); -100 is ignored.
-            use_cache: return the decoding state, readable by both its names; not while gradients are recorded.
-            logits_to_keep: compute logits of the last positions only; 0: of all.
+            input_ids: `[B, T]` tokens; with a cache, only the tokens that the cache has not seen.
+            attention_mask: `[B, T]` (with a cache: `[B, seen + T]`), 0 for padding. Padding on the right is allowed
+                only without a cache. It does not change the logits to its left; its labels must be -100.
+            past_key_values, cache: the decoding state that an earlier call with `use_cache` returned, updated in place.
+                Both are names of one argument, whichever version of transformers is installed.
+            labels: `[B, T]`, equal to `input_ids` (the shift by one happens here); -100 is ignored.
+            use_cache: return the decoding state, under both of its names; not possible while gradients are recorded.
+            logits_to_keep: compute only the logits of this many last positions; 0: of all.
             return_dict: only True is supported.
-            loss_kwargs: for the loss alone (num_items_in_batch of the Trainer).
+            loss_kwargs: arguments of the loss (num_items_in_batch of the Trainer).
+
+        Raises:
+            ValueError: an unsupported argument, padding in a wrong place, or `use_cache` while gradients are recorded.
         """
         items = {"num_items_in_batch": loss_kwargs.pop("num_items_in_batch", None)}
         if not return_dict or any(loss_kwargs.values()):
@@ -175,16 +178,19 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return LinearMoEOutput(**fields)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`; the cache to continue from, if any, may have either of its names here too."""
+        """Calls `GenerationMixin.generate`; a cache to continue from may be called `past_key_values` or `cache`."""
         cache = _given(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol mypy finds unmet
 
     def _full(self, tokens: Tensor, mask: Tensor | None, keep: int) -> Tensor:
-        """Without a cache: `[B, T, V]`; rows with padding before their tokens one by one, zeros at the padding."""
+        """Computes logits `[B, T, V]` without a cache.
+
+        If any row has padding on the left, every row runs by itself, and the logits at padding are zeros.
+        """
         batch, length = tokens.shape
-        if mask is None or not bool((mask[:, 1:] > mask[:, :-1]).any()):  # padding, if any, on the right: never seen
+        if mask is None or not bool((mask[:, 1:] > mask[:, :-1]).any()):  # tokens never see padding to their right
             return self.model(tokens, TokenLayout(batch, length), keep=keep)
         rows = []
         for row, start in zip(tokens, left_padding(mask), strict=True):
@@ -194,7 +200,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def _decode(
         self, tokens: Tensor, mask: Tensor | None, cache: LinearMoECache | None, keep: int
     ) -> tuple[Tensor, LinearMoECache]:
-        """With a cache, a new one if None: logits as `_full` and the cache."""
+        """Computes logits as `_full` does, with `cache` (None: a new one); returns the logits and the cache."""
         batch, length = tokens.shape
         if cache is not None:
             if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
@@ -218,4 +224,4 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
-        """Nothing to do: `save_pretrained` writes what remote loading needs, and no copy of our sources."""
+        """Does nothing: `save_pretrained` writes REMOTE_MODULE instead of a copy of our sources."""

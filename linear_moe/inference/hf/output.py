@@ -1,8 +1,9 @@
-"""The output of the Hugging Face model, and the two names transformers has had for a decoding state.
+"""Output of the Hugging Face model, and the two names that transformers has had for a decoding state.
 
-Until 5.23 `generate` hands it to `forward` as `past_key_values` and finds it in the output's field of that name; from
-5.24 on both are called `cache`. Only this module knows which one the installed version uses. Users may read either name
-as an attribute of the output; as a key (`output["cache"]`) it has the installed version's name.
+Until version 5.23 of transformers, `generate` passes the decoding state to `forward` as `past_key_values` and reads it
+from the output's field `past_key_values`; from 5.24 on, argument and field are called `cache`. Only this module knows
+the name in the installed version. Users may read either name as an attribute of the output; as a key
+(`output["cache"]`) the decoding state has only the name of the installed version.
 """
 
 from __future__ import annotations
@@ -21,5 +22,5 @@ class LinearMoEOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with one stored decoding state, which both `cache` and `past_key_values` read."""
 
 
-# not in the class body: which of the names is a field, and must not become a property, is known only here
+# The class body cannot define this property, because which of the two names is already a field depends on transformers.
 setattr(LinearMoEOutput, _OTHER_NAME, property(attrgetter(CACHE_NAME)))

@@ -1,4 +1,4 @@
-"""The short causal depthwise convolution in front of a recurrence."""
+"""Short causal depthwise convolution in front of a recurrence."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from linear_moe.modeling.tokens import Cache, TokenLayout
 
 
 class ShortConv(nn.Module):
-    """`y_t = activation(b + sum_i w_i x_{t-size+1+i})` per channel, inside a tensor-parallel region.
+    """Convolution `y_t = activation(b + sum_i w_i x_{t-size+1+i})` of each channel, inside a tensor-parallel region.
 
-    Weight `[channels, size]` (flash-linear-attention and `nn.Conv1d` hold it as `[channels, 1, size]`), split over the
-    tensor ranks by channels. The last `size - 1` inputs are the decoding state, `cache[name]`.
+    The weight `[channels, size]` (`[channels, 1, size]` in flash-linear-attention and `nn.Conv1d`) is split over the
+    tensor ranks by channels. The decoding state `cache[name] [B, channels / tensor, size - 1]` holds the last inputs.
 
     Args:
         name: key of the state in the layer's cache.
-        norm_size: if given, `l2_norm` of each group of as many neighbouring channels comes after.
+        norm_size: if given, `l2_norm` follows, of each group of this many neighbouring channels.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ShortConv(nn.Module):
         super().__init__()
         self.norm_size = norm_size
         self.channels, self.size, self.name, self.activation = host.split(channels), size, name, activation
-        # nn.Conv1d's own initial weights: fan-in of a depthwise filter is its size
+        # The initial weights are those of nn.Conv1d: the fan-in of a depthwise filter is its size.
         self.weight = host.parameter(channels, size, init=uniform(size**-0.5), axes={0: "tensor"})
         if bias:
             self.bias = host.parameter(channels, init=constant(0.0), axes={0: "tensor"}, decay=False)
@@ -48,10 +48,7 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, layout: TokenLayout, cache: Cache | None = None, before: Tensor | None = None
     ) -> Tensor:
-        """`x [B, T, channels / tensor]` -> the same shape; reads and writes `cache[name]` in place.
-
-        `before`: see `short_conv`.
-        """
+        """Convolves `x [B, T, channels / tensor]`; updates `cache[name]` in place. `before`: see `short_conv`."""
         state = None if cache is None else cache[self.name]
         y, final = short_conv(
             x,
@@ -73,15 +70,15 @@ class ShortConv(nn.Module):
 
 
 def conv_states(mixer: nn.Module, batch: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-    """The entries of `Mixer.state_shapes` for the mixer's own short convolutions."""
+    """Entries of `Mixer.state_shapes` for the short convolutions of `mixer`."""
     convs = [m for m in mixer.children() if isinstance(m, ShortConv)]
     return {conv.name: ((batch, conv.channels, conv.size - 1), None) for conv in convs}
 
 
 def shift_state(x: Tensor, cache: Cache | None, name: str = "shift") -> Tensor | None:
-    """The token before each row of `x [B, T, C]`, as `shift_mix` takes it; the last one takes its place in the cache.
+    """Returns the token `[B, C]` before each row of `x [B, T, C]`, for `shift_mix`; None without a cache.
 
-    `cache[name] [B, C]` is updated in place; None without a cache.
+    `cache[name] [B, C]` is updated in place with the last token of each row.
     """
     if cache is None:
         return None

@@ -1,4 +1,4 @@
-"""The feature maps of linear attention as modules: the parameters of those that have any."""
+"""Feature maps of linear attention as modules, which hold the parameters of the trained maps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": partial(F.softmax, dim=-1),
     "identity": lambda x: x,
 }
-# elements that the backward pass keeps per feature of x, the map's output included
+# Elements that the backward pass keeps for each feature of x, the map's output included.
 _KEPT = {
     "elu": 2,
     "relu": 1,
@@ -40,15 +40,15 @@ _KEPT = {
 
 
 class FeatureMap(nn.Module):
-    """phi of each head, `[B, T, H, dim]` -> `[B, T, H, size]`, inside a tensor-parallel region.
+    """Feature map phi of each head, `[B, T, H, dim]` -> `[B, T, H, size]`, inside a tensor-parallel region.
 
     "elu" (elu + 1, arXiv 2006.16236), "relu", "swish", "softmax" over the features, "dpfp" (arXiv 2102.11174),
     "hedgehog" (arXiv 2402.04347; its linear map starts as the identity), "t2r" (arXiv 2103.13076),
-    "elementwise_product" of two linear maps, "identity". One set of weights for all heads, under
+    "elementwise_product" of two linear maps, "identity". All heads share one set of weights, under
     flash-linear-attention's names.
 
     Args:
-        nu: shifts of "dpfp".
+        nu: number of shifts of "dpfp".
 
     Attributes:
         size: features per head.

@@ -1,4 +1,4 @@
-"""The one linear layer: `nn.Linear` whose weight is split over the tensor ranks as `split` says."""
+"""Linear layer: an `nn.Linear` whose weight is split over the tensor ranks as its `split` says."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ _AXES: dict[Split, tuple[dict[int, str], dict[int, str]]] = {
 
 
 class Linear(nn.Linear):
-    """`y = x W^T + b` with `W [out_features, in_features]`, both full (unsplit) sizes.
+    """Linear layer `y = x W^T + b` with `W [out_features, in_features]`, both full (unsplit) sizes.
 
     Args:
         split: how the tensor ranks share the weight, and where the layer stands in a tensor-parallel region:
             "column": inside; this rank's rows, `x [N, in] -> [N, out / tensor]`;
             "row": ends the region; this rank's columns, `x [N, in / tensor] -> [n, out]` through `host.leave`;
-            "partial": inside; as "row", but the caller takes the sum, `x [N, in / tensor] -> [N, out]`; without a bias;
+            "partial": inside; as "row", but the caller sums over ranks, `x [N, in / tensor] -> [N, out]`; has no bias;
             "shared": inside; every rank has the whole weight and uses the result for its own heads only;
             None: outside; the whole weight on this rank's tokens, `x [n, in] -> [n, out]`.
-        bias: with a bias, zero at first; that of "row" is added once, after the sum over ranks.
+        bias: whether there is a bias, initially zero; the bias of "row" is added once, after the sum over ranks.
         std: standard deviation of the initial weight.
-        init: of the weight, instead of that normal distribution.
-        matrices: the linear maps that the weight is made of, one by default; None: embeddings and routers.
+        init: initialiser of the weight, in place of the normal distribution.
+        matrices: linear maps that the weight consists of (default: one); None: no linear map, as in embeddings and
+            routers, which Muon does not update.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Linear(nn.Linear):
         matrices: Matrices | None = Matrices(),  # noqa: B008 - frozen
     ):
         assert not (bias and split == "partial"), "every rank's part would have the bias"
-        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw the full weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate and draw the full weight
         self.host, self.split, self.in_features, self.out_features = host, split, in_features, out_features
         weight_axes, bias_axes = _AXES[split]
         self.weight = host.parameter(

@@ -1,4 +1,4 @@
-"""Forget gates bounded from below, as in HGRN and HGRN2."""
+"""Lower bounds of forget gates, as in HGRN and HGRN2."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BOUNDS = ("learned", "fixed", "none")
 
 
 class LowerBound(nn.Module):
-    """`log f` and `1 - f`, f = b + (1 - b) sigmoid(x), by feature, in a tensor-parallel region (arXiv 2311.04823, 3.2).
+    """Forget gates f = b + (1 - b) sigmoid(x) of each feature, inside a tensor-parallel region (arXiv 2311.04823, 3.2).
 
-    The bound b of layer l of L is l / L at first, 0 in the first layer. Published, all layers' bounds are one softmax
-    over layers, summed up, which starts at these values; here each layer learns its own (`sigmoid(logit)`), so that a
-    layer's parameters are its own, in whatever pipeline stage.
+    The bound b of layer l of L starts at l / L, which is 0 in the first layer. In the paper, the bounds of all layers
+    are cumulative sums of one softmax over layers, with these initial values. Here each layer learns its own bound
+    (`sigmoid(logit)`), so that no parameter belongs to layers of several pipeline stages.
 
     Args:
         kind: "learned"; "fixed" at l / L; "none": b = 0.
@@ -38,12 +38,14 @@ class LowerBound(nn.Module):
             self.register_parameter("logit", None)
 
     def bound(self, x: Tensor) -> Tensor | None:
-        """The bounds' logits `[features / tensor]`, None for b = 0."""
+        """Returns the logits `[features / tensor]` of the bounds; None for b = 0."""
         if self.logit is not None or self.initial_logit is None:
             return self.logit
         return x.new_full((x.shape[-1],), self.initial_logit, dtype=torch.float32)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`x, y [..., features / tensor]` -> of the same shape, log f in fp32, between -80 and 0, and in x's dtype
-        (1 - f) silu(y), 1 - f without y."""
+        """Computes log f in fp32, between -80 and 0, and (1 - f) silu(y) (1 - f without y) in x's dtype.
+
+        `x`, `y` and both results have the shape `[..., features / tensor]`.
+        """
         return bounded_gate(x, y, self.bound(x))

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467) and LayerNorm, in and outside tensor-parallel regions, over all features or by group."""
+"""RMSNorm (arXiv 1910.07467) and LayerNorm, inside and outside tensor-parallel regions, over all features or groups."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from linear_moe.modeling.ops.fused.norms import l2_norm as l2_norm
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, or over each of its `groups`.
+    """Norm `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, or over each of its `groups`.
 
     Args:
         dim: full (unsplit) size of the last dimension and of the weight.
         split: None: outside tensor-parallel regions, on this rank's tokens;
             "shared": inside; one weight for every head, each rank applies it to its own heads;
-            "column": inside; features, weight and groups are split over the tensor ranks. One group of all features
-                spans them: the sum of its squares is a collective, for `x [..., dim / tensor]` of all tokens.
-        groups: groups of `dim / groups` neighbouring features normalised on their own.
+            "column": inside; features, weight and groups are split over the tensor ranks. A single group spans the
+                ranks: the sum of its squares is a collective, for `x [..., dim / tensor]` of all tokens.
+        groups: number of groups of `dim / groups` neighbouring features, each of which is normalised by itself.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         self.weight = host.parameter(dim, init=constant(1.0), axes=axes, decay=False, tokenwise=split is None)
 
     def forward(self, x: Tensor, activation: norms.Activation | None = None) -> Tensor:
-        """Of `x [..., C]`, or in the same pass of `activation(x)`."""
+        """Normalises `x [..., C]`, or `activation(x)` in the same pass."""
         weight = self.host.shared(self.weight) if self.split == "shared" else self.weight
         if self.spans_ranks:
             x = x if activation is None else norms.ACTIVATIONS[activation](x)
@@ -59,11 +59,13 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """The norm and output gate of a mixer: `norm(x) * weight * activation(gate)`, or with `gate_first` the norm of
-    `x * activation(gate)`, times weight. One kernel on CUDA, which saves x and the gate only.
+    """Norm and output gate of a mixer: `norm(x) * weight * activation(gate)`.
+
+    With `gate_first`, the norm is that of `x * activation(gate)`, times the weight. On CUDA it is one kernel, which
+    saves only x and the gate.
 
     Args:
-        dim, eps, split, groups: as for RMSNorm; a weight of one head serves every head of a wider gate.
+        dim, eps, split, groups: as for RMSNorm. A weight with the size of one head serves all heads of a wider gate.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class GatedRMSNorm(RMSNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, gate: Tensor, skip: Tensor | None = None, skip_weight: Tensor | None = None
     ) -> Tensor:
-        """`x` with as many elements as `gate [..., C]` -> the same shape as the gate.
+        """Normalises and gates `x`, which has as many elements as `gate [..., C]`; the result has the gate's shape.
 
         With `skip` (as many elements) and `skip_weight [heads]`, `x + skip_weight * skip` takes the place of x.
         """
@@ -98,9 +100,9 @@ class GatedRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean) / sqrt(variance + eps) * weight + bias` over groups of neighbouring features (arXiv 1607.06450).
+    """Norm `(x - mean) / sqrt(variance + eps) * weight + bias` over groups of features (arXiv 1607.06450).
 
-    With more than one group, and features split by heads, this is the group norm of RWKV and its kin.
+    With one group for each head, this is the group norm of RWKV.
 
     Args:
         dim: full (unsplit) size of the last dimension, the weight and the bias.
@@ -133,7 +135,7 @@ class LayerNorm(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """`x` -> the same shape; or `norm(x) * silu(gate)` in one kernel, in the shape of the gate."""
+        """Returns `norm(x)` in the shape of x, or with a gate `norm(x) * silu(gate)` in the shape of the gate."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         x = x if gate is None else x.reshape(gate.shape)
@@ -147,7 +149,7 @@ class LayerNorm(nn.Module):
         return norms.norm(x, weight, bias, gate, eps=self.eps, kind="layer", size=self.group_size)
 
     def _mean(self, x: Tensor) -> Tensor:
-        """Over the features of all tensor ranks."""
+        """Mean over the features of all tensor ranks."""
         return self.host.sum(x.sum(-1).reshape(-1, 1)).view(*x.shape[:-1], 1) / self.group_size
 
     def extra_repr(self) -> str:

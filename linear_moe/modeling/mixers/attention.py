@@ -36,12 +36,12 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = opt(False, "RMSNorm of every query and key head before the rotation")
     qkv_bias: bool = opt(False, "biases in the q, k and v projections")
     output_gate: bool = opt(False, "multiply the heads' outputs by a sigmoid gate computed from the token")
-    window: int | None = opt(None, "tokens that a token sees, itself included; null: all before it", ge=1)
+    window: int | None = opt(None, "tokens that a token attends to, itself included; null: all before it", ge=1)
 
 
 class Attention(Mixer):
-    """Weights as in Hugging Face's Llama, Qwen2 and Qwen3 attention, under the same names; `g_proj` is the gate that
-    Qwen3-Next interleaves with its `q_proj`, head by head."""
+    """Weights are those of Hugging Face's Llama, Qwen2 and Qwen3 attention, under the same names. `g_proj` is the gate
+    whose weights Qwen3-Next interleaves with those of `q_proj`, head by head."""
 
     Config = AttentionConfig
     family = "softmax"

@@ -1,6 +1,6 @@
-"""The contract of a token mixer. Everything else in the code asks a mixer; nothing branches on its name.
+"""Interface of all token mixers; the rest of the code calls this interface, and never branches on a mixer's name.
 
-A mixer maps the residual stream to itself in three moves: `project` (tokens -> inputs of the recurrence), `mix` (the
+A mixer maps the residual stream to itself in three steps: `project` (tokens -> inputs of the recurrence), `mix` (the
 recurrence, or softmax attention) and `output`. Tensors inside are `[B, T, H, D]`; the stream is `[tokens, hidden]`.
 """
 
@@ -24,13 +24,15 @@ from linear_moe.options.fields import opt
 
 @dataclass
 class MixerConfig:
-    """Base of every mixer's config; the fields are the subclass's."""
+    """Base class of every mixer's config; subclasses add the mixer's options as fields."""
 
     type: str = opt("gla", "name of the mixer")
 
 
 @dataclass(frozen=True)
 class Capabilities:
+    """Features of the framework that a mixer supports."""
+
     tensor_parallel: bool = True
     sequence_parallel: bool = True
     packing: bool = True
@@ -38,16 +40,16 @@ class Capabilities:
 
 
 class Mixer(nn.Module):
-    """Base class. A subclass sets the class attributes and implements project, mix and output."""
+    """Base class of token mixers; a subclass sets the class attributes and implements project, mix and output."""
 
     Config: ClassVar[type[MixerConfig]] = MixerConfig
-    family: ClassVar[str]  # "decay", "delta", "softmax": the folder of ops it uses
+    family: ClassVar[str]  # key of `modeling.ops.FAMILIES`: the ops that the mixer uses
     formula: ClassVar[str]  # the recurrence in one line of mathematics
     paper: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
-    limits: ClassVar[dict[str, str]] = {}  # a capability that it does not have -> why
-    unsplit_states: ClassVar[frozenset[str]] = frozenset()  # of `state_shapes`, those whole on every tensor rank
-    crossing_fields: ClassVar[tuple[str, ...]] = ()  # of Config, those alike in all layers if it has a `crossing`
+    limits: ClassVar[dict[str, str]] = {}  # capability that the mixer lacks -> the reason
+    unsplit_states: ClassVar[frozenset[str]] = frozenset()  # names of `state_shapes` that tensor ranks do not split
+    crossing_fields: ClassVar[tuple[str, ...]] = ()  # options that must agree in all layers, because of `crossing`
 
     def __init__(self, config: Any, dims: Dims, host: Host):
         super().__init__()
@@ -55,36 +57,39 @@ class Mixer(nn.Module):
 
     @classmethod
     def validate(cls, config: Any, dims: Dims, tensor: int, path: str) -> None:
-        """Raises ConfigError, naming fields as `path.field`, for sizes this mixer cannot have on `tensor` ranks."""
+        """Raises ConfigError, naming options as `path.option`, for sizes that are impossible on `tensor` ranks."""
         raise NotImplementedError
 
     @classmethod
     def crossing(cls, config: Any, dims: Dims) -> dict[str, int]:
-        """What layers pass each other through `TokenLayout.shared`: name -> channels over all tensor ranks.
+        """Channels over all tensor ranks, by name, of the tensors that layers pass on in `TokenLayout.shared`.
 
-        Once a layer has left it, pipeline stages send it along with the residual stream.
+        Once a layer has left such a tensor, pipeline stages send it along with the residual stream.
         """
         return {}
 
     @classmethod
     def softmax_heads(cls, config: Any, dims: Dims) -> tuple[int, int] | None:
-        """Heads of its queries, and of its keys and values, if it is softmax attention."""
+        """Numbers of query heads and of key-value heads if the mixer is softmax attention; else None."""
         return None
 
     def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Any]:
-        """`x [B*T, hidden]` -> (keyword inputs of the recurrence, this rank's heads; what `output` needs besides)."""
+        """Projects tokens `x [B*T, hidden]` to the keyword arguments of the recurrence, with this rank's heads.
+
+        Returns them, and a value (a gate, for example) that `output` needs besides the recurrence's result.
+        """
         raise NotImplementedError
 
     def mix(self, inputs: dict[str, Any], layout: TokenLayout, cache: Cache | None) -> Tensor:
-        """Inputs of the recurrence -> `[B, T, H, V]`, from and to the state in `cache`."""
+        """Computes the recurrence `[B, T, H, V]` from its inputs; with a cache, continues and updates its state."""
         raise NotImplementedError
 
     def output(self, o: Tensor, gate: Any) -> Tensor:
-        """`o [B, T, H, V]` and what `project` left for it -> this rank's tokens `[tokens, hidden]`."""
+        """Projects `o [B, T, H, V]` to this rank's tokens `[tokens, hidden]`; `gate`: the second value of `project`."""
         raise NotImplementedError
 
     def state_shapes(self, batch: int, max_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Decoding state of `batch` rows by name: shape and dtype (None: the model's)."""
+        """Shapes and dtypes (None: the model's dtype) of the decoding state of `batch` rows, by name."""
         raise NotImplementedError
 
     def recurrence_flops(self, length: int) -> float:
@@ -92,17 +97,18 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
-        """`x [tokens, hidden]` (this rank's share) -> the same shape."""
+        """Maps this rank's tokens `x [tokens, hidden]` to the mixer's output of the same shape."""
         activations = self.host.activations
-        # The gradient of the output projection's weight is computed while that of the state travels. Others could fill
-        # the gaps of convolutions, but putting one off takes the host longer than such a small message.
+        # The weight gradient of the output projection is deferred, and computed while the state's gradient travels.
+        # Other weight gradients could fill the time in which convolutions exchange tokens, but these messages are so
+        # small that deferring a gradient takes the host longer.
         waits = layout.pieces is not None and self.family != "softmax" and torch.is_grad_enabled()
         weights = weights_of(m for m in self.modules() if getattr(m, "split", None) == "row") if waits else None
         with pieces_of(layout.pieces), once_by(activations.once):
             inputs, gate = self.project(activations.transient("norm", self.host.enter, x), layout, cache)
 
         def mix(*values: Any) -> Tensor:
-            # here, where it may be called again, from another thread
+            # Entered here again, because the backward pass may call `mix` once more, from another thread.
             with pieces_of(layout.pieces), once_by(activations.once):
                 return self.mix(dict(zip(inputs, values, strict=True)), layout, cache)
 
@@ -111,23 +117,23 @@ class Mixer(nn.Module):
             return self.output(o, gate)
 
     def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
-        """Zeroed decoding state."""
+        """Makes a decoding state of zeros for `batch` rows of at most `max_length` tokens."""
         shapes = self.state_shapes(batch, max_length).items()
         return {name: torch.zeros(shape, dtype=kind or dtype, device=device) for name, (shape, kind) in shapes}
 
 
 class LinearMixer(Mixer):
-    """A mixer whose `mix` is a linear recurrence with one fp32 state tensor, or with several by name.
+    """Base class of mixers whose `mix` is a linear recurrence with one or several named fp32 state tensors.
 
-    A subclass sets `op`, or implements recurrence.
+    A subclass sets `op`, or overrides `recurrence`.
     """
 
-    op: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # of `modeling/ops`, its options set; not for own `recurrence`s
+    op: ClassVar[Callable[..., tuple[Tensor, Tensor]]]  # op of `modeling/ops` with its options, for `recurrence`
 
-    _behind: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]] | None = None  # an input, and `_projections` of it
+    _behind: tuple[Tensor, dict[str, tuple[Tensor, Tensor]]] | None = None  # an input, and its unused `_projections`
 
     def projected(self, name: str, x: Tensor, layout: TokenLayout, cache: Cache | None) -> Tensor:
-        """`x [B*T, hidden]` through the module `{name}_proj` and, if there is one, `{name}_conv1d` -> `[B, T, C]`."""
+        """Applies `{name}_proj` and, if there is one, `{name}_conv1d` to `x [B*T, hidden]`; returns `[B, T, C]`."""
         conv = getattr(self, f"{name}_conv1d", None)
         if conv is None or conv.size == 1 or layout.pieces is None:
             y = self._projection(name, x, layout)
@@ -144,17 +150,21 @@ class LinearMixer(Mixer):
         return y
 
     def _projections(self, x: Tensor, layout: TokenLayout) -> dict[str, tuple[Tensor, Tensor]]:
-        """All projections of `x` that will be convolved, by name, and the tokens before them: in one message."""
+        """Computes all projections of `x` that will be convolved, and gets the tokens before them in one message.
+
+        Returns, by name, the projection `[B, T, C]` and the tokens before it, for `short_conv`.
+        """
         children = cast("Iterator[tuple[str, Any]]", self.named_children())
         sizes = {name.removesuffix("_conv1d"): conv.size for name, conv in children if name.endswith("_conv1d")}
         assert len(set(sizes.values())) == 1, f"convolutions of one input have one size, not {sizes}"
-        found = tokens_before([self._projection(name, x, layout) for name in sizes], next(iter(sizes.values())) - 1)
-        return dict(zip(sizes, found, strict=True))
+        pairs = tokens_before([self._projection(name, x, layout) for name in sizes], next(iter(sizes.values())) - 1)
+        return dict(zip(sizes, pairs, strict=True))
 
     def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
-        """Inputs and initial states (none: zeros) -> (`o [B, T, H, V]`, final states), by the names of `state_shapes`.
+        """Computes `o [B, T, H, V]` and the final states from the inputs and the initial states (empty: zeros).
 
-        Here `op` with one state, `state [N, H, K, V]`; a mixer with others, or a choice of ops, calls these itself.
+        States have the names of `state_shapes`. This method calls `op`, which has one state, `state [N, H, K, V]`; a
+        mixer with other states, or with a choice of ops, overrides the method.
         """
         op = type(self).op  # through the class, so that a function does not become a method
         o, state = op(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)

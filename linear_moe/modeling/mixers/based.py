@@ -25,12 +25,13 @@ from linear_moe.options.fields import opt
 class BasedConfig(MixerConfig):
     type: str = opt("based", "name of the mixer")
     num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
-    feature_dim: int = opt(16, "size d of a head's queries and keys, of 1 + d + d (d + 1) / 2 features", ge=1, le=2**8)
+    feature_dim: int = opt(16, "size d of a query or key head, which has 1 + d + d (d + 1) / 2 features", ge=1, le=2**8)
 
 
 class Based(LinearMixer):
-    """Weights as in flash-linear-attention's `BasedLinearAttention` under the same names. The published architecture
-    alternates this with short convolutions and attention over small windows, which a pattern of layers does here."""
+    """Weights are those of flash-linear-attention's `BasedLinearAttention`, under the same names. The published
+    architecture alternates this layer with short convolutions and attention over small windows; use a layer pattern
+    for that."""
 
     Config = BasedConfig
     family = "decay"
@@ -57,12 +58,12 @@ class Based(LinearMixer):
 
     def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)
-        pad = layout.length > 1  # steps of decoding have no kernels
+        pad = layout.length > 1  # kernels need padded features; a decoding step uses no kernels
         q, k = taylor(self.q_proj(x).view(rows), pad=pad), taylor(self.k_proj(x).view(rows), pad=pad)
         return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
 
     def recurrence(self, inputs: dict[str, Any], layout: TokenLayout, states: Cache) -> tuple[Tensor, Cache]:
-        # Every 1 + s + s^2 / 2 is at least 1/2, so nothing need be added to their sum.
+        # Every kernel value 1 + s + s^2 / 2 is at least 1/2, so that their sum needs no epsilon.
         options: dict[str, Any] = {"scale": 1.0, "eps": 0.0, "features": self.features}
         return normalized(decay, **inputs, **options, states=states, cu_seqlens=layout.cu_seqlens)
 

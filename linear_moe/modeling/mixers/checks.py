@@ -1,4 +1,4 @@
-"""Checks that mixers' `validate` share: each names the field, the constraint and the nearest values that satisfy it."""
+"""Checks that mixers' `validate` share; errors name the option, the constraint and the nearest values that meet it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from linear_moe.options.errors import ConfigError
 
 
 def check_heads(path: str, heads: int, tensor: int, divided: dict[str, int]) -> None:
-    """Raises ConfigError unless `heads` divides sizes, by their names in the message, and is a multiple of `tensor`."""
+    """Raises ConfigError unless `heads` is a multiple of `tensor` and divides all sizes in `divided`, given by name."""
     check(
         path,
         heads,
@@ -21,14 +21,17 @@ def check_heads(path: str, heads: int, tensor: int, divided: dict[str, int]) -> 
 
 
 def check_head_dims(path: str, head_dim: int, expand_v: float) -> None:
-    """Raises ConfigError for key heads that the delta rule's kernels cannot take, or values of no whole size."""
+    """Raises ConfigError if key heads are too large for the delta rule's kernels, or the value size is not whole."""
     limit = f"must be at most {MAX_KEY_DIM}, the GPU kernels' limit"
     check(f"{path}.head_dim", head_dim, lambda n: n <= MAX_KEY_DIM, limit)
     scaled(f"{path}.expand_v", head_dim, expand_v, "head_dim")
 
 
 def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) -> int:
-    """`size * factor`; raises ConfigError unless it is a positive multiple of `multiple`, a number of tensor ranks."""
+    """Returns `size * factor`; raises ConfigError unless the product is a positive multiple of `multiple`.
+
+    `what` is the name of `size`, and `path` that of `factor`, in the message; `multiple` is the number of tensor ranks.
+    """
     product = size * factor / multiple
     whole = round(product)
     if whole < 1 or not math.isclose(product, whole, rel_tol=1e-9):
@@ -37,7 +40,7 @@ def scaled(path: str, size: int, factor: float, what: str, multiple: int = 1) ->
         raise ConfigError(
             path,
             factor,
-            f"{what} {size} times it must be {constraint}",
+            f"{what} {size} times this factor must be {constraint}",
             fix="nearest: " + " or ".join(f"{n * multiple / size:.12g}" for n in sorted(near)),
         )
     return whole * multiple

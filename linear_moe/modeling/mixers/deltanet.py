@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_norm, "sum": partial(F.normalize, p=1.0, dim=-1, eps=1e-6)}
-# activations that a convolution has itself, and with them the L2 norm
+# Activations that ShortConv computes by itself; only after them can it also compute the L2 norm.
 IN_CONV: dict[str, Literal["silu"] | None] = {"silu": "silu", "identity": None}
 
 
@@ -43,20 +43,24 @@ class DeltaNetConfig(MixerConfig):
     expand_k: float = opt(1.0, "width of all heads' keys over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' values over hidden_size", gt=0, le=64)
     use_beta: bool = opt(
-        True, "the strength beta of a write is computed from the token; false: it is 1 (with allow_neg_eigval 2)"
+        True, "compute the strength beta of a write from the token; false: beta is 1 (2 with allow_neg_eigval)"
     )
-    use_gate: bool = opt(False, "the output is gated by silu of a projection")
+    use_gate: bool = opt(False, "gate the output by SiLU of a projection")
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
-    qk_activation: str = opt("silu", "of q and k ('elu' is elu + 1); that of v is silu", choices=tuple(ACTIVATIONS))
-    qk_norm: str = opt("l2", "q and k over their Euclidean norm or over their sum of magnitudes", choices=tuple(NORMS))
+    qk_activation: str = opt(
+        "silu", "activation of q and k ('elu' is elu + 1); v always has silu", choices=tuple(ACTIVATIONS)
+    )
+    qk_norm: str = opt(
+        "l2", "divide q and k by their Euclidean norm (l2) or by their sum of magnitudes (sum)", choices=tuple(NORMS)
+    )
     allow_neg_eigval: bool = opt(
         False, "beta in (0, 2), so that transitions have negative eigenvalues (arXiv 2411.12537)"
     )
 
 
 class DeltaNet(LinearMixer):
-    """Weights as in flash-linear-attention's `DeltaNet` under the same names (convolutions `[C, W]` for its
-    `[C, 1, W]`)."""
+    """Weights are those of flash-linear-attention's `DeltaNet`, under the same names; weights of convolutions are
+    `[C, W]` instead of `[C, 1, W]`."""
 
     Config = DeltaNetConfig
     family = "delta"
@@ -132,6 +136,6 @@ class DeltaNet(LinearMixer):
         return 6.0 * self.num_heads * self.key_dim * self.value_dim
 
     def _normed_in_conv(self) -> bool:
-        """The convolutions of q and k have their L2 norm too."""
+        """Whether the convolutions of q and k also compute the L2 norm."""
         config = self.config
         return config.conv_size > 0 and config.qk_norm == "l2" and config.qk_activation in IN_CONV

@@ -42,8 +42,9 @@ class GatedDeltaNetConfig(MixerConfig):
 
 
 class GatedDeltaNet(LinearMixer):
-    """Weights as in flash-linear-attention's `GatedDeltaNet` under the same names (convolutions `[C, W]` for its
-    `[C, 1, W]`); with num_v_heads, value head i goes with key head i // (num_v_heads / num_heads) as in Qwen3-Next."""
+    """Weights are those of flash-linear-attention's `GatedDeltaNet`, under the same names; weights of convolutions are
+    `[C, W]` instead of `[C, 1, W]`. With num_v_heads, value head i uses key head i // (num_v_heads / num_heads), as in
+    Qwen3-Next."""
 
     Config = GatedDeltaNetConfig
     family = "delta"

@@ -36,19 +36,21 @@ class GatedDeltaProductConfig(MixerConfig):
     expand_v: float = opt(2.0, "size of a value head over head_dim", gt=0, le=64)
     num_householder: int = opt(2, "writes per token, each a (generalised) Householder reflection", ge=1, le=2**6)
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
-    use_forget_gate: bool = opt(True, "a decay before the writes; false: DeltaProduct")
-    use_output_gate: bool = opt(True, "the output is gated by silu of a projection")
+    use_forget_gate: bool = opt(True, "decay the state before the writes; false: DeltaProduct")
+    use_output_gate: bool = opt(True, "gate the output by SiLU of a projection")
     allow_neg_eigval: bool = opt(True, "beta in (0, 2), so that transitions have negative eigenvalues")
 
 
 def swap_rows(x: Tensor, first: int, second: int) -> Tensor:
-    """Rows `[first * second * n, ...]` in the order of `second`, then `first`."""
+    """Reorders rows `[first * second * n, ...]`, sorted by `first`, then `second`, by `second`, then `first`."""
     return x.unflatten(0, (first, second, -1)).transpose(0, 1).flatten(0, 2)
 
 
 class ByWrite(Linear):
-    """A column-split Linear with rows by head, then write, and features of its output by write, then head: as the
-    recurrence takes them, at the price of a reordered weight, not of reordered tokens."""
+    """Column-split Linear whose weight has rows by head, then write, but whose output has features by write, then head.
+
+    The recurrence needs this order of features. Reordering the weight costs less than reordering tokens.
+    """
 
     def __init__(self, *args: Any, heads: int, writes: int, **options: Any):
         rows = args[2] // (heads * writes)
@@ -60,7 +62,7 @@ class ByWrite(Linear):
 
 
 class ConvByWrite(conv.ShortConv):
-    """A ShortConv behind such a layer; its weight and its state are by head."""
+    """ShortConv for the output of `ByWrite`; channels of its weight and decoding state are by head, then write."""
 
     def __init__(self, host: Host, *args: Any, heads: int, writes: int, **options: Any):
         super().__init__(host, *args, **options)
@@ -81,9 +83,10 @@ class ConvByWrite(conv.ShortConv):
 
 
 class GatedDeltaProduct(LinearMixer):
-    """Weights as in flash-linear-attention's `GatedDeltaProduct` under the same names (convolutions `[C, W]` for its
-    `[C, 1, W]`), but the rows of k, v and b (projections and convolutions) are by head, then write, then channel, so
-    that they split by heads; its are by write, then head, then channel."""
+    """Weights are those of flash-linear-attention's `GatedDeltaProduct`, under the same names; weights of convolutions
+    are `[C, W]` instead of `[C, 1, W]`. The rows of k, v and b (projections and convolutions) are ordered by head, then
+    write, then channel, so that tensor ranks split them by heads; flash-linear-attention orders them by write, then
+    head, then channel."""
 
     Config = GatedDeltaProductConfig
     family = "delta"

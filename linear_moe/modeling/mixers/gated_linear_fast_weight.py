@@ -30,15 +30,15 @@ class GatedLinearFastWeightConfig(MixerConfig):
     expand_k: float = opt(1.0, "width of all heads' keys over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' values over hidden_size", gt=0, le=64)
     gate_rank: int | None = opt(None, "rank of both gates' projections; null: full, as published", ge=1, le=2**20)
-    gate_init: float = opt(0.99, "what both gates are at first, but for their projections", gt=0, lt=1)
+    gate_init: float = opt(0.99, "initial value of both gates, apart from their projections", gt=0, lt=1)
     qkv_bias: bool = opt(False, "biases in the q, k and v projections, as in the GPT-2 that the paper fine-tunes")
     output_norm: bool = opt(False, "RMSNorm of each head's output; the paper has none")
 
 
 class GatedLinearFastWeight(LinearMixer):
-    """The decay rule of "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights": no feature map, no
-    normaliser, gates that are sigmoids of the token, one over keys (`gk_proj`) and one over values (`gv_proj`). The GPU
-    kernel goes token by token: there is none in chunks with decays of values, states and gradients."""
+    """Decay rule of "Fine-Tuning Pre-trained Transformers into Decaying Fast Weights": no feature map, no normaliser,
+    and gates that are sigmoids of projections of the token, one over keys (`gk_proj`) and one over values (`gv_proj`).
+    The GPU kernel goes token by token, because no chunked kernel has decays of values, states and gradients."""
 
     Config = GatedLinearFastWeightConfig
     family = "decay"

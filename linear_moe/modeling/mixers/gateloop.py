@@ -36,8 +36,8 @@ class GateLoopConfig(MixerConfig):
 
 
 class GateLoop(LinearMixer):
-    """a_t = sigmoid(alpha_t) exp(i beta_t), every key channel its own, from projections `alpha_proj` and `beta_proj`.
-    Neither flash-linear-attention nor transformers has this layer."""
+    """Decay a_t = sigmoid(alpha_t) exp(i beta_t) of every key channel, from the projections `alpha_proj` and
+    `beta_proj`. Neither flash-linear-attention nor transformers has this layer."""
 
     Config = GateLoopConfig
     family = "complex_decay"

@@ -34,16 +34,17 @@ class GSAConfig(MixerConfig):
     num_slots: int = opt(64, "slots of each head", ge=2, le=2**16)
     expand_k: float = opt(1.0, "width of all heads' queries over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' outputs over hidden_size", gt=0, le=64)
-    gate_normalizer: float = opt(8.0, "the log decay is logsigmoid(.) over this", gt=0)
-    scale: float = opt(1.0, "of the scores of slots", gt=0)
-    feature_map: str = opt("swish", "of queries and keys", choices=("swish", "relu", "t2r", "identity"))
+    gate_normalizer: float = opt(8.0, "divisor of the log decay, logsigmoid(.) / gate_normalizer", gt=0)
+    scale: float = opt(1.0, "factor of the scores of slots", gt=0)
+    feature_map: str = opt("swish", "feature map of queries and keys", choices=("swish", "relu", "t2r", "identity"))
     conv_size: int = opt(0, "taps of a short convolution with SiLU on q, k and v; 0: none", ge=0, le=2**10)
 
 
 class GatedSlotAttention(LinearMixer):
-    """Weights as in flash-linear-attention's `GatedSlotAttention` under the same names, except `o_norm.weight` for its
-    `g_norm.weight`, and convolutions `[C, W]` for its `[C, 1, W]`. As there, the output is SiLU, RMSNorm over all
-    heads, projection; the key-value heads' states are kept for each query head."""
+    """Weights are those of flash-linear-attention's `GatedSlotAttention`, under the same names, except that
+    `o_norm.weight` is its `g_norm.weight`, and weights of convolutions are `[C, W]` instead of `[C, 1, W]`. As in
+    flash-linear-attention, the output passes through SiLU, an RMSNorm over all heads and the projection, and every
+    query head has a copy of its key-value head's state."""
 
     Config = GSAConfig
     family = "decay"

@@ -29,17 +29,18 @@ class HGRNConfig(MixerConfig):
     expand: float = opt(1.0, "width of the recurrence over hidden_size", gt=0, le=64)
     lower_bound: str = opt(
         "learned",
-        "of the forget gates: learned, from layer / num_layers; fixed at that; none",
+        "lower bound of the forget gates: learned, starting at layer / num_layers; fixed at this value; or none",
         choices=BOUNDS,
     )
     conv_size: int = opt(0, "taps of a short convolution on the input and the forget gate; 0: none", ge=0, le=2**10)
-    conv_bias: bool = opt(False, "biases in these convolutions")
+    conv_bias: bool = opt(False, "biases in the short convolutions")
 
 
 class HGRN(LinearMixer):
-    """Weights as in flash-linear-attention's `HGRNAttention` under the same names (convolutions `[C, W]` for its
-    `[C, 1, W]`), real-valued like it, with RMSNorm and a SiLU gate on the output. The lower bounds, which its model
-    keeps for all layers, are each layer's own: see `LowerBound`."""
+    """Weights are those of flash-linear-attention's `HGRNAttention`, under the same names; weights of convolutions are
+    `[C, W]` instead of `[C, 1, W]`. As there, the recurrence is real-valued, and the output has RMSNorm and a SiLU
+    gate. flash-linear-attention keeps the lower bounds of all layers in its model; here each layer has its own (see
+    `LowerBound`)."""
 
     Config = HGRNConfig
     family = "scan"

@@ -1,4 +1,4 @@
-"""HGRN2: a gated linear RNN with matrix states, its keys what the forget gates leave (arXiv 2404.07904)."""
+"""HGRN2: a gated linear RNN with matrix states, whose keys are 1 minus the forget gates (arXiv 2404.07904)."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class HGRN2Config(MixerConfig):
     )
     lower_bound: str = opt(
         "learned",
-        "of the forget gates: learned, from layer / num_layers; fixed at that; none",
+        "lower bound of the forget gates: learned, starting at layer / num_layers; fixed at this value; or none",
         choices=BOUNDS,
     )
     conv_size: int = opt(0, "taps of a short convolution on queries, gates and inputs; 0: none", ge=0, le=2**10)
-    conv_bias: bool = opt(False, "biases in these convolutions")
+    conv_bias: bool = opt(False, "biases in the short convolutions")
 
 
 class HGRN2(LinearMixer):
-    """Weights as in flash-linear-attention's `HGRN2Attention` under the same names (convolutions `[C, W]` for its
-    `[C, 1, W]`); its expand_ratio is hidden_size / num_heads. The lower bounds, which its model keeps for all layers,
-    are each layer's own: see `LowerBound`."""
+    """Weights are those of flash-linear-attention's `HGRN2Attention`, under the same names; weights of convolutions are
+    `[C, W]` instead of `[C, 1, W]`, and its expand_ratio is hidden_size / num_heads. flash-linear-attention keeps the
+    lower bounds of all layers in its model; here each layer has its own (see `LowerBound`)."""
 
     Config = HGRN2Config
     family = "decay"

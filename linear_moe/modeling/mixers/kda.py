@@ -35,7 +35,7 @@ class KDAConfig(MixerConfig):
     head_dim: int | None = opt(None, "size of a key head; null: hidden_size / num_heads", ge=1, le=2**16)
     expand_v: float = opt(1.0, "size of a value head over head_dim", gt=0, le=64)
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
-    gate_bias: bool = opt(True, "a bias in the output gate; Kimi Linear's own weights have none")
+    gate_bias: bool = opt(True, "a bias in the output gate; Kimi Linear's published weights have none")
     lower_bound: float | None = opt(
         None, "null: g = -A softplus(.); else g = lower_bound * sigmoid(A .), in (lower_bound, 0)", ge=-5, lt=0
     )
@@ -45,12 +45,12 @@ class KDAConfig(MixerConfig):
 
 
 class KimiDeltaAttention(LinearMixer):
-    """Weights as in flash-linear-attention's `KimiDeltaAttention` under the same names (convolutions `[C, W]` for its
-    `[C, 1, W]`).
+    """Weights are those of flash-linear-attention's `KimiDeltaAttention`, under the same names; weights of convolutions
+    are `[C, W]` instead of `[C, 1, W]`.
 
-    Hugging Face's `KimiLinearDeltaAttention`: `conv1d` is our q, k and v convolutions stacked, `forget_gate.f_a_proj`,
-    `f_b_proj`, `A_log [1, 1, H, 1]`, `dt_bias` are our `f_proj.0`, `f_proj.1`, `A_log [H]`, `dt_bias`, and `g_a_proj`,
-    `g_b_proj` our `g_proj.0`, `g_proj.1`."""
+    Hugging Face's `KimiLinearDeltaAttention` has other names: its `conv1d` is our q, k and v convolutions stacked, its
+    `forget_gate.f_a_proj`, `f_b_proj`, `A_log [1, 1, H, 1]` and `dt_bias` are our `f_proj.0`, `f_proj.1`, `A_log [H]`
+    and `dt_bias`, and its `g_a_proj` and `g_b_proj` are our `g_proj.0` and `g_proj.1`."""
 
     Config = KDAConfig
     family = "delta"

@@ -26,7 +26,7 @@ class LightningConfig(MixerConfig):
     type: str = opt("lightning", "name of the mixer")
     num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
     head_dim: int | None = opt(None, "size of a head; null: hidden_size / num_heads", ge=1, le=2**16)
-    activation: str = opt("swish", "of queries, keys and values", choices=("swish", "relu", "identity"))
+    activation: str = opt("swish", "activation of queries, keys and values", choices=("swish", "relu", "identity"))
     slopes: str = opt(
         "minimax",
         "decay rate of head h of H in layer l of L: minimax (2501.08313): 2^(-8 (h + 1) / H) (1 - l / (L - 1)); "
@@ -36,8 +36,8 @@ class LightningConfig(MixerConfig):
 
 
 class LightningAttention(LinearMixer):
-    """Weights as in Hugging Face's `MiniMaxLightningAttention` under the same names, except `q_proj`, `k_proj` and
-    `v_proj`, which its `qkv_proj.weight` interleaves head by head."""
+    """Weights are those of Hugging Face's `MiniMaxLightningAttention`, under the same names, except that its
+    `qkv_proj.weight` interleaves the rows of our `q_proj`, `k_proj` and `v_proj` head by head."""
 
     Config = LightningConfig
     family = "decay"
@@ -67,7 +67,7 @@ class LightningAttention(LinearMixer):
         )
 
     def log_decay(self, device: torch.device) -> Tensor:
-        """Minus the rates of this rank's heads, h counted over all ranks, `[H]` fp32."""
+        """Log decays `[H]` fp32 of this rank's heads, minus their rates; heads h are counted over all ranks."""
         layer, layers = self.dims.layer, self.dims.num_layers
         first = self.host.rank("tensor") * self.heads
         h = torch.arange(first, first + self.heads, device=device, dtype=torch.float32)

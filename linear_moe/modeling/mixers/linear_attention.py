@@ -33,19 +33,21 @@ class LinearAttentionConfig(MixerConfig):
     expand_k: float = opt(1.0, "width of all heads' queries over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' outputs over hidden_size", gt=0, le=64)
     feature_map: str = opt("elu", "feature map of queries and keys", choices=FEATURE_MAPS)
-    tie_feature_map_qk: bool = opt(False, "one set of the feature map's weights for queries and keys")
+    tie_feature_map_qk: bool = opt(False, "queries and keys share one set of the feature map's weights")
     dpfp_nu: int = opt(4, "shifts of the feature map dpfp", ge=1, le=2**8)
     norm_q: bool = opt(False, "divide a query's features by their sum")
     norm_k: bool = opt(False, "divide a key's features by their sum")
-    normalize: bool = opt(False, "divide outputs by the sum of their weights; RMSNorm of the output undoes it")
-    normalizer_eps: float = opt(1e-10, "added to that sum", gt=0)
+    normalize: bool = opt(
+        False, "divide outputs by the sum of their weights; RMSNorm of the output undoes the division"
+    )
+    normalizer_eps: float = opt(1e-10, "added to the sum by which normalize divides", gt=0)
     output_norm: str = opt("rmsnorm", "norm of each head's output", choices=("rmsnorm", "none"))
 
 
 class LinearAttention(LinearMixer):
-    """Weights as in flash-linear-attention's `LinearAttention` under the same names; tied feature maps are
-    `feature_map_q` only. Its default is feature_map elementwise_product; the paper's is elu, with normalize and without
-    an output norm."""
+    """Weights are those of flash-linear-attention's `LinearAttention`, under the same names; tied feature maps have the
+    name `feature_map_q`. flash-linear-attention's default is feature_map elementwise_product; the paper has elu, with
+    normalize and without an output norm."""
 
     Config = LinearAttentionConfig
     family = "decay"
@@ -88,7 +90,7 @@ class LinearAttention(LinearMixer):
             raise ConfigError(
                 f"{path}.{divides}",
                 True,
-                f"features of {config.feature_map} may be negative, so that the sum divided by may be 0",
+                f"features of {config.feature_map} may be negative, so that their sum, the divisor, may be 0",
                 fix=f"set feature_map to one of {', '.join(POSITIVE)}",
             )
 

@@ -35,9 +35,9 @@ class MambaConfig(MixerConfig):
 
 
 class Mamba(LinearMixer):
-    """Weights as in Hugging Face's `MambaMixer` and flash-linear-attention's `Mamba` under the same names, except:
-    `u_proj` and `z_proj` are their `in_proj`'s first and second half along dimension 0, `dt_bias` is their
-    `dt_proj.bias`, and `conv1d.weight` is `[C, W]` for their `[C, 1, W]`."""
+    """Weights are those of Hugging Face's `MambaMixer` and flash-linear-attention's `Mamba`, under the same names, with
+    three exceptions: `u_proj` and `z_proj` are the first and second half of their `in_proj` along dimension 0,
+    `dt_bias` is their `dt_proj.bias`, and `conv1d.weight` is `[C, W]` instead of `[C, 1, W]`."""
 
     Config = MambaConfig
     family = "scan"
@@ -52,7 +52,7 @@ class Mamba(LinearMixer):
         column = partial(Linear, host, dims.hidden_size, inner, split="column", bias=config.bias, std=dims.init_std)
         self.u_proj, self.z_proj = column(), column()
         self.conv1d = ShortConv(host, inner, config.conv_size, name="conv", bias=config.conv_bias)
-        # of all channels, so the ranks' parts are summed; each rank then has dt's low-rank form, B and C
+        # dt's low-rank form, B and C depend on all channels: the ranks' parts are summed, and every rank has the sum.
         parts = (self.rank, config.state_size, config.state_size)
         self.x_proj = Linear(host, inner, sum(parts), split="row", std=dims.init_std, matrices=Matrices(parts))
         self.dt_proj = Linear(host, self.rank, inner, split="column", init=uniform(self.rank**-0.5))

@@ -37,9 +37,9 @@ class Mamba2Config(MixerConfig):
 
 
 class Mamba2(LinearMixer):
-    """`z, x, B, C, dt` have projections, and `x, B, C` convolutions, of their own, so that each splits by heads or
-    groups: mamba_ssm's, and Hugging Face's, `in_proj` and `conv1d` are theirs stacked in this order along dimension 0.
-    Other names are the same."""
+    """Weights are those of mamba_ssm and Hugging Face, except that z, x, B, C and dt have projections of their own, and
+    x, B and C convolutions of their own, so that each splits by heads or groups. The `in_proj` and `conv1d` of
+    mamba_ssm and Hugging Face are these weights stacked in this order along dimension 0. Other names are the same."""
 
     Config = Mamba2Config
     family = "decay"
@@ -95,8 +95,8 @@ class Mamba2(LinearMixer):
         steps = self.dt_proj(x)
         dt = gate(steps, "softplus", bias=self.dt_bias).view(rows)
         g = gate(steps, "softplus", scale=-1.0, bias=self.dt_bias, log_rate=self.A_log, floor=MIN_GATE).view(rows)
-        # Head h reads B and C of group h // (heads / groups). dt scales B, which has to be written for every head
-        # anyway, and not x, which stays as it is.
+        # Head h reads B and C of group h // (heads / groups). dt scales B and not x, because a copy of B is written for
+        # every head anyway.
         B, C = (t.unflatten(-1, (self.groups, self.config.state_size)) for t in (B, C))
         v = channels.unflatten(-1, (self.heads, self.config.head_dim))
         q, k = repeat_heads(C, heads=self.heads), repeat_heads(B, dt)

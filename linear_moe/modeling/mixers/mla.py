@@ -25,20 +25,25 @@ from linear_moe.options.fields import opt
 class MLAConfig(MixerConfig):
     type: str = opt("mla", "name of the mixer")
     num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
-    q_lora_rank: int | None = opt(None, "size of the queries' latent; null: none, one full projection", ge=1, le=2**20)
-    kv_lora_rank: int = opt(512, "size of the latent that keys and values are made of", ge=1, le=2**20)
-    qk_nope_head_dim: int = opt(128, "size of a query and key head's part without positions", ge=1, le=2**16)
-    qk_rope_head_dim: int = opt(64, "size of its rotated part; the keys' is one for all heads", ge=2, le=2**16)
+    q_lora_rank: int | None = opt(
+        None, "size of the latent from which queries are computed; null: one full projection", ge=1, le=2**20
+    )
+    kv_lora_rank: int = opt(512, "size of the latent from which keys and values are computed", ge=1, le=2**20)
+    qk_nope_head_dim: int = opt(128, "size of the part of a query or key head without positions", ge=1, le=2**16)
+    qk_rope_head_dim: int = opt(
+        64, "size of the rotated part of a query or key head; all key heads share one", ge=2, le=2**16
+    )
     v_head_dim: int = opt(128, "size of a value head", ge=1, le=2**16)
     rope_base: float = opt(10000.0, "base of the rotary frequencies", gt=1)
     rope_interleave: bool = opt(True, "rotate features 2i and 2i + 1 as a pair, as in DeepSeek; false: i and i + half")
 
 
 class MultiHeadLatentAttention(Mixer):
-    """Weights as in Hugging Face's DeepSeek-V2 and -V3 attention, under the same names.
+    """Weights are those of Hugging Face's DeepSeek-V2 and -V3 attention, under the same names.
 
-    The decoding cache is the latent and the rotated key of every token. Few new tokens attend to the latents as they
-    are, with the keys' and values' projections moved to the query and the output; many expand them first.
+    The decoding cache holds the latent and the rotated key of every token. If there are few new tokens, they attend to
+    the latents directly, and the projections of keys and values are applied to the query and the output instead. If
+    there are many, keys and values are computed from the latents first.
     """
 
     Config = MLAConfig
@@ -77,7 +82,7 @@ class MultiHeadLatentAttention(Mixer):
         check(f"{path}.qk_rope_head_dim", config.qk_rope_head_dim, lambda n: n % 2 == 0, "must be even")
 
     def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
-        """`q [B, T, H, D]`, and `latent [B, T, R + P]`: the normalised latent and the rotated part of the keys."""
+        """Projects to `q [B, T, H, D]` and `latent [B, T, R + P]`, the normalised latent and the keys' rotated part."""
         config, rows = self.config, (layout.batch, layout.length, -1)
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q, q_rope = q.view(*rows, self.head_dim).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
@@ -88,7 +93,7 @@ class MultiHeadLatentAttention(Mixer):
         return {"q": torch.cat([q, turn(q_rope)], dim=-1), "latent": latent}, None
 
     def _rotate(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        if self.config.rope_interleave:  # queries and keys alike are left in the order of halves
+        if self.config.rope_interleave:  # brings pairs into the order of halves, in queries and keys alike
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return rotate(x, *angles)
 
@@ -111,7 +116,7 @@ class MultiHeadLatentAttention(Mixer):
         return softmax_attention(inputs["q"], *self._expand(cache["latent"]), positions=layout.positions)
 
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """`latent [B, S, R + P]` -> `k [B, S, H, D]`, `v [B, S, H, V]`."""
+        """Computes `k [B, S, H, D]` and `v [B, S, H, V]` from `latent [B, S, R + P]`."""
         config = self.config
         latent, rope = latent.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
@@ -119,7 +124,7 @@ class MultiHeadLatentAttention(Mixer):
         return torch.cat([k, rope.unsqueeze(2).expand(-1, -1, self.heads, -1)], dim=-1), v
 
     def _attend_to_latents(self, q: Tensor, latent: Tensor, positions: Tensor) -> Tensor:
-        """The same attention as one head with H times as many queries, whose keys and values are the latents."""
+        """Computes the attention as one head with H times as many queries, whose keys and values are the latents."""
         config = self.config
         weight = self.kv_b_proj.weight.view(self.heads, -1, config.kv_lora_rank)
         k_weight, v_weight = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)

@@ -33,37 +33,39 @@ class MoMConfig(MixerConfig):
     type: str = opt("mom", "name of the mixer")
     memory: str = opt("gated_deltanet", "recurrence of every memory", choices=("gated_deltanet", "gla"))
     num_memories: int = opt(4, "memories that the router chooses from", ge=2, le=2**10)
-    # The weights of a token's memories sum to 1: that of a single one would be constant and not train the router.
+    # The weights of a token's memories sum to 1: the weight of a single memory would be 1 and not train the router.
     top_k: int = opt(2, "memories per token", ge=2, le=2**10)
-    shared_memory: bool = opt(True, "one more memory, of all tokens")
-    single_kv_proj: bool = opt(False, "one projection of keys, values and gates for all memories")
+    shared_memory: bool = opt(True, "one more memory, to which all tokens are sent")
+    single_kv_proj: bool = opt(False, "all memories share one projection of keys, values and gates")
     balance_loss: float = opt(0.01, "coefficient of the router's load-balancing loss in training; 0: off", ge=0)
     num_heads: int | None = opt(None, "heads of every memory; null: model.num_heads", ge=1, le=2**16)
     head_dim: int | None = opt(None, "size of a key head; null: hidden_size / num_heads / 2", ge=1, le=2**16)
     expand_v: float = opt(1.0, "size of a value head over head_dim", gt=0, le=64)
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1, le=2**10)
-    gate_rank: int = opt(16, "rank of the decay gate's projection; memory: gla", ge=1, le=2**20)
-    gate_normalizer: float = opt(16.0, "the log decay is logsigmoid(.) over this; memory: gla", gt=0)
+    gate_rank: int = opt(16, "with memory: gla, rank of the decay gate's projection", ge=1, le=2**20)
+    gate_normalizer: float = opt(
+        16.0, "with memory: gla, divisor of the log decay, logsigmoid(.) / gate_normalizer", gt=0
+    )
 
 
 class MemoryRouter(Linear):
-    """Scores in fp32."""
+    """Linear layer that computes the memories' logits in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.host.shared(self.weight).float())
 
 
 class MemoryConv(conv.ShortConv):
-    """One filter for all memories, each of which is convolved over its own tokens."""
+    """ShortConv with one filter for all memories; each memory is convolved over its own tokens."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, grouping: Grouping, layout: TokenLayout, cache: Cache | None
     ) -> Tensor:
-        """`x [B, T, heads, M, D]` regrouped -> the same shape; the state is of all memories' inputs."""
+        """Convolves regrouped inputs `x [B, T, heads, M, D]`; the state holds the last inputs of all memories."""
         heads, memories, size = x.shape[2:]
         weight = self.weight.unflatten(0, (heads, 1, size)).expand(-1, memories, -1, -1).flatten(0, 2)
         y, state, last = x.flatten(2), None if cache is None else cache[self.name], None
-        if state is not None:  # the last inputs among a memory's own tokens, old and new
+        if state is not None:  # the new state is the last inputs of each memory, among its old and new tokens
             window = torch.cat([state, y.mT.to(state.dtype)], dim=-1).unflatten(1, (heads, memories, -1))
             index = grouping.counts[:, None, :, None, None] + torch.arange(self.size - 1, device=x.device)
             last = window.gather(-1, index.expand(*window.shape[:-1], -1)).flatten(1, 3)
@@ -76,15 +78,17 @@ class MemoryConv(conv.ShortConv):
 
 
 class MixtureOfMemories(LinearMixer):
-    """With memory: gated_deltanet, weights as in flash-linear-attention's `MomAttention` under the same names, but one
-    `k_proj`, `v_proj`, `b_proj` and `a_proj` for its lists of them, the shared memory's `shared_k`, ... last: rows are
-    ordered by head, then memory, then channel. (Convolutions `[C, W]` for its `[C, 1, W]`.)
+    """Weights (for memory: gated_deltanet) are those of flash-linear-attention's `MomAttention`, with the same names,
+    except that `k_proj`, `v_proj`, `b_proj` and `a_proj` are single weights instead of lists with one entry for each
+    memory. Their rows are ordered by head, then memory, then channel; the shared memory (`shared_k`, ...) comes last.
+    Weights of convolutions are `[C, W]` instead of `[C, 1, W]`.
 
-    Every memory sees its own tokens only, its convolutions too: a token that is not routed to it neither decays it nor
-    writes, and moves no convolution on. All memories are heads of one recurrence, where each has its tokens first in a
-    document and neutral ones behind them.
+    Every memory, with its convolutions, sees only the tokens that are routed to it: other tokens neither decay the
+    memory nor write to it. All memories are heads of one recurrence, in which each memory has its own tokens at the
+    start of a document, and neutral tokens, which change nothing, behind them.
 
-    flash-linear-attention's training mode lets convolutions run on from one memory into the next; this one does not.
+    In flash-linear-attention's training mode, convolutions reach from one memory's tokens into the next memory's; here
+    they do not.
     """
 
     Config = MoMConfig
@@ -99,7 +103,7 @@ class MixtureOfMemories(LinearMixer):
         self.key_dim = config.head_dim or dims.hidden_size // (2 * self.num_heads)
         self.value_dim = round(self.key_dim * config.expand_v)
         keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        own = 1 if config.single_kv_proj else self.memories  # projections
+        own = 1 if config.single_kv_proj else self.memories  # number of projections
         column = partial(Linear, host, dims.hidden_size, split="column", std=dims.init_std)
         whole: Any = {"split": "shared", "std": dims.init_std}
         self.gate = MemoryRouter(host, dims.hidden_size, config.num_memories, **whole, matrices=None)
@@ -155,10 +159,13 @@ class MixtureOfMemories(LinearMixer):
             unused(path, config, "gate_rank", "gate_normalizer", needs="set memory to gla")
 
     def route(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`x [N, hidden]` -> every memory's weight `[N, M]`, 0 where not chosen, in fp32, and the chosen, bool.
+        """Chooses memories for tokens `x [N, hidden]`.
 
         Args:
-            padding: `[N, 1]` bool, tokens that do not count in the balance.
+            padding: `[N, 1]` bool, tokens that do not count in the load-balancing loss.
+
+        Returns:
+            Weights of the memories `[N, M]` fp32, 0 where not chosen, and whether they are chosen, `[N, M]` bool.
         """
         config = self.config
         scores = self.gate(x).softmax(-1)
@@ -176,16 +183,16 @@ class MixtureOfMemories(LinearMixer):
         return weights, chosen
 
     def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], Tensor]:
-        """Inputs of the recurrence as the grouping orders them, memories as heads: `[B, T, heads * M, D]`."""
+        """Makes the inputs `[B, T, heads * M, D]` of the recurrence in the grouping's order, with memories as heads."""
         padding = None if layout.padding is None else layout.padding.view(-1, 1)
         weights, chosen = (t.view(layout.batch, layout.length, -1) for t in self.route(x, padding))
         grouping = Grouping(chosen, layout.cu_seqlens)
         q, k, v = (self._convolved(name, x, grouping, layout, cache) for name in "qkv")
         inputs: dict[str, Any] = {}
         if self.config.memory == "gla":
-            other = ~grouping.filled[:, :, None, :, None]
-            k = k.masked_fill(other, 0.0)  # convolutions reach behind a memory's last token
-            inputs["g"] = self._log_decay(x, grouping).masked_fill(other, 0.0)
+            neutral = ~grouping.filled[:, :, None, :, None]
+            k = k.masked_fill(neutral, 0.0)  # convolutions reach behind a memory's last token
+            inputs["g"] = self._log_decay(x, grouping).masked_fill(neutral, 0.0)
         else:
             per_head = (layout.batch, layout.length, self.heads, -1, 1)
             a, b = self.a_proj(x), self.b_proj(x)
@@ -197,14 +204,14 @@ class MixtureOfMemories(LinearMixer):
         return inputs | {"grouping": grouping, "weights": weights}, self.g_proj(x)
 
     def _convolved(self, name: str, x: Tensor, grouping: Grouping, layout: TokenLayout, cache: Cache | None) -> Tensor:
-        """q, k or v of every memory, convolved over its own tokens: `[B, T, heads, M, D]`."""
+        """Computes q, k or v `[B, T, heads, M, D]` of every memory, convolved over the memory's own tokens."""
         y = self.get_submodule(f"{name}_proj")(x)
         size = self.value_dim if name == "v" else self.key_dim
         y = grouping.collect(y.view(layout.batch, layout.length, self.heads, -1, size))
         return self.get_submodule(f"{name}_conv1d")(y, grouping, layout, cache)
 
     def _log_decay(self, x: Tensor, grouping: Grouping) -> Tensor:
-        """GLA's gate of every memory, `[B, T, heads, M, K]` in fp32."""
+        """Computes GLA's log decay of every memory, `[B, T, heads, M, K]` fp32."""
         low = self.gk_down(x).view(*grouping.places.shape[1:], 1, -1, self.config.gate_rank)
         up, bias = (t.expand(-1, self.memories, *t.shape[2:]) for t in (self.gk_up, self.gk_bias))
         high = torch.einsum("btmr,hmkr->bthmk", grouping.collect(low).squeeze(2), up) + bias

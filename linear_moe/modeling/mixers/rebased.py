@@ -26,16 +26,19 @@ from linear_moe.options.fields import opt
 class ReBasedConfig(MixerConfig):
     type: str = opt("rebased", "name of the mixer")
     num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
-    feature_dim: int = opt(16, "size d of a head's queries and keys, of d (d + 1) / 2 features", ge=1, le=2**8)
+    feature_dim: int = opt(16, "size d of a query or key head, which has d (d + 1) / 2 features", ge=1, le=2**8)
     qk_norm: bool = opt(True, "normalise every query and key head before scaling it by gamma and adding beta")
-    use_gamma: bool = opt(True, "gamma")
-    use_beta: bool = opt(True, "beta")
-    tie_feature_map_qk: bool = opt(True, "one gamma and one beta for queries and keys, as in the published code")
-    normalizer_eps: float = opt(1e-5, "added to the sum of a token's weights, by which outputs are divided", gt=0)
+    use_gamma: bool = opt(True, "scale every query and key feature by a learned gamma")
+    use_beta: bool = opt(True, "add a learned beta to every query and key feature")
+    tie_feature_map_qk: bool = opt(True, "queries and keys share gamma and beta, as in the published code")
+    normalizer_eps: float = opt(1e-5, "added to the sum of weights by which outputs are divided", gt=0)
 
 
 class QuadraticMap(nn.Module):
-    """`squares(gamma * norm(x) + beta)` of each head, inside a tensor-parallel region; one gamma for all heads."""
+    """Feature map `squares(gamma * norm(x) + beta)` of each head, inside a tensor-parallel region.
+
+    All heads share gamma and beta.
+    """
 
     def __init__(self, config: ReBasedConfig, host: Host, eps: float):
         super().__init__()
@@ -49,8 +52,9 @@ class QuadraticMap(nn.Module):
 
 
 class ReBased(LinearMixer):
-    """Weights as in flash-linear-attention's `ReBasedLinearAttention` under the same names, except `feature_map_q` for
-    its `feature_map`, which serves queries and keys; untied, the keys' is `feature_map_k`."""
+    """Weights are those of flash-linear-attention's `ReBasedLinearAttention`, under the same names, except that
+    `feature_map_q` is its `feature_map`, which serves queries and keys. If feature maps are not tied, that of the keys
+    is `feature_map_k`."""
 
     Config = ReBasedConfig
     family = "decay"
@@ -84,7 +88,7 @@ class ReBased(LinearMixer):
     def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         rows = (layout.batch, layout.length, self.heads, -1)
         map_k = self.feature_map_q if self.config.tie_feature_map_qk else self.feature_map_k
-        pad = layout.length > 1  # steps of decoding have no kernels
+        pad = layout.length > 1  # kernels need padded features; a decoding step uses no kernels
         q, k = self.feature_map_q(self.q_proj(x).view(rows), pad), map_k(self.k_proj(x).view(rows), pad)
         return {"q": q, "k": k, "v": self.v_proj(x).view(rows)}, None
 

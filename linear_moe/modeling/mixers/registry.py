@@ -1,4 +1,7 @@
-"""The explicit, lazy table of token mixers: a new LSM is one file and one line here."""
+"""Registry of token mixers: a table of names and classes, which are imported when used.
+
+A new mixer is one file and one line in this table.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,11 @@ MIXERS: dict[str, str] = {
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The mixer class called `name`; raises KeyError for an unknown name."""
+    """Imports the mixer class called `name`; raises KeyError for an unknown name."""
     module, _, cls = MIXERS[name].partition(":")
     return getattr(importlib.import_module(module), cls)
 
 
 def mixer_config(name: str, **fields: Any) -> MixerConfig:
-    """The config of mixer `name` with its defaults, changed by `fields`."""
+    """Makes the config of mixer `name` with its defaults, changed by `fields`."""
     return mixer_class(name).Config(type=name, **fields)

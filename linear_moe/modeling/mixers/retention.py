@@ -31,15 +31,18 @@ class RetentionConfig(MixerConfig):
     num_kv_heads: int | None = opt(None, "key and value heads; null: num_heads", ge=1, le=2**16)
     expand_k: float = opt(1.0, "width of all heads' queries over hidden_size", gt=0, le=64)
     expand_v: float = opt(2.0, "width of all heads' outputs over hidden_size", gt=0, le=64)
-    feature_map: str = opt("identity", "of queries and keys before rotation", choices=("identity", "relu", "swish"))
+    feature_map: str = opt(
+        "identity", "feature map of queries and keys before rotation", choices=("identity", "relu", "swish")
+    )
     rope_base: float = opt(10000.0, "base of the rotary frequencies", gt=1)
     conv_size: int = opt(0, "taps of a short convolution with SiLU on q, k and v; 0: none", ge=0, le=2**10)
     output_gate: bool = opt(True, "multiply normalised outputs by SiLU of a projection of the token")
 
 
 class Retention(LinearMixer):
-    """Weights as in flash-linear-attention's `MultiScaleRetention` under the same names, except `o_norm.weight` for
-    its `g_norm_swish_gate.weight` (`g_norm.weight` without a gate), and convolutions `[C, W]` for its `[C, 1, W]`."""
+    """Weights are those of flash-linear-attention's `MultiScaleRetention`, under the same names, except that
+    `o_norm.weight` is its `g_norm_swish_gate.weight` (`g_norm.weight` without a gate), and weights of convolutions are
+    `[C, W]` instead of `[C, 1, W]`."""
 
     Config = RetentionConfig
     family = "decay"
@@ -81,7 +84,7 @@ class Retention(LinearMixer):
         check_heads(f"{path}.num_kv_heads", config.num_kv_heads or heads, tensor, {"num_heads =": heads})
 
     def log_decay(self, device: torch.device) -> Tensor:
-        """log(1 - 2^(-5 - h)) for this rank's heads, h counted over all ranks, `[H]` fp32."""
+        """Log decays log(1 - 2^(-5 - h)), `[H]` fp32, of this rank's heads; heads h are counted over all ranks."""
         first = self.host.rank("tensor") * self.heads
         h = torch.arange(first, first + self.heads, device=device, dtype=torch.float32)
         return torch.log1p(-torch.exp2(-5.0 - h))

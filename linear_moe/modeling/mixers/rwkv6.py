@@ -39,13 +39,15 @@ class RWKV6Config(MixerConfig):
 
 
 class RWKV6(LinearMixer):
-    """Weights as in flash-linear-attention's `RWKV6Attention`: `r_proj`, `k_proj`, `v_proj`, `g_proj`, `w_proj.N` for
-    its `NAME_proj.linear` and `w_proj.linear.lora.N`; `x_mu`, `x_down`, `x_up` for `x_proj.0.mu`,
-    `x_proj.0.linear.weight`, `x_proj.2.weight`; `x_bias`, `bonus`, `g_norm`, `o_proj` as they are.
+    """Weights are those of flash-linear-attention's `RWKV6Attention`, in part under other names: `r_proj`, `k_proj`,
+    `v_proj` and `g_proj` are its `NAME_proj.linear`, `w_proj.N` is its `w_proj.linear.lora.N`, and `x_mu`, `x_down` and
+    `x_up` are its `x_proj.0.mu`, `x_proj.0.linear.weight` and `x_proj.2.weight`. `x_bias`, `bonus`, `g_norm` and
+    `o_proj` have the same names.
 
-    Initial values of shifts, decays and bonus are RWKV-LM's. Where it starts a low-rank projection at zero, its first
-    factor is random here and its second one small, as there; the other projections are this model's. Its expand_k is
-    the paper's 1, not flash-linear-attention's 0.5.
+    Initial values of shifts, decays and bonus are those of RWKV-LM. RWKV-LM starts the first factor of low-rank
+    projections at zero and the second one small; here the first one is random, and the second one is small as well.
+    Other projections are initialised as in the rest of this framework. The default of expand_k is the paper's 1, not
+    flash-linear-attention's 0.5.
     """
 
     Config = RWKV6Config
@@ -94,7 +96,7 @@ class RWKV6(LinearMixer):
         )
 
     def shifted(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[Tensor, ...]:
-        """`x [B, T, hidden]` -> five interpolations with the tokens before, `[N, hidden]`, for r, w, k, v and g."""
+        """Interpolates `x [B, T, hidden]` with the tokens before: five tensors `[N, hidden]`, for r, w, k, v and g."""
         mu, down, up, bias = (self.host.shared(p) for p in (self.x_mu, self.x_down, self.x_up, self.x_bias))
         mix = partial(shift_mix, x, state=shift_state(x, cache), cu_seqlens=layout.cu_seqlens)
         low = torch.tanh(F.linear(mix(mu[None])[0].flatten(0, 1), down)).unflatten(-1, (5, -1))
@@ -122,6 +124,7 @@ class RWKV6(LinearMixer):
 
 
 def _shifts(depth: float, to_last: float) -> Init:
+    """Initialiser of `x_bias [5, hidden]`, as in RWKV-LM."""
     rest = {"r": (0.5, 0.0), "w": (1.0, 0.0), "k": (1.0, 0.0), "v": (1.0, 0.3 * depth), "g": (0.5, 0.0)}
 
     def fill(t: Tensor, generator: torch.Generator) -> None:
@@ -132,11 +135,13 @@ def _shifts(depth: float, to_last: float) -> Init:
 
 
 def _decays(depth: float) -> Init:
-    """log(-log decay) from -6, the slowest channel, to -1."""
+    """Initialiser of log(-log decay): from -6 in the first channel, which decays most slowly, to -1 in the last."""
     return lambda t, _: t.copy_(-6 + 5 * torch.linspace(0, 1, len(t), device=t.device) ** (0.7 + 1.3 * depth))
 
 
 def _bonus(depth: float) -> Init:
+    """Initialiser of the bonus, as in RWKV-LM."""
+
     def fill(t: Tensor, _: torch.Generator) -> None:
         n = torch.arange(t.numel(), device=t.device)
         t.copy_((depth * (1 - n / max(t.numel() - 1, 1)) + ((n + 1) % 3 - 1) * 0.1).view_as(t))

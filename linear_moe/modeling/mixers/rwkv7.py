@@ -31,7 +31,8 @@ MIN_LOG_DECAY = -math.exp(-0.5)
 
 
 def _rank(what: str, width: str) -> int | None:
-    return opt(None, f"rank of the {what}'s projection; null: {width}, in 32s, as published", ge=1, le=2**20)
+    doc = f"rank of the {what}'s projection; null: {width}, rounded to a multiple of 32, as published"
+    return opt(None, doc, ge=1, le=2**20)
 
 
 @dataclass
@@ -47,12 +48,14 @@ class RWKV7Config(MixerConfig):
 
 
 class RWKV7(LinearMixer):
-    """Weights as in flash-linear-attention's `RWKV7Attention` under the same names, but `x_r` ... `x_g` `[hidden]` for
-    its `[1, 1, hidden]`, and `w_lora.N`, `a_lora.N`, `v_lora.N`, `g_lora.N` for its `w_lora.lora.N` etc.
+    """Weights are those of flash-linear-attention's `RWKV7Attention`, under the same names, except that `x_r` ... `x_g`
+    are `[hidden]` instead of `[1, 1, hidden]`, and `w_lora.N`, `a_lora.N`, `v_lora.N` and `g_lora.N` are its
+    `w_lora.lora.N` etc.
 
-    Initial values are RWKV-LM's, but those it starts at zero (`o_proj`, the low ranks' first factors) are normal.
-    The first RWKV-7 layer of a model leaves its values to the others, as `TokenLayout.shared["v_first"]`. If that is
-    not the model's first layer, it has a value residual too, which mixes its values with themselves.
+    Initial values are those of RWKV-LM, but weights that RWKV-LM starts at zero (`o_proj`, first factors of low-rank
+    projections) have a normal distribution. The first RWKV-7 layer of a model leaves its values to the later ones, as
+    `TokenLayout.shared["v_first"]`. If this layer is not the model's first layer, it has a value residual too, which
+    mixes its values with themselves.
     """
 
     Config = RWKV7Config
@@ -160,12 +163,12 @@ def _ramp(t: Tensor) -> Tensor:
 
 
 def _line(middle: float, slope: float) -> Init:
-    """Rises by `slope` from the first channel to the last."""
+    """Initialiser that rises by `slope` from the first channel to the last, with `middle` in between."""
     return lambda t, _: t.copy_(middle + slope * (_ramp(t) - 0.5))
 
 
 def _within_heads(head_dim: int, amplitude: float, value: Callable[[Tensor], Tensor]) -> Init:
-    """`value` at 0 to 1 over all channels, and over each head's a signed square from -amplitude to amplitude."""
+    """Initialiser `value(n) + amplitude z |z|`: n rises from 0 to 1 over all channels, z from -1 to 1 in each head."""
 
     def fill(t: Tensor, _: torch.Generator) -> None:
         z = torch.linspace(-1, 1, head_dim, device=t.device).repeat(len(t) // head_dim)

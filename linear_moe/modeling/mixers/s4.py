@@ -25,8 +25,14 @@ from linear_moe.options.fields import opt
 @dataclass
 class S4Config(MixerConfig):
     type: str = opt("s4", "name of the mixer")
-    state_size: int = opt(64, "states of a channel, conjugates included: half as many complex numbers", ge=2, le=2**12)
-    init: str = opt("lin", "of A: S4D-Lin, -1/2 + i pi n; S4D-Inv; S4D-Real, -(n + 1)", choices=("lin", "inv", "real"))
+    state_size: int = opt(
+        64, "states of a channel, with conjugates: half as many complex numbers are computed", ge=2, le=2**12
+    )
+    init: str = opt(
+        "lin",
+        "initial A: S4D-Lin, -1/2 + i pi n (lin); S4D-Inv (inv); S4D-Real, -(n + 1) (real)",
+        choices=("lin", "inv", "real"),
+    )
     discretization: str = opt("zoh", "zero-order hold or bilinear transform", choices=("zoh", "bilinear"))
     dt_min: float = opt(1e-3, "smallest initial step size", gt=0)
     dt_max: float = opt(0.1, "largest initial step size", gt=0)
@@ -34,9 +40,10 @@ class S4Config(MixerConfig):
 
 
 class S4(LinearMixer):
-    """Weights as in the authors' minimal `S4D` under the same names without `kernel.`; `C` is `[H, N/2, 2]`, and
-    `o_proj` is their `output_linear.0`, a convolution of width 1 (`[2H, H, 1]`). The channels are the hidden size:
-    there is no input projection. B is fixed at 1, as published. On a GPU too it runs as chunks in PyTorch."""
+    """Weights are those of the authors' minimal `S4D`, under the same names without `kernel.`. `C` is `[H, N/2, 2]`,
+    and `o_proj` is their `output_linear.0`, a convolution of width 1 (`[2H, H, 1]`). There is no input projection: the
+    channels are those of the residual stream. B is fixed at 1, as published. The recurrence has no GPU kernel: on a GPU
+    too, PyTorch computes it in chunks."""
 
     Config = S4Config
     family = "scan"
@@ -78,7 +85,7 @@ class S4(LinearMixer):
     def project(self, x: Tensor, layout: TokenLayout, cache: Cache | None) -> tuple[dict[str, Any], None]:
         start = self.host.rank("tensor") * self.channels
         u = x.view(layout.batch, layout.length, -1)[..., start : start + self.channels]
-        # fp64: exp(dt A) - 1 loses the small step sizes otherwise
+        # In fp32, exp(dt A) - 1 would lose small step sizes by cancellation.
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
         dt_A = self.log_dt.double().exp()[:, None] * A
         if self.config.discretization == "zoh":
@@ -104,11 +111,12 @@ class S4(LinearMixer):
 
 
 def _log_uniform(low: float, high: float) -> Init:
+    """Initialiser of `log_dt`: dt is log-uniform from low to high."""
     return lambda t, g: t.uniform_(math.log(low), math.log(high), generator=g)
 
 
 def _initial_rates(kind: str, size: int) -> tuple[Tensor, Tensor]:
-    """Minus the real, and the imaginary part of A's first `size / 2` entries (section 4 of the paper)."""
+    """Initial A (section 4 of the paper): minus the real parts, and the imaginary parts, of `size / 2` entries."""
     n = torch.arange(size // 2, dtype=torch.float64)
     if kind == "real":
         return n + 1, torch.zeros_like(n)

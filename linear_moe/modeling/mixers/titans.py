@@ -34,18 +34,18 @@ _GATES: dict[str, tuple[str, Function, float]] = {
 class TitansConfig(MixerConfig):
     type: str = opt("titans", "name of the mixer")
     num_heads: int | None = opt(None, "heads, each with a memory; null: model.num_heads", ge=1, le=2**16)
-    chunk_size: int = opt(16, "tokens whose gradients are taken at the same memory", ge=1, le=2**10)
+    chunk_size: int = opt(16, "tokens whose gradients are computed at the same memory", ge=1, le=2**10)
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1, le=2**10)
-    initial_rate: float = opt(0.01, "learning rate theta before training, where the token says nothing", gt=0, lt=1)
-    initial_momentum: float = opt(0.5, "momentum eta before training", gt=0, lt=1)
-    initial_forget: float = opt(0.01, "forgetting alpha before training", gt=0, lt=1)
+    initial_rate: float = opt(0.01, "initial learning rate theta, apart from its projection of the token", gt=0, lt=1)
+    initial_momentum: float = opt(0.5, "initial momentum eta, apart from its projection of the token", gt=0, lt=1)
+    initial_forget: float = opt(0.01, "initial forgetting alpha, apart from its projection of the token", gt=0, lt=1)
 
 
 class Titans(LinearMixer):
-    """The paper's long-term memory as a layer of its own, with a matrix per head as memory (`L_M = 1`), learned initial
-    matrices `M0 [H, D, D]`, and gates `theta, eta, alpha` that are sigmoids of one number per head and token. As in
-    section 4.4: convolution and SiLU on q, k and v, L2 norm of q and k, norm and gate before the last projection.
-    Neither code nor weights are published."""
+    """Long-term memory of the paper as a layer of its own. The memory is one matrix for each head (`L_M = 1`), with
+    learned initial matrices `M0 [H, D, D]`; the gates theta, eta and alpha are sigmoids of one number for each head and
+    token. As in section 4.4, q, k and v have a convolution and SiLU, q and k an L2 norm, and a norm and a gate come
+    before the last projection. The authors have published neither code nor weights."""
 
     Config = TitansConfig
     family = "fast_weights"
@@ -112,7 +112,7 @@ class Titans(LinearMixer):
         return {**states, **conv_states(self, batch)}
 
     def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
-        """Every row at the learned initial memory."""
+        """Makes the decoding state of `batch` rows, each with the learned initial memory."""
         cache = super().init_cache(batch, max_length, dtype, device)
         for name in ("state", "start"):
             cache[name].copy_(self.M0.detach())

@@ -28,21 +28,22 @@ from linear_moe.options.fields import opt
 class TTTLinearConfig(MixerConfig):
     type: str = opt("ttt_linear", "name of the mixer")
     num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
-    mini_batch_size: int = opt(16, "tokens whose inner gradients are taken at the same weights", ge=1, le=2**10)
-    inner_lr: float = opt(1.0, "the inner learning rate is sigmoid(.) times this over the head size", gt=0)
+    mini_batch_size: int = opt(16, "tokens whose inner gradients are computed at the same weights", ge=1, le=2**10)
+    inner_lr: float = opt(1.0, "factor of the inner learning rate, inner_lr * sigmoid(.) / head size", gt=0)
     inner_norm_eps: float = opt(1e-6, "epsilon of the inner LayerNorm", gt=0)
-    rope_base: float = opt(10000.0, "base of the rotary frequencies, of positions in the mini-batch", gt=1)
+    rope_base: float = opt(10000.0, "base of the rotary frequencies; positions count within the mini-batch", gt=1)
     share_qk: bool = opt(True, "q and k are convolutions of one projection, as in the Mamba backbone")
-    conv_size: int = opt(4, "taps of those convolutions", ge=1, le=2**10)
+    conv_size: int = opt(4, "taps of the convolutions of share_qk", ge=1, le=2**10)
     gate: bool = opt(True, "multiply the output by GELU of a projection, as in the Mamba backbone")
 
 
 class TTTLinear(LinearMixer):
-    """Weights as in the authors' PyTorch code (ttt-lm-pytorch, `TTTLinear`) under the same names, except `lr_proj`, of
-    weight `[H, hidden]` and bias `[H]`, for its `learnable_ttt_lr_weight [H, hidden, 1]` and `_bias [H, 1]`,
-    `b1 [H, D]` for its `[H, 1, D]`, and convolutions `[C, W]` for its `[C, 1, W]`. The defaults are the paper's Mamba
-    backbone; its Transformer backbone is `share_qk: false, gate: false`. The backbone's convolution of the residual
-    stream (`pre_conv`) is a layer of its own there and not part of this one."""
+    """Weights are those of the authors' PyTorch code (ttt-lm-pytorch, `TTTLinear`), under the same names, with three
+    exceptions: `lr_proj`, with weight `[H, hidden]` and bias `[H]`, is its `learnable_ttt_lr_weight [H, hidden, 1]` and
+    `learnable_ttt_lr_bias [H, 1]`; `b1` is `[H, D]` instead of `[H, 1, D]`; and weights of convolutions are `[C, W]`
+    instead of `[C, 1, W]`. The defaults give the paper's Mamba backbone; `share_qk: false, gate: false` gives its
+    Transformer backbone. The authors' backbone also convolves the residual stream in a separate layer (`pre_conv`),
+    which is not part of this mixer."""
 
     Config = TTTLinearConfig
     family = "fast_weights"
@@ -137,7 +138,7 @@ class TTTLinear(LinearMixer):
         return {"state": (shape, torch.float32), "gradient": (shape, torch.float32)} | conv_states(self, batch)
 
     def init_cache(self, batch: int, max_length: int, dtype: torch.dtype, device: torch.device) -> Cache:
-        """Every row at the learned initial weights."""
+        """Makes the decoding state of `batch` rows, each with the learned initial weights."""
         cache = super().init_cache(batch, max_length, dtype, device)
         cache["state"].copy_(self._initial_weights().detach())
         return cache

@@ -1,4 +1,4 @@
-"""Token dispatch in one process: tokens stay where they are, and are only assigned to experts."""
+"""Token dispatch in one process: tokens are only assigned to experts, and are not moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from linear_moe.modeling.ops.experts.assignment import Assignment
 
 
 class Dispatcher:
-    """`dispatch` then `combine`, in pairs. `training/host.py` has the same interface over several ranks."""
+    """Dispatcher of one MoE layer in one process; `training/host.py` has dispatchers over several ranks.
+
+    Every call of `dispatch` must be followed by one of `combine`.
+    """
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
@@ -17,16 +20,20 @@ class Dispatcher:
     def dispatch(
         self, x: Tensor, weights: Tensor, index: Tensor, limited: bool = False
     ) -> tuple[Tensor, Tensor, Assignment]:
-        """Tokens `x [n, D]` and their experts' `weights [n, k]` and `index [n, k]` (num_experts: none) -> what the
-        local experts work on: tokens `[n', D]`, weights `[n', k']`, and which expert they are assigned to.
-
-        Either the same tokens, k times assigned, or tokens received from all ranks, sorted by local expert (k' = 1).
+        """Brings tokens to the ranks of their experts.
 
         Args:
-            limited: no expert has more than its capacity.
+            x: `[n, D]` this rank's tokens.
+            weights: `[n, k]` weights of each token's experts.
+            index: `[n, k]` numbers of each token's experts; num_experts: no expert.
+            limited: no expert was chosen by more tokens than its capacity.
+
+        Returns:
+            Input of the local experts: tokens `[n', D]`, weights `[n', k']`, and the assignment of tokens to experts.
+            The tokens are either x (k' = k), or tokens received from all ranks, sorted by local expert (k' = 1).
         """
         return x, weights, assign(index, self.num_experts)
 
     def combine(self, y: Tensor) -> Tensor:
-        """What the experts made of the dispatched tokens, `[n', D]` -> outputs of this rank's tokens `[n, D]`."""
+        """Brings the experts' outputs `[n', D]` back to the tokens' own ranks; returns this rank's `[n, D]`."""
         return y

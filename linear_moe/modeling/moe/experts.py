@@ -1,4 +1,4 @@
-"""Routed SwiGLU experts behind one interface: same weights, several implementations."""
+"""Routed SwiGLU experts: one set of weights, several implementations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from linear_moe.options.errors import ConfigError
 
 
 class Experts(nn.Module):
-    """This rank's experts: `down(silu(gate(x)) * up(x) * weight)`.
+    """Routed experts of this rank: `down(silu(gate(x)) * up(x) * weight)`.
 
     Weights are `[out, in]` per expert as in nn.Linear: `gate_up_proj [E, 2, F, D]` (0: gate, 1: up) and
     `down_proj [E, D, F]`.
@@ -32,16 +32,16 @@ class Experts(nn.Module):
         self.kind, self.host = config.experts, host
 
     def forward(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
-        """Tokens `x [n, D]`, the weights `[n, k]` of their experts, and which these are -> `[n, D]`."""
+        """Computes the outputs `[n, D]` of tokens `x [n, D]` from their experts `to`, with `weights [n, k]`."""
         activations = self.host.activations
         if self.kind == "sequential":
             return activations.region("experts", self.sequential, x, weights, to)
         if self.kind == "quack":
-            check_quack(x.dtype, x.device)  # training does before; a model can be loaded anywhere
+            check_quack(x.dtype, x.device)  # training checks before it starts, but a model can be loaded anywhere
         return ops.experts(x, weights, self.gate_up_proj, self.down_proj, to, self.kind, activations.keeps("experts"))
 
     def sequential(self, x: Tensor, weights: Tensor, to: ops.Assignment) -> Tensor:
-        """One expert after the other: the definition."""
+        """Computes one expert after the other; this implementation defines the result."""
         counts = to.counts.tolist()
         unassigned = weights.numel() - sum(counts)
         *tokens, rest = reference.collect(x, to).split([*counts, unassigned])
@@ -55,6 +55,6 @@ class Experts(nn.Module):
 
 
 def check_quack(dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError where model.moe.experts=quack cannot compute."""
+    """Raises ConfigError if model.moe.experts=quack cannot compute in `dtype` on `device`."""
     if refusal := ops.refused_by_quack(dtype, device):
         raise ConfigError("model.moe.experts", "quack", refusal, fix="set it to auto")

@@ -1,4 +1,4 @@
-"""The router's auxiliary losses, from sums over tokens, so that ranks can share out the tokens."""
+"""Auxiliary losses of the router, computed from sums over tokens, so that several ranks can share out the tokens."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from linear_moe.modeling.tokens import TokenLayout
 
 
 def balance_loss(counts: Tensor, score_sums: Tensor, tokens: Tensor | int) -> Tensor:
-    """Load-balancing loss `E * sum_i f_i P_i`, within each of S sequences, averaged over them by their tokens. Scalar.
+    """Load-balancing loss `E * sum_i f_i P_i` of each of S sequences, averaged with their tokens as weights; a scalar.
 
-    Switch Transformer's eq. 4, with f_i an expert's share of all choices; DeepSeek-V2's eq. 23. 1 for an even load.
+    f_i is the share of expert i in all choices (Switch Transformer, eq. 4; DeepSeek-V2, eq. 23). An even load gives 1.
 
     Args:
-        counts: `[S, E]` how often each expert was chosen, by the sequence's tokens or others in their place.
-        score_sums: `[S, E]` sums of the tokens' scores, each token's divided by their sum. The loss is linear in them:
-            those of parts of the tokens add up to that of all.
-        tokens: of all sequences.
+        counts: `[S, E]` how often each expert was chosen, by the sequence's own tokens or by a larger set of tokens.
+        score_sums: `[S, E]` sums over tokens of the scores, which are normalised to sum to 1 for each token. The loss
+            is linear in `score_sums`: the losses of parts of the tokens add up to the loss of all.
+        tokens: number of tokens in all sequences.
     """
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     return counts.shape[-1] * (share * score_sums).sum() / tokens
 
 
 def sequence_of_tokens(layout: TokenLayout, start: int, tokens: int, device: torch.device) -> tuple[Tensor, int]:
-    """Number of the sequence, or packed document, that each token is in `[tokens]`, and how many there are.
+    """Numbers the sequences, or packed documents: returns each token's number `[tokens]` int64, and how many there are.
 
-    Of pieces of sequences: the same number on every rank.
+    The pieces of one sequence have the same number on all ranks.
 
     Args:
-        start: place of the first token among all of the layout's.
+        start: index of the first token among all tokens of the layout.
+        tokens: number of tokens to look up.
     """
     place = torch.arange(start, start + tokens, device=device)
     if layout.cu_seqlens is None:
@@ -42,6 +43,6 @@ def sequence_of_tokens(layout: TokenLayout, start: int, tokens: int, device: tor
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None) -> Tensor:
-    """ST-MoE's eq. 5, summed over tokens, or those that are `counted [n]`: `[n, E]` -> scalar."""
+    """Router z-loss (ST-MoE, eq. 5) of `logits [n, E]`, summed over all tokens, or over those with `counted [n]`."""
     squares = logits.logsumexp(-1).square()
     return (squares if counted is None else squares * counted).sum()

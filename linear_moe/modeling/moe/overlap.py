@@ -1,4 +1,4 @@
-"""Computing on a second CUDA stream beside what the current one does."""
+"""Computation on a second CUDA stream, beside the current one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Branch:
-    """`function(x)` from `start` to `join`, beside what the caller gives the current stream in between.
+    """Computation of `function(x)` on a second stream from `start` to `join`, beside the caller's work in between.
 
-    It waits for nothing that the current stream was given after `Branch` was made. Autograd runs each backward op on
-    the stream of its forward op, so the backward pass branches as well. The host never waits. On a CPU, or with `aside`
-    false, `start` computes in place: the same ops in the same order, and so the same numbers.
+    The second stream does not wait for work that the current stream gets after `Branch` was made. Autograd runs each
+    backward op on the stream of its forward op, so the backward pass branches as well. The host never waits. On a CPU,
+    or with `aside` false, `start` computes on the current stream: the same ops in the same order, with equal results.
 
-    `function` must not communicate: collectives stay on the current stream, in the order of the program, because those
-    of two communicators whose order differs between ranks can block each other.
+    `function` must not communicate. Collectives stay on the current stream, in the order of the program, because
+    collectives of two communicators can block each other if their order differs between ranks.
 
-    With activation recomputation, the recomputed forward pass runs on the stream of the op that first asks for it. That
-    must be an op of the current stream: one that comes after `start` in the forward pass, and keeps a tensor.
+    With activation recomputation, the recomputed forward pass runs on the stream of the op that first needs a
+    recomputed tensor. This must be an op of the current stream that comes after `start` in the forward pass.
 
     Args:
-        function: of one tensor.
-        x: on the current stream, and ready there.
-        aside: use the other stream, if x is on a GPU.
+        function: function of one tensor.
+        x: tensor that is ready on the current stream.
+        aside: use the second stream, if x is on a GPU.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, aside: bool):
@@ -42,17 +42,18 @@ class Branch:
             self._ready = self._main.record_event()
 
     def start(self) -> None:
+        """Begins the computation."""
         if self._side is None:
             self._y = self.function(self.x)
             return
         self._side.wait_event(self._ready)
-        # The allocator knows a tensor's first stream only; autograd may let go of x while the other still reads it.
+        # The allocator only knows the stream on which x was made: autograd may free x while the second stream reads it.
         self.x.record_stream(self._side)
         with torch.cuda.stream(self._side):
             self._y = self.function(self.x)
 
     def join(self) -> Tensor:
-        """The function's value, ready on the current stream."""
+        """Makes the current stream wait for the second one, and returns the function's value."""
         if self._side is not None:
             self._main.wait_stream(self._side)
             self._y.record_stream(self._main)

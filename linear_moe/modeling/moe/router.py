@@ -1,4 +1,4 @@
-"""The router: scores, choice and weights, one arithmetic for training and inference."""
+"""Router of a mixture of experts: scores, choice and weights, with the same arithmetic in training and inference."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from linear_moe.modeling.tokens import TokenLayout
 
 
 def scores(logits: Tensor, config: MoEConfig) -> Tensor:
-    """Router logits `[n, E]` -> scores of all experts `[n, E]` in fp32."""
+    """Turns router logits `[n, E]` into scores of all experts `[n, E]` in fp32."""
     logits = logits.float()
     return logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
 
 
 def choose(choice: Tensor, config: MoEConfig) -> Tensor:
-    """The top-k experts of every token by `choice [n, E]`, within its best groups: indices `[n, k]`."""
+    """Indices `[n, k]` int64 of each token's top-k experts by the scores `choice [n, E]`, within its best groups."""
     if config.num_groups > 1:
         groups = choice.unflatten(-1, (config.num_groups, -1))
         best = groups.amax(-1) if config.group_score == "max" else groups.topk(2, dim=-1).values.sum(-1)
@@ -40,15 +40,15 @@ def route(
     bias: Tensor | None = None,
     once: Callable[[Callable[[], Tensor]], Tensor] = lambda choose: choose(),
 ) -> tuple[Tensor, Tensor]:
-    """Choose the top-k experts of every token and weigh them.
+    """Chooses the top-k experts of every token and weighs them.
 
     Args:
         logits: `[n, E]`.
         bias: `[E]` fp32, added to the scores for the choice only.
-        once: makes the choice; as `Activations.once`, which does not make it a second time.
+        once: calls the function that makes the choice; `Activations.once` returns the first choice when recomputing.
 
     Returns:
-        Their weights `[n, k]` fp32 and which they are, `[n, k]` int64.
+        Weights `[n, k]` fp32 and indices `[n, k]` int64 of the chosen experts.
     """
     all_scores = scores(logits, config)
     choice = all_scores.detach()
@@ -63,9 +63,10 @@ def route(
 
 
 class _Logits(Function):
-    """`x [n, D]`, `weight [E, D]` -> their product in fp32, keeping x as it is: a copy would be the layer's largest.
+    """Product `[n, E]` of `x [n, D]` and `weight [E, D]` in fp32.
 
-    In fp32 within `torch.autocast` too, whose bf16 logits would choose other experts.
+    The backward pass keeps x in its own dtype: an fp32 copy would be the largest activation of the layer. The product
+    is in fp32 within `torch.autocast` too, because bf16 logits would choose other experts.
     """
 
     @staticmethod
@@ -87,10 +88,10 @@ class _Logits(Function):
 class Router(nn.Module):
     """Linear router in fp32: `x [n, D]` -> experts' weights `[n, k]` and index `[n, k]`, with the host's losses.
 
-    An index of num_experts is none: beyond an expert's capacity.
+    An index of num_experts means that the token is beyond the expert's capacity, and no expert takes it.
 
-    `expert_bias [E]` is not trained by gradients: the training loop moves it after each step (`expert_bias` of
-    MoEConfig); it is saved and exported like a parameter.
+    `expert_bias [E]` is not trained by gradients: the training loop changes it after each step (`expert_bias` of
+    MoEConfig). It is saved and exported like a parameter.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, init_std: float, layer: int, host: Host):
@@ -104,13 +105,13 @@ class Router(nn.Module):
             )
 
     def forward(self, x: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, Tensor]:
-        """`layout` None: the tokens are one sequence, and all on this rank."""
+        """Routes tokens `x [n, D]`; `layout` None: the tokens are one sequence, and all of it is on this rank."""
         config = self.config
         logits = _Logits.apply(x, self.weight)
         once = self.host.activations.once
         weights, index = route(logits, config, self.expert_bias, once)
         layout, counted = layout or TokenLayout(1, len(x)), index
-        if layout.padding is not None:  # without a capacity, experts take these few tokens along: no size depends on it
+        if layout.padding is not None:  # without a capacity, experts compute padding too: shapes do not depend on it
             counted = index.masked_fill(self.host.own_tokens(layout.padding.view(-1, 1)), config.num_experts)
         kept = once(lambda: self._kept(weights.detach(), counted, layout)) if self.limited else None
         self.host.observe_routing(counted, kept, config, self.layer)
@@ -125,8 +126,8 @@ class Router(nn.Module):
         return self.config.capacity_factor is not None and self.training
 
     def _kept(self, weights: Tensor, index: Tensor, layout: TokenLayout) -> Tensor:
-        """Boolean `[n, k]`: what experts take, of a micro-batch's tokens however ranks share them; no padding."""
-        shape, pieces = (len(weights), self.config.num_experts + 1), layout.pieces  # with a column for no expert
+        """Selects the choices `[n, k]` bool within the experts' capacity, which counts the micro-batch on all ranks."""
+        shape, pieces = (len(weights), self.config.num_experts + 1), layout.pieces  # last column: no expert
         everywhere = self.host.all_tokens(weights.new_full(shape, -1.0).scatter(1, index, weights)[:, :-1])
         if pieces is not None:
             everywhere = pieces.all_tokens(everywhere)

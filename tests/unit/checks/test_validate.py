@@ -169,7 +169,7 @@ def test_refuses(overrides: str, world: int | None, parts: list[str]) -> None:
 
 
 def test_nearest_values_are_valid() -> None:
-    """What the messages offer is accepted."""
+    """Values that error messages offer as nearest pass the validation."""
     for overrides, world in (
         ("model.num_heads=2", 1),
         ("model.hidden_size=104 model.mixer.expand_k=1 model.num_heads=4", 1),
@@ -208,7 +208,7 @@ LAYOUTS: list[tuple[int, dict[str, int]]] = [
 
 
 def test_pieces_without_ranks_to_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are padded, over tensor ranks too, and every mixer must know of them."""
+    """Pieces on one rank are padded to equal lengths, over tensor ranks too, and every mixer must support them."""
     pieces = config("parallel.sequence_pieces=3", "parallel.tensor=2", "training.sequence_length=101")
     validate(pieces, 2, files=False)
     assert padded_length(pieces) == 102 and padded_length(config("training.sequence_length=101")) == 101
@@ -247,8 +247,8 @@ NEAREST = {
     ("parallel.tensor=2 parallel.expert=4 parallel.expert_tensor=2", 4): "parallel.expert=2",
     ("parallel.expert_tensor=2 model.moe.expert_ffn_size=24", 2): "parallel.expert_tensor=1",
     ("parallel.pipeline=7", 720720): None,  # no batch is so large; and the search is short
-    ("model.moe.top_k=9 parallel.tensor=3", 2): None,  # no layout makes that work
-    ("training.global_batch=12", 2): None,  # a batch is what to change
+    ("model.moe.top_k=9 parallel.tensor=3", 2): None,  # no layout makes this top_k valid
+    ("training.global_batch=12", 2): None,  # the message says to change the batch
 }
 
 
@@ -258,9 +258,9 @@ def test_an_impossible_layout_comes_with_one_that_works(words: str, world: int) 
     changes = (*model, "model.moe.expert_ffn_size=128", *words.split())
     with pytest.raises(ConfigError) as error:
         validate(config(*changes), world, files=False)
-    before, found, after = str(error.value).partition(f"; nearest layout that works at world size {world}: ")
-    assert before and (after if found else None) == NEAREST[words, world]
-    if found:
+    before, separator, after = str(error.value).partition(f"; nearest layout that works at world size {world}: ")
+    assert before and (after if separator else None) == NEAREST[words, world]
+    if separator:
         validate(config(*changes, *after.split()), world, files=False)
 
 

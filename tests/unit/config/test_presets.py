@@ -31,7 +31,7 @@ V2 |= {"intermediate_size": 12288, "moe_intermediate_size": 1536, "n_routed_expe
 LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 SMALL_LLAMA = LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 
-# preset: published total and active (None: dense) parameters, transformers' model and its published configuration
+# Preset -> published total and active (None: dense) parameters, transformers' model and its configuration.
 PUBLISHED: dict[str, tuple[float, float | None, str, dict[str, Any]]] = {
     "mixtral_8x7b": (46.7e9, 12.9e9, "mixtral:Mixtral", {"num_key_value_heads": 8}),
     "qwen2_57b_a14b": (57.4e9, 14.2e9, "qwen2_moe:Qwen2Moe", QWEN | {"shared_expert_intermediate_size": 20480}),
@@ -57,9 +57,9 @@ def hugging_face_parameters(model: str, config: dict[str, Any]) -> int:
 
 
 def test_published_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    """The published figures within 1 %, and exactly the parameters of transformers' model of that name.
+    """Presets have the published sizes within 1 %, and exactly the parameters of transformers' model of that name.
 
-    DeepSeek counts the head among the active parameters and the embedding's lookup not, and prints 2.4 B for 2.45 B.
+    DeepSeek counts the head among the active parameters but not the embedding, and prints 2.4 B for 2.45 B.
     """
     for preset, (total, active, model, config) in PUBLISHED.items():
         ours = plan(preset, capsys)
@@ -98,7 +98,7 @@ def test_every_family_has_a_launch_script() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_launch_scripts_start_a_valid_configuration(script: Path, tmp_path: Path) -> None:
-    """Run with a launcher in front of ours that writes down what it was called with."""
+    """Launch scripts run with a stand-in for the launcher, which records its arguments; they pass the validation."""
     checkout = tmp_path / "checkout"
     (checkout / "scripts").mkdir(parents=True)
     (checkout / "examples").mkdir()

@@ -29,7 +29,7 @@ def mixer(name: str) -> dict[str, Any]:
 
 
 def sizes(**fields: Any) -> dict[str, Any]:
-    # large weights: greedy choices far from ties, gates and norms far from their linear ranges
+    # Large weights keep greedy choices far from ties, and gates and norms far from their linear ranges.
     return {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "init_std": 0.3, "ffn_size": 48, "moe": MOE, **fields}
 
 
@@ -49,7 +49,7 @@ def model_config(case: str) -> ModelConfig:
 
 
 def build(case: str, seed: int = 0) -> LinearMoEForCausalLM:
-    """An initialised model in fp32."""
+    """Builds an initialised model in fp32."""
     torch.manual_seed(seed)
     config = LinearMoEConfig(model=dataclasses.asdict(model_config(case)), vocab_size=VOCAB, tokenizer_size=TOKENS)
     return LinearMoEForCausalLM(config).eval()
@@ -60,7 +60,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and an end-of-text token."""
+    """Makes a tokenizer of 256 bytes and an end-of-text token."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -69,7 +69,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_run(run: Path, case: str = "hybrid", steps: tuple[int, ...] = (10, 20), dtype: str = "fp32") -> None:
-    """A run folder as training leaves it: fp32 weights, seeded with the step, and the data types they trained in."""
+    """Writes a run folder as training does: fp32 weights, seeded with the step, and the dtypes of the training."""
     config = Config(run=str(run), model=model_config(case))
     config.training.dtype = dtype
     run.mkdir(parents=True)

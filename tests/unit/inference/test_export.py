@@ -1,4 +1,4 @@
-"""Export: a checked copy of a run's weights, all of it or nothing."""
+"""Export of a run: the folder is a verified copy of the weights, and appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def test_hf_generate_of_an_export_leaves_padding_rows_alone(run: Path, tmp_path:
 
 
 def continuation(folder: Path, text: str, new: int) -> str:
-    """What our own generation adds to `text`, a stop token included."""
+    """Text that our own generation adds to `text`, with the stop token."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     options = {"max_new_tokens": new, "stop": [TOKENS - 1], "tokenizer_size": TOKENS}
     return tokenizer.decode(generate(model.model, [tokenizer(text).input_ids], **options).tokens[0])
 
 
 def test_the_cards_example_works_as_printed(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / run.name  # what the card calls the model
+    out = tmp_path / run.name  # the card calls the model by the run's name
     export(run, out)
     (example,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     path = os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])
@@ -113,7 +113,7 @@ def test_steps_and_incomplete_checkpoints(tmp_path: Path) -> None:
     write_run(run, "tied", steps=(10, 20, 30))
     assert export(run, tmp_path / "a", step=10)["step"] == 10
     victim = max((run / "checkpoints" / "step_00000030").glob("*.distcp"), key=lambda p: p.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[:-1])  # torn
+    victim.write_bytes(victim.read_bytes()[:-1])  # the last byte is missing
     assert export(run, tmp_path / "b")["step"] == 20
     with pytest.raises(ConfigError, match="complete are: 10, 20"):
         export(run, tmp_path / "c", step=30)

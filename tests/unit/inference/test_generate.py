@@ -81,7 +81,7 @@ def test_state_bytes_are_what_the_mixers_declare() -> None:
 def test_padding_of_the_vocabulary_is_never_chosen() -> None:
     model = build("hybrid").model
     with torch.no_grad():
-        model.head.weight[TOKENS:] = 10 * model.head.weight[:1]  # rows that would win
+        model.head.weight[TOKENS:] = 10 * model.head.weight[:1]  # padding rows that would have the largest logits
         model.head.weight[TOKENS + 1 :] *= -1
     options = {"max_new_tokens": 20, "sampling": Sampling(temperature=2.0)}
     assert max(generate(model, [prompt(5)], **options).tokens[0]) >= TOKENS
@@ -201,7 +201,7 @@ def test_user_errors_are_one_line(
 
 
 def code(argv: list[str]) -> int:
-    """Exit code of a command; argparse ends with an exception."""
+    """Returns the exit code of a command, also where argparse raises SystemExit."""
     try:
         return main(argv)
     except SystemExit as stop:
@@ -233,7 +233,7 @@ def test_a_damaged_export_is_one_line(run: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_a_run_trained_with_quack(tmp_path: Path) -> None:
-    """Its model computes, and is exported, for machines without such a GPU; in fp32 too."""
+    """A model trained with experts=quack runs and is exported on machines without such a GPU, also in fp32."""
     write_run(tmp_path / "run", dtype="bf16")
     config = load_config(tmp_path / "run" / "config.yaml", ["model.moe.experts=quack"])
     save_config(config, tmp_path / "run" / "config.yaml")

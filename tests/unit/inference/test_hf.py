@@ -107,7 +107,7 @@ def test_a_cache_has_two_names(name: str) -> None:
 
 
 def test_output_is_that_of_transformers() -> None:
-    """One stored state, in the field that the installed transformers reads, whatever the output is used as."""
+    """The output stores one decoding state, in the field of the installed transformers, as attribute, item or tuple."""
     model = build("hybrid")
     tokens = torch.tensor([prompt(6)])
     with torch.no_grad():
@@ -118,8 +118,8 @@ def test_output_is_that_of_transformers() -> None:
     assert list(out.items()) == list(theirs.items())
     assert out.to_tuple() == out[:] == (out.loss, out.logits, out.cache) and out[0] is out.loss
     assert list(without) == ["logits"] and without.cache is None and without.past_key_values is None
-    again = type(out)((key, value) for key, value in out.items())  # as DataParallel gathers them
-    assert again.cache is again.past_key_values is out.cache and again.loss is out.loss
+    gathered = type(out)((key, value) for key, value in out.items())  # DataParallel gathers outputs in this way
+    assert gathered.cache is gathered.past_key_values is out.cache and gathered.loss is out.loss
 
 
 @every_case
@@ -161,7 +161,7 @@ def test_beam_search_and_sampling_with_cache_equal_those_without() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_continues_from_a_cache(name: str) -> None:
-    """The tokens it has seen are given again, as generate() wants them, but not fed again."""
+    """generate() gets the tokens that the cache has seen once more, but does not feed them to the model again."""
     model, new = build("hybrid"), 8
     prompts = [prompt(n, seed=n) for n in (7, 15)]
     alone = [generate(model.model, [p], max_new_tokens=new).tokens[0] for p in prompts]
@@ -280,7 +280,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "megatron"]
 
 
 def test_loads_and_generates_without_megatron_installed(tmp_path: Path) -> None:
-    """By the exported folder's own module in a process that has not imported us; then by our registered classes."""
+    """A process without Megatron-Core loads the model twice: by the exported module, then by our registered classes."""
     model = build("hybrid")
     model.save_pretrained(tmp_path / "a")
     path = os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])

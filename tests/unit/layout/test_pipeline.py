@@ -1,4 +1,4 @@
-"""How layers are dealt to pipeline stages."""
+"""Assignment of layers to pipeline stages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def stage_costs(costs: list[float], head: float, sizes: list[int], stages: int) 
 
 @pytest.mark.parametrize(("stages", "virtual", "layers"), [(2, 2, 10), (2, 3, 10), (3, 2, 11), (4, 2, 11)])
 def test_interleaved_chunks_balance_stages(stages: int, virtual: int, layers: int) -> None:
-    """What a stage computes is the sum of its chunks; the head is on the last."""
+    """The costliest stage, by the sum of its chunks and of the head in the last one, is as cheap as possible."""
     for head in (0.0, 1.5, 3.0, 5.0):
         costs = [1.0] * layers
         cheapest = min(
@@ -61,7 +61,7 @@ def test_interleaved_chunks_balance_stages(stages: int, virtual: int, layers: in
 
 
 def test_interleaved_chunks_are_alike() -> None:
-    """The pipeline fills and drains by the costliest of them."""
+    """Chunks have similar costs, because the pipeline fills and drains at the pace of the costliest chunk."""
     assert balanced([1.0] * 12, 0.0, 2, 2) == [3, 3, 3, 3]
     assert balanced([55.2, 55.2, 55.2, 56.8] * 3, 311.0, 2, 2) == [3, 2, 6, 1]
 
@@ -115,7 +115,10 @@ def test_tied_embeddings_are_on_both_ends_once_in_one_process() -> None:
 
 
 def test_plan_counts_what_is_in_flight() -> None:
-    """Megatron-Core's: stage s of S starts 2 (S - s - 1) + (V - 1) S passes and one more before the first backward."""
+    """Forward passes that wait are those of Megatron-Core's schedule.
+
+    Stage s of S starts 2 (S - s - 1) + (V - 1) S + 1 forward passes before its first backward pass.
+    """
     plain = [micro_batches_in_flight(config({"pipeline": 4}), 8, stage) for stage in range(4)]
     assert plain == [[(4,)], [(3,)], [(2,)], [(1,)]]
     tree = config({"pipeline": 2, "virtual_pipeline": 2})

@@ -1,4 +1,4 @@
-"""Every module with parameters is called in a forward pass: in calls, Megatron's DDP waits for new weights."""
+"""Every module with parameters is called in a forward pass, because Megatron's DDP waits for new weights in calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of weights that wait: the same numbers, computed in gaps, or when autograd comes to the beginning."""
+"""Deferred weight gradients: they are equal to others, and computed in gaps or at the end of the backward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.modeling.mixers.common import build, case_ids, cases
 
 
 class Gap(torch.autograd.Function):
-    """In the backward pass, what an exchange does; notes how many gradients waited."""
+    """Stand-in for an exchange: its backward pass fills the gap, and notes how many gradients were waiting."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, waited: list[int]) -> Tensor:  # type: ignore[override]
@@ -44,35 +44,36 @@ class Gap(torch.autograd.Function):
 
 def layers() -> nn.ModuleList:
     host = Host()
-    found = nn.ModuleList([Linear(host, 6, 6, bias=n == 1) for n in range(4)])
-    initialize(found, host, seed=0)
-    return found
+    linears = nn.ModuleList([Linear(host, 6, 6, bias=n == 1) for n in range(4)])
+    initialize(linears, host, seed=0)
+    return linears
 
 
-def run(found: nn.ModuleList, x: Tensor, waited: list[int]) -> Tensor:
-    """The third layer twice, the last one not at all; one gap in the middle."""
-    y = torch.tanh(found[0](x))
-    y = Gap.apply(torch.tanh(found[1](y)), waited)
-    return found[2](torch.tanh(found[2](y)))
+def run(linears: nn.ModuleList, x: Tensor, waited: list[int]) -> Tensor:
+    """Applies the third layer twice and the last one not at all, with one gap before the third."""
+    y = torch.tanh(linears[0](x))
+    y = Gap.apply(torch.tanh(linears[1](y)), waited)
+    return linears[2](torch.tanh(linears[2](y)))
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_gradients_are_those_of_linear(again: bool) -> None:
-    found, x = layers(), torch.randn(2, 5, 6, requires_grad=True)
-    found[0].weight.requires_grad_(False)
+    linears, x = layers(), torch.randn(2, 5, 6, requires_grad=True)
+    linears[0].weight.requires_grad_(False)
 
     def inside(x: Tensor) -> Tensor:
-        with later(weights_of(found.modules())):
-            return run(found, x, waited)
+        with later(weights_of(linears.modules())):
+            return run(linears, x, waited)
 
     gradients, waited = [], list[int]()
-    for function in (lambda x: run(found, x, []), inside):
+    for function in (lambda x: run(linears, x, []), inside):
         y = checkpoint(function, x, use_reentrant=False) if again else function(x)
         y.square().sum().backward()
-        gradients.append([None if p.grad is None else p.grad.clone() for p in (x, *found.parameters())])
-        found.zero_grad()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in (x, *linears.parameters())])
+        linears.zero_grad()
         x.grad = None
-    assert waited == [2] and not module._waiting  # both uses of the third layer, in the gap; the second one after it
+    # In the gap, the gradients of both uses of the third layer waited; the second layer's came after the gap.
+    assert waited == [2] and not module._waiting
     for actual, expected in zip(*reversed(gradients), strict=True):
         assert (actual is None) == (expected is None)
         if actual is not None and expected is not None:
@@ -84,7 +85,7 @@ def test_others_are_not_put_off() -> None:
     x = torch.randn(3, 6)
     with later(weights_of([other])):
         linear(layer, x, layer.weight).sum().backward()
-        linear(other, x, other.weight * 2).sum().backward()  # a weight that is made of its own
+        linear(other, x, other.weight * 2).sum().backward()  # not the module's own weight
     assert layer.weight.grad is not None and other.weight.grad is not None and not module._waiting
 
 
@@ -97,7 +98,7 @@ SPLIT = {
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
-    """That of the state's gradient, which comes first: the output projection's weight."""
+    """The first exchange, of the state's gradient, computes the weight gradient of the output projection meanwhile."""
     _, layout = own_layout(SequenceGroup(PieceOrder(1, "zigzag"), 0), packed=False)
     waited: list[int] = []
 
@@ -109,7 +110,7 @@ def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
         one_pass(build(*SPLIT[name]), stream(False, 0), stream(False, 1), layout)
     forward, backward = waited[: len(waited) // 2], waited[len(waited) // 2 :]
     assert not any(forward) and backward[0] == 1
-    assert not any(backward[1:])  # another would cost more than it hides
+    assert not any(backward[1:])  # deferring others would cost more than it hides
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -117,7 +118,7 @@ def test_exchanges_of_a_backward_pass_have_work_beside_them(name: str) -> None:
 def test_recomputation_sends_nothing_again(name: str, recomputed: str) -> None:
     _, layout = own_layout(SequenceGroup(PieceOrder(1, "zigzag"), 0), packed=True)
     mixer, dy = build(*SPLIT[name]), stream(True, 1).flatten(0, 1)
-    x, found = stream(True, 0).flatten(0, 1).requires_grad_(), []
+    x, results = stream(True, 0).flatten(0, 1).requires_grad_(), []
     for modules in ((), (recomputed,)):
         activations = mixer.host.activations = Activations(modules)
         with mock.patch.object(exchange, "_from_all", side_effect=exchange._from_all) as messages:
@@ -125,10 +126,10 @@ def test_recomputation_sends_nothing_again(name: str, recomputed: str) -> None:
             sent = messages.call_count
             gradients = torch.autograd.grad(y, [x, *mixer.parameters()], dy, allow_unused=True)
         assert messages.call_count == 2 * sent
-        found.append((sent, y, gradients))
-    assert found[0][0] == found[1][0]
-    assert_close(found[1][1], found[0][1], FP32, "output")
-    for a, b in zip(found[0][2], found[1][2], strict=True):
+        results.append((sent, y, gradients))
+    assert results[0][0] == results[1][0]
+    assert_close(results[1][1], results[0][1], FP32, "output")
+    for a, b in zip(results[0][2], results[1][2], strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(b, a, FP32, "gradient")
@@ -146,7 +147,7 @@ class Fails(torch.autograd.Function):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_of_a_pass(fails: bool) -> None:
-    """No reference cycles, which hold parameters until the garbage collector comes; no gradients of a failed pass."""
+    """A pass leaves no reference cycles, which would keep parameters alive, and a failed pass leaves no gradients."""
     layer, x = layers()[0], torch.randn(3, 6, requires_grad=True)
     parameter, gc_was_enabled = ref(layer.weight), gc.isenabled()
     gc.disable()
@@ -154,11 +155,11 @@ def test_nothing_is_left_of_a_pass(fails: bool) -> None:
         with later(weights_of([layer])):
             y = layer(Fails.apply(x) if fails else x).sum()
         if fails:
-            with suppress(RuntimeError):  # keeps nothing of it
+            with suppress(RuntimeError):  # drops the exception, whose traceback holds tensors
                 y.backward()
             assert module._waiting
         del layer, y
-        torch.ones(1, requires_grad=True).backward()  # autograd forgets what it has not come to only now
+        torch.ones(1, requires_grad=True).backward()  # autograd drops the nodes of the failed pass only now
         assert parameter() is None
     finally:
         if gc_was_enabled:

@@ -1,4 +1,4 @@
-"""Packed documents through the whole model, as the loader lays them: as if each document were alone."""
+"""Whole model on documents packed by the loader: the results are those of each document alone."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ END = 0  # the token that ends documents
 
 @dataclass
 class Packed:
-    """A micro-batch, its documents, and the model."""
+    """Micro-batch with its documents, and the model."""
 
     model: LanguageModel
     batch: Batch
     layout: TokenLayout
-    documents: list[slice]  # of the rows laid end to end
+    documents: list[slice]  # places in the rows laid end to end
 
     def losses(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Per token `[ROWS * LENGTH]`, of all documents in one forward pass as training makes it."""
+        """Losses per token `[ROWS * LENGTH]` of all documents, from one forward pass as in training."""
         shape = (self.layout.batch, self.layout.length)
         return self.model(tokens.reshape(shape), self.layout, labels=labels.reshape(shape)).flatten()
 
     @property
     def flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, labels and loss mask `[ROWS * LENGTH]`."""
+        """Flattens tokens, labels and loss mask to `[ROWS * LENGTH]`."""
         return self.batch["tokens"].flatten(), self.batch["labels"].flatten(), self.batch["loss_mask"].flatten()
 
 
@@ -77,7 +77,7 @@ def test_the_batch_has_all_kinds_of_documents(packed: Packed) -> None:
 
 
 def test_equals_documents_alone(packed: Packed) -> None:
-    """Losses of all tokens, and gradients of all parameters."""
+    """Losses of all tokens and gradients of all parameters equal those of the documents alone."""
     from linear_moe.training.step import masked_loss
 
     model = packed.model
@@ -102,14 +102,14 @@ def test_equals_documents_alone(packed: Packed) -> None:
 
 @torch.no_grad()
 def test_never_reads_across_documents(packed: Packed) -> None:
-    """Other tokens in one document: its own losses change, nobody else's do."""
+    """Changing the tokens of one document changes only the losses of this document."""
     tokens, labels, mask = packed.flat
     before = packed.losses(tokens, labels)
     for d in packed.documents:
         changed, inside = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
         inside[d] = True
         own = inside & (tokens != END)
-        changed[own] = changed[own] % (VOCAB - 1) + 1  # another one, and not END
+        changed[own] = changed[own] % (VOCAB - 1) + 1  # another token, which is not END
         after = packed.losses(changed, labels)
         assert_close(after[~inside], before[~inside], FP32, f"losses outside {d}")
         if own.any():

@@ -75,7 +75,7 @@ def test_symbols_resolve_to_mixer_and_ffn() -> None:
     [(0, 1, "mmmmmm"), (2, 1, "ddmmmm"), (0, 2, "mdmdmd"), (1, 2, "dmdmdm"), (2, 3, "ddmddm")],
 )
 def test_dense_layers_among_experts(first_dense: int, frequency: int, kinds: str) -> None:
-    """Whatever mixes the tokens; a symbol that says what it is stays that."""
+    """Dense layers are chosen by their index, whatever their mixer; a symbol with its own ffn keeps it."""
     moe = {"first_dense_layers": first_dense, "layer_frequency": frequency}
     for pattern in ("LLN * 2", "N * 6"):
         layers = resolve_layers(model(num_layers=6, pattern=pattern, moe=moe))

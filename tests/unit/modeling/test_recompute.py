@@ -43,14 +43,14 @@ def model(config: dict[str, Any], activations: Activations | None = None) -> Lan
 
 
 def gradients(built: LanguageModel, rows: int = 2, length: int = 9) -> dict[str, Tensor]:
-    """Loss and gradients, by name."""
+    """Computes the loss, and the gradients of all parameters by name."""
     tokens = torch.randint(VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     loss = built(tokens[:, :-1], TokenLayout(rows, length), labels=tokens[:, 1:])
     weight = torch.rand(loss.shape, generator=torch.Generator().manual_seed(1))
     named = dict(built.named_parameters())
     trained = {name: p for name, p in named.items() if p.requires_grad}
-    found = torch.autograd.grad((loss * weight).sum(), list(trained.values()), materialize_grads=True)
-    return {"loss": loss.detach()} | dict(zip(trained, found, strict=True))
+    values = torch.autograd.grad((loss * weight).sum(), list(trained.values()), materialize_grads=True)
+    return {"loss": loss.detach()} | dict(zip(trained, values, strict=True))
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], exact: bool) -> None:
@@ -73,7 +73,7 @@ HYBRID = {"num_layers": 4, "pattern": "LNLD", "symbols": {"D": {"ffn": "dense"}}
 
 
 def listed(modules: Collection[str]) -> str:
-    """The same in every process, whatever the order of a set."""
+    """Name of a test's case, which must not depend on the order of a set in this process."""
     return ",".join(sorted(modules))
 
 
@@ -88,7 +88,7 @@ def test_every_module(modules: set[str], tie: bool) -> None:
 
 
 def kept_per_token(built: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Elements that autograd keeps of a token in fp32, and in place of transients, what they are made of."""
+    """Elements in fp32 that autograd keeps per token; for a transient, the tensors from which it is computed again."""
     saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
     pack = _Transients.pack
 
@@ -124,7 +124,7 @@ CHOICES = [*({name} for name in MODULES if name != "logits"), {"layer"}, {"norm"
 @pytest.mark.parametrize("ffn", ["moe", "dense"])
 @pytest.mark.parametrize("modules", CHOICES, ids=listed)
 def test_kept_as_planned(modules: set[str], ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autograd keeps what `plan` says, whose kernels keep no more than their inputs."""
+    """Autograd keeps as much as `plan` estimates, which assumes kernels that keep no more than their inputs."""
     moe = MOE | {"expert_ffn_size": 64, "shared_ffn_size": 32}
     sizes = BASE | {"hidden_size": 64, "ffn_size": 128, "ffn": ffn, "pattern": "NN", "moe": moe}
     built = model(sizes)
@@ -138,7 +138,7 @@ def test_kept_as_planned(modules: set[str], ffn: str, monkeypatch: pytest.Monkey
 
 
 def test_choices_and_counts_are_made_once() -> None:
-    """Recomputed tokens go where they went, though the router would now send them elsewhere; what is kept is freed."""
+    """Recomputed tokens go to the same experts as before, even if the router would now send them elsewhere."""
     built = model(BASE, Activations({"ffn"}))
     counted: list[bool] = []
     built.host.observe_routing = lambda *_: counted.append(built.host.activations.again)  # type: ignore[method-assign]
@@ -147,12 +147,13 @@ def test_choices_and_counts_are_made_once() -> None:
     tokens = torch.randint(VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
     loss = built(tokens[:, :-1], TokenLayout(2, 9), labels=tokens[:, 1:])
     for layer in built.layers.values():
-        layer.ffn.router.expert_bias = torch.tensor([0.0, 9.0, 0.0, 9.0])  # as if it had been moved meanwhile
+        # The new bias stands for a change by the training loop between the forward and the backward pass.
+        layer.ffn.router.expert_bias = torch.tensor([0.0, 9.0, 0.0, 9.0])
     weight = torch.rand(loss.shape, generator=torch.Generator().manual_seed(1))
     names = [name for name in expected if name != "loss"]
     parameters = dict(built.named_parameters())
-    found = torch.autograd.grad((loss * weight).sum(), [parameters[n] for n in names], materialize_grads=True)
-    assert_equal(dict(zip(names, found, strict=True)), {n: expected[n] for n in names}, exact=True)
+    values = torch.autograd.grad((loss * weight).sum(), [parameters[n] for n in names], materialize_grads=True)
+    assert_equal(dict(zip(names, values, strict=True)), {n: expected[n] for n in names}, exact=True)
 
 
 def test_nothing_outlives_the_backward_pass() -> None:
@@ -174,7 +175,7 @@ def test_nothing_outlives_the_backward_pass() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Most elements of any tensor that an operation returns."""
+    """Mode that records the most elements of any tensor that an operation returns."""
 
     elements = 0
 

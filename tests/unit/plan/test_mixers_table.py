@@ -1,4 +1,4 @@
-"""`linear-moe mixers`: what it says of every mixer is what a model of it has."""
+"""`linear-moe mixers`: the table's numbers for every mixer are those of a model with this mixer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_tables(
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     for name, row in rows.items():
-        assert out.count(f"\n {name} ") == 2  # its recurrence, its costs
+        assert out.count(f"\n {name} ") == 2  # in the table of recurrences, and in that of costs
         assert str(row["paper"]).removeprefix("arXiv ") in out
     assert "50 tokens" in out and "…" not in out
 

@@ -78,7 +78,7 @@ def test_parameters_by_hand() -> None:
 @pytest.mark.parametrize("ffn", ["moe", "dense"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_are_those_of_the_matrix_products(ffn: str, tied: bool) -> None:
-    """Against PyTorch's own counter over a real forward pass; the recurrences have their own tests."""
+    """FLOPs equal those that PyTorch counts in a real forward pass; tests of the mixers check the recurrences."""
     config = tiny(model={"ffn": ffn, "tie_embeddings": tied})
     host = Host(torch.float32)
     model = LanguageModel(config.model, 96, host)
@@ -98,7 +98,7 @@ def test_flops_are_those_of_the_matrix_products(ffn: str, tied: bool) -> None:
 def test_memory_of_a_rank_by_hand() -> None:
     """Two stages of two layers, two tensor and four expert ranks; the last stage is the fullest: it has the norm."""
     config = tiny(parallel={"tensor": 2, "pipeline": 2, "expert": 4}, training={"dtype": "bf16", "global_batch": 8})
-    config.optimizer.distributed = False  # which pads
+    config.optimizer.distributed = False  # because it pads its buffers
     memory = make_plan(config, 16).memory
     attention, router, norms = 4 * 32 * 32 // 2, 8 * 32, 2 * 32
     head = 96 * 32 // 2 + 32
@@ -154,7 +154,7 @@ def test_activations_are_about_what_autograd_keeps(pattern: str, ffn: str, recom
 
 
 def test_activations_scale_as_1f1b() -> None:
-    """The first stage holds as many micro-batches as there are stages, if there are that many."""
+    """The first stage holds the activations of as many micro-batches as there are stages, if there are so many."""
     training = {"global_batch": 16, "micro_batch": 1}
     model = {"num_layers": 4, "pattern": "N * 4", "vocab_size": 8}
     one = make_plan(tiny(model=model, training=training), 1).memory["activations"]
@@ -191,5 +191,5 @@ def test_sizes_beyond_any_tensor_are_one_line(mixer: str, capsys: pytest.Capture
     largest = ["model.hidden_size=1048576", f"model.mixer.type={mixer}", "model.vocab_size=2147483648"]
     largest += ["model.num_heads=4096", "model.moe.num_experts=65536"]
     largest += ["model.moe.expert_ffn_size=1048576", "model.moe.shared_ffn_size=1048576"]
-    assert main(["plan", config, "--json", *largest]) == 0  # the limits themselves overflow nothing
+    assert main(["plan", config, "--json", *largest]) == 0  # the largest allowed sizes do not overflow
     assert json.loads(capsys.readouterr().out)["total_params"] > 2**53

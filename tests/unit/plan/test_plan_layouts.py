@@ -1,4 +1,4 @@
-"""`linear-moe plan --gpu`: every layout proposed is legal and fits, others say why not; the cost model by hand."""
+"""`linear-moe plan --gpu`: proposed layouts are legal and fit, others have a reason; the cost model by hand."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tree(**training: Any) -> dict[str, Any]:
 
 
 def with_overrides(candidate: Candidate) -> Config:
-    """The configuration that a user gets by these overrides, not the search's own copy."""
+    """Makes the configuration that a user gets by the candidate's overrides, without the search's own copy."""
     sections = tree()
     for path, value in candidate.overrides().items():
         section, name = path.split(".")
@@ -54,7 +54,7 @@ def with_overrides(candidate: Candidate) -> Config:
 
 @pytest.fixture(scope="module")
 def proposals() -> Proposals:
-    """For 12 GPUs in nodes of 6 with so little memory that some layouts do not fit."""
+    """Proposals for 12 GPUs in nodes of 6, with so little memory that some layouts do not fit."""
     config = from_dict(Config, tree())
     need = make_plan(config, 1).memory
     gib = (need["weights"] + need["gradients"]) * 0.6 / 2**30
@@ -65,7 +65,7 @@ def test_proposals_are_legal_and_fit(proposals: Proposals) -> None:
     assert len(proposals.fit) > 10
     for candidate in proposals.fit:
         config = with_overrides(candidate)
-        plan = make_plan(config, 12)  # validates
+        plan = make_plan(config, 12)  # raises ConfigError if the layout is illegal
         assert plan.memory == candidate.memory and plan.memory["total"] <= proposals.limit
         assert candidate.layout == parallel_layout(config, 12) and not candidate.reason
         assert candidate.seconds is not None
@@ -104,7 +104,7 @@ def test_more_memory_is_never_slower() -> None:
 
 
 def test_compute_is_flops_at_the_stated_efficiency() -> None:
-    """A model so wide that no layer is bound by launches, on one GPU: all but weights and optimizer is its FLOPs."""
+    """On one GPU, a model so wide that no layer is bound by launches takes its FLOPs' time, besides its memory's."""
     sections = tree(global_batch=8, micro_batch=8, sequence_length=1024)
     sections["model"] |= {"hidden_size": 6144, "moe": {"num_experts": 8, "top_k": 2, "expert_ffn_size": 4096}}
     config = from_dict(Config, sections)
@@ -123,7 +123,7 @@ def test_groups_by_hand() -> None:
     assert Group.of([5], cluster).ring(1e9) == Group.of([5], cluster).exchange(1e9) == 0
     assert node.ring(1e9) == pytest.approx(LATENCY + 3 * LINK_STEP + 0.75e9 / 100e9)
     steps = 2 * LINK_STEP + NETWORK_STEP
-    assert across.ring(1e9) == pytest.approx(LATENCY + steps + 0.75e9 / 20e9)  # two adapters a node
+    assert across.ring(1e9) == pytest.approx(LATENCY + steps + 0.75e9 / 20e9)  # two network adapters in each node
     assert node.exchange(1e9) == pytest.approx(LATENCY + 0.75e9 / 100e9)
     assert across.exchange(1e9) == pytest.approx(LATENCY + 0.25e9 / 100e9 + 0.5e9 / 10e9)
     assert node.send(1e9) == pytest.approx(LATENCY + 0.01)
@@ -131,7 +131,7 @@ def test_groups_by_hand() -> None:
 
 
 def test_dispatch_by_hand() -> None:
-    """Top-2 over four ranks: every rank sends its tokens twice; by all-gather it gets all tokens once."""
+    """With top-2 over four ranks, a rank sends its tokens twice (alltoall), or gets all tokens once (allgather)."""
     config = from_dict(Config, tree())
     cluster = Cluster(ROUND, 4)
     groups = {"expert": Group.of([0, 1, 2, 3], cluster), "expert_tensor": Group.of([0], cluster)}
@@ -141,7 +141,7 @@ def test_dispatch_by_hand() -> None:
 
 
 def test_a_stage_by_hand() -> None:
-    """Two tensor and two expert ranks in one node, six MoE layers, bf16: every term but compute from byte counts."""
+    """Every term but compute follows from bytes: two tensor and two expert ranks in a node, six MoE layers, bf16."""
     config = from_dict(Config, tree() | {"parallel": {"tensor": 2, "expert": 2}, "optimizer": {"overlap": False}})
     layout, cluster = parallel_layout(config, 4), Cluster(ROUND, 4)
     chunks = rank_chunks(config, RankModels(config, 1536)(config.parallel), 0)
@@ -155,10 +155,11 @@ def test_a_stage_by_hand() -> None:
         return LATENCY + LINK_STEP + size / 2 / ROUND.link
 
     seconds, bandwidth = cost.micro_batch, MEMORY_EFFICIENCY * ROUND.memory_bandwidth
-    read, gradients = 2 * 2, 2 * 2 + 8  # weights in both directions; in bf16 written and read, in fp32 read and written
+    # Bytes per weight: it is read forward and backward; its gradient is written and read in bf16, and in fp32.
+    read, gradients = 2 * 2, 2 * 2 + 8
     assert seconds["weights"] == pytest.approx((rest + experts) * (read + gradients) / bandwidth)
     assert seconds["tensor"] == pytest.approx(6 * 4 * ring(stream) + 2 * ring(stream))  # mixers, then the head
-    assert seconds["expert"] == pytest.approx(6 * 4 * ring(stream))  # both ranks' tokens to both, and sums back, twice
+    assert seconds["expert"] == pytest.approx(6 * 4 * ring(stream))  # gather and scatter, forward and backward
     assert cost.data == pytest.approx(sum(ring(4 * n) + ring(2 * n) for n in (rest, experts)))
     state = 2 * 12 + 4  # moments and fp32 weights read and written, gradients read, by half the replicas each
     assert cost.optimizer == pytest.approx((rest + experts) / 2 * state / bandwidth)
@@ -171,19 +172,19 @@ def test_a_stage_by_hand() -> None:
 def test_bubble_and_overlap() -> None:
     config = from_dict(Config, tree(global_batch=48))
     cluster = Cluster(GPU(100.0, 100.0, 1e12, 100e9, 10e9), 8)
-    found = {c.name: c for c in propose(config, 4, cluster).fit}
+    by_name = {c.name: c for c in propose(config, 4, cluster).fit}
     for name, share in (("PP2", 1.0), ("PP2x2", 0.5)):
-        candidate = found[name]
+        candidate = by_name[name]
         assert candidate.seconds is not None and candidate.layout is not None
         number = 48 // candidate.config.training.micro_batch // candidate.layout.data
         kinds = ("compute", "weights", "tensor", "expert", "pipeline")
         micro_batch = sum(candidate.seconds[kind] for kind in kinds) / number
         assert candidate.seconds["bubble"] == pytest.approx(share * micro_batch)
-    assert found["DP only"].seconds["data"] == 0  # type: ignore[index]
+    assert by_name["DP only"].seconds["data"] == 0  # type: ignore[index]
 
 
 def test_the_fastest_is_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever the configuration says of a layout that is not the fastest one."""
+    """The printed command is valid, although the configuration has the settings of another layout."""
     sections = tree(recompute="selective", recompute_modules=["norm"], recompute_layers=2)
     sections["parallel"] = {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": [1, 2, 2, 1]}
     config = tmp_path / "config.yaml"
@@ -196,7 +197,7 @@ def test_the_fastest_is_a_command_that_works(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_long_lists_are_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing that fits, no empty table; what is smallest comes first."""
+    """If nothing fits, there is no empty table, and the smallest layouts come first."""
     monkeypatch.setattr(show, "ROWS", 1)
     words = ["plan", str(MODELS / "tiny.yaml"), "training.global_batch=8", "--world", "2", "--memory", "0.001"]
     assert main(words) == 0
@@ -212,10 +213,10 @@ def test_command(words: list[str], capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setenv("COLUMNS", "140")
     config = str(MODELS / "tiny.yaml")
     assert main(["plan", config, "training.global_batch=8", "--world", "2", "--json", *words]) == 0
-    found = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     gib = GPUS["h200"].memory_gib if "h200" in words else 100
-    assert found["memory_limit_bytes"] == round(0.9 * gib * 2**30)
-    first = found["layouts"][0]
+    assert printed["memory_limit_bytes"] == round(0.9 * gib * 2**30)
+    first = printed["layouts"][0]
     assert list(first["memory_per_rank_bytes"])[-1] == "total" and first["reason"] is None
     assert first["seconds_per_step"]["total"] > 0 and first["tokens_per_second_per_gpu"] > 0 and first["data"] >= 1
     assert main(["plan", config, "training.global_batch=8", "--world", "2", *words]) == 0

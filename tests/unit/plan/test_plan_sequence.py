@@ -1,4 +1,4 @@
-"""What `linear-moe plan` says of shared-out sequences: needs, messages and times, by hand and by other means."""
+"""Needs, messages and times of sequences shared out over GPUs in `linear-moe plan`, by hand and by other means."""
 
 from __future__ import annotations
 
@@ -72,26 +72,29 @@ def line(ranks: int, node: int = 8) -> Group:
 
 @pytest.mark.parametrize(("name", "fields"), SPLIT, ids=[f"{n}-{i}" for i, (n, _) in enumerate(SPLIT)])
 def test_needs_are_the_states_of_decoding(name: str, fields: dict[str, Any]) -> None:
-    """Two ways to the same numbers: what is asked for in training, and what a decoding cache holds."""
+    """States and keys that ranks exchange in training have as many numbers as those in a decoding cache."""
     mixer = mixer_class(name)(mixer_config(name, **fields), dims(), Host(torch.bfloat16, "meta"))
     needs, by_length = mixer_needs(mixer), {}
     for length in (1, 2):
         by_length[length] = sum(math.prod(shape) for shape, _ in mixer.state_shapes(1, length).values())
-    grows = by_length[2] - by_length[1]  # with the tokens seen: keys and values
+    grows = by_length[2] - by_length[1]  # keys and values, whose number grows with the tokens
     assert sum(keys.numbers for keys in needs.keys) == grows
-    twice = dims().hidden_size if name == "rwkv6" else 0  # it shifts the same tokens two times
+    twice = dims().hidden_size if name == "rwkv6" else 0  # rwkv6 shifts the same tokens two times
     assert sum(state.numbers for state in needs.states) == by_length[1] - grows + twice
     assert needs.output > 0 and needs.inputs and needs.heads > 1 and needs.gap > 0
 
 
 def test_needs_by_hand() -> None:
-    """Of four heads and 32 channels in bf16; summaries multiply keys and values, the delta rule's the identity too."""
+    """Needs of mixers with four heads and 32 channels in bf16.
+
+    Summaries multiply keys and values; the summary of the delta rule also multiplies the identity.
+    """
     (gla,) = needs_of("gla", expand_k=1.0).states
     assert (gla.numbers, gla.transition, gla.flops) == (4 * 8 * 8, 4 * 8, (2 * 4 * 8 * 8,) * 2)
     (gateloop,) = needs_of("gateloop").states
     assert (gateloop.numbers, gateloop.transition) == (2 * 4 * 8 * 8, 2 * 4 * 8)  # complex
     convolutions, delta = needs_of("deltanet").states
-    assert (convolutions.numbers, convolutions.transition) == (3 * 3 * 32, 0)  # of four tokens, those before the last
+    assert (convolutions.numbers, convolutions.transition) == (3 * 3 * 32, 0)  # three tokens before each piece
     assert (delta.numbers, delta.transition) == (4 * 8 * 8, 4 * 8 * 8) and delta.flops[0] > 2 * gla.flops[0]
     attention = needs_of("attention", num_kv_heads=2)
     (keys,) = attention.keys
@@ -131,7 +134,7 @@ def test_messages_by_hand() -> None:
     assert (forward.sent, backward.sent, backward.received) == (own, 5 * own, 6 * own)
     assert backward.seconds == pytest.approx(2 * forward.seconds)
     ((forward, backward),) = exchange_of(attention, 4, attention="ring", tokens=64).messages
-    assert (forward.sent, backward.sent) == (3 * own / 16, 9 * own / 16)  # gradients in fp32 besides
+    assert (forward.sent, backward.sent) == (3 * own / 16, 9 * own / 16)  # backward also sends gradients in fp32
     assert forward.seconds == pytest.approx(3 * (LATENCY + own / 16 / 100e9))
     assert forward.hidden == pytest.approx(0.75 * 64 * 128 * 256 / 1e13)
     for needs, way in ((attention, {"attention": "ulysses"}), (gla, {"exchange": "heads"})):
@@ -142,8 +145,11 @@ def test_messages_by_hand() -> None:
 
 
 def walk(ranks: int, layout: str, node: int, block: float) -> float:
-    """When the last piece has its state. A rank does its pieces one after the other, and of each, block by block: it
-    waits for one, and sends it on as soon as those before have left."""
+    """Simulates a ring; returns the time at which the last piece has its state.
+
+    A rank does its pieces one after the other, and each piece block by block: it waits for a block, and sends the block
+    on as soon as the blocks before have left.
+    """
     order = PieceOrder(ranks, layout)
     clock, link = dict.fromkeys(range(ranks), 0.0), dict.fromkeys(range(ranks), 0.0)
     arrivals = [0.0] * RING_BLOCKS
@@ -172,7 +178,7 @@ def test_a_ring_of_states_is_a_pipeline(ranks: int, node: int, layout: str) -> N
 
 
 def test_imbalance_is_of_the_busiest_rank() -> None:
-    def pairs(n: int) -> float:  # of a token and those before it, on average
+    def pairs(n: int) -> float:  # mean number of tokens to which a token attends
         return (n + 1) / 2
 
     for ranks in (2, 4, 8):
@@ -180,7 +186,8 @@ def test_imbalance_is_of_the_busiest_rank() -> None:
         size = 4096 // ranks
         last = sum(i + 1 for i in range(4096 - size, 4096)) / (sum(range(1, 4097)) / ranks)
         assert contiguous == pytest.approx(last) and zigzag == pytest.approx(1.0)
-        assert imbalance(lambda n: 7.0, 4096, PieceOrder(ranks)) == pytest.approx(1.0)  # a recurrence's
+        # A recurrence has the same FLOPs for every token.
+        assert imbalance(lambda n: 7.0, 4096, PieceOrder(ranks)) == pytest.approx(1.0)
     window = mixer_class("attention")(mixer_config("attention", window=16), dims(), Host(torch.bfloat16, "meta"))
     assert imbalance(window.recurrence_flops, 4096, PieceOrder(8)) == pytest.approx(1.0, abs=5e-3)
 
@@ -190,11 +197,11 @@ def test_times_grow_with_ranks_and_states_not_with_tokens(name: str) -> None:
     needs = needs_of(name)
     kind = "attention" if needs.keys else "exchange"
     for way in (way for way in WAYS[kind] if way not in HEADS.values()):
-        found = [exchange_of(needs, ranks, **{kind: way}) for ranks in (2, 4, 8, 16, 64, 512, 4096)]
-        for less, more in zip(found, found[1:], strict=False):
-            assert sum(less.totals("seconds")) < sum(more.totals("seconds"))
-            assert sum(less.totals("received")) <= sum(more.totals("received"))
-        for exchange in found:
+        exchanges = [exchange_of(needs, ranks, **{kind: way}) for ranks in (2, 4, 8, 16, 64, 512, 4096)]
+        for fewer_ranks, more_ranks in zip(exchanges, exchanges[1:], strict=False):
+            assert sum(fewer_ranks.totals("seconds")) < sum(more_ranks.totals("seconds"))
+            assert sum(fewer_ranks.totals("received")) <= sum(more_ranks.totals("received"))
+        for exchange in exchanges:
             for message in (message for messages in exchange.messages for message in messages):
                 assert message.hidden >= 0 and message.exposed >= 0
                 assert message.hidden + message.exposed == pytest.approx(message.seconds, rel=1e-12)
@@ -209,8 +216,8 @@ def test_times_grow_with_ranks_and_states_not_with_tokens(name: str) -> None:
 
 def test_one_rank_is_no_sequence_parallelism() -> None:
     for name, ways in (("gla", STATES), ("attention", KEYS)):
-        found = [exchange_of(needs_of(name), 1, layout="contiguous", exchange=way, attention=way) for way in ways]
-        assert all(exchange == LayerTraffic() for exchange in found)
+        exchanges = [exchange_of(needs_of(name), 1, layout="contiguous", exchange=way, attention=way) for way in ways]
+        assert all(exchange == LayerTraffic() for exchange in exchanges)
     config = tree()
     simulation = simulate(config, [1], CLUSTER, 4096, total=True)
     flops, layers = forward_flops(config), RankModels(config, 512)(config.parallel).layers
@@ -223,7 +230,7 @@ def test_one_rank_is_no_sequence_parallelism() -> None:
 
 
 def test_a_stage_waits_for_its_layers() -> None:
-    """It has the exchanges of all its layers, and those of keys once more if they are recomputed."""
+    """A stage waits for the exchanges of all its layers, and again for exchanges of keys if layers are recomputed."""
     config = sequence(tree(), 4, sequence_layout="contiguous", sequence_exchange="ring")
     models = RankModels(config, 512)
     needs, flops, layout = models.needs(config.parallel), forward_flops(config), parallel_layout(config, 4)
@@ -231,18 +238,20 @@ def test_a_stage_waits_for_its_layers() -> None:
     cost = stage_cost(config, layout, chunks, flops, CLUSTER, needs).micro_batch
     split = SequenceSplit.of(config)
     (chunk,) = chunks
-    found = [layer_seconds(config, i, layer, flops, line(4), needs[i], split)[1] for i, layer in chunk.layers.items()]
-    assert [exchange.imbalance for exchange in found] == [pytest.approx(1.0)] * 3 + [pytest.approx(1.75, rel=1e-3)]
-    assert cost["sequence"] == pytest.approx(sum(exchange.cost() for exchange in found))
+    exchanges = [
+        layer_seconds(config, i, layer, flops, line(4), needs[i], split)[1] for i, layer in chunk.layers.items()
+    ]
+    assert [exchange.imbalance for exchange in exchanges] == [pytest.approx(1.0)] * 3 + [pytest.approx(1.75, rel=1e-3)]
+    assert cost["sequence"] == pytest.approx(sum(exchange.cost() for exchange in exchanges))
     recomputed = replace(config, training=replace(config.training, recompute="full"))
     again = stage_cost(recomputed, layout, chunks, flops, CLUSTER, needs).micro_batch
-    keys = (exchange for i, exchange in zip(chunk.layers, found, strict=True) if needs[i].keys)
+    keys = (exchange for i, exchange in zip(chunk.layers, exchanges, strict=True) if needs[i].keys)
     forward = sum(exchange.totals("exposed")[0] for exchange in keys)
     assert again["sequence"] - cost["sequence"] == pytest.approx(forward) and forward > 0
 
 
 def test_exchanges_keep_states_and_transitions() -> None:
-    """Of three layers with 8 heads of 8 x 8 and a vector of decays, in two rows."""
+    """Exchanges keep states and transitions: here of three layers with 8 heads of 8 x 8 and decays, in two rows."""
     split = {"sequence_layout": "zigzag", "sequence_exchange": "all_gather"}
     config = sequence(tree(training={"micro_batch": 2}, model={"mixer": {"type": "gla", "expand_k": 1.0}}), 4, **split)
     models, layout = RankModels(config, 512), parallel_layout(config, 4)
@@ -253,8 +262,8 @@ def test_exchanges_keep_states_and_transitions() -> None:
         with_needs = (
             activation_bytes(config, layout, chunks, 0, needs) for needs in (models.needs(config.parallel), {})
         )
-        more, less = (found["activations"] for found in with_needs)
-        return more - less
+        exchanging, alone = (memory["activations"] for memory in with_needs)
+        return exchanging - alone
 
     assert kept(config) == 3 * 2 * 4 * (2 * state + 7 * transition)
     assert kept(replace(config, parallel=replace(config.parallel, sequence_exchange="ring"))) == (
@@ -271,20 +280,21 @@ def test_pieces_on_one_rank_cost_and_are_kept() -> None:
     chunks = rank_chunks(config, models(config.parallel), 0)
     cost = stage_cost(config, layout, chunks, flops, CLUSTER, needs).micro_batch
     assert len(needs) == 4 and cost["sequence"] > 0
-    more, less = (activation_bytes(config, layout, chunks, 0, x)["activations"] for x in (needs, {}))
-    assert more - less == 3 * 4 * config.training.micro_batch * (4 * 8 * 8 * 8 + 3 * 8 * 8)  # of three layers
+    exchanging, alone = (activation_bytes(config, layout, chunks, 0, x)["activations"] for x in (needs, {}))
+    kept = 3 * 4 * config.training.micro_batch * (4 * 8 * 8 * 8 + 3 * 8 * 8)  # states and transitions of three layers
+    assert exchanging - alone == kept
     assert not models.split_needs(replace(config.parallel, sequence_pieces=None))
 
 
 def test_search_shares_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sequences a step on eight GPUs: data parallelism alone is not enough."""
+    """The search shares sequences out over eight GPUs if a step has two sequences, too few for data parallelism."""
     proposals = propose(tree(training={"sequence_length": 2**17}), 8, CLUSTER)
     names = {candidate.name: candidate for candidate in proposals.fit}
     assert {"SP4", "SP8", "TP2 SP2", "SP2 PP2"} <= names.keys() and "DP only" not in names
     for name, candidate in names.items():
         assert candidate.seconds is not None
         assert (candidate.seconds["sequence"] > 0) == ("SP" in name) or ("SP" in name and "PP" in name)
-        parallel = candidate.config.parallel  # zigzag balances the softmax layer, sharing it out by heads does too
+        parallel = candidate.config.parallel  # zigzag balances the softmax layer, and so does ulysses
         assert parallel.sequence_layout == "zigzag" or parallel.sequence_attention == "ulysses"
         validate_fields(candidate.config, 8)
     assert names["SP4"].memory == make_plan(names["SP4"].config, 8).memory
@@ -297,7 +307,7 @@ def test_search_shares_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_proposals_suit_the_config_that_they_change() -> None:
-    """Also one that sets what only shared-out sequences have."""
+    """Overrides of proposals also suit a configuration that sets options which only shared-out sequences have."""
     given = tree(parallel={"sequence": 2, "sequence_dtype": "bf16", "sequence_exchange": "ring"})
     fit = propose(given, 4, CLUSTER).fit
     assert {candidate.config.parallel.sequence for candidate in fit} == {1, 2, 4}

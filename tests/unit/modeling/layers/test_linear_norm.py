@@ -16,7 +16,7 @@ from tests.tolerances import FP32, assert_close
 
 
 class Rank(Host):
-    """One of two tensor ranks; keeps what it was asked to reduce, and counts shared weights."""
+    """Host of one of two tensor ranks, which keeps the tensors to reduce and counts shared weights."""
 
     def __init__(self, rank: int = 0):
         super().__init__()
@@ -39,7 +39,7 @@ def pair(split: Literal["column", "row", "shared"] | None, bias: bool) -> tuple[
         layer = Linear(host, 8, 6, split=split, bias=bias, std=0.5)
         initialize(layer, host, seed=0)
         if bias:
-            with torch.no_grad():  # not zero, and not the same for every output
+            with torch.no_grad():  # values that are not zero and differ between outputs
                 full = torch.arange(6.0)
                 layer.bias.copy_(full.chunk(2)[host.rank("tensor")] if len(layer.bias) == 3 else full)
         layers.append(layer)
@@ -56,7 +56,7 @@ def test_ranks_together_are_the_full_layer(split: Literal["column", "row", "shar
     if split == "column":
         actual = torch.cat([rank(x) for rank in ranks], -1)
     elif split == "row":
-        # a real host sums inside `leave`, and every rank then adds the bias: here each of two halves has added it
+        # A real host sums inside `leave`, and every rank adds the bias after the sum: here both terms have added it.
         actual = sum(rank(part) for rank, part in zip(ranks, x.chunk(2, -1), strict=True))
         actual = actual - torch.arange(6.0) if bias else actual
     else:

@@ -17,9 +17,9 @@ from linear_moe.modeling.tokens import TokenLayout
 
 
 def variants(name: str) -> list[dict[str, Any]]:
-    """Configs that exercise a mixer's options: `VARIANTS` of `test_NAME.py`; without that file, its defaults.
+    """Configs that exercise a mixer's options: `VARIANTS` of `test_NAME.py`, or the defaults if there is no such file.
 
-    All must split over 2 ranks at the sizes of `dims`.
+    All configs must split over 2 ranks at the sizes of `dims`.
     """
     module = f"tests.unit.modeling.mixers.test_{name}"
     return importlib.import_module(module).VARIANTS if importlib.util.find_spec(module) else [{}]
@@ -43,7 +43,7 @@ def dims(hidden: int = 32, heads: int = 4) -> Dims:
 def build(
     name: str, fields: dict[str, Any], host: Host | None = None, at: Dims | None = None, tensor: int = 1
 ) -> Mixer:
-    """A checked, initialised mixer."""
+    """Builds a validated, initialised mixer."""
     host, at = host or Host(), at or dims()
     cls, config = mixer_class(name), mixer_config(name, **fields)
     cls.validate(config, at, tensor, "model.mixer")
@@ -57,7 +57,7 @@ def stream(batch: int, length: int, hidden: int = 32, seed: int = 0) -> Tensor:
 
 
 def packed(lengths: list[int]) -> TokenLayout:
-    """Documents of these lengths, packed into one row."""
+    """Layout of documents of these lengths, packed into one row."""
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     return TokenLayout(1, sum(lengths), offsets, max(lengths), positions)

@@ -35,7 +35,7 @@ def test_squares_and_taylor_are_the_kernels_they_stand_for() -> None:
 
 
 def test_zeros_behind_the_features_change_nothing() -> None:
-    """As where the kernels want padded ones; from states of the features' size, to such states."""
+    """Padding features with zeros, as the kernels need it, changes neither outputs nor states (of unpadded size)."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.rand(1, 7, 2, 6, generator=generator) for _ in range(3))
     states = {n: torch.rand(1, 2, 6, c, generator=generator) for n, c in {"state": 6, "normalizer": 1}.items()}

@@ -33,7 +33,7 @@ def test_deltanet_is_the_papers_equations(fields: dict[str, Any]) -> None:
     phi = {"silu": silu, "relu": F.relu, "elu": lambda x: torch.where(x > 0, x + 1, x.exp()), "identity": lambda x: x}
 
     def features(name: str, tokens: list[Tensor]) -> Tensor:
-        """Of the last token; the convolution reaches back over those before it."""
+        """Features of the last token; the convolution reaches back over the tokens before it."""
         projected = [w[f"{name}_proj.weight"] @ token for token in tokens]
         if c.conv_size:
             taps = w[f"{name}_conv1d.weight"].flip(1)

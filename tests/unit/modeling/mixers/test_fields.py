@@ -1,4 +1,4 @@
-"""Every field of every mixer's config does something, and says so where it would not."""
+"""Every field of every mixer's config has an effect, or is refused where it would have none."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tests.unit.modeling.mixers.common import build, dims, stream, variants
 
 
 class AddsLosses(Host):
-    """Outputs show the auxiliary losses."""
+    """Host that adds auxiliary losses to their carrier, so that outputs depend on them."""
 
     def auxiliary_loss(self, carrier: Tensor, name: str, value: Tensor, coefficient: float, tokens: int) -> Tensor:
         return carrier + coefficient * value
 
 
 def behaviour(name: str, options: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Of the mixer with these options, second of two layers: its initial parameters, by name, and its output.
+    """Initial parameters, by name, and output of the mixer with these options as the second of two layers.
 
-    None if it cannot have them.
+    Returns None if the mixer cannot have these options.
     """
     try:
         mixer = build(name, options, AddsLosses(), replace(dims(), layer=1))
@@ -45,7 +45,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor] | None) -> bool:
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
 def test_every_field_does_something(name: str) -> None:
-    """Some tested config, with the field back at its default, is another mixer: no option goes untested or unused."""
+    """Every field changes the mixer of at least one tested config, so that no option is untested or unused."""
     inert = {field.name for field in fields(mixer_class(name).Config)} - {"type"}
     for options in variants(name):
         full = behaviour(name, options)

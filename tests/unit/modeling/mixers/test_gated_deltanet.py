@@ -59,7 +59,7 @@ def test_gated_deltanet_is_flas() -> None:
 
 
 def test_negative_eigenvalues() -> None:
-    """Writes of twice the strength, and nothing else, where beta may pass 1 (arXiv 2411.12537)."""
+    """With allow_neg_eigval, writes have twice the strength, and nothing else changes (arXiv 2411.12537)."""
     mixers = [build("gated_deltanet", {"allow_neg_eigval": option}) for option in (False, True)]
     less, more = (mixer.project(stream(1, 5), TokenLayout(1, 5), None)[0] for mixer in mixers)
     assert_close(more.pop("beta"), 2 * less.pop("beta"), FP32)
@@ -80,5 +80,5 @@ def test_initial_decays_are_mamba_2s(name: str, slowest: float) -> None:
 
 @pytest.mark.parametrize("name", ["gated_deltanet", "gated_deltaproduct"])
 def test_default_head_size_is_three_quarters(name: str) -> None:
-    """Of hidden_size / num_heads, as in flash-linear-attention's 256 for 2048 / 6."""
+    """The default head size is 3/4 hidden_size / num_heads, as flash-linear-attention's 256 for 2048 / 6."""
     assert len(build(name, {}).get_parameter("q_proj.weight")) == 24

@@ -31,7 +31,7 @@ def test_gated_deltaproduct_is_the_papers_equations(fields: dict[str, Any]) -> N
     group = heads // (c.num_heads or 4)
 
     def features(name: str, sequence: Tensor, t: int) -> Tensor:
-        """`[heads, writes, channels]` of token t."""
+        """Features `[heads, writes, channels]` of token t."""
         taps = w[f"{name}_conv1d.weight"].flip(1).T if c.conv_size else torch.ones(1, 1).double()
         y = F.silu(sum(tap * (w[f"{name}_proj.weight"] @ sequence[t - i]) for i, tap in enumerate(taps) if i <= t))
         y = y.view(-1, *([] if name == "q" else [n]), ours.value_dim if name == "v" else ours.key_dim)

@@ -53,7 +53,7 @@ def test_gla_is_the_papers_equations() -> None:
 
 
 def test_gla_convolution_is_conv1d_with_silu() -> None:
-    """With a convolution, GLA is GLA of the convolved projections."""
+    """GLA with a convolution equals GLA without one on convolved projections."""
     ours = build("gla", {"conv_size": 4})
     x = stream(1, LENGTH)
     inputs, _ = ours.project(x, TokenLayout(1, LENGTH), None)

@@ -63,7 +63,7 @@ def test_hgrn_is_the_papers_equations(kind: str, taps: int) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_bounds_start_at_the_published_values(layer: int) -> None:
-    """A softmax over layers of zeros, summed up over the layers before: layer / layers."""
+    """Bounds start at layer / layers, which is the cumulative sum of a softmax of zeros over layers."""
     at = replace(dims(), layer=layer, num_layers=4)
     x = stream(2, 3)
     for kind in ("learned", "fixed"):

@@ -19,7 +19,7 @@ def build_wide(name: str) -> Mixer:
 
 
 def named(mixer: Mixer, name: str) -> Tensor:
-    """The parameter; small, trained in fp32 and without weight decay."""
+    """Returns a parameter by name, which must be small, in fp32 and without weight decay."""
     parameter = mixer.get_parameter(name)
     spec = parameter.spec  # type: ignore[attr-defined]
     assert spec.fp32 and not spec.decay
@@ -32,7 +32,7 @@ def having(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", having("dt_bias"))
 def test_step_sizes_are_log_uniform(name: str) -> None:
-    """softplus(dt_bias) in [0.001, 0.1] (arXiv 2312.00752, section 3.6)."""
+    """The initial softplus(dt_bias) is log-uniform in [0.001, 0.1] (arXiv 2312.00752, section 3.6)."""
     exponent = F.softplus(named(build_wide(name), "dt_bias").double()).log10()
     assert -3 - 1e-3 < exponent.min() < -2.8 and -1.2 < exponent.max() < -1 + 1e-3
     assert abs(float(exponent.mean()) + 2) < 0.25
@@ -40,7 +40,7 @@ def test_step_sizes_are_log_uniform(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(having("A_log")) - {"mamba"}))
 def test_rates_are_uniform(name: str) -> None:
-    """A in [1, 16] (arXiv 2405.21060), in some from 0."""
+    """The initial A is uniform in [1, 16] (arXiv 2405.21060), in some mixers from 0."""
     rate = named(build_wide(name), "A_log").exp()
     assert 0 < rate.min() < 2.5 and 14.5 < rate.max() < 16 + 1e-4
     assert abs(float(rate.mean()) - 8.5) < 2.5
@@ -63,7 +63,7 @@ def test_mamba_begins_as_hugging_faces() -> None:
 
 
 def test_s4s_complex_weights() -> None:
-    """C is drawn with variance 1, D too (the authors' minimal S4D)."""
+    """C and D are drawn with variance 1, as in the authors' minimal S4D."""
     ours = build_wide("s4")
     assert abs(float(torch.view_as_complex(ours.get_parameter("C").detach()).abs().square().mean()) - 1) < 0.1
     assert abs(float(ours.get_parameter("D").detach().std()) - 1) < 0.15

@@ -62,7 +62,7 @@ def test_kda_is_the_papers_equations(fields: dict[str, Any]) -> None:
     group = heads // (c.num_heads or 4)
 
     def features(name: str, sequence: Tensor) -> Tensor:
-        """`[T, heads, channels]`."""
+        """Features `[T, heads, channels]`."""
         y = (sequence @ w[f"{name}_proj.weight"].T).T
         if c.conv_size:
             y = F.conv1d(F.pad(y, (c.conv_size - 1, 0)), w[f"{name}_conv1d.weight"].unsqueeze(1), groups=len(y))

@@ -1,4 +1,4 @@
-"""What every mixer of the registry must do, whatever it computes."""
+"""Tests that every mixer of the registry must pass, whatever it computes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ every_case = pytest.mark.parametrize(("name", "fields"), cases(), ids=case_ids()
 
 
 class Exchange:
-    """What two tensor ranks, run in two threads, give each other; gradients flow through it."""
+    """Exchange of tensors between two tensor ranks that run in two threads; gradients flow through it."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(2, timeout=60)
@@ -38,7 +38,7 @@ class Exchange:
 
 
 class Shard(Host):
-    """One of two tensor ranks that also split the tokens outside regions, as Megatron's sequence parallelism does."""
+    """Host of one of two tensor ranks, which split the tokens outside regions, as Megatron's sequence parallelism."""
 
     def __init__(self, rank: int, exchange: Exchange | None = None):
         super().__init__()
@@ -58,7 +58,7 @@ class Shard(Host):
         return parameter
 
     def shared(self, weight: Tensor) -> Tensor:
-        """Doubles gradients instead of summing them over the ranks, which shows that it was called, and once."""
+        """Doubles gradients instead of summing them over ranks, which shows that it was called exactly once."""
         weight = weight.view_as(weight)
         if weight.requires_grad:
             weight.register_hook(lambda gradient: 2 * gradient)
@@ -73,7 +73,7 @@ class Shard(Host):
 
 
 def on_two_ranks(shards: list[Mixer], x: Tensor, layout: TokenLayout) -> Tensor:
-    """Both shards' forward passes in lockstep, each with its half of the tokens; the whole output."""
+    """Runs the forward passes of both shards in lockstep, each with half of the tokens; returns the whole output."""
 
     def one(shard: Mixer, tokens: Tensor) -> Tensor:
         assert isinstance(shard.host, Shard)
@@ -93,7 +93,7 @@ def on_two_ranks(shards: list[Mixer], x: Tensor, layout: TokenLayout) -> Tensor:
 
 
 def decode(mixer: Mixer, x: Tensor, batch: int, prefill: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Rows `x [batch * length, hidden]` through a cache: `prefill` tokens at once, then one by one."""
+    """Feeds rows `x [batch * length, hidden]` through a cache: `prefill` tokens at once, then one by one."""
     rows = x.view(batch, -1, x.shape[-1])
     length = rows.shape[1]
     cache = mixer.init_cache(batch, length + 3, x.dtype, x.device)
@@ -121,23 +121,23 @@ def test_causal_and_rows_independent(name: str, fields: dict[str, Any]) -> None:
 
 
 def outputs_and_gradients(mixer: Mixer, x: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
-    """The output and, of a loss of it, the gradients of the input and of every parameter, by name."""
+    """Returns, by name, the output, and the gradients of the input and of every parameter for a loss of the output."""
     x = x.clone().requires_grad_()
     y = mixer(x, layout)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     parameters = dict(mixer.named_parameters())
-    # one token from a zero state need not depend on its gates: zeros
+    # One token from a zero state need not depend on its gates: their gradients are zeros.
     inputs = [x, *parameters.values()]
     dx, *gradients = torch.autograd.grad((y * weight).sum(), inputs, materialize_grads=True)
     return {"output": y, "d input": dx} | {f"d {n}": g for n, g in zip(parameters, gradients, strict=True)}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
-    """Two results of `outputs_and_gradients`; see FP32_GRADIENT_FLOOR."""
+    """Asserts that two results of `outputs_and_gradients` agree; see FP32_GRADIENT_FLOOR."""
     floor = FP32_GRADIENT_FLOOR * max(float(x.norm()) for key, x in expected.items() if key.startswith("d "))
     for key, x in expected.items():
         error = float((actual[key] - x).detach().norm()) / max(float(x.detach().norm()), floor * key.startswith("d "))
-        assert error <= FP32, f"{what}, {key}: {error:.2e}"  # NaN is not
+        assert error <= FP32, f"{what}, {key}: {error:.2e}"  # also fails for NaN
 
 
 @every_case
@@ -279,7 +279,7 @@ def test_bf16(name: str, fields: dict[str, Any]) -> None:
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_finite_at_extreme_inputs(name: str, fields: dict[str, Any], dtype: torch.dtype) -> None:
-    """Gates of 0 and of 1, one-hot softmaxes; and zeros, whose norms are 0."""
+    """Outputs and gradients are finite for huge inputs (gates of 0 and 1, one-hot softmaxes) and for zeros."""
     mixer = build(name, fields, Host(dtype=dtype))
     for length, size in ((66, 1e3), (9, 0.0)):
         x = (size * stream(2, length)).to(dtype)

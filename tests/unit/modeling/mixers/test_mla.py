@@ -77,8 +77,10 @@ def test_attention_to_latents_is_attention_to_expanded_ones(fields: dict[str, An
 
 @torch.no_grad()
 def test_decoding_takes_the_cheaper_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By multiplications for each head and slot of the cache: of queries with latents, or of the expansion and of
-    queries with what it gives."""
+    """Decoding takes the way with fewer multiplications for each head and slot of the cache.
+
+    Queries are multiplied with latents, or latents are expanded and queries are multiplied with the keys and values.
+    """
     ours: Any = build("mla", VARIANTS[2])
     to_latents: list[int] = []
     attend = ours._attend_to_latents

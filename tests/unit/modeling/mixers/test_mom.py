@@ -23,11 +23,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"memory": "gla", "num_memories": 5, "top_k": 3, "conv_size": 3, "num_heads": 2, "balance_loss": 0.1},
     {"memory": "gla", "single_kv_proj": True, "gate_rank": 4, "gate_normalizer": 4.0},
 ]
-HEADS = 2  # of the recordings
+HEADS = 2  # heads of the recorded layers
 
 
 def names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Lists of projections and shared ones joined, rows by head, then memory, then channel."""
+    """Joins lists of projections, and shared ones, to our weights, with rows by head, then memory, then channel."""
     ours = {key: value.squeeze(1) if "conv1d" in key else value for key, value in theirs.items()}
     for name in "kvba":
         lists = [ours.pop(f"{name}_proj.{i}.weight") for i in range(4) if f"{name}_proj.{i}.weight" in ours]
@@ -38,9 +38,10 @@ def names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decide_as_recorded(token: int, mixer: Any, layout: TokenLayout, tensors: dict[str, Tensor]) -> None:
-    """fla's router works in bf16, where this token's second and third memory tie: give it the third, as fla did.
+    """Makes the router choose the recorded memories for one token.
 
-    By moving the router's input of that token by less than its rounding to bf16.
+    fla's router works in bf16, where the second and third memory of this token tie, and chose the third. The router's
+    input of this token is moved by less than its rounding to bf16, so that our router chooses the third, too.
     """
     x, weight = tensors["x"].flatten(0, 1)[token], tensors["weight.gate.weight"]
     order = (weight @ x).argsort(descending=True)
@@ -68,7 +69,7 @@ def test_mom_of_gla_is_the_papers_equations() -> None:
     k_weight, v_weight = (w[f"{n}_proj.weight"].view(2, 5, 8, 32) for n in "kv")  # heads, memories, channels
 
     def convolved(name: str, inputs: list[Tensor]) -> Tensor:
-        """The last of a memory's inputs, with the three before it."""
+        """Convolution of the last of a memory's inputs with the three before it."""
         taps = w[f"{name}_conv1d.weight"].flip(1).T
         return F.silu(sum((tap * x for tap, x in zip(taps, reversed(inputs), strict=False)), torch.zeros(16)))
 
@@ -101,7 +102,7 @@ def test_mom_of_gla_is_the_papers_equations() -> None:
 
 
 class Attach(torch.autograd.Function):
-    """Adds a loss's gradient wherever the carrier's is asked for."""
+    """Attaches a loss to its carrier: the backward pass gives the loss a gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, loss: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class Attach(torch.autograd.Function):
 
 
 class Training(Host):
-    """Keeps the values of the auxiliary losses that it is given."""
+    """Host that attaches auxiliary losses and keeps their values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class Training(Host):
 
 
 def test_balance_loss_is_switch_transformers() -> None:
-    """M sum_m f_m P_m: the shares of tokens and the mean scores of the memories, over all tokens."""
+    """The loss is M sum_m f_m P_m, with a memory's share f_m of all choices and its mean score P_m over all tokens."""
     host = Training()
     ours, x = build("mom", {"balance_loss": 0.3}, host), stream(2, 9)
     y, gate = ours(x, TokenLayout(2, 9)), ours.get_parameter("gate.weight")
@@ -146,7 +147,7 @@ def test_balance_loss_is_switch_transformers() -> None:
 @pytest.mark.parametrize("fields", VARIANTS)
 @torch.no_grad()
 def test_other_tokens_leave_a_memory_unchanged(fields: dict[str, Any]) -> None:
-    """Bit by bit, its convolutions' inputs too."""
+    """Tokens of other memories do not change a bit of a memory, nor of its convolutions' inputs."""
     ours: Any = build("mom", fields)
     cache = ours.init_cache(3, 16, torch.float32, torch.device("cpu"))
     for t in range(6):

@@ -77,7 +77,7 @@ def test_rwkv6_is_flash_linear_attentions() -> None:
 
 
 def test_rwkv6_begins_as_rwkv_lm() -> None:
-    """In the last layer of 2: token shift of "r" by the root of the channel's place; decays from exp(-e^-6) to e^-1."""
+    """Initial values of the last of 2 layers are those of RWKV-LM: token shifts, decays, bonus and low-rank factors."""
     from dataclasses import replace
 
     last = build("rwkv6", VARIANTS[0], at=replace(dims(), layer=1))

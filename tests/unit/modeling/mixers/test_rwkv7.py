@@ -1,4 +1,4 @@
-"""RWKV-7 against the paper's equations and flash-linear-attention's layers; its values across layers."""
+"""RWKV-7 against the paper's equations and flash-linear-attention's layers, and the values that layers pass on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VARIANTS: list[dict[str, Any]] = [RANKS, {"num_heads": 2, "expand_v": 2.0, "norm
 
 
 class Layers(torch.nn.Module):
-    """The first two layers of a model, nothing between them."""
+    """First two layers of a model, with nothing between them."""
 
     def __init__(self, *layers: Mixer):
         super().__init__()
@@ -142,7 +142,7 @@ def test_two_layers_recomputed() -> None:
 
 
 def test_two_layers_on_two_tensor_ranks() -> None:
-    from tests.unit.modeling.mixers.test_mixers import (  # which imports this module's VARIANTS
+    from tests.unit.modeling.mixers.test_mixers import (  # at the top, the import would be circular
         Exchange,
         Shard,
         on_two_ranks,
@@ -159,7 +159,7 @@ def test_two_layers_on_two_tensor_ranks() -> None:
 
 
 def test_without_a_first_layer_values_are_their_own_residual() -> None:
-    """In a hybrid whose first RWKV-7 layer is not the model's first."""
+    """A first RWKV-7 layer that is not the model's first layer mixes its values with themselves."""
     layer = build("rwkv7", RANKS, None, replace(dims(), layer=1))
     layout = TokenLayout(2, 7)
     y = layer(stream(2, 7), layout)
@@ -170,7 +170,7 @@ def test_without_a_first_layer_values_are_their_own_residual() -> None:
 
 
 def test_initial_values_are_rwkv_lms() -> None:
-    """At the last of two layers, hidden size 32, heads of 8."""
+    """Initial values of the last of two layers, with hidden size 32 and heads of 8, are those of RWKV-LM."""
     layer: Any = build("rwkv7", {}, None, replace(dims(), layer=1)).requires_grad_(False)
     n = torch.arange(32)
     for name, bound in {"r": 0.5, "k": 0.05, "v": 0.5}.items():

@@ -20,14 +20,14 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def rotated(x: Tensor, place: int, base: float) -> Tensor:
-    """Each pair of neighbouring features as a complex number, turned."""
+    """Rotates each pair of neighbouring features as a complex number."""
     frequencies = base ** (-torch.arange(0, len(x), 2, dtype=torch.float64) / len(x))
     turn = torch.polar(torch.ones_like(frequencies), place * frequencies)
     return torch.view_as_real(torch.view_as_complex(x.contiguous().view(-1, 2)) * turn).flatten()
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x [T, C]`."""
+    """Causal depthwise convolution of `x [T, C]`."""
     return F.conv1d(F.pad(x.T, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight)).T
 
 

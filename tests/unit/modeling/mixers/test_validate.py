@@ -1,4 +1,4 @@
-"""Sizes a mixer cannot have: one line with the field, the constraint and values that work."""
+"""Errors for sizes that a mixer cannot have: one line with the option, the constraint and values that work."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_names_field_and_working_values(
     offered = [float(n) for n in re.findall(r"[\d.]+", message.split("nearest")[1])]
     assert offered == pytest.approx(near, rel=1e-4)
     kind = float if isinstance(getattr(cls.Config(), field), float) else int
-    for value in offered:  # as printed it passes the check that offers it; another field may not fit it
+    for value in offered:  # an offered value passes the check that offered it, though another option may not fit it
         changed, refused = mixer_config(name, **fields | {field: kind(value)}), ""
         try:
             cls.validate(changed, dims(), tensor, "model.mixer")

@@ -1,4 +1,4 @@
-"""Comparing a mixer with an independent implementation of it."""
+"""Comparison of a mixer with an independent implementation of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def randomise(module: torch.nn.Module) -> None:
-    """Every parameter away from its initial value, so that a swapped or ignored one shows."""
+    """Moves every parameter away from its initial value, so that a swapped or ignored parameter shows."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -33,13 +33,13 @@ def load(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
-    """`y_t = sum_i w_i x_{t - size + 1 + i}` per channel of `x [..., T, C]`, and SiLU; weight `[C, size]`."""
+    """Convolution `y_t = sum_i w_i x_{t - size + 1 + i}` per channel of `x [..., T, C]`, then SiLU; `w [C, size]`."""
     y = (F.pad(x.mT, (weight.shape[1] - 1, 0)).unfold(-1, weight.shape[1], 1) * weight[:, None]).sum(-1).mT
     return y * torch.sigmoid(y)
 
 
 def compare(ours: Mixer, theirs: Any) -> None:
-    """Outputs, and gradients with respect to the input, of `theirs(x [B, T, hidden])`."""
+    """Compares outputs, and gradients with respect to the input, with those of `theirs(x [B, T, hidden])`."""
     x, weight = stream(BATCH, LENGTH), stream(BATCH, LENGTH, seed=1)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     actual, expected = ours(a, TokenLayout(BATCH, LENGTH)), theirs(rows(b)).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The experts' operation against a loop over experts: outputs, every gradient, what is kept, what it waits for."""
+"""Operation of the experts against a loop over experts: outputs, gradients, kept memory, and waits for the device."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def build(num_experts: int, kind: str) -> Experts:
 
 
 def skewed(tokens: int, num_experts: int, top_k: int) -> Tensor:
-    """Distinct experts per token, low ones far more often: some of many get no token."""
+    """Draws distinct experts for each token, low numbers far more often: of many experts, some get no token."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(tokens, num_experts, generator=generator)
     return (noise / torch.arange(1, num_experts + 1).float() ** 1.5).topk(top_k).indices
 
 
 def dropped(tokens: int, num_experts: int, top_k: int) -> Tensor:
-    """The same, every third slot without an expert, and all of the last token's."""
+    """Draws experts as `skewed` does, with no expert for every third slot and for all slots of the last token."""
     index = skewed(tokens, num_experts, top_k)
     index.view(-1)[::3] = num_experts
     index[-1] = num_experts
@@ -103,7 +103,7 @@ def test_grouped_equals_sequential(name: str) -> None:
 
 
 def test_written_out() -> None:
-    """Both against the equation of one token at a time; slots without an expert add nothing and learn nothing."""
+    """Grouped experts equal the equation of one token at a time; slots without an expert have no effect."""
     index = CASES["dropped"]
     x, weights = draw(index)
     layer = build(6, "grouped")
@@ -135,7 +135,7 @@ def test_bf16_is_rounded_once() -> None:
 
 @pytest.mark.parametrize("kind", ["grouped", "sequential"])
 def test_tokens_already_sorted(kind: str) -> None:
-    """The form in which ranks receive tokens: the same as assigning each to its one expert."""
+    """Tokens sorted by expert, as ranks receive them, give the same results as an assignment with one expert each."""
     counts = torch.tensor([3, 0, 4, 1])
     index = torch.arange(4).repeat_interleave(counts).unsqueeze(1)
     x, weights = draw(index)
@@ -147,7 +147,7 @@ def test_tokens_already_sorted(kind: str) -> None:
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one with each grouped GEMM."""
+    """List that grows by one with each grouped GEMM."""
     calls: list[str] = []
     multiply = products_module.grouped_mm
     monkeypatch.setattr(
@@ -157,13 +157,15 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_frozen_weights_and_inputs(products: list[str]) -> None:
-    """Gradients are the same, and nothing is multiplied for those that nobody asks for."""
+    """Gradients are the same if only one is needed, and the GEMMs of the others are left out."""
     index = CASES["mixed"]
     x, weights = draw(index)
     layer = build(6, "grouped")
     expected = run(layer, x, weights, assign(index, 6))
     assert len(products) == 6
-    for i, number in enumerate((4, 3, 4, 4)):  # two forward, one for the activation's gradient, and one's own
+    for i, number in enumerate(
+        (4, 3, 4, 4)
+    ):  # two GEMMs forward, one for the activation's gradient, one for the leaf's gradient
         leaves = [x.clone(), weights.clone(), layer.gate_up_proj.detach(), layer.down_proj.detach()]
         leaves[i] = leaves[i].clone().requires_grad_()
         products.clear()
@@ -176,7 +178,7 @@ def test_frozen_weights_and_inputs(products: list[str]) -> None:
 
 @pytest.mark.parametrize("by_slot", [True, False])
 def test_computed_again(products: list[str], by_slot: bool) -> None:
-    """One product more, no number differs, and a second backward pass finds what it needs."""
+    """Recomputation takes one more product and gives equal results, and a second backward pass is possible."""
     index = CASES["one expert each"]
     (x, weights), layer = draw(index), build(4, "grouped")
     to = assign(index, 4)
@@ -184,9 +186,9 @@ def test_computed_again(products: list[str], by_slot: bool) -> None:
         to, weights = Assignment.of_rows(to.counts), weights.flatten()
     expected, number = run(layer, x, weights, to), len(products)
     layer.host.activations._active = frozenset({"experts"})
-    found = run(layer, x, weights, to)
+    recomputed = run(layer, x, weights, to)
     assert len(products) - number == number + 1
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, expected, strict=True))
     out = layer(x.requires_grad_(), weights, to)
     first, second = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -200,13 +202,13 @@ def test_a_loop_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = layer.sequential
     monkeypatch.setattr(layer, "sequential", lambda *args: calls.append("") or loop(*args))
     layer.host.activations._active = frozenset({"experts"})
-    found = run(layer, x, weights, to)
+    recomputed = run(layer, x, weights, to)
     assert len(calls) == 2
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, expected, strict=True))
 
 
 def kept(function: Any, weights: set[int]) -> int:
-    """Bytes of the distinct storages that autograd keeps, other than the weights."""
+    """Bytes of the distinct storages that autograd keeps in `function()`, other than the weights."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -219,7 +221,7 @@ def kept(function: Any, weights: set[int]) -> int:
 
 
 def test_keeps_no_more_than_a_dense_ffn() -> None:
-    """Of the same active parameters; the indices of the assignment are all that comes on top."""
+    """Experts keep no more than a dense FFN with the same active parameters, besides the assignment's indices."""
     index = skewed(200, 8, 4)
     x, weights = draw(index)
     to, layer = assign(index, 8), build(8, "grouped")
@@ -236,7 +238,7 @@ def test_keeps_no_more_than_a_dense_ffn() -> None:
 
 
 def test_one_backward_pass_only() -> None:
-    """It overwrites what it kept, so a second one must not pass for right."""
+    """A second backward pass raises an error, because the first one has overwritten the kept tensors."""
     index = CASES["mixed"]
     x, weights = draw(index)
     out = build(6, "grouped")(x, weights, assign(index, 6))
@@ -247,15 +249,15 @@ def test_one_backward_pass_only() -> None:
 
 @pytest.mark.parametrize("by_slot", [True, False])
 def test_gradients_that_are_not_contiguous(by_slot: bool) -> None:
-    """Those of a sum, and of one that was transposed."""
+    """The gradient of the output may be expanded, as that of a sum is, or transposed."""
     counts = torch.tensor([3, 0, 4, 1])
     index = torch.arange(4).repeat_interleave(counts).unsqueeze(1)
     to = assign(index, 4) if by_slot else Assignment.of_rows(counts)
     (x, weights), layer = draw(index), build(4, "grouped")
     x.requires_grad_()
     for grad in (torch.ones(1, 1).expand(x.shape), torch.randn(HIDDEN, len(x)).T):
-        found, expected = (torch.autograd.grad(layer(x, weights, to), x, g) for g in (grad, grad.contiguous()))
-        assert torch.equal(found[0], expected[0])
+        actual, expected = (torch.autograd.grad(layer(x, weights, to), x, g) for g in (grad, grad.contiguous()))
+        assert torch.equal(actual[0], expected[0])
 
 
 QUACK, TRITON, MM = "quack", "gemm_triton", "Products"
@@ -280,7 +282,7 @@ def test_who_multiplies(
     capability: tuple[int, int], has_quack: bool, x: Tensor, ffn: int, expected: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """On GPUs of any capability, with and without quack."""
+    """Choice of the implementation of grouped GEMMs on GPUs of any capability, with and without quack."""
     for name in (QUACK, TRITON):
         module = SimpleNamespace(Fused=type(name, (ops.Products,), {}))
         monkeypatch.setitem(sys.modules, f"linear_moe.modeling.ops.experts.{name}", module)
@@ -304,20 +306,20 @@ def test_who_multiplies(
 
 
 class Waits(TorchDispatchMode):
-    """Collects operations whose result's size or value the host has to know."""
+    """Mode that collects operations for which the host needs the size or value of a result on the device."""
 
     WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         by_mask = func.overloadpacket is torch.ops.aten.index and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
         if by_mask or any(name in str(func) for name in self.WAITING):
-            self.found.append(str(func))
+            self.operations.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -328,11 +330,11 @@ def test_never_waits_for_the_device() -> None:
     initialize(layer, host, 0)
     with Waits() as waits:
         layer(torch.randn(20, HIDDEN, requires_grad=True)).sum().backward()
-    assert waits.found == []
+    assert waits.operations == []
     x = torch.randn(3, 2)
     with waits:
         x[x[:, 0] > 0]
-    assert waits.found, "this would have been seen"
+    assert waits.operations, "the mode would have seen this operation"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How quack's GEMMs are called, with stand-ins that say in PyTorch what these compute and refuse what these refuse."""
+"""Calls of quack's GEMMs, with stand-ins that compute the same in PyTorch and refuse the same arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = "linear_moe.modeling.ops.experts.quack"
 
 
 def in_turns(x: Tensor, names: Any, name: str) -> Tensor:
-    """The dimension that is not contiguous, halves first -> in turns, if `name` is among `names`."""
+    """Interleaves the two halves of the dimension that is not contiguous, if `name` is among `names`."""
     if name not in (names or ()):
         return x
     dim = x.ndim - 2 if x.stride(-1) == 1 else x.ndim - 1
@@ -51,7 +51,10 @@ def check_call(*tensors: Tensor, cu_seqlens: Tensor, index: Tensor | None, optio
 
 
 def product(a: Tensor, b: Tensor, cu_seqlens: Tensor, index: Tensor | None) -> Tensor:
-    """`a [M, K]` or, with index, `[any, K]`; `b [E, N, K]` -> `[M, N]`, NaN in rows without an expert."""
+    """Multiplies rows of `a [M, K]` (with `index`: `[any, K]`) by their expert's `b [E, N, K]`.
+
+    Returns `[M, N]`, NaN in rows without an expert.
+    """
     assert a.stride(-1) == 1
     rows = a if index is None else a[index]
     out = torch.full((len(rows), b.shape[1]), float("nan"))
@@ -75,7 +78,9 @@ def gemm(
     left = a if A_idx is None else a[:, A_idx]
     bounds = zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
     out = torch.stack([left[:, i:j] @ b[:, i:j].T for i, j in bounds])
-    if "out" in concat_layout:  # d in turns is `out`: halves first are its even columns, then its odd ones
+    if (
+        "out" in concat_layout
+    ):  # d's columns interleave to `out`: d has the even columns of `out` first, then the odd ones
         assert d.stride(-1) != 1
         out = torch.cat([out[..., ::2], out[..., 1::2]], -1)
     d.copy_(out)
@@ -112,7 +117,7 @@ def gemm_dact(
 
 @pytest.fixture
 def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Our module with the stand-ins, in the place of the definition's grouped_mm."""
+    """Imports our module with the stand-ins, and lets `experts` use it."""
     for function in (gemm, gemm_act, gemm_dact):
         module = ModuleType(f"quack.{function.__name__}")
         setattr(module, function.__name__, function)
@@ -136,7 +141,7 @@ def quack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_equals_grouped_mm(
     quack: ModuleType, monkeypatch: pytest.MonkeyPatch, by_slot: bool, drop: bool, misaligned: bool
 ) -> None:
-    """Outputs and every gradient; 80 columns are three tiles of 32. One expert is idle."""
+    """Outputs and all gradients equal those with grouped_mm; 80 columns are three tiles of 32, one expert is idle."""
     tokens, num, top_k, hidden, ffn = 21, 5, 2, 24, 80
     generator = torch.Generator().manual_seed(0)
 
@@ -166,7 +171,7 @@ def test_equals_grouped_mm(
 
 
 def test_training_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By `linear-moe check`, where there is no such GPU or package; not where no layer has experts."""
+    """The checks before training refuse quack without such a GPU or package, but only if a layer has experts."""
     monkeypatch.chdir(tmp_path)
     config = from_dict(Config, {"run": "run", "data": {"corpus": "synthetic"}, "model": {"vocab_size": 64}})
     check_run(config, 1)
@@ -178,7 +183,7 @@ def test_training_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_refused_where_it_cannot_compute() -> None:
-    """At once and with what to do; `auto` computes by other means."""
+    """Layers with experts=quack raise an error that names a fix; with `auto` they use another implementation."""
     model = ModelConfig(moe=MoEConfig(4, top_k=2, expert_ffn_size=16, experts="quack"))
     with pytest.raises(ConfigError, match=r"model\.moe\.experts = 'quack': multiplies bf16, not fp32.*set it to auto"):
         check_grouped_gemm(model, "fp32")

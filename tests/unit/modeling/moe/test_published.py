@@ -28,7 +28,7 @@ MIXTRAL = {"intermediate_size": FFN, "num_local_experts": EXPERTS, "num_experts_
 THEIR_QWEN = {"moe_intermediate_size": FFN, "num_experts": EXPERTS, "num_experts_per_tok": 2}
 THEIR_QWEN |= {"shared_expert_intermediate_size": SHARED}
 
-# name: transformers' module and block, its configuration, ours
+# Name -> transformers' module and block, its configuration, and our configuration.
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "mixtral": ("mixtral:Mixtral", "SparseMoeBlock", MIXTRAL, {"top_k_first": True}),
     "mixtral-normalised": ("mixtral:Mixtral", "SparseMoeBlock", MIXTRAL, {}),
@@ -69,7 +69,7 @@ def published(model: str, block: str, config: dict[str, Any]) -> nn.Module:
 
 
 def names(ours: str) -> str:
-    """transformers' name of one of our parameters; both its shared experts and ours are one FFN."""
+    """Transformers' name of one of our parameters; shared experts are one FFN in transformers and here."""
     if ours == "router.expert_bias":
         return "gate.e_score_correction_bias"
     return ours.replace("router.", "gate.")
@@ -83,7 +83,7 @@ def tensors(theirs: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("experts", ["grouped", "sequential"])
 @pytest.mark.parametrize("name", CASES)
 def test_layer_is_the_published_one(name: str, experts: str) -> None:
-    """Outputs and the gradients of every weight and of the input."""
+    """Outputs and gradients of all weights and of the input equal those of the published block."""
     model, block, their_config, fields = CASES[name]
     theirs = published(model, block, their_config)
     moe = MoEConfig(**{"num_experts": EXPERTS, "top_k": 2, "expert_ffn_size": FFN, "experts": experts} | fields)
@@ -91,7 +91,7 @@ def test_layer_is_the_published_one(name: str, experts: str) -> None:
     host = Host(torch.float32)
     ours = MoE(config, layer_dims(config, 0), host)
     initialize(ours, host, seed=1)
-    if ours.router.expert_bias is not None:  # so large that it changes the choice
+    if ours.router.expert_bias is not None:  # the bias is so large that it changes the choice
         ours.router.expert_bias.data.copy_(torch.linspace(-0.3, 0.3, EXPERTS).roll(5))
     state = tensors(theirs)
     weights = {names(key): value for key, value in ours.named_parameters()}

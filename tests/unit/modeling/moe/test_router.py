@@ -1,4 +1,4 @@
-"""The choice of experts and what limits it, against loops; where losses and statistics do not come into it."""
+"""Choice of experts and their capacity, against loops over tokens; without losses and statistics."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LOGITS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
 
 
 def dense(weights: Tensor, index: Tensor, experts: int = 12) -> tuple[Tensor, Tensor]:
-    """`[n, k]` as weights and choice of all experts `[n, E]`."""
-    shape = (len(weights), experts + 1)  # with a column for no expert
+    """Spreads weights and indices `[n, k]` over all experts: weights and choice `[n, E]`."""
+    shape = (len(weights), experts + 1)  # the last column stands for no expert
     chosen = torch.zeros(shape, dtype=torch.bool).scatter(1, index, True)
     return weights.new_zeros(shape).scatter(1, index, weights)[:, :-1], chosen[:, :-1]
 
@@ -43,7 +43,7 @@ def test_group_limited_choice(group_score: str, score: str) -> None:
 
 
 def test_bias_does_not_weigh() -> None:
-    """The bias moves the choice; weights are the scores of the chosen, and a gradient reaches no bias."""
+    """The bias changes the choice of experts, but their weights are the scores without the bias."""
     config = MoEConfig(12, top_k=2, normalize_top_k=False, score="sigmoid")
     bias = torch.zeros(12)
     bias[5] = 10.0
@@ -60,7 +60,7 @@ def test_softmax_over_the_chosen_is_the_normalised_softmax() -> None:
 
 
 def limited(config: MoEConfig, probs: Tensor, chosen: Tensor) -> Tensor:
-    """Written out: per expert, a list of its tokens in the order of preference."""
+    """Capacity written as a loop over experts, with a list of each one's tokens in the order of preference."""
     limit = min(64, math.ceil(64 * config.top_k / 12 * config.capacity_factor))
     taken = torch.zeros_like(chosen)
     for e in range(12):
@@ -100,7 +100,7 @@ def test_capacity_is_for_training() -> None:
 
 
 class Observer(Host):
-    """Keeps what the router tells its host."""
+    """Host that keeps the arguments of `observe_routing`."""
 
     def observe_routing(self, index: Tensor, kept: Tensor | None, config: MoEConfig, layer: int) -> None:
         self.seen = index, kept, layer
@@ -108,7 +108,7 @@ class Observer(Host):
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_what_is_told_of_the_routing(policy: str) -> None:
-    """The choices before anything is dropped, and which of them were kept; weights of the others are gone."""
+    """The host observes all choices, and which of them were kept; dropped choices get no expert and weight 0."""
     config = MoEConfig(12, top_k=2, capacity_factor=0.75, drop_policy=policy)
     host = Observer(torch.float32)
     module = Router(config, 16, 0.5, layer=3, host=host)
@@ -141,15 +141,18 @@ def test_bf16_is_multiplied_in_fp32() -> None:
     expected = (inputs[1] @ exact.T).softmax(-1)
     assert_close(weights, expected.gather(1, index).float(), FP32)
     grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(5))
-    found = torch.autograd.grad(weights, [inputs[0], module.weight], grad)
+    actual = torch.autograd.grad(weights, [inputs[0], module.weight], grad)
     exactly = torch.autograd.grad(expected.gather(1, index), [inputs[1], exact], grad.double())
-    for a, b in zip(found, exactly, strict=True):
+    for a, b in zip(actual, exactly, strict=True):
         assert a.dtype == torch.bfloat16
         assert_close(a, b.bfloat16(), BF16_SAME)  # rounded once
 
 
 def test_arithmetic_is_the_same_within_autocast() -> None:
-    """As trainers of an exported model use it: forward within, backward outside."""
+    """Results within torch.autocast are equal, with the forward pass inside and the backward pass outside of it.
+
+    Trainers of an exported model use autocast in this way.
+    """
     module = Router(MoEConfig(12, top_k=4), 64, 0.5, layer=0, host=(host := Host(torch.float32)))
     initialize(module, host, seed=0)
     results = []
@@ -173,7 +176,7 @@ def test_scores_are_fp32_and_the_bias_is_no_trained_weight() -> None:
 
 
 def test_balance_loss() -> None:
-    """1 for an even load; the number of experts where all tokens go to one; parts of the tokens add up."""
+    """The loss is 1 for an even load, E if all tokens go to one expert, and losses of parts of the tokens add up."""
     even = torch.full((1, 4), 6)
     assert balance_loss(even, torch.full((1, 4), 3.0), 12) == 1
     one = torch.tensor([[24, 0, 0, 0]])

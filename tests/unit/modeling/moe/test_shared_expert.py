@@ -1,4 +1,4 @@
-"""The shared expert among the collectives of a layer; transformers' layers are in test_published.py."""
+"""Order of the shared expert and the collectives of a layer; test_published.py has transformers' layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build(moe: MoEConfig) -> MoE:
 
 
 def run(layer: MoE, x: Tensor) -> list[Tensor]:
-    """Output and the gradients of input and every parameter."""
+    """Returns the output, and the gradients of the input and of all parameters."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     out = layer(x)
@@ -35,7 +35,7 @@ def run(layer: MoE, x: Tensor) -> list[Tensor]:
 
 
 class Recorder(Host, Dispatcher):
-    """Keeps the order of what communicates between ranks elsewhere."""
+    """Host and dispatcher that record the order of calls which communicate on several ranks."""
 
     def __init__(self) -> None:
         Host.__init__(self, torch.float32)
@@ -64,8 +64,10 @@ class Recorder(Host, Dispatcher):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_shared_expert_communicates_outside_dispatch_and_combine(overlap: bool) -> None:
-    """Its products are begun inside; before the routed experts, whose backward pass thus comes first and on the main
-    stream, so that a layer is recomputed there.
+    """The shared expert's products begin after dispatch and before the routed experts.
+
+    The backward pass of the routed experts then comes first, on the main stream, so that a recomputed layer is
+    recomputed on the main stream.
     """
     moe = MoEConfig(6, top_k=2, expert_ffn_size=16, shared_ffn_size=8, overlap_shared_expert=overlap)
     config, host = ModelConfig(hidden_size=32, moe=moe), Recorder()

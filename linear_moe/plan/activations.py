@@ -32,7 +32,7 @@ def mixer_elements(config: Config, mixer: Mixer, recompute: Collection[str] = ()
 def layer_elements(
     config: Config, layer: nn.Module, stream: float, modules: frozenset[str] = frozenset()
 ) -> tuple[float, float]:
-    """What one layer keeps for its backward pass; fp32 elements count twice in a bf16 model.
+    """Elements that one layer keeps for its backward pass; fp32 elements count twice in a bf16 model.
 
     Args:
         layer: a `Layer` built for one rank.
@@ -84,7 +84,7 @@ def layer_elements(
 
 
 def micro_batches_in_flight(config: Config, micro_batches: int, stage: int) -> list[tuple[int, ...]]:
-    """How many forward passes of each of a stage's chunks wait for their backward pass, whenever most of them do.
+    """Forward passes of each of a stage's chunks that wait for their backward pass, at the moment when most of them do.
 
     As in Megatron-Core's schedules (Narayanan et al. 2021, arXiv 2104.04473): after the warm-up, forward and backward
     passes take turns; chunks go in groups of as many micro-batches as stages, backward from the last chunk. So which
@@ -112,7 +112,7 @@ def activation_bytes(
     stage: int,
     needs: Mapping[int, SequenceNeeds] | None = None,
 ) -> dict[str, int]:
-    """What backward passes hold at the peak, and what the logits of one micro-batch need.
+    """Bytes that backward passes hold at the peak, and bytes of the logits of one micro-batch.
 
     Args:
         needs: of the layers, if sequences are shared out.
@@ -146,7 +146,7 @@ def activation_bytes(
 
 
 def logit_bytes(config: Config, columns: float, tokens: int) -> float:
-    """Of one micro-batch's logits on a rank, and of the gradient of the head's weight, which exists as long as they."""
+    """Bytes of one micro-batch's logits on a rank and of the gradient of the head's weight, which lives as long."""
     size, hidden = DTYPES[config.training.dtype].itemsize, config.model.hidden_size
     weight = size * columns * hidden
     if "logits" in config.training.recompute_modules:  # a block; the gradient of the head's input is summed in fp32

@@ -1,4 +1,4 @@
-"""What kernels keep for their backward pass on a GPU, against what the `kept` functions beside them say."""
+"""Tensors that kernels keep for their backward pass on a GPU, against the `kept` functions beside the kernels."""
 
 from __future__ import annotations
 

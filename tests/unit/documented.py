@@ -68,7 +68,7 @@ def documented() -> Iterator[Command]:
 
 
 def passages_of(file: str, text: str) -> list[list[Passage]]:
-    """What may hold commands, in lists of consecutive lines."""
+    """Passages that may hold commands, in lists of consecutive lines."""
     if file.endswith(".py"):
         return list(docstrings(text))
     if file.startswith(".github/"):
@@ -209,11 +209,11 @@ def simple_commands(words: list[str]) -> Iterator[list[str]]:
 
 
 class Wrong(Exception):
-    """What is wrong with a documented command."""
+    """The reason why a documented command is wrong."""
 
 
 def quietly(call: Callable[..., Any], *args: Any) -> Any:
-    """What the call returns; None where it ends the program with success. Wrong with its last line of stderr if not."""
+    """Returns what the call returns, or None where it ends the program with success; else raises Wrong with its last line."""
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:

@@ -16,7 +16,7 @@ from tests.unit.tutorials import PAGES, ROOT, Block, Page, Wrong, blocks, missin
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What every page gave, all run by one program: importing takes longer than most pages."""
+    """The outcome of every page, all run by one program: importing takes longer than most pages."""
     folder = tmp_path_factory.mktemp("tutorials")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LINEAR_MOE_")}
     environment |= {"COLUMNS": "200", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -155,7 +155,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def kept(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> list[Tensor]:
-    """What FlashAttention keeps: its inputs, its output and in fp32 the normalisers' logarithms."""
+    """Tensors that FlashAttention keeps: its inputs, its output and in fp32 the normalisers' logarithms."""
     return [q, k, v, o, q.new_empty(q.shape[:3], dtype=torch.float32)]
 
 

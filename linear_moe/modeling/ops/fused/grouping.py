@@ -149,12 +149,12 @@ def _kernels() -> Any:
 
 
 def kept_collect(places: Tensor) -> list[Tensor]:
-    """What the kernel of `Grouping.collect` keeps: the places."""
+    """Tensors that the kernel of `Grouping.collect` keeps: the places."""
     return [places]
 
 
 def kept_combine(x: Tensor, weights: Tensor, places: Tensor) -> list[Tensor]:
-    """What the kernel of `Grouping.combine` keeps: its inputs."""
+    """Tensors that the kernel of `Grouping.combine` keeps: its inputs."""
     return [x, weights, places]
 
 

@@ -70,7 +70,7 @@ def normalized(
 
 
 def kept(q: Tensor, k: Tensor) -> list[Tensor]:
-    """What the kernels of `totals` keep: q, k and the sums of keys until the end of every chunk in fp32."""
+    """Tensors that the kernels of `totals` keep: q, k and the sums of keys until the end of every chunk in fp32."""
     return [q, k, q.new_empty(len(q), -(-q.shape[1] // KERNEL_CHUNK), *q.shape[2:], dtype=torch.float32)]
 
 

@@ -199,7 +199,7 @@ def _finish(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
 
 
 def kept(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-    """What our kernels and those of flash-linear-attention keep: their inputs."""
+    """Tensors that our kernels and those of flash-linear-attention keep: their inputs."""
     return [x, weight, bias]
 
 

@@ -1,4 +1,4 @@
-"""What mixers keep for their backward pass, as `plan` measures it: against real passes, and what was stated by hand."""
+"""Memory that mixers keep for their backward pass, as `plan` measures it, against real passes and sizes once stated."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_real_pass_with_stand_ins_keeps_as_much(name: str, fields: dict[str, A
 
 @every_case
 def test_pytorch_keeps_as_much(name: str, fields: dict[str, Any]) -> None:
-    """In fp32 recurrences are PyTorch's operations on GPUs too: no stand-in says what they keep."""
+    """Recurrences in fp32 are PyTorch's operations on GPUs too: no stand-in says what they keep."""
     kept = kept_bytes(build(name, fields, Host(torch.float32), dims(HIDDEN)), LENGTH)
     measured = mixer_saved(on_meta(name, fields, dims(HIDDEN), torch.float32)).of(LENGTH)
     alike = name in ALIKE and fields == variants(name)[0]

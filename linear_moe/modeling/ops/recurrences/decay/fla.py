@@ -71,22 +71,22 @@ def decay(
 
 
 def kept_by_head(q: Tensor, *, k: Tensor, v: Tensor, g: Tensor | None = None, **_: Any) -> list[Tensor]:
-    """What `chunk_simple_gla` keeps: q, k, v and the gate's running sums."""
+    """Tensors that `chunk_simple_gla` keeps: q, k, v and the gate's running sums."""
     return [q, k, v] if g is None else [q, k, v, torch.empty_like(g)]
 
 
 def kept_by_channel(q: Tensor, *, k: Tensor, v: Tensor, g: Tensor, **_: Any) -> list[Tensor]:
-    """What `chunk_gla` keeps: q, k, v, of a gate in fp32 the running sums, and the scores within chunks in fp32."""
+    """Tensors that `chunk_gla` keeps: q, k, v, of a gate in fp32 the running sums, and the scores within chunks in fp32."""
     return [q, k, v, torch.empty_like(g), q.new_empty(*q.shape[:3], CHUNK, dtype=torch.float32)]
 
 
 def kept_bonus(q: Tensor, *, k: Tensor, v: Tensor, w: Tensor, u: Tensor, **_: Any) -> list[Tensor]:
-    """What `chunk_rwkv6` keeps: q, k, v, the gate, the bonus and the scores within chunks in fp32."""
+    """Tensors that `chunk_rwkv6` keeps: q, k, v, the gate, the bonus and the scores within chunks in fp32."""
     return [q, k, v, w, u, q.new_empty(*q.shape[:3], CHUNK, dtype=torch.float32)]
 
 
 def kept_by_token(q: Tensor, *, k: Tensor, v: Tensor, gk: Tensor | None, gv: Tensor, **_: Any) -> list[Tensor | None]:
-    """What `fused_recurrent_gla` keeps: q, k, v, the gates and its output in fp32."""
+    """Tensors that `fused_recurrent_gla` keeps: q, k, v, the gates and its output in fp32."""
     return [q, k, v, gk, gv, torch.empty_like(v, dtype=torch.float32)]
 
 

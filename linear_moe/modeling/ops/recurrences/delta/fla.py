@@ -66,7 +66,7 @@ def delta(
 
 
 def kept(q: Tensor, *, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, **_: Any) -> list[Tensor]:
-    """What `chunk_delta_rule` and `chunk_gated_delta_rule` keep.
+    """Tensors that `chunk_delta_rule` and `chunk_gated_delta_rule` keep.
 
     These are q, k, v, beta, the gate's running sums and the inverse within chunks, CHUNK numbers a token (with several
     writes a token: a write) and head.
@@ -76,5 +76,5 @@ def kept(q: Tensor, *, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = No
 
 
 def kept_by_channel(q: Tensor, *, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, **_: Any) -> list[Tensor]:
-    """What `chunk_kda` keeps: q, k, v, beta, the gate and its running sums, and scores and inverse within chunks."""
+    """Tensors that `chunk_kda` keeps: q, k, v, beta, the gate and its running sums, and scores and inverse within chunks."""
     return [q, k, v, beta, g, torch.empty_like(g), *(k.new_empty(*beta.shape, CHUNK) for _ in range(2))]

@@ -62,5 +62,5 @@ def dplr(
 
 
 def kept(q: Tensor, *, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gk: Tensor, **_: Any) -> list[Tensor]:
-    """What `chunk_dplr_delta_rule` keeps: its inputs."""
+    """Tensors that `chunk_dplr_delta_rule` keeps: its inputs."""
     return [q, k, v, a, b, gk]

@@ -40,12 +40,12 @@ def selective_scan(
 
 
 def kept_linear(h: Tensor, g: Tensor) -> list[Tensor]:
-    """What the linear scan's kernel keeps: its output and the gate."""
+    """Tensors that the linear scan's kernel keeps: its output and the gate."""
     return [h, g]
 
 
 def kept_selective(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
-    """What the selective scan's kernel keeps of whole rows: its inputs and the states before each block of tokens."""
+    """Tensors that the selective scan's kernel keeps of whole rows: its inputs and the states before each block of tokens."""
     return [u, dt, A, B, C, A.new_empty(len(u) * -(-u.shape[1] // chunk.BLOCK), *A.shape)]
 
 

@@ -213,7 +213,7 @@ class Wrong(Exception):
 
 
 def quietly(call: Callable[..., Any], *args: Any) -> Any:
-    """Returns what the call returns, or None where it ends the program with success; else raises Wrong with its last line."""
+    """Returns the call's result, or None where the call ends the program; a failure is Wrong, with its last line."""
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FRAGMENTS = {
-    "As", "At", "Both", "By", "For", "From", "How", "In", "It", "Its", "Not", "Of", "On", "That", "These", "This", "Those",
-    "To", "What", "Where", "Which", "Who", "Why", "With",
+    "As", "At", "Both", "By", "For", "From", "How", "In", "It", "Its", "Not", "Of", "On", "That", "These", "This",
+    "Those", "To", "What", "Where", "Which", "Who", "Why", "With",
 }  # fmt: skip
 
 
@@ -39,7 +39,5 @@ def test_docstrings_begin_with_a_subject() -> None:
 
 
 def test_fragments_are_seen() -> None:
-    source = (
-        '"""Of all."""\nx = 1\n"""What x is."""\nclass A:\n    """Thing."""\n    def f(self):\n        """As B."""\n'
-    )
+    source = '"""Of all."""\nx = 1\n"""What x is."""\nclass A:\n    """Thing."""\n    def f():\n        """As B."""\n'
     assert [line for line, _ in fragments(source)] == [1, 3, 7]

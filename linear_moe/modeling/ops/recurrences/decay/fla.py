@@ -76,7 +76,7 @@ def kept_by_head(q: Tensor, *, k: Tensor, v: Tensor, g: Tensor | None = None, **
 
 
 def kept_by_channel(q: Tensor, *, k: Tensor, v: Tensor, g: Tensor, **_: Any) -> list[Tensor]:
-    """Tensors that `chunk_gla` keeps: q, k, v, of a gate in fp32 the running sums, and the scores within chunks in fp32."""
+    """Tensors that `chunk_gla` keeps: q, k, v, an fp32 gate's running sums, and in fp32 the scores within chunks."""
     return [q, k, v, torch.empty_like(g), q.new_empty(*q.shape[:3], CHUNK, dtype=torch.float32)]
 
 

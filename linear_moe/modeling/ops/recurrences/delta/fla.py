@@ -76,5 +76,5 @@ def kept(q: Tensor, *, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = No
 
 
 def kept_by_channel(q: Tensor, *, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, **_: Any) -> list[Tensor]:
-    """Tensors that `chunk_kda` keeps: q, k, v, beta, the gate and its running sums, and scores and inverse within chunks."""
+    """Tensors that `chunk_kda` keeps: q, k, v, beta, the gate, its running sums, scores and inverse within chunks."""
     return [q, k, v, beta, g, torch.empty_like(g), *(k.new_empty(*beta.shape, CHUNK) for _ in range(2))]

@@ -131,6 +131,6 @@ def _kernel(
 
 
 def kept(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor) -> list[Tensor]:
-    """Tensors that `chunk_gsa` keeps: its inputs, the slots' scores, and in fp32 their softmax and scores within chunks."""
+    """Tensors that `chunk_gsa` keeps: inputs, scores of slots, and in fp32 their softmax and scores within chunks."""
     fp32: Any = {"dtype": torch.float32}
     return [q, k, v, s, g, torch.empty_like(s), torch.empty_like(s, **fp32), q.new_empty(*q.shape[:3], CHUNK, **fp32)]

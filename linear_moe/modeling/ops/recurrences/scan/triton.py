@@ -45,7 +45,7 @@ def kept_linear(h: Tensor, g: Tensor) -> list[Tensor]:
 
 
 def kept_selective(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> list[Tensor]:
-    """Tensors that the selective scan's kernel keeps of whole rows: its inputs, and the states before blocks of tokens."""
+    """Tensors that the selective scan's kernel keeps of whole rows: its inputs and states before blocks of tokens."""
     return [u, dt, A, B, C, A.new_empty(len(u) * -(-u.shape[1] // chunk.BLOCK), *A.shape)]
 
 

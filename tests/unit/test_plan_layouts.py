@@ -104,7 +104,7 @@ def test_more_memory_is_never_slower() -> None:
 
 
 def test_compute_is_flops_at_the_stated_efficiency() -> None:
-    """On one GPU, a model so wide that no layer is bound by launches takes its FLOPs' time, besides its memory's."""
+    """A model so wide that no layer is bound by launches takes, on one GPU, the time of its FLOPs and memory."""
     sections = tree(global_batch=8, micro_batch=8, sequence_length=1024)
     sections["model"] |= {"hidden_size": 6144, "moe": {"num_experts": 8, "top_k": 2, "expert_ffn_size": 4096}}
     config = from_dict(Config, sections)
@@ -131,7 +131,7 @@ def test_groups_by_hand() -> None:
 
 
 def test_dispatch_by_hand() -> None:
-    """With top-2 over four ranks, a rank sends its tokens twice (alltoall), or gets all tokens once (allgather)."""
+    """A rank of four sends its tokens twice with top-2 (alltoall), or gets all tokens once (allgather)."""
     config = from_dict(Config, tree())
     cluster = Cluster(ROUND, 4)
     groups = {"expert": Group.of([0, 1, 2, 3], cluster), "expert_tensor": Group.of([0], cluster)}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Writes the locks, requirements/*.txt: every package that scripts/setup.sh installs, with its version, resolved by uv
 # from the windows in pyproject.toml and the choices in requirements/*.in. docs/dependencies.md says when to run it.
-#   scripts/lock.sh                        the newest releases that the windows and the choices admit
-#   scripts/lock.sh --keep                 as they are, but for what no longer fits
+#   scripts/lock.sh                        takes the newest releases that the windows and the choices admit
+#   scripts/lock.sh --keep                 keeps all releases that still fit
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in
@@ -18,7 +18,7 @@ if [ ! -x $tools/bin/uv ]; then
   $tools/bin/pip install --quiet --disable-pip-version-check uv==$uv
 fi
 
-# Linux on x86-64, as what is tested; other platforms have the same releases, less what only Linux needs.
+# Locks are made for Linux on x86-64, which is tested; other platforms get the same releases, without Linux's own packages.
 lock() { # KIND PYTHON
   local file=requirements/$1-py$2.txt
   $tools/bin/uv pip compile pyproject.toml --extra "setup-$1" --constraint "requirements/$1.in" \

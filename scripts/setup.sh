@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv with linear-moe and the releases that were tested (requirements/*.txt), from nothing but Python >= 3.11.
-# Quick when it is there already. Afterwards: source .venv/bin/activate
-#   PYTHON=python3.12 scripts/setup.sh    with that interpreter
-#   scripts/setup.sh --newest             .venv-newest, with the newest releases of everything, tested or not
+# Makes .venv with linear-moe and the tested releases of its dependencies (requirements/*.txt); needs Python >= 3.11.
+# Ends at once if .venv is up to date. Afterwards: source .venv/bin/activate
+#   PYTHON=python3.12 scripts/setup.sh    uses that interpreter
+#   scripts/setup.sh --newest             makes .venv-newest with the newest releases, tested or not
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in
@@ -25,7 +25,7 @@ lock=requirements/$kind-$(version "$python").txt
 stamp=$("$python" --version; echo "$lock"; cat pyproject.toml "$lock" scripts/setup.sh)
 if [ $venv = .venv ] && [ "$(cat $venv/.installed 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
-# Anew if it is of another Python, or was left unfinished.
+# A .venv of another Python version, or one that was left unfinished, is made anew.
 if ! { $venv/bin/python -m pip --version && [ "$(version $venv/bin/python)" = "$(version "$python")" ]; } >/dev/null 2>&1
 then "$python" -m venv --clear $venv; fi
 pip() { $venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
@@ -37,7 +37,7 @@ if [ $venv = .venv-newest ]; then
   pip install --upgrade --upgrade-strategy eager -r $venv/newest.txt
   pip install --no-deps --no-build-isolation -e .
 else
-  echo "setup: installing into $venv what $lock says (a minute; more where pip has to fetch a CUDA build of torch)"
+  echo "setup: installing the releases of $lock into $venv (a minute; longer if pip must fetch a CUDA build of torch)"
   case $lock in *.in)
     echo "setup: there is no lock for $("$python" --version) with a $kind, only $(echo requirements/*.txt): what $lock" \
       "leaves open is the newest inside the windows of pyproject.toml" >&2 ;;

@@ -83,7 +83,7 @@ def read_metadata(folder: Path) -> Metadata:
     """Reads the list of a checkpoint's tensors and of their places in files; raises ConfigError if it is damaged."""
     try:
         return FileSystemReader(folder).read_metadata()
-    except Exception as error:  # unpickling raises anything
+    except Exception as error:  # unpickling a damaged file can raise any exception
         raise damaged(folder / ".metadata", f"is damaged: {type(error).__name__}: {error}") from None
 
 

@@ -13,6 +13,7 @@ from linear_moe.options.errors import ConfigError, nearest
 
 
 def check_ffn(config: Config, layers: list[ResolvedLayer]) -> None:
+    """Raises ConfigError for FFN, router and expert options that do not fit each other or the parallel sizes."""
     moe, parallel, kinds = config.model.moe, config.parallel, {layer.ffn for layer in layers}
     check_most("model.moe.first_dense_layers", moe.first_dense_layers, "model.num_layers - 1", len(layers) - 1)
     if "dense" in kinds:
@@ -69,14 +70,14 @@ def _check_router(moe: MoEConfig) -> None:
         constraint = f"must be < num_experts / top_k = {most:g}: no expert is chosen by more than all tokens"
         raise ConfigError(f"{path}.capacity_factor", moe.capacity_factor, constraint, fix="set it to null: dropless")
     if moe.capacity_pad and moe.dispatcher == "allgather":
-        constraint = "exchanges tokens all to all"
+        constraint = "pads the exchange of the dispatcher alltoall"
         raise ConfigError(
             f"{path}.capacity_pad", True, constraint, fix=f"set it to false, or {path}.dispatcher=alltoall"
         )
 
 
 def check_grouped_gemm(model: ModelConfig, dtype: str, expert_tensor: int = 1) -> None:
-    """Raises ConfigError for experts that a grouped GEMM cannot compute: it reads multiples of 16 bytes."""
+    """Raises ConfigError for experts that grouped GEMMs cannot compute, as they read multiples of 16 bytes."""
     experts = model.moe.experts
     if experts == "quack" and dtype != "bf16":
         raise ConfigError("model.moe.experts", experts, f"multiplies bf16, not {dtype}", fix="set it to auto")

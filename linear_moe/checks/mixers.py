@@ -13,6 +13,7 @@ from linear_moe.options.errors import ConfigError
 
 
 def check_mixers(config: Config, layers: list[ResolvedLayer]) -> None:
+    """Raises ConfigError for a mixer whose sizes are invalid, or that does not support a feature in use."""
     first: dict[str, tuple[str, Any]] = {}  # type of mixer -> path and config of the first layer with it
     pieces = f"parallel.sequence{'' if config.parallel.sequence > 1 else '_pieces'} > 1"
     for i, layer in enumerate(layers):

@@ -13,6 +13,7 @@ from linear_moe.options.errors import ConfigError, nearest
 
 
 def check_parallel(config: Config, layers: list[ResolvedLayer]) -> None:
+    """Raises ConfigError for parallel sizes and options that do not fit the model or each other."""
     parallel = config.parallel
     _check_pipeline(config, len(layers))
     _check_sequence(config, layers)

@@ -10,6 +10,7 @@ from linear_moe.options.errors import ConfigError, nearest
 
 
 def check_recompute(config: Config) -> None:
+    """Raises ConfigError for options of recomputation that do not fit each other or the model."""
     training, path = config.training, "training.recompute_modules"
     modules, choice = training.recompute_modules, training.recompute
     for name in modules:
@@ -32,6 +33,7 @@ def check_recompute(config: Config) -> None:
 
 
 def check_schedule(config: Config) -> None:
+    """Raises ConfigError for a learning-rate schedule that does not fit the number of steps or the peak rate."""
     schedule, steps = config.schedule, config.training.steps
     check_most("schedule.warmup_steps", schedule.warmup_steps, "training.steps", steps)
     check_most("schedule.min_lr", schedule.min_lr, "optimizer.lr", config.optimizer.lr)
@@ -46,6 +48,7 @@ def check_schedule(config: Config) -> None:
 
 
 def check_batch(config: Config, layout: ProcessMesh) -> None:
+    """Raises ConfigError unless the global batch is a whole number of micro-batches for every replica."""
     training = config.training
     size = training.micro_batch * layout.data
     if training.global_batch % size:

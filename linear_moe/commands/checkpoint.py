@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--no-verify", action="store_true", help="do not read all files to compare their CRC-32")
     reshard = actions.add_parser("reshard", help="rewrite a checkpoint in other files, with or without optimizer state")
     reshard.add_argument("source", type=Path, metavar="SRC", help=source)
-    reshard.add_argument(
-        "out", type=Path, metavar="DST", help="run folder that begins with it; must have no checkpoint"
-    )
+    reshard.add_argument("out", type=Path, metavar="DST", help="run folder whose first checkpoint it becomes")
     positive = arguments.number(int, "a whole number from 1 to 65536", lambda n: 1 <= n <= 65536)
     reshard.add_argument(
         "--files", type=positive, default=8, help="number of files to write the tensors in (default: 8)"

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the latest complete one)")
     parser.add_argument("--dtype", choices=arguments.DTYPES, help="default: as trained")
     parser.add_argument(
-        "--max-shard-size", type=arguments.size, default="5GB", help="of a file of weights (default: 5GB)"
+        "--max-shard-size", type=arguments.size, default="5GB", help="of a weights file, at most (default: 5GB)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -196,8 +196,8 @@ class TextStream:
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]):
         self.tokenizer, self.write = tokenizer, write
         self.tokens: list[int] = []
-        # The text of tokens[:written] is out. Later tokens are decoded together with tokens[context:written], because
-        # the text of a token may depend on the tokens before it.
+        # The text of tokens[:written] has been written. Later tokens are decoded together with tokens[context:written],
+        # because the text of a token may depend on the tokens before it.
         self.context = self.written = 0
 
     def put(self, token: int) -> None:

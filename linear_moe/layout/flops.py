@@ -1,4 +1,4 @@
-"""Forward FLOPs per token: two per active weight of a matrix product, and those that mixers declare for recurrences."""
+"""Forward FLOPs per token: two per active weight of a matrix product, and FLOPs that mixers declare for recurrences."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def layer_flops(layer: Any, config: Config) -> dict[str, float]:
 def flops_per_token(config: Config) -> float:
     """Model FLOPs per trained token, forward and backward, without recomputation; over all ranks' shares.
 
-    Two FLOPs per active weight that takes part in a matrix product (the embedding's lookup is none) and what the mixers
-    declare for their recurrences at training.sequence_length; the backward pass costs twice the forward pass.
+    A forward pass has two FLOPs per active weight of a matrix product (the embedding's lookup is none), and the FLOPs
+    that mixers declare for their recurrences at training.sequence_length; a backward pass costs twice as many.
     """
     return 3 * forward_flops(config).total
 

@@ -40,8 +40,8 @@ class Activations:
         assert {"layer", *MODULES}.issuperset(modules), modules
         self.modules, self.layers = frozenset(modules), layers
         self._active: frozenset[str] = frozenset()  # modules to recompute in the layer being computed
-        self._transients: _Transients | None = None  # of the layer being computed
-        self._region: _Region | None = None  # being computed, the first time or again
+        self._transients: _Transients | None = None  # transients of the layer being computed
+        self._region: _Region | None = None  # region being computed, for the first time or again
 
     @property
     def again(self) -> bool:

@@ -87,9 +87,7 @@ class Upcycler:
         if name == "router.weight":
             drawn = initial_value(f"{prefix}ffn.{name}", spec, self.seed)
             return drawn[:: self.parts].repeat_interleave(self.parts, 0)
-        if (
-            name == "router.expert_bias" or name == "shared_expert_gate.weight"
-        ):  # a gate of zeros is 1/2 for every token
+        if name == "router.expert_bias" or name == "shared_expert_gate.weight":  # zero weights: the gate is always 1/2
             return torch.zeros(spec.shape)
         gate, up, down = (self.read(f"{prefix}ffn.{dense}.weight") for dense in DENSE)
         # The output is linear in two of the three matrices, up and down: each gets the square root of the scale.
@@ -110,8 +108,8 @@ class Upcycler:
         """Factor of the experts' outputs that makes the weighted sum of a token's experts equal the dense FFN."""
         if is_exact(self.moe):
             return self.parts / self.moe.routed_scaling_factor
-        # If the weights of a token have no fixed sum, its mean is estimated, over random tokens with the scale that the
-        # norm before the FFN gives them.
+        # If the sum of a token's weights is not fixed, its mean is estimated over random logits, with the standard
+        # deviation that the norm before the FFN gives to logits.
         if prefix not in self._scales:
             logits = torch.randn(
                 SAMPLES, self.moe.num_experts // self.parts, generator=torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ class ConfigError(ValueError):
     Args:
         path: dotted config path ("model.moe.top_k"), or a file or command-line argument.
         value: the offending value; `...` where there is none, for example for a missing file.
-        constraint: what must hold, in words.
+        constraint: the constraint that does not hold, in words.
         candidates: valid names; the text offers the ones near `value`, or all of them when none is near.
         near_to: the text with which candidates are compared, if not `value`.
         list_all: whether the text lists all candidates even when some are near.

@@ -69,7 +69,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def read_layers(path: Path, above: tuple[Path, ...]) -> list[Mapping[str, Any]]:
-    """Reads a file's layers: those of the files it includes, then its own; `above` are the files that include `path`.
+    """Reads the layers of the files that `path` includes, then its own; `above` are the files that include `path`.
 
     Raises ConfigError for a file that cannot be read, is not a mapping, or includes itself.
     """

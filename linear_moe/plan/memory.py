@@ -84,7 +84,7 @@ def state_bytes(
             optimizer state is the largest of any replica.
     """
     optimizer, totals = config.optimizer, dict.fromkeys(STATE, 0)
-    for expert, replicas in ((False, layout.replicas), (True, layout.expert_data)):  # experts have other replicas
+    for expert, replicas in ((False, layout.replicas), (True, layout.expert_data)):  # experts differ in replicas
         state = [0] * replicas
         for number, chunk in enumerate(chunks):
             buffers: dict[torch.dtype, list[nn.Parameter]] = {}  # DDP makes a buffer for each dtype

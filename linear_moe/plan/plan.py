@@ -87,6 +87,6 @@ def make_plan(config: Config, world: int | None = None) -> Plan:
 
 
 def _count(module: nn.Module, config: Config) -> tuple[int, int]:
-    """Counts all parameters of a module, and those that one token meets."""
+    """Counts all parameters of a module, and the parameters that one token meets."""
     parameters = _parameters(module)
     return sum(p.numel() for p in parameters), sum(active(p, config) for p in parameters)

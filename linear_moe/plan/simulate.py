@@ -44,7 +44,7 @@ class LayerKind:
         number: index of the first of these layers.
         layers: number of these layers in the model; 0: the model has none, and softmax attention is simulated to
             compare with.
-        by: the key of WAYS under which these layers' ways are listed.
+        by: key of WAYS: "exchange" for recurrences, "attention" for softmax attention.
         needs: exchanges that each of these layers needs between the ranks of a sequence.
     """
 

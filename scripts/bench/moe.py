@@ -335,9 +335,7 @@ def write(path: Path, rows: list[dict[str, Any]], device: str, skew: float, revi
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
         "gpus": int(cuda),
         **versions(),
-        **{
-            name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES
-        },  # null for a package that was not used
+        **{name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES},  # null: not used
         "commit": revision,
         "command": shlex.join(["scripts/bench/moe.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),

@@ -371,11 +371,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", help="cases, names of lists of cases, and a.b=c for all cases")
     parser.add_argument("--preset", default="a0.3b_2b", help="file of configs/models")
     parser.add_argument("--layers", type=int, help="number of layers in place of the preset's, recorded in every row")
-    parser.add_argument("--recompute", default="full", choices=("none", "full"), help="layers to recompute")
+    parser.add_argument("--recompute", default="full", choices=("none", "full"), help="recomputed layers")
     parser.add_argument("--profile", default="", help="lengths at which sp2 is traced: 32K,128K")
     parser.add_argument("--budget", type=float, default=5, help="seconds of the measured steps of a job")
     parser.add_argument(
-        "--slack", type=float, default=1.1, help="leave out jobs that plan to need this times the memory"
+        "--slack", type=float, default=1.1, help="leave out jobs that need this times the memory, by plan"
     )
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one case at one length")
     parser.add_argument("--seconds", type=float, default=1800, help="for everything; jobs not done then are left out")

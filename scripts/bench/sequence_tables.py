@@ -347,7 +347,7 @@ def ticks(low: float, high: float, logarithmic: bool) -> list[float]:
 
 
 def curves(groups: dict[tuple[str, bool], list[Row]], key: str = "tokens_per_second_per_gpu") -> list[Curve]:
-    """Makes curves from groups of rows; the key of a group is the name of its colour, and whether it is dashed."""
+    """Makes curves from groups of rows; a group's key has the name that gets a colour, and whether it is dashed."""
     names = list(dict.fromkeys(name for name, _ in groups))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     return [

@@ -166,7 +166,7 @@ class LinearMixer(Mixer):
         States have the names of `state_shapes`. This method calls `op`, which has one state, `state [N, H, K, V]`; a
         mixer with other states, or with a choice of ops, overrides the method.
         """
-        op = type(self).op  # through the class, so that a function does not become a method
+        op = type(self).op  # read from the class, so that a function does not become a method
         o, state = op(**inputs, initial_state=states.get("state"), cu_seqlens=layout.cu_seqlens)
         return o, {"state": state}
 

@@ -30,7 +30,7 @@ class GLAConfig(MixerConfig):
     expand_k: float = opt(0.5, "width of all heads' keys over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' values over hidden_size", gt=0, le=64)
     gate_rank: int = opt(16, "rank of the decay gate's projection", ge=1, le=2**20)
-    gate_normalizer: float = opt(16.0, "divisor of the log decay, logsigmoid(.) / gate_normalizer", gt=0)
+    gate_normalizer: float = opt(16.0, "the log decay is logsigmoid(.) / gate_normalizer", gt=0)
     conv_size: int = opt(0, "taps of a short convolution with SiLU on q, k and v; 0: none", ge=0, le=2**10)
     qkv_bias: bool = opt(False, "biases in the q, k and v projections")
 

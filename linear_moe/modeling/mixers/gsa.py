@@ -34,7 +34,7 @@ class GSAConfig(MixerConfig):
     num_slots: int = opt(64, "slots of each head", ge=2, le=2**16)
     expand_k: float = opt(1.0, "width of all heads' queries over hidden_size", gt=0, le=64)
     expand_v: float = opt(1.0, "width of all heads' outputs over hidden_size", gt=0, le=64)
-    gate_normalizer: float = opt(8.0, "divisor of the log decay, logsigmoid(.) / gate_normalizer", gt=0)
+    gate_normalizer: float = opt(8.0, "the log decay is logsigmoid(.) / gate_normalizer", gt=0)
     scale: float = opt(1.0, "factor of the scores of slots", gt=0)
     feature_map: str = opt("swish", "feature map of queries and keys", choices=("swish", "relu", "t2r", "identity"))
     conv_size: int = opt(0, "taps of a short convolution with SiLU on q, k and v; 0: none", ge=0, le=2**10)

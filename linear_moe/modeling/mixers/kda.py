@@ -37,7 +37,10 @@ class KDAConfig(MixerConfig):
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v; 0: none", ge=0, le=2**10)
     gate_bias: bool = opt(True, "a bias in the output gate; Kimi Linear's published weights have none")
     lower_bound: float | None = opt(
-        None, "null: g = -A softplus(.); else g = lower_bound * sigmoid(A .), in (lower_bound, 0)", ge=-5, lt=0
+        None,
+        "lower bound of the log decay g: g = lower_bound * sigmoid(A .); null: none, g = -A softplus(.)",
+        ge=-5,
+        lt=0,
     )
     allow_neg_eigval: bool = opt(
         False, "beta in (0, 2), so that transitions have negative eigenvalues (arXiv 2411.12537)"

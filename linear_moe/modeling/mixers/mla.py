@@ -111,7 +111,8 @@ class MultiHeadLatentAttention(Mixer):
         rows = torch.arange(layout.batch, device=layout.positions.device).unsqueeze(1)
         cache["latent"][rows, layout.positions] = inputs["latent"]
         rank, expanded = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
-        if layout.length * (2 * rank - expanded) < rank * expanded:  # multiplications per head and slot of the cache
+        # Compares the multiplications of both ways for each head and slot of the cache.
+        if layout.length * (2 * rank - expanded) < rank * expanded:
             return self._attend_to_latents(inputs["q"], cache["latent"], layout.positions)
         return softmax_attention(inputs["q"], *self._expand(cache["latent"]), positions=layout.positions)
 

@@ -43,9 +43,7 @@ class MoMConfig(MixerConfig):
     expand_v: float = opt(1.0, "size of a value head over head_dim", gt=0, le=64)
     conv_size: int = opt(4, "taps of the short convolutions on q, k and v", ge=1, le=2**10)
     gate_rank: int = opt(16, "with memory: gla, rank of the decay gate's projection", ge=1, le=2**20)
-    gate_normalizer: float = opt(
-        16.0, "with memory: gla, divisor of the log decay, logsigmoid(.) / gate_normalizer", gt=0
-    )
+    gate_normalizer: float = opt(16.0, "with memory: gla, the log decay is logsigmoid(.) / gate_normalizer", gt=0)
 
 
 class MemoryRouter(Linear):
@@ -242,5 +240,7 @@ class MixtureOfMemories(LinearMixer):
         return shapes | {"state": ((batch, heads, self.key_dim, self.value_dim), torch.float32)}
 
     def recurrence_flops(self, length: int) -> float:
-        states = self.num_heads * (self.config.top_k + self.config.shared_memory)  # that a token updates and reads
+        states = self.num_heads * (
+            self.config.top_k + self.config.shared_memory
+        )  # states that a token updates and reads
         return (4.0 if self.config.memory == "gla" else 6.0) * states * self.key_dim * self.value_dim

@@ -119,5 +119,5 @@ class Titans(LinearMixer):
         return cache
 
     def recurrence_flops(self, length: int) -> float:
-        # the error at k, its write to M and S, the readings of both; scores and errors within the chunk
+        # FLOPs of the error at k, of writing it to M and S, and of reading both; then of scores and errors in a chunk.
         return self.num_heads * self.head_dim * (10.0 * self.head_dim + 4.0 * self.config.chunk_size)

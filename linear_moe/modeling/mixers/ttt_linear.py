@@ -29,7 +29,7 @@ class TTTLinearConfig(MixerConfig):
     type: str = opt("ttt_linear", "name of the mixer")
     num_heads: int | None = opt(None, "heads; null: model.num_heads", ge=1, le=2**16)
     mini_batch_size: int = opt(16, "tokens whose inner gradients are computed at the same weights", ge=1, le=2**10)
-    inner_lr: float = opt(1.0, "factor of the inner learning rate, inner_lr * sigmoid(.) / head size", gt=0)
+    inner_lr: float = opt(1.0, "the inner learning rate is inner_lr * sigmoid(.) / head size", gt=0)
     inner_norm_eps: float = opt(1e-6, "epsilon of the inner LayerNorm", gt=0)
     rope_base: float = opt(10000.0, "base of the rotary frequencies; positions count within the mini-batch", gt=1)
     share_qk: bool = opt(True, "q and k are convolutions of one projection, as in the Mamba backbone")
@@ -145,7 +145,7 @@ class TTTLinear(LinearMixer):
 
     def recurrence_flops(self, length: int) -> float:
         heads = self.config.num_heads or self.dims.num_heads
-        # the error at k, its write, the reading of q; scores and gradients within the mini-batch
+        # FLOPs of the error at k, of writing it, and of reading at q; then of scores and gradients in the mini-batch.
         return heads * self.head_dim * (6.0 * self.head_dim + 4.0 * self.config.mini_batch_size)
 
 

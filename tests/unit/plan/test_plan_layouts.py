@@ -104,7 +104,7 @@ def test_more_memory_is_never_slower() -> None:
 
 
 def test_compute_is_flops_at_the_stated_efficiency() -> None:
-    """A model so wide that launches bind no layer takes the time of its FLOPs, besides that of its memory."""
+    """A model so wide that no layer is bound by launches takes, on one GPU, the time of its FLOPs and memory."""
     sections = tree(global_batch=8, micro_batch=8, sequence_length=1024)
     sections["model"] |= {"hidden_size": 6144, "moe": {"num_experts": 8, "top_k": 2, "expert_ffn_size": 4096}}
     config = from_dict(Config, sections)

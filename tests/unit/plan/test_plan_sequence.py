@@ -355,10 +355,10 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     words = ["plan", str(MODELS / "a0.3b_2b.yaml"), "--world", "32", "--tokens-per-gpu", "32K", "--gpu", "h200"]
     plot = tmp_path / "sequence.svg"
     assert main([*words, "--json", "--plot", str(plot), "--inter-node-bandwidth", "25", "--latency", "10"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["cluster"]["inter_node_bandwidth"] == 25e9 and found["cluster"]["latency"] == pytest.approx(10e-6)
-    assert {row["gpus"] for row in found["rows"]} == {8, 16, 32}
-    assert {row["sequence_length"] // row["gpus"] for row in found["rows"]} == {2**15}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["cluster"]["inter_node_bandwidth"] == 25e9 and printed["cluster"]["latency"] == pytest.approx(10e-6)
+    assert {row["gpus"] for row in printed["rows"]} == {8, 16, 32}
+    assert {row["sequence_length"] // row["gpus"] for row in printed["rows"]} == {2**15}
     drawing = ElementTree.fromstring(plot.read_text())
     labels = {text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")}
     assert {"all_gather", "ring", "heads: at most as many GPUs as heads", "32"} <= labels
@@ -366,7 +366,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     out = capsys.readouterr().out
     assert "8 heads are too few" in out and "tokens/s/GPU" in out and "data sheets" in out
     assert main(["plan", str(MODELS / "a0.3b_2b.yaml"), "--world", "8", "--sequence-length", "1M", "--json"]) == 0
-    slower, faster = (found["rows"], json.loads(capsys.readouterr().out)["rows"])
+    slower, faster = (printed["rows"], json.loads(capsys.readouterr().out)["rows"])
     assert {row["sequence_length"] for row in faster} == {2**20} and len(faster) == len(slower) / 3
 
 

@@ -59,7 +59,7 @@ def test_gated_deltanet_is_flas() -> None:
 
 
 def test_negative_eigenvalues() -> None:
-    """Writes have, with allow_neg_eigval, twice the strength, and nothing else changes (arXiv 2411.12537)."""
+    """allow_neg_eigval gives writes twice the strength, and changes nothing else (arXiv 2411.12537)."""
     mixers = [build("gated_deltanet", {"allow_neg_eigval": option}) for option in (False, True)]
     less, more = (mixer.project(stream(1, 5), TokenLayout(1, 5), None)[0] for mixer in mixers)
     assert_close(more.pop("beta"), 2 * less.pop("beta"), FP32)

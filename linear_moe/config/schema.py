@@ -99,7 +99,7 @@ class DataConfig:
 class MuonConfig:
     """Options of Muon (arXiv 2502.16982) for the linear maps of mixers, FFN and experts.
 
-    The learning rate and weight decay are those of OptimizerConfig, as for AdamW.
+    The learning rate and weight decay are optimizer.lr and optimizer.weight_decay, as for AdamW.
     """
 
     momentum: float = opt(0.95, "decay of the momentum", ge=0, lt=1)

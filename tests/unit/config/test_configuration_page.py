@@ -64,7 +64,7 @@ def test_for_people(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert run("training.steps") == (0, "  training.steps=200  (int, >= 1)\n    optimizer steps\n", "")
     out = run("optimizer")[1]
-    assert "  optimizer.moments=fp32  (one of fp32, bf16)\n    what AdamW's moments" in out
+    assert "  optimizer.moments=fp32  (one of fp32, bf16)\n    dtype of AdamW's moments" in out
     assert "\noptimizer.muon: For type: muon." in out  # a section inside
     assert "training.steps" not in out and max(map(len, out.splitlines())) <= 60
     assert run()[1].count("\n  ") >= len(dict(leaves(Config().to_dict())))

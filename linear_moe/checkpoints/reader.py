@@ -21,7 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from linear_moe.options.errors import ConfigError
 
@@ -141,6 +141,13 @@ def verify_checkpoint_files(checkpoint: Path, part: int = 0, parts: int = 1) -> 
         return next(filter(None, threads.map(verify, sorted(sums)[part::parts])), None)
 
 
+def verify_checkpoint(folder: Path) -> None:
+    """Raises ConfigError unless every file has the content that was written, by its CRC-32."""
+    wrong = verify_checkpoint_files(folder)
+    if wrong is not None:
+        raise damaged(folder / wrong[0], wrong[1])
+
+
 def read_tensors(checkpoint: Path, tensors: dict[str, Any], planner: LoadPlanner | None = None) -> None:
     """Reads the values of `tensors` (by checkpoint key) in place, converted to their dtypes, in this process alone."""
     with warnings.catch_warnings():
@@ -148,12 +155,19 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Any], planner: LoadPlanner
         dcp.load(tensors, storage_reader=FileSystemReader(checkpoint), planner=planner, no_dist=True)
 
 
-def weight_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Full (unsharded) shape of every model parameter, by name."""
-    tensors = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+def read_metadata(folder: Path) -> Metadata:
+    """Reads the list of a checkpoint's tensors and of their places in files; raises ConfigError if it is damaged."""
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except Exception as error:  # unpickling raises anything
+        raise damaged(folder / ".metadata", f"is damaged: {type(error).__name__}: {error}") from None
+
+
+def weight_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Full (unsharded) shape of every model parameter of a checkpoint, by name."""
     return {
         key.removeprefix(MODEL): tuple(tensor.size)
-        for key, tensor in tensors.items()
+        for key, tensor in metadata.state_dict_metadata.items()
         if key.startswith(MODEL) and isinstance(tensor, TensorStorageMetadata)
     }
 
@@ -170,13 +184,11 @@ def load_full_weights(checkpoint_folder: str | Path, *, fp32: bool = False) -> d
         ConfigError: a file is missing or damaged.
     """
     folder = Path(checkpoint_folder)
-    wrong = verify_checkpoint_files(folder)
-    if wrong is not None:
-        raise damaged(folder / wrong[0], wrong[1])
+    verify_checkpoint(folder)
     dtypes = read_info(folder)["dtypes"]
     tensors: dict[str, Any] = {
         MODEL + name: torch.empty(shape, dtype=torch.float32 if fp32 else getattr(torch, dtypes[name]))
-        for name, shape in weight_shapes(folder).items()
+        for name, shape in weight_shapes(read_metadata(folder)).items()
     }
     read_tensors(folder, tensors)
     return {key.removeprefix(MODEL): tensor for key, tensor in tensors.items()}

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linear_moe.checkpoints.reader import MODEL, damaged, read_tensors, verify_checkpoint_files, weight_shapes
+from linear_moe.checkpoints.reader import MODEL, read_metadata, read_tensors, verify_checkpoint, weight_shapes
 from linear_moe.checkpoints.run import find_checkpoint, is_run
 from linear_moe.config.load import load_config
 from linear_moe.modeling.config import ModelConfig
@@ -65,10 +65,8 @@ class RunWeights(WeightSource):
         super().__init__(find_checkpoint(run, step), load_config(run / "config.yaml").model, run / "tokenizer")
 
     def _open(self) -> dict[str, tuple[int, ...]]:
-        wrong = verify_checkpoint_files(self.place)
-        if wrong is not None:
-            raise damaged(self.place / wrong[0], wrong[1])
-        return weight_shapes(self.place)
+        verify_checkpoint(self.place)
+        return weight_shapes(read_metadata(self.place))
 
     def _read(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=torch.float32)

@@ -45,11 +45,12 @@ def main(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Prints a description of a checkpoint, after comparing every file with its recorded CRC-32."""
-    from linear_moe.checkpoints import inspect as inspect_checkpoint
+    from linear_moe.checkpoints.inspect import describe_checkpoint
+    from linear_moe.checkpoints.run import find_checkpoint
 
     start = time.perf_counter()
-    folder = inspect_checkpoint.find(args.source, args.step)
-    description = inspect_checkpoint.describe_checkpoint(folder, args.tensors, checked=not args.no_verify)
+    folder = find_checkpoint(args.source, args.step)
+    description = describe_checkpoint(folder, args.tensors, checked=not args.no_verify)
     if args.tensors is not None and not description["tensors"]:
         fix = "names begin with model. or optimizer.; '*' matches all"
         raise ConfigError("--tensors", args.tensors, f"no tensor of {folder} is called so", fix=fix)

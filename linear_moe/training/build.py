@@ -16,7 +16,7 @@ from linear_moe.layout.recompute import recomputed
 from linear_moe.modeling.activations import Activations
 from linear_moe.modeling.host import initialize
 from linear_moe.modeling.model import LanguageModel, crossing
-from linear_moe.modeling.tokens import Cache, TokenLayout
+from linear_moe.modeling.tokens import TokenLayout
 from linear_moe.training.host import MegatronHost
 from linear_moe.training.megatron_config import crossing_columns, transformer_config
 from linear_moe.training.optimizer.build import ddp_config
@@ -64,14 +64,7 @@ class MegatronModel(LanguageModel):
         (self._received,) = tensor
 
     def forward(
-        self,
-        tokens: Tensor | None,
-        layout: TokenLayout,
-        *,
-        hidden: Tensor | None = None,
-        labels: Tensor | None = None,
-        caches: list[Cache] | None = None,
-        keep: int = 0,
+        self, tokens: Tensor | None, layout: TokenLayout, *, hidden: Tensor | None = None, **options: Any
     ) -> Tensor:
         """Runs LanguageModel.forward on the hidden states that the previous stage sent.
 
@@ -81,7 +74,7 @@ class MegatronModel(LanguageModel):
         if not self.pre_process:
             assert self._received is not None and hidden is None
             hidden = self._unpack(self._received.flatten(0, 1), layout)
-        output = super().forward(tokens, layout, hidden=hidden, labels=labels, caches=caches, keep=keep)
+        output = super().forward(tokens, layout, hidden=hidden, **options)
         if self.post_process:
             return output
         output = self._pack(output, layout)

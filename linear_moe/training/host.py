@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor, nn
 
 from linear_moe.modeling.activations import Activations
-from linear_moe.modeling.host import Host, Init, Matrices
+from linear_moe.modeling.host import Host
 from linear_moe.modeling.moe.capacity import capacity
 from linear_moe.modeling.moe.config import MoEConfig, expert_dispatcher
 from linear_moe.modeling.moe.dispatch import Dispatcher
@@ -76,28 +75,9 @@ class MegatronHost(Host):
     def rank(self, axis: str) -> int:
         return self._ranks[axis]
 
-    def parameter(
-        self,
-        *shape: int,
-        init: Init,
-        axes: Mapping[int, str] | None = None,
-        decay: bool = True,
-        fp32: bool = False,
-        tokenwise: bool = False,
-        trained: bool = True,
-        matrices: Matrices | None = None,
-    ) -> nn.Parameter:
+    def parameter(self, *shape: int, tokenwise: bool = False, **options: Any) -> nn.Parameter:
         """See `Host.parameter`. Sets also the attributes by which Megatron reduces the gradient and takes its norm."""
-        parameter: Any = super().parameter(
-            *shape,
-            init=init,
-            axes=axes,
-            decay=decay,
-            fp32=fp32,
-            tokenwise=tokenwise,
-            trained=trained,
-            matrices=matrices,
-        )
+        parameter: Any = super().parameter(*shape, tokenwise=tokenwise, **options)
         split = {axis: dim for dim, axis in parameter.spec.axes.items()}
         expert = "expert" in split
         assert not expert or "expert_tensor" in split, "clipping would count an expert's unsplit parameter many times"

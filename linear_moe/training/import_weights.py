@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from linear_moe.checkpoints.reader import LATEST, complete_checkpoints
-from linear_moe.checkpoints.run import EMBEDDING
+from linear_moe.checkpoints.run import EMBEDDING, check_no_checkpoints
 from linear_moe.checkpoints.weights import WeightSource, open_weights
 from linear_moe.config.load import save_config
 from linear_moe.config.schema import Config
@@ -50,9 +49,7 @@ def import_weights(source: Path, config: Config, *, upcycle: bool = False, step:
     from linear_moe.training.data.tokenizer import copy_tokenizer
 
     run = Path(config.run)
-    checkpoints = run / "checkpoints"
-    if (checkpoints / LATEST).exists() or complete_checkpoints(checkpoints):
-        raise ConfigError("run", config.run, "has checkpoints already", fix="choose another run folder")
+    check_no_checkpoints("run", run)
     weights = open_weights(source, step)
     layers = _upcycled_layers(config, weights, upcycle)
     parts = granularity(config.model.moe, weights.model.ffn_size) if layers else None

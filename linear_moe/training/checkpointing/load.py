@@ -17,6 +17,7 @@ from linear_moe.checkpoints.reader import (
     damaged,
     latest_checkpoint,
     read_info,
+    read_metadata,
     read_tensors,
     verify_checkpoint_files,
     weight_shapes,
@@ -256,7 +257,7 @@ def _check_parameters(folder: Path, model: list[Any]) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, local)
     expected = {name: shape for rank in everyone for name, shape in rank.items()}
-    check_shapes(str(folder), expected, weight_shapes(folder), fix="choose another run folder")
+    check_shapes(str(folder), expected, weight_shapes(read_metadata(folder)), fix="choose another run folder")
 
 
 def check_shapes(

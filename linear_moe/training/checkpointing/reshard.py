@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from linear_moe.checkpoints.inspect import OPTIMIZER, find, read_metadata, verify_checkpoint
-from linear_moe.checkpoints.reader import LATEST, MODEL, complete_checkpoints, read_info
-from linear_moe.checkpoints.run import EMBEDDING, is_run
+from linear_moe.checkpoints.inspect import NEEDED, OPTIMIZER
+from linear_moe.checkpoints.reader import read_info, read_metadata, verify_checkpoint, weight_shapes
+from linear_moe.checkpoints.run import EMBEDDING, check_no_checkpoints, find_checkpoint, is_run
 from linear_moe.config.load import load_config, save_config
 from linear_moe.config.schema import Config
 from linear_moe.modeling.host import Host, ParameterSpec, spec_of
@@ -78,12 +78,10 @@ def reshard(
     Raises:
         ConfigError: the source is damaged, `out` has checkpoints, sizes do not divide the model, or the disk is full.
     """
-    folder = find(source, step)
-    checkpoints = out / "checkpoints"
-    if (checkpoints / LATEST).exists() or complete_checkpoints(checkpoints):
-        raise ConfigError("DST", str(out), "has checkpoints already", fix="choose another run folder")
+    folder = find_checkpoint(source, step)
+    check_no_checkpoints("DST", out)
     verify_checkpoint(folder)
-    info = read_info(folder)
+    info = read_info(folder, NEEDED)
     config = _config(folder, info)
     metadata = read_metadata(folder)
     layout = {axis: getattr(config.parallel, axis) or 1 for axis in AXES} | dict(sizes or {})
@@ -100,8 +98,8 @@ def reshard(
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
         save_config(config, out / "config.yaml")
-        save_pieces(checkpoints / folder.name, pieces, objects, info, min(files, len(pieces)))
-    final = checkpoints / folder.name
+        final = out / "checkpoints" / folder.name
+        save_pieces(final, pieces, objects, info, min(files, len(pieces)))
     written = read_info(final)["files"]
     return {
         "checkpoint": str(final),
@@ -125,11 +123,7 @@ def _config(folder: Path, info: dict[str, Any]) -> Config:
 
 def _specs(config: Config, metadata: Metadata) -> dict[str, ParameterSpec]:
     """Shape and split of each parameter of the model, by name. ConfigError if the checkpoint has other parameters."""
-    saved = {
-        key.removeprefix(MODEL): tuple(entry.size)
-        for key, entry in metadata.state_dict_metadata.items()
-        if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
-    }
+    saved = weight_shapes(metadata)
     model = LanguageModel(config.model, saved.get(EMBEDDING, (1,))[0], Host(torch.float32, "meta"))
     specs: dict[str, ParameterSpec] = {name: spec_of(p) for name, p in model.named_parameters()}
 

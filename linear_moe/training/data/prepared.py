@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from linear_moe.config.schema import DataConfig
 from linear_moe.training.data.tokenizer import copy_tokenizer
+
+FORMAT = 2  # part of every key: to be raised when the same corpus and tokenizer would give other files
+SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -80,3 +86,14 @@ def split_sequences(total: int, held_out: float, split: str) -> np.ndarray:
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     chosen = (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(held_out * 2**64))
     return np.flatnonzero(chosen if split == "validation" else ~chosen).astype(np.int32)
+
+
+def data_key(data: DataConfig, source: str, tokenizer: dict[str, Any]) -> str:
+    """Key of prepared data: a hash of everything that its tokens depend on, its corpus as `source`."""
+    parts = {
+        "format": FORMAT,
+        "source": source,
+        "tokenizer": tokenizer,
+        "validation_fraction": data.validation_fraction,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

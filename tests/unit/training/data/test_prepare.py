@@ -19,7 +19,7 @@ from linear_moe.commands import data as command
 from linear_moe.config.schema import Config
 from linear_moe.options.errors import ConfigError
 from linear_moe.training import platform
-from linear_moe.training.data import prepare
+from linear_moe.training.data import indexed, prepare, tokenize
 from linear_moe.training.data.corpus import documents, open_corpus
 from linear_moe.training.data.prepare import check_data, prepare_data
 
@@ -57,8 +57,8 @@ def test_every_document_is_stored(config_of: ConfigOf, kind: str) -> None:
 def test_long_documents_are_encoded_in_pieces(
     config_of: ConfigOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "text_pieces", lambda text: [text[i : i + 7] for i in range(0, len(text), 7)])
-    monkeypatch.setattr(prepare, "BATCH", 50)
+    monkeypatch.setattr(tokenize, "text_pieces", lambda text: [text[i : i + 7] for i in range(0, len(text), 7)])
+    monkeypatch.setattr(tokenize, "BATCH", 50)
     config = config_of()
     prepared = prepare_data(config, progress=False)
     assert prepared.train_prefix is not None
@@ -70,7 +70,7 @@ def test_long_documents_are_encoded_in_pieces(
 def test_prepared_once_and_keyed(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first = prepare_data(config_of(), progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_tokenize", lambda *_: pytest.fail("prepared again"))
+        patch.setattr(prepare, "tokenize_corpus", lambda *_: pytest.fail("prepared again"))
         assert prepare_data(config_of(), progress=False) == first
         assert prepare_data(config_of(steps=7, seed=3), progress=False).train_prefix == first.train_prefix
     others = [{"tokenizer": {"type": "bpe", "vocab_size": 300}}, {"validation_fraction": 0.3}]
@@ -84,7 +84,7 @@ def test_torn_preparation_is_not_picked_up(
 ) -> None:
     whole = prepare_data(config_of({"cache": str(tmp_path / "other")}), progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_check_not_empty", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tokenize, "_check_not_empty", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare_data(config_of(), progress=False)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -105,8 +105,8 @@ def test_processes_that_start_together_prepare_once(config_of: ConfigOf, tmp_pat
         from linear_moe.options.load import from_dict
         from linear_moe.config.schema import Config
         from linear_moe.training.data import prepare
-        tokenize = prepare._tokenize
-        prepare._tokenize = lambda *args: (print("tokenizing"), tokenize(*args))[1]
+        tokenize = prepare.tokenize_corpus
+        prepare.tokenize_corpus = lambda *args: (print("tokenizing"), tokenize(*args))[1]
         print(prepare.prepare_data(from_dict(Config, {config.to_dict()!r}), progress=False).train_prefix)
         """
     start = [sys.executable, "-W", "ignore", "-c", code]
@@ -203,6 +203,19 @@ def test_prefix_of_another_maker(config_of: ConfigOf, tmp_path: Path) -> None:
     (tmp_path / "theirs.idx").unlink()
     with pytest.raises(ConfigError, match="missing half"):
         prepare_data(config_of(theirs), progress=False)
+
+
+def test_prefix_without_tokens(config_of: ConfigOf, tmp_path: Path) -> None:
+    """A dataset whose sequences are all empty is refused, by `linear-moe check` too."""
+    prepared = prepare_data(config_of(), progress=False)
+    writer = indexed.IndexedWriter(str(tmp_path / "theirs"), prepared.vocab_size)
+    for _ in range(3):
+        writer.add(np.array([], dtype=np.uint16), 0)
+    writer.close()
+    theirs = {"corpus": str(tmp_path / "theirs"), "tokenizer": {"type": "hf", "path": prepared.tokenizer_folder}}
+    for look in (check_data, partial(prepare_data, progress=False)):
+        with pytest.raises(ConfigError, match="holds no tokens: all its sequences are empty; make the dataset again"):
+            look(config_of(theirs))
 
 
 def test_prefix_with_a_wrong_tokenizer(config_of: ConfigOf, tmp_path: Path) -> None:

@@ -224,19 +224,19 @@ class _Model:
     def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[SimulatedLayer]:
         """Simulates one layer of each kind in every way; `config` is this model's configuration on `world` GPUs."""
         parallel, length = config.parallel, padded_length(config)
-        layers: Any = self.ranks(parallel).layers
+        layers = self.ranks(parallel).numbered_layers()
         flops = forward_flops(config, self.plain)
         group = Group.of(list(range(0, world, parallel.tensor)), cluster)
         alike: dict[tuple[Any, ...], list[int]] = {}
         for number, needs in self.ranks.needs(parallel).items():
             parts = tuple(flops.layers[number].values())
-            alike.setdefault((layers[str(number)].mixer.config.type, needs, parts), []).append(number)
+            alike.setdefault((layers[number].mixer.config.type, needs, parts), []).append(number)
         for (mixer, needs, _), (number, *others) in alike.items():
             kind = LayerKind(mixer, number, 1 + len(others), "attention" if needs.keys else "exchange", needs)
             for way in WAYS[kind.by]:
                 chosen: Any = {kind.by: way}
                 split = replace(SequenceSplit.of(config), **chosen)
-                compute, exchange = layer_seconds(config, number, layers[str(number)], flops, group, needs, split)
+                compute, exchange = layer_seconds(config, number, layers[number], flops, group, needs, split)
                 reason = ""
                 if way == HEADS[kind.by] and needs.heads % parallel.sequence:
                     reason = f"{needs.heads * parallel.tensor} heads are too few"

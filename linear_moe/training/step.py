@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -109,13 +110,13 @@ class Stepper:
     def __init__(
         self,
         config: Config,
-        model: list[torch.nn.Module],
+        model: list[DistributedDataParallel],
         optimizer: Any,
         device: torch.device,
         stop: StopSignal,
     ):
         self.config, self.model, self.optimizer, self.device, self.stop = config, model, optimizer, device, stop
-        self.host: MegatronHost = model[0].module.host  # type: ignore[union-attr,assignment]
+        self.host: MegatronHost = model[0].module.host
         self.routers = routers_of(model)
         self.line = sequence_line(config)
         training = config.training
@@ -176,7 +177,7 @@ class Stepper:
     def train(self, batches: Iterator[Batch]) -> StepResult:
         """Runs one optimizer step: forward and backward pass, gradient reduction, clipping and update. Collective."""
         for chunk in self.model:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         for chunk in self.model:
             chunk.train()

@@ -14,6 +14,7 @@ from typing import Any
 
 from linear_moe.checks.fields import validate_fields
 from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.strategies import AttentionStrategy, StateExchangeStrategy
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.layout.flops import forward_flops
 from linear_moe.layout.pipeline import HEAD_SPEED
@@ -31,7 +32,12 @@ from linear_moe.plan.traffic import HEADS, KEYS, STATES, LayerTraffic, SequenceS
 SMALLEST, LARGEST = 8, 4096  # GPUs
 WAYS = {"exchange": (*STATES, HEADS["exchange"]), "attention": (*KEYS, HEADS["attention"])}
 """Ways of sharing out a sequence, for recurrences ("exchange") and for softmax attention ("attention")."""
-SCHEMES = (("all_gather", "all_gather"), ("all_gather", "ring"), ("ring", "ring"), ("heads", "ulysses"))
+SCHEMES = (
+    (StateExchangeStrategy.ALL_GATHER.value, AttentionStrategy.ALL_GATHER.value),
+    (StateExchangeStrategy.ALL_GATHER.value, AttentionStrategy.RING.value),
+    (StateExchangeStrategy.RING.value, AttentionStrategy.RING.value),
+    (HEADS["exchange"], HEADS["attention"]),
+)
 """Ways of a whole model: of its recurrences, and of its softmax attention."""
 
 

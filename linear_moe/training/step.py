@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from linear_moe.config.schema import Config
+from linear_moe.config.strategies import AttentionStrategy, StateExchangeStrategy
 from linear_moe.layout.sequence import in_pieces, order_of, padded_length
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.tokens import TokenLayout
@@ -53,9 +54,9 @@ def sequence_line(config: Config) -> SequenceGroup | None:
     alone = parallel.sequence == 1
     group, rank = (None, 0) if alone else (ps.get_context_parallel_group(), ps.get_context_parallel_rank())
     # One rank alone has all pieces of a sequence: with ulysses it attends to the whole sequence in one call.
-    attention = "ulysses" if alone else parallel.sequence_attention
-    dtype = DTYPES[parallel.sequence_dtype]
-    return SequenceGroup(order_of(parallel), rank, group, parallel.sequence_exchange, attention, dtype)
+    attention = AttentionStrategy.ULYSSES if alone else AttentionStrategy(parallel.sequence_attention)
+    exchange, dtype = StateExchangeStrategy(parallel.sequence_exchange), DTYPES[parallel.sequence_dtype]
+    return SequenceGroup(order_of(parallel), rank, group, exchange, attention, dtype)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

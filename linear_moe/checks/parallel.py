@@ -33,9 +33,8 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
         return
     each = parallel.sequence_pieces
     if each is not None and each % 2 and parallel.sequence_layout == SequenceLayout.ZIGZAG:
-        constraint = (
-            f"must be even with parallel.sequence_layout={SequenceLayout.ZIGZAG}, which balances pairs of pieces"
-        )
+        zigzag = f"parallel.sequence_layout={SequenceLayout.ZIGZAG}"
+        constraint = f"must be even with {zigzag}, which balances pairs of pieces"
         fix = f"{nearest(each, step=2)}, or parallel.sequence_layout={SequenceLayout.CONTIGUOUS}"
         raise ConfigError("parallel.sequence_pieces", each, constraint, fix=fix)
     _check_sequence_attention(config, layers)

@@ -1,7 +1,7 @@
 """Names of the ways of sharing out sequences over ranks.
 
-The configuration holds them as plain strings, which YAML and JSON can write; code compares with the members, which equal
-their strings.
+The configuration holds them as plain strings, which YAML and JSON can write; code compares with the members, which
+equal their strings.
 """
 
 from __future__ import annotations

@@ -21,10 +21,7 @@ def in_pieces(parallel: ParallelConfig) -> bool:
 def padded_length(config: Config) -> int:
     """Length of a sequence with padding: training.sequence_length, rounded up so that all pieces are equally long."""
     parallel = config.parallel
-    each = parallel.sequence_pieces or (
-        2 if parallel.sequence > 1 and parallel.sequence_layout == SequenceLayout.ZIGZAG else 1
-    )
-    step = parallel.sequence * each * (parallel.tensor if in_pieces(parallel) and tensor_sequence(parallel) else 1)
+    step = order_of(parallel).count * (parallel.tensor if in_pieces(parallel) and tensor_sequence(parallel) else 1)
     return -(-config.training.sequence_length // step) * step
 
 

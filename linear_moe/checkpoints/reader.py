@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from linear_moe.options.errors import ConfigError
 
@@ -152,7 +153,7 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Any], planner: LoadPlanner
     """Reads the values of `tensors` (by checkpoint key) in place, converted to their dtypes, in this process alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is intended
-        dcp.load(tensors, storage_reader=FileSystemReader(checkpoint), planner=planner, no_dist=True)
+        load(tensors, storage_reader=FileSystemReader(checkpoint), planner=planner, no_dist=True)
 
 
 def read_metadata(folder: Path) -> Metadata:

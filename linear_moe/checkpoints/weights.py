@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,7 +99,8 @@ class ExportedWeights(WeightSource):
 
     def _read(self, name: str) -> Tensor:
         with _open(self._files[name]) as tensors:
-            return tensors.get_tensor(MODEL + name).float()
+            tensor: Tensor = tensors.get_tensor(MODEL + name)
+            return tensor.float()
 
 
 def open_weights(source: Path, step: int | None = None) -> WeightSource:
@@ -127,7 +129,7 @@ def _open(file: Path) -> safe_open:
         raise ConfigError(str(file), ..., f"is damaged: {one_line(error)}") from None
 
 
-def _json(file: Path) -> dict:
+def _json(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

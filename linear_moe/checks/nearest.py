@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 from linear_moe.checks.fields import validate_fields
 from linear_moe.config.schema import Config
@@ -27,9 +28,9 @@ def nearest_layout(config: Config, world: int) -> str:
     def is_valid(sizes: dict[str, int], world: int | None) -> bool:
         split = config.parallel.pipeline_layers
         same = split is not None and len(split) == sizes["pipeline"] * sizes["virtual_pipeline"]
-        parallel = replace(config.parallel, pipeline_layers=split if same else None, **sizes)  # type: ignore[arg-type]
+        changes: dict[str, Any] = {"pipeline_layers": split if same else None, **sizes}
         try:
-            validate_fields(replace(config, parallel=parallel), world)
+            validate_fields(replace(config, parallel=replace(config.parallel, **changes)), world)
         except ConfigError:
             return False
         return True

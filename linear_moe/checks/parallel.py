@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.strategies import AttentionStrategy, SequenceLayout
 from linear_moe.layout.pipeline import default_split
 from linear_moe.layout.sequence import in_pieces, tensor_sequence
 from linear_moe.modeling.mixers.registry import mixer_class
@@ -32,9 +33,10 @@ def _check_sequence(config: Config, layers: list[ResolvedLayer]) -> None:
             unused("parallel", parallel, "sequence_pieces", needs="have a layer with a state")
         return
     each = parallel.sequence_pieces
-    if each is not None and each % 2 and parallel.sequence_layout == "zigzag":
-        constraint = "must be even with parallel.sequence_layout=zigzag, which balances pairs of pieces"
-        fix = f"{nearest(each, step=2)}, or parallel.sequence_layout=contiguous"
+    if each is not None and each % 2 and parallel.sequence_layout == SequenceLayout.ZIGZAG:
+        zigzag = f"parallel.sequence_layout={SequenceLayout.ZIGZAG}"
+        constraint = f"must be even with {zigzag}, which balances pairs of pieces"
+        fix = f"{nearest(each, step=2)}, or parallel.sequence_layout={SequenceLayout.CONTIGUOUS}"
         raise ConfigError("parallel.sequence_pieces", each, constraint, fix=fix)
     _check_sequence_attention(config, layers)
 
@@ -44,7 +46,7 @@ def _check_sequence_attention(config: Config, layers: list[ResolvedLayer]) -> No
     for i, layer in enumerate(layers):
         heads = mixer_class(layer.mixer.type).softmax_heads(layer.mixer, layer_dims(config.model, i))
         softmax += heads is not None
-        if heads is not None and config.parallel.sequence_attention == "ulysses":
+        if heads is not None and config.parallel.sequence_attention == AttentionStrategy.ULYSSES:
             _check_ulysses(*heads, config.parallel, mixer_path(config.model, layer.symbol))
     if not softmax:
         unused("parallel", config.parallel, "sequence_attention", needs="have a layer of softmax attention")
@@ -59,8 +61,8 @@ def _check_ulysses(queries: int, keys: int, parallel: ParallelConfig, path: str)
     The heads of queries must be a multiple of the ranks. Fewer heads of keys than ranks are repeated.
     """
     tensor, ranks = parallel.tensor, parallel.sequence
-    cause = f"parallel.sequence = {ranks} with parallel.sequence_attention=ulysses"
-    instead = "or parallel.sequence_attention=ring"
+    cause = f"parallel.sequence = {ranks} with parallel.sequence_attention={AttentionStrategy.ULYSSES}"
+    instead = f"or parallel.sequence_attention={AttentionStrategy.RING}"
     if queries % (step := tensor * ranks):
         constraint = f"must be divisible by parallel.tensor {tensor} * {ranks} = {step}: {cause}"
         fix = f"{nearest(queries, step=step)}, {instead}"

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from linear_moe.config.strategies import AttentionStrategy, SequenceLayout, StateExchangeStrategy, values
 from linear_moe.modeling.activations import MODULES
 from linear_moe.modeling.config import ModelConfig
 from linear_moe.options.fields import opt
@@ -36,10 +37,10 @@ class ParallelConfig:
     expert_tensor: int = opt(1, "tensor-parallel ranks inside an expert", ge=1, le=2**16)
     sequence: int = opt(1, "ranks that share out every sequence (Megatron-Core: context parallel)", ge=1, le=2**16)
     sequence_layout: str = opt(
-        "zigzag",
+        SequenceLayout.ZIGZAG.value,
         "which tokens of a sequence a rank holds: consecutive ones (contiguous), or the n-th piece from the start and "
         "the n-th from the end of twice as many pieces as ranks, which balances causal softmax attention (zigzag)",
-        choices=("contiguous", "zigzag"),
+        choices=values(SequenceLayout),
     )
     sequence_pieces: int | None = opt(
         None,
@@ -49,17 +50,17 @@ class ParallelConfig:
         le=256,
     )
     sequence_exchange: str = opt(
-        "all_gather",
+        StateExchangeStrategy.ALL_GATHER.value,
         "how recurrent states travel: those of all pieces at once (all_gather), or in blocks from piece to piece "
         "(ring), where the bytes that a rank sends and receives do not grow with the number of ranks",
-        choices=("all_gather", "ring"),
+        choices=values(StateExchangeStrategy),
     )
     sequence_attention: str = opt(
-        "all_gather",
+        AttentionStrategy.ALL_GATHER.value,
         "how softmax attention sees the other ranks' tokens: all keys and values are gathered (all_gather); they go "
         "from rank to rank while a rank attends to the ones it has (ring); or ranks exchange tokens for heads, and "
         "each attends with all tokens of its share of the heads (ulysses)",
-        choices=("all_gather", "ring", "ulysses"),
+        choices=values(AttentionStrategy),
     )
     sequence_dtype: str = opt(
         "fp32",

@@ -56,7 +56,7 @@ def model_card(config: Config, run: Path, step: int, model: LinearMoEForCausalLM
     }
     tree = config.to_dict()
     sections = {name: tree[name] for name in ("model", "data", "optimizer", "schedule", "training")}
-    mixers = dict.fromkeys(m.type for m in (layer.mixer.config for layer in model.model.layers.values()))  # type: ignore[union-attr]
+    mixers = dict.fromkeys(layer.mixer.config.type for layer in model.model.numbered_layers().values())
     return CARD.format(
         name=run.name,
         tags=", ".join(mixers),

@@ -177,10 +177,13 @@ def export(
         _replace(temporary, out)
     except Exception as error:  # for a full disk, safetensors raises an exception of its own instead of OSError
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full or isinstance(error, OSError):
-            reason = "no space left on the disk" if full else f"{error.strerror}: {error.filename}"  # type: ignore[attr-defined]
-            raise ConfigError("out", str(out), f"cannot be written: {reason}") from error
-        raise
+        if full:
+            reason = "no space left on the disk"
+        elif isinstance(error, OSError):
+            reason = f"{error.strerror}: {error.filename}"
+        else:
+            raise
+        raise ConfigError("out", str(out), f"cannot be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {

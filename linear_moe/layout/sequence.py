@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.strategies import SequenceLayout
 
 
 def tensor_sequence(parallel: ParallelConfig) -> bool:
@@ -20,8 +21,7 @@ def in_pieces(parallel: ParallelConfig) -> bool:
 def padded_length(config: Config) -> int:
     """Length of a sequence with padding: training.sequence_length, rounded up so that all pieces are equally long."""
     parallel = config.parallel
-    each = parallel.sequence_pieces or (2 if parallel.sequence > 1 and parallel.sequence_layout == "zigzag" else 1)
-    step = parallel.sequence * each * (parallel.tensor if in_pieces(parallel) and tensor_sequence(parallel) else 1)
+    step = order_of(parallel).count * (parallel.tensor if in_pieces(parallel) and tensor_sequence(parallel) else 1)
     return -(-config.training.sequence_length // step) * step
 
 
@@ -40,18 +40,18 @@ class PieceOrder:
 
     Attributes:
         size: ranks that share out sequences.
-        layout: "contiguous" or "zigzag".
+        layout: contiguous or zigzag.
         each: pieces of a row on a rank; None: two in zigzag, else one.
     """
 
     size: int
-    layout: str = "contiguous"
+    layout: SequenceLayout = SequenceLayout.CONTIGUOUS
     each: int | None = None
 
     @property
     def per_rank(self) -> int:
         """Pieces of a row on a rank."""
-        return self.each or (2 if self.layout == "zigzag" else 1)
+        return self.each or (2 if self.layout == SequenceLayout.ZIGZAG else 1)
 
     @property
     def count(self) -> int:
@@ -61,13 +61,13 @@ class PieceOrder:
     def pieces(self, rank: int) -> tuple[int, ...]:
         """Numbers of the pieces of every row that `rank` holds, in order of time."""
         turns = range(self.per_rank)
-        if self.layout == "contiguous":
+        if self.layout == SequenceLayout.CONTIGUOUS:
             return tuple(rank * self.per_rank + turn for turn in turns)
         return tuple(turn * self.size + (self.size - 1 - rank if turn % 2 else rank) for turn in turns)
 
     def owner(self, piece: int) -> tuple[int, int]:
         """Returns the rank that holds a piece, and the index of the piece among the pieces of that rank."""
-        if self.layout == "contiguous":
+        if self.layout == SequenceLayout.CONTIGUOUS:
             return divmod(piece, self.per_rank)
         turn, place = divmod(piece, self.size)
         return (self.size - 1 - place if turn % 2 else place), turn
@@ -75,7 +75,7 @@ class PieceOrder:
 
 def order_of(parallel: ParallelConfig) -> PieceOrder:
     """Order of pieces for a configuration; without other ranks, pieces are contiguous."""
-    layout = parallel.sequence_layout if parallel.sequence > 1 else "contiguous"
+    layout = SequenceLayout(parallel.sequence_layout) if parallel.sequence > 1 else SequenceLayout.CONTIGUOUS
     return PieceOrder(parallel.sequence, layout, parallel.sequence_pieces)
 
 

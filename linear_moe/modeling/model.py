@@ -170,7 +170,16 @@ class LanguageModel(nn.Module):
         """Makes the empty decoding state of each layer, for `batch` rows of at most `max_length` tokens."""
         first = next(self.parameters())
         dtype = self.norm.weight.dtype if self.norm is not None else first.dtype
-        return [layer.mixer.init_cache(batch, max_length, dtype, first.device) for layer in self.layers.values()]  # type: ignore[union-attr,operator]
+        layers = self.numbered_layers().values()
+        return [layer.mixer.init_cache(batch, max_length, dtype, first.device) for layer in layers]
+
+    def numbered_layers(self) -> dict[int, Layer]:
+        """Returns this stage's layers by their global index, typed, which a ModuleDict is not."""
+        layers: dict[int, Layer] = {}
+        for index, layer in self.layers.items():
+            assert isinstance(layer, Layer)
+            layers[int(index)] = layer
+        return layers
 
 
 def crossing(model: ModelConfig, end: int | None = None) -> dict[str, int]:

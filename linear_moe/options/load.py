@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -28,6 +29,13 @@ T = TypeVar("T")
 INCLUDE = "include"
 # YAML 1.1 reads 1e-4 as a string, because its floats need a dot; such strings are accepted as numbers.
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": (">=", operator.ge),
+    "gt": (">", operator.gt),
+    "le": ("<=", operator.le),
+    "lt": ("<", operator.lt),
+}
+"""Bounds of an option by name: the sign in messages, and whether a value keeps the bound."""
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -132,8 +140,8 @@ def _convert(value: Any, hint: Any, current: Any, path: str) -> Any:
         if value is None and type(None) in options:
             return None
         (hint,) = [option for option in options if option is not type(None)]
-    if dataclasses.is_dataclass(hint):
-        tree = current if isinstance(current, hint) else hint()  # type: ignore[arg-type,operator]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        tree = current if isinstance(current, hint) else hint()
         update(tree, _mapping(value, path), path)
         return tree
     if get_origin(hint) is dict:
@@ -200,12 +208,7 @@ def _check_constraint(value: Any, metadata: Mapping[str, Any], path: str) -> Non
         raise ConfigError(path, value, "not one of the choices", candidates=names)
     if value is None:
         return
-    for name, sign, holds in (
-        ("ge", ">=", lambda v, b: v >= b),
-        ("gt", ">", lambda v, b: v > b),
-        ("le", "<=", lambda v, b: v <= b),
-        ("lt", "<", lambda v, b: v < b),
-    ):
+    for name, (sign, holds) in BOUNDS.items():
         bound = metadata.get(name)
         if bound is not None and not holds(value, bound):
             nearest = f"nearest valid: {bound}" if name in ("ge", "le") else ""

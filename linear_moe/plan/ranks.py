@@ -55,8 +55,7 @@ class RankModels:
     def needs(self, parallel: ParallelConfig) -> dict[int, SequenceNeeds]:
         """Returns, by layer number, the exchanges that each mixer needs between the ranks of a sequence."""
         if parallel.tensor not in self._needs:
-            layers = {int(number): layer for number, layer in self(parallel).layers.items()}
-            self._needs[parallel.tensor] = layer_needs(layers)
+            self._needs[parallel.tensor] = layer_needs(self(parallel).numbered_layers())
         return self._needs[parallel.tensor]
 
     def split_needs(self, parallel: ParallelConfig) -> dict[int, SequenceNeeds]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
 from linear_moe.checks.fields import validate_fields
@@ -151,8 +152,9 @@ def propose(config: Config, world: int, cluster: Cluster) -> Proposals:
     limit = (1 - HEADROOM) * cluster.gpu.memory_gib * 2**30
     search = _Search(config, world, cluster, limit)
     candidates = [search.best(parallel) for parallel in search.shapes()]
-    fit = sorted((c for c in candidates if c.seconds is not None), key=lambda c: c.seconds["total"])  # type: ignore[index]
-    big = sorted((c for c in candidates if c.memory and c.seconds is None), key=lambda c: c.memory["total"])  # type: ignore[index]
+    timed = [(c.seconds["total"], c) for c in candidates if c.seconds is not None]
+    sized = [(c.memory["total"], c) for c in candidates if c.memory and c.seconds is None]
+    fit, big = ([c for _, c in sorted(pairs, key=itemgetter(0))] for pairs in (timed, sized))
     illegal = [c for c in candidates if c.memory is None]
     return Proposals(world, cluster, limit, 3 * search.flops.total, fit, big, illegal)
 
@@ -198,11 +200,11 @@ class _Search:
     def sequence_seconds(self, config: Config) -> float:
         """Seconds of all layers, with their exchanges of sequences, for a micro-batch of one row."""
         config = replace(config, training=replace(config.training, micro_batch=1))
-        layers, needs = self.models(config.parallel).layers, self.models.needs(config.parallel)
+        layers, needs = self.models(config.parallel).numbered_layers(), self.models.needs(config.parallel)
         tensor, sequence = config.parallel.tensor, config.parallel.sequence
         group = Group.of(list(range(0, tensor * sequence, tensor)), self.cluster)
         split = SequenceSplit.of(config)
-        costs = (layer_seconds(config, i, layers[str(i)], self.flops, group, needs[i], split) for i in needs)
+        costs = (layer_seconds(config, i, layers[i], self.flops, group, needs[i], split) for i in needs)
         return sum(compute + exchange.cost() for compute, exchange in costs)
 
     def settings(self, parallel: ParallelConfig) -> Iterator[list[Config]]:

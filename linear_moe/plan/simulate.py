@@ -14,6 +14,7 @@ from typing import Any
 
 from linear_moe.checks.fields import validate_fields
 from linear_moe.config.schema import Config, ParallelConfig
+from linear_moe.config.strategies import AttentionStrategy, StateExchangeStrategy
 from linear_moe.config.vocabulary import vocab_size
 from linear_moe.layout.flops import forward_flops
 from linear_moe.layout.pipeline import HEAD_SPEED
@@ -31,7 +32,12 @@ from linear_moe.plan.traffic import HEADS, KEYS, STATES, LayerTraffic, SequenceS
 SMALLEST, LARGEST = 8, 4096  # GPUs
 WAYS = {"exchange": (*STATES, HEADS["exchange"]), "attention": (*KEYS, HEADS["attention"])}
 """Ways of sharing out a sequence, for recurrences ("exchange") and for softmax attention ("attention")."""
-SCHEMES = (("all_gather", "all_gather"), ("all_gather", "ring"), ("ring", "ring"), ("heads", "ulysses"))
+SCHEMES = (
+    (StateExchangeStrategy.ALL_GATHER.value, AttentionStrategy.ALL_GATHER.value),
+    (StateExchangeStrategy.ALL_GATHER.value, AttentionStrategy.RING.value),
+    (StateExchangeStrategy.RING.value, AttentionStrategy.RING.value),
+    (HEADS["exchange"], HEADS["attention"]),
+)
 """Ways of a whole model: of its recurrences, and of its softmax attention."""
 
 
@@ -224,19 +230,19 @@ class _Model:
     def rows(self, config: Config, world: int, cluster: Cluster) -> Iterator[SimulatedLayer]:
         """Simulates one layer of each kind in every way; `config` is this model's configuration on `world` GPUs."""
         parallel, length = config.parallel, padded_length(config)
-        layers: Any = self.ranks(parallel).layers
+        layers = self.ranks(parallel).numbered_layers()
         flops = forward_flops(config, self.plain)
         group = Group.of(list(range(0, world, parallel.tensor)), cluster)
         alike: dict[tuple[Any, ...], list[int]] = {}
         for number, needs in self.ranks.needs(parallel).items():
             parts = tuple(flops.layers[number].values())
-            alike.setdefault((layers[str(number)].mixer.config.type, needs, parts), []).append(number)
+            alike.setdefault((layers[number].mixer.config.type, needs, parts), []).append(number)
         for (mixer, needs, _), (number, *others) in alike.items():
             kind = LayerKind(mixer, number, 1 + len(others), "attention" if needs.keys else "exchange", needs)
             for way in WAYS[kind.by]:
                 chosen: Any = {kind.by: way}
                 split = replace(SequenceSplit.of(config), **chosen)
-                compute, exchange = layer_seconds(config, number, layers[str(number)], flops, group, needs, split)
+                compute, exchange = layer_seconds(config, number, layers[number], flops, group, needs, split)
                 reason = ""
                 if way == HEADS[kind.by] and needs.heads % parallel.sequence:
                     reason = f"{needs.heads * parallel.tensor} heads are too few"

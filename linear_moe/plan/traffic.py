@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from linear_moe.config.schema import Config
+from linear_moe.config.strategies import AttentionStrategy, SequenceLayout, StateExchangeStrategy
 from linear_moe.layout.sequence import RING_BLOCKS, PieceOrder, order_of, rank_tokens
 from linear_moe.modeling.host import DTYPES
 from linear_moe.plan.needs import CarriedState, SequenceNeeds, TokenKeys
@@ -35,8 +36,8 @@ class SequenceSplit:
         order: which rank holds which pieces.
         rows: rows of a micro-batch.
         tokens: tokens of a micro-batch on one rank.
-        exchange: way of exchanging recurrent states: one of STATES, or "heads".
-        attention: way of exchanging keys and values: one of KEYS, or "ulysses".
+        exchange: way of exchanging recurrent states: one of STATES, or heads.
+        attention: way of exchanging keys and values: one of KEYS, or ulysses.
         number: bytes of one number of a state while the state travels.
     """
 
@@ -118,7 +119,7 @@ def hops(order: PieceOrder, forward: bool, rank: int | None = None) -> int:
 def state_sent(state: CarriedState, split: SequenceSplit, rank: int | None = None) -> tuple[int, int]:
     """Bytes of a state that `rank` (None: the rank that sends most) hands to collectives, forward and backward."""
     size, pieces = split.number * split.rows, split.order.per_rank
-    if split.exchange == "ring" or state.serial:
+    if split.exchange == StateExchangeStrategy.RING or state.serial:
         forward, backward = (hops(split.order, direction, rank) for direction in (True, False))
         return size * state.numbers * forward, size * state.numbers * backward
     return size * pieces * (state.numbers + state.transition), size * pieces * state.numbers
@@ -156,11 +157,11 @@ def keys_sent(keys: TokenKeys, split: SequenceSplit, rank: int | None = None) ->
 
     The backward pass gathers, or passes on, all keys and values once more. A ring passes their gradients on in fp32.
     """
-    if split.attention == "all_gather" and keys.window is not None:
+    if split.attention == AttentionStrategy.ALL_GATHER and keys.window is not None:
         given, got = keys_in_reach(keys, split, rank)
         return given, given + got
     own, others = split.tokens * keys.size, split.order.size - 1
-    if split.attention == "ring":
+    if split.attention == AttentionStrategy.RING:
         return own * others, (own + split.tokens * keys.numbers * FP32) * others
     return own, own + own * split.order.size
 
@@ -206,7 +207,7 @@ def _pass_states(state: CarriedState, split: SequenceSplit, group: Group, gap: f
     inside, between = (group.hop(block, away) + STEP_SECONDS for away in (False, True))
     away = group.nodes - 1
     walk = (split.order.size - 1 - away) * inside + away * between
-    turns = 1 if split.order.layout == "contiguous" else split.order.per_rank
+    turns = 1 if split.order.layout == SequenceLayout.CONTIGUOUS else split.order.per_rank
     seconds = turns * (walk + (RING_BLOCKS - 1) * (between if away else inside))
     forward, backward = state_sent(state, split)
     there = Message(forward, forward, seconds, kept=not state.serial)
@@ -247,14 +248,15 @@ def _to_heads(needs: SequenceNeeds, split: SequenceSplit, group: Group) -> Messa
 
 
 STATES: dict[str, Callable[[CarriedState, SequenceSplit, Group, float], Messages]] = {
-    "all_gather": _gather_states,
-    "ring": _pass_states,
+    StateExchangeStrategy.ALL_GATHER.value: _gather_states,
+    StateExchangeStrategy.RING.value: _pass_states,
 }
 KEYS: dict[str, Callable[[TokenKeys, SequenceSplit, Group, float], Messages]] = {
-    "all_gather": _gather_keys,
-    "ring": _pass_keys,
+    AttentionStrategy.ALL_GATHER.value: _gather_keys,
+    AttentionStrategy.RING.value: _pass_keys,
 }
-HEADS = {"exchange": "heads", "attention": "ulysses"}  # field of SequenceSplit -> its value for sharing out by heads
+HEADS = {"exchange": "heads", "attention": AttentionStrategy.ULYSSES.value}
+"""Fields of SequenceSplit, and their values for sharing out by heads."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,8 @@ def layer_exchange(
         return LayerTraffic(local=sum(local_seconds(state, split, speed) for state in needs.states))
     attend, gap = split.tokens * core(length) / speed.together, split.tokens * needs.gap / speed.rate
     messages = [KEYS[split.attention](keys, split, group, attend) for keys in needs.keys]
-    messages += [STATES["ring" if state.serial else split.exchange](state, split, group, gap) for state in needs.states]
+    ways = (StateExchangeStrategy.RING.value if state.serial else split.exchange for state in needs.states)
+    messages += [STATES[way](state, split, group, gap) for way, state in zip(ways, needs.states, strict=True)]
     local = sum(local_seconds(state, split, speed) for state in needs.states)
     if any(state.serial for state in needs.states):
         local += 3 * attend * (split.order.size - 1)  # a rank waits while each other one computes
@@ -323,7 +326,7 @@ def local_seconds(state: CarriedState, split: SequenceSplit, speed: Speed) -> fl
     read = state.inputs / speed.bandwidth
     summary = split.tokens * (max(forward, read) + max(backward, 2 * read))
     scan = 0.0
-    if split.exchange == "all_gather" and not state.serial:  # a ring scans between its messages
+    if split.exchange == StateExchangeStrategy.ALL_GATHER and not state.serial:  # a ring scans between its messages
         everyones = FP32 * split.rows * split.order.count * (state.numbers + state.transition)
         scan = split.order.count * STEP_SECONDS + everyones / speed.bandwidth
     return summary + 2 * scan
@@ -335,7 +338,7 @@ def kept_bytes(needs: SequenceNeeds, split: SequenceSplit) -> float:
     A ring keeps the transitions of the rank's own pieces, `all_gather` those of all pieces behind the rank's first one.
     """
     pieces = split.order.per_rank
-    behind = pieces if split.exchange == "ring" else split.order.count - 1
+    behind = pieces if split.exchange == StateExchangeStrategy.RING else split.order.count - 1
     numbers = sum(pieces * state.numbers + behind * state.transition for state in needs.states)
     return float(FP32 * split.rows * numbers) if split.order.count > 1 else 0.0
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from linear_moe.config.schema import Config
+from linear_moe.config.strategies import AttentionStrategy, StateExchangeStrategy
 from linear_moe.layout.sequence import in_pieces, order_of, padded_length
 from linear_moe.modeling.host import DTYPES
 from linear_moe.modeling.tokens import TokenLayout
@@ -52,9 +54,9 @@ def sequence_line(config: Config) -> SequenceGroup | None:
     alone = parallel.sequence == 1
     group, rank = (None, 0) if alone else (ps.get_context_parallel_group(), ps.get_context_parallel_rank())
     # One rank alone has all pieces of a sequence: with ulysses it attends to the whole sequence in one call.
-    attention = "ulysses" if alone else parallel.sequence_attention
-    dtype = DTYPES[parallel.sequence_dtype]
-    return SequenceGroup(order_of(parallel), rank, group, parallel.sequence_exchange, attention, dtype)
+    attention = AttentionStrategy.ULYSSES if alone else AttentionStrategy(parallel.sequence_attention)
+    exchange, dtype = StateExchangeStrategy(parallel.sequence_exchange), DTYPES[parallel.sequence_dtype]
+    return SequenceGroup(order_of(parallel), rank, group, exchange, attention, dtype)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -109,13 +111,13 @@ class Stepper:
     def __init__(
         self,
         config: Config,
-        model: list[torch.nn.Module],
+        model: list[DistributedDataParallel],
         optimizer: Any,
         device: torch.device,
         stop: StopSignal,
     ):
         self.config, self.model, self.optimizer, self.device, self.stop = config, model, optimizer, device, stop
-        self.host: MegatronHost = model[0].module.host  # type: ignore[union-attr,assignment]
+        self.host: MegatronHost = model[0].module.host
         self.routers = routers_of(model)
         self.line = sequence_line(config)
         training = config.training
@@ -176,7 +178,7 @@ class Stepper:
     def train(self, batches: Iterator[Batch]) -> StepResult:
         """Runs one optimizer step: forward and backward pass, gradient reduction, clipping and update. Collective."""
         for chunk in self.model:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         for chunk in self.model:
             chunk.train()

@@ -153,7 +153,7 @@ class Recorder:
         setattr(self.mixer, self.method, recurrence)
         backends.importlib = SimpleNamespace(import_module=self._import)  # type: ignore[assignment]
         self.hooks = [
-            module.register_forward_pre_hook(lambda m, args: self.linears.append((m, args[0])))  # type: ignore[arg-type]
+            module.register_forward_pre_hook(lambda m, args: self.linears.append((m, args[0])))
             for module in self.mixer.modules()
             if isinstance(module, nn.Linear)
         ]
@@ -161,7 +161,7 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         delattr(self.mixer, self.method)
-        backends.importlib = importlib  # type: ignore[assignment]
+        backends.importlib = importlib
         for hook in self.hooks:
             hook.remove()
 

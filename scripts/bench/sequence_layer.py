@@ -42,7 +42,7 @@ class _AllToAll(torch.autograd.Function):
     """All-to-all of `x [ranks, ...]`: block r is sent to rank r, and block r of the result comes from rank r."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=group)
@@ -50,7 +50,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _AllToAll.forward(ctx, gradient.contiguous(), ctx.group), None
 
 

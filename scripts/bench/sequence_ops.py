@@ -35,6 +35,7 @@ import torch
 from mixers import Setting, Work, busy, milliseconds, profiled
 from pretrain import commit, versions
 
+from linear_moe.config.strategies import SequenceLayout
 from linear_moe.layout.sequence import PieceOrder
 from linear_moe.modeling.dims import Dims
 from linear_moe.modeling.host import Host, initialize
@@ -48,7 +49,7 @@ from linear_moe.training.sequence.pieces import pieces_layout
 
 MIXERS = "linear_attention,gla,mamba2,gated_deltanet"
 FIELDS: dict[str, dict[str, Any]] = {"gla": {"expand_k": 1.0, "qkv_bias": True}}  # as in configs/models/a0.3b_2b.yaml
-ORDERS = {"piece": "contiguous", "pieces": "zigzag"}
+ORDERS = {"piece": SequenceLayout.CONTIGUOUS, "pieces": SequenceLayout.ZIGZAG}
 
 
 def build(name: str, at: Setting) -> Mixer:

@@ -113,7 +113,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if not next(self.model.parameters()).is_meta:
             initialize(self.model, host, int(torch.randint(2**31, ())))
             for parameter in self.model.parameters():
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                parameter._is_hf_initialized = True
         self.post_init()
 
     @classmethod
@@ -182,7 +182,7 @@ class LinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         cache = _given(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        return super().generate(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol mypy finds unmet
+        return super().generate(*args, **kwargs)
 
     def _full(self, tokens: Tensor, mask: Tensor | None, keep: int) -> Tensor:
         """Computes logits `[B, T, V]` without a cache.

@@ -98,7 +98,7 @@ def _open(
         blend=([prefix], None),
         split="1,0,0",
         path_to_cache="" if folder is None else str(folder),  # with None, Megatron would write beside the tokens
-        tokenizer=_Tokenizer(prepared.vocab_size, prepared.eod_id),  # type: ignore[arg-type]
+        tokenizer=_Tokenizer(prepared.vocab_size, prepared.eod_id),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=isolate,

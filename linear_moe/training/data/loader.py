@@ -118,7 +118,7 @@ class TrainLoader:
         check_batch(config, data_parallel_size)
         loader = DataLoader(
             open_dataset(prepared, config, "train"),
-            batch_sampler=_Batches(config, data_parallel_rank, data_parallel_size, consumed_samples),  # type: ignore[arg-type]
+            batch_sampler=_Batches(config, data_parallel_rank, data_parallel_size, consumed_samples),
             num_workers=config.data.workers,
             collate_fn=Collate(prepared.eod_id, config, sequence_rank),
             pin_memory=torch.cuda.is_available(),

@@ -208,7 +208,7 @@ class Muon(AdamW):
         exact = [p for p, momentum in momenta.items() if momentum.dtype == p.dtype]
         if exact:
             torch._foreach_mul_([momenta[p] for p in exact], self.muon.momentum)
-            torch._foreach_add_([momenta[p] for p in exact], [p.grad for p in exact])  # type: ignore[misc]
+            torch._foreach_add_([momenta[p] for p in exact], [p.grad for p in exact if p.grad is not None])
         for p, group in groups.items():
             if momenta[p].dtype != p.dtype:
                 assert p.grad is not None

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import P2POp, irecv, isend
 
+from linear_moe.config.strategies import AttentionStrategy
 from linear_moe.modeling.ops.attention.blocks import Block, Span, attend, attend_backward, join, put, take
 from linear_moe.modeling.ops.attention.softmax import softmax_attention
 from linear_moe.modeling.ops.autograd import Function
@@ -489,8 +490,8 @@ class _AllToAll(Function):
 
 
 Strategy = Callable[[Tensor, tuple[Tensor, ...], AttentionTask], Tensor]
-STRATEGIES: dict[str, Strategy] = {
-    "all_gather": partial(_by, _Gathered),
-    "ring": partial(_by, _Ring),
-    "ulysses": _ulysses,
+STRATEGIES: dict[AttentionStrategy, Strategy] = {
+    AttentionStrategy.ALL_GATHER: partial(_by, _Gathered),
+    AttentionStrategy.RING: partial(_by, _Ring),
+    AttentionStrategy.ULYSSES: _ulysses,
 }

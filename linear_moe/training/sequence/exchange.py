@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from linear_moe.config.strategies import AttentionStrategy, StateExchangeStrategy
 from linear_moe.layout.sequence import RING_BLOCKS, PieceOrder
 from linear_moe.modeling.deferred import fill_gap
 from linear_moe.modeling.ops.autograd import Function
 
-STRATEGIES = ("all_gather", "ring")
+STRATEGIES = tuple(StateExchangeStrategy)
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,16 @@ class SequenceGroup:
         order: order of the pieces of a row over the ranks.
         rank: this rank's number in the group.
         group: process group of the ranks; None: this process alone.
-        strategy: one of STRATEGIES, for states.
-        attention: one of `attention.STRATEGIES`, for softmax attention.
+        strategy: how states travel.
+        attention: how softmax attention sees the other ranks' tokens.
         dtype: dtype in which states and transitions are sent; all arithmetic on them is fp32.
     """
 
     order: PieceOrder
     rank: int
     group: dist.ProcessGroup | None = None
-    strategy: str = "all_gather"
-    attention: str = "all_gather"
+    strategy: StateExchangeStrategy = StateExchangeStrategy.ALL_GATHER
+    attention: AttentionStrategy = AttentionStrategy.ALL_GATHER
     dtype: torch.dtype = torch.float32
 
 
@@ -87,7 +88,7 @@ class StateExchange:
         # A transition A near 1, rounded to 16 bits, loses 1 - A, the part that it forgets, and the error adds up over
         # pieces. So A - 1 is sent: sum_m (1 - A_m) prod_(l > m) A_l is at most 1, and the error of the states does not
         # grow with the number of pieces.
-        self.less_one = line.strategy == "all_gather" and line.dtype != torch.float32
+        self.less_one = line.strategy == StateExchangeStrategy.ALL_GATHER and line.dtype != torch.float32
         self.finish: Finish | None = None  # waits for the messages on their way, of the forward or the backward pass
         self.kept: Tensor | None = None  # transitions that the backward pass needs
         self.before: Tensor | None = None  # states before this rank's pieces [P, rows, ...], once they have arrived
@@ -152,7 +153,7 @@ class _Start(Function):
     def forward(ctx: Any, transition: Tensor | None, state: Tensor, exchange: StateExchange) -> Tensor:
         ctx.exchange, ctx.shape = exchange, None if transition is None else transition.shape
         if exchange.before is None:
-            if exchange.line.strategy == "ring":
+            if exchange.line.strategy == StateExchangeStrategy.RING:
                 exchange.kept = None if transition is None else transition.detach()
                 exchange.finish = _ring(exchange, transition, state, reverse=False)
             else:
@@ -189,7 +190,7 @@ class _Wait(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         exchange: StateExchange = ctx.exchange
         assert exchange.before is not None, "an exchange has one backward pass"
-        if exchange.line.strategy == "ring":
+        if exchange.line.strategy == StateExchangeStrategy.RING:
             transition = None if exchange.kept is None else exchange.adjoint(exchange.kept)
             exchange.finish = _ring(exchange, transition, gradient, reverse=True)
         else:

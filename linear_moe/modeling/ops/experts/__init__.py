@@ -152,15 +152,19 @@ class _Experts(Function):
         weights: Tensor,
         gate_up_proj: Tensor,
         down_proj: Tensor,
-        *indices: Tensor | None,
+        counts: Tensor,
+        offsets: Tensor,
+        slot: Tensor | None,
+        row: Tensor | None,
     ) -> Tensor:
-        to = Assignment(*indices)  # type: ignore[arg-type]
+        to = Assignment(counts, offsets, slot, row)
         ctx.products = products
         with torch.cuda.device_of(x):  # kernels launch on the current device; autograd sets it in backward
             gate_up, h = products.up(x, gate_up_proj, weights, to)
             y = products.down(h, down_proj, to)
             del h
-            ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up if keep else None, *indices)
+            kept = gate_up if keep else None
+            ctx.save_for_backward(x, weights, gate_up_proj, down_proj, kept, counts, offsets, slot, row)
             return products.combine(y, weights, to)
 
     @staticmethod

@@ -73,7 +73,10 @@ def definition(
     """
     if first is not None:
         begins = (first == torch.arange(len(first), device=x.device))[:, None]
-        states = x.new_zeros(()) if state is None else state.to(x.dtype).index_select(0, document)  # type: ignore[arg-type]
+        states = x.new_zeros(())
+        if state is not None:
+            assert document is not None
+            states = state.to(x.dtype).index_select(0, document)
         before = torch.where(begins, states, x.roll(1, dims=1))
     else:
         start = torch.zeros_like(x[:, :1]) if state is None else state.to(x.dtype).unsqueeze(1)

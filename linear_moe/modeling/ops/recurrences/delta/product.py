@@ -97,12 +97,21 @@ def _tokens(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Ten
 
 
 def _chunk(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *, cu_seqlens: Tensor | None, **options: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the delta rule on the sequence of all writes: see `_one_by_one`."""
     n = k.shape[2]
     offsets = None if cu_seqlens is None else cu_seqlens * n
-    o, state = chunk.delta(*_one_by_one(q, k, v, beta, g), cu_seqlens=offsets, **options)  # type: ignore[arg-type]
+    writes = _one_by_one(q, k, v, beta, g)
+    o, state = chunk.delta(*writes, scale=scale, initial_state=initial_state, cu_seqlens=offsets)
     return o.unflatten(1, (-1, n))[:, :, -1], state
 
 

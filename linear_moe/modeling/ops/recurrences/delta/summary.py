@@ -51,7 +51,8 @@ def through(
         q, k, g = prepared(q, k, v, g, bounded)
         if expand is None and (g is None or g.ndim == 3):
             stages = importlib.import_module("linear_moe.modeling.ops.recurrences.delta.stages")
-            return stages.through(pieces, q, k, v, beta, g, keys=keys, scale=scale, cu_seqlens=cu_seqlens)  # type: ignore[no-any-return]
+            run_stages: Callable[..., tuple[Tensor, Tensor]] = stages.through
+            return run_stages(pieces, q, k, v, beta, g, keys=keys, scale=scale, cu_seqlens=cu_seqlens)
         summary, gradient = partial(_on_kernels, keys, expand), partial(_gradient_on_kernels, keys, scale, expand)
 
     def run(initial_state: Tensor) -> tuple[Tensor, Tensor]:

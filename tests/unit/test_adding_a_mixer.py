@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
@@ -114,6 +115,13 @@ def test_commands(tests: ModuleType, capsys: pytest.CaptureFixture[str], monkeyp
         else:
             assert (ROOT / next(word for word in words if word != "bash")).is_file()
     assert ran == 3
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_ruff(file: str) -> None:
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", file, "-"]
+    done = subprocess.run(command, cwd=ROOT, input=FILES[file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_files_are_where_the_page_says() -> None:

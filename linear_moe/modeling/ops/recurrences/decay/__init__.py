@@ -33,9 +33,9 @@ def decay(
 ) -> tuple[Tensor, Tensor]:
     """Runs a recurrence with a diagonal transition (GLA, arXiv 2312.06635).
 
-    S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T,  o_t = scale * q_t S_t.
+    S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T,  o_t = scale * S_t^T q_t.
 
-    With a bonus, o_t = scale * q_t (S_{t-1} + diag(bonus) k_t v_t^T)  (RWKV6, arXiv 2404.05892).
+    With a bonus, o_t = scale * (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t  (RWKV6, arXiv 2404.05892).
 
     Args:
         q, k: `[B, T, H, K]`.

@@ -33,7 +33,7 @@ def delta(
 ) -> tuple[Tensor, Tensor]:
     """Runs a recurrence with the delta rule.
 
-    S' = diag(exp(g_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - k_t^T S')^T,  o_t = scale * q_t S_t.
+    S' = diag(exp(g_t)) S_{t-1},  S_t = S' + beta_t k_t (v_t - k_t^T S')^T,  o_t = scale * S_t^T q_t.
 
     Without g this is DeltaNet (arXiv 2406.06484), with a decay per head Gated DeltaNet (arXiv 2412.06464), with a decay
     per key channel Kimi Delta Attention (arXiv 2510.26692). q and k are used as given: the recurrence is stable for

@@ -27,7 +27,7 @@ def normalized(
     cu_seqlens: Tensor | None,
     features: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns normalised outputs `o_t = q_t S_t / (q_t z_t + eps)`, and the final states.
+    """Returns normalised outputs `o_t = S_t^T q_t / (z_t^T q_t + eps)`, and the final states.
 
     S is the state of `op`, and z the state that `op` has if all values are 1. The denominators come from a second call
     of the op, in which v is one column of ones: so the op takes care of packing, initial states and decoding. A column

@@ -33,7 +33,7 @@ def complex_decay(
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence with complex decays (GateLoop, arXiv 2311.01927).
 
-    S_t = diag(exp(g_t + i theta_t)) S_{t-1} + k_t v_t^T,  o_t = Re(q_t S_t).
+    S_t = diag(exp(g_t + i theta_t)) S_{t-1} + k_t v_t^T,  o_t = Re(S_t^T q_t).
 
     Args:
         q, k: `[B, T, H, K]`.

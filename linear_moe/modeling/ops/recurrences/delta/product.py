@@ -33,7 +33,7 @@ def delta_product(
     """Runs the delta rule with n writes per token (DeltaProduct, arXiv 2502.10297).
 
     S_t0 = exp(g_t) S_{t-1},  S_ti = S_t(i-1) + beta_ti k_ti (v_ti - k_ti^T S_t(i-1))^T for i = 1..n,
-    S_t = S_tn,  o_t = scale * q_t S_t.
+    S_t = S_tn,  o_t = scale * S_t^T q_t.
 
     Args:
         q: `[B, T, H, K]`.

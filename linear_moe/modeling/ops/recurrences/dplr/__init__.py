@@ -34,7 +34,7 @@ def dplr(
 ) -> tuple[Tensor, Tensor]:
     """Runs a recurrence whose transition is a diagonal plus a matrix of rank one (RWKV-7, arXiv 2503.14456).
 
-    S_t = diag(exp(g_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale * q_t S_t.
+    S_t = diag(exp(g_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale * S_t^T q_t.
 
     The vector a reads the state before its decay, and b writes the result. Both are used as given: callers keep the
     transition diag(exp(g)) + b a^T from growing (RWKV-7: a = -k', b = rate * k' with |k'| = 1 and rates in (0, 1)).

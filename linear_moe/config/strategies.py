@@ -10,21 +10,21 @@ from enum import StrEnum
 
 
 class SequenceLayout(StrEnum):
-    """Which tokens of a sequence a rank holds: values of `parallel.sequence_layout`."""
+    """Orders in which ranks hold the pieces of a sequence: values of `parallel.sequence_layout`."""
 
     CONTIGUOUS = "contiguous"
     ZIGZAG = "zigzag"
 
 
 class StateExchangeStrategy(StrEnum):
-    """How recurrent states travel between ranks: values of `parallel.sequence_exchange`."""
+    """Ways by which recurrent states travel between ranks: values of `parallel.sequence_exchange`."""
 
     ALL_GATHER = "all_gather"
     RING = "ring"
 
 
 class AttentionStrategy(StrEnum):
-    """How softmax attention sees the other ranks' tokens: values of `parallel.sequence_attention`."""
+    """Ways by which softmax attention sees other ranks' tokens: values of `parallel.sequence_attention`."""
 
     ALL_GATHER = "all_gather"
     RING = "ring"

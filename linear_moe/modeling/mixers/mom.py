@@ -91,7 +91,7 @@ class MixtureOfMemories(LinearMixer):
 
     Config = MoMConfig
     family = "delta"
-    formula = "S_t^m = Theta_t^m S_{t-1}^m + f(k_t^m, v_t^m) for m chosen by t,  o_t = sum_m w_t^m q_t^m S_t^m"
+    formula = "S_t^m = Theta_t^m S_{t-1}^m + f(k_t^m, v_t^m) for m chosen by t,  o_t = sum_m w_t^m (S_t^m)^T q_t^m"
     paper = "arXiv 2502.13685"
 
     def __init__(self, config: MoMConfig, dims: Dims, host: Host):
